@@ -1,0 +1,47 @@
+# One runner for everything. Each target first sets up .venv where that is needed.
+# PYTHON=python3.12 make test   picks the interpreter that .venv is made with.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint docs bench clean
+
+help:
+	@echo "make demo   set up, build the default bundle, write image.png"
+	@echo "make test   set up and run the tests"
+	@echo "make lint   ruff and mypy"
+	@echo "make docs   regenerate docs/commands.md"
+	@echo "make bench  export a full-size model: time, memory, bytes written"
+	@echo "make clean  remove .venv, caches and build leftovers"
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or later is needed, this is %d.%d. Name another: make PYTHON=python3.11 ..." % sys.version_info[:2])'
+	@echo "Setting up $(VENV): the first time this fetches about 1 GB and takes a few minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[all]'
+	@touch $@
+	@echo "$(VENV) is ready."
+
+demo: $(READY)
+	$(BIN)/fluxdeploy build
+	$(BIN)/fluxdeploy generate "a red circle above a blue square" --out image.png
+
+test: $(READY)
+	$(BIN)/python -m pytest -q -n auto --durations=10
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python -m fluxdeploy.cli.reference docs/commands.md
+
+bench: $(READY)
+	$(BIN)/python benchmarks/export_scale.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -1,0 +1,191 @@
+"""ONNX Runtime: the embedded default on CPUs, and NVIDIA GPUs through its CUDA provider."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engines.base import Array, Availability, Binding, Engine, EngineOptions, Runtime
+from engines.tensors import check_inputs, output_shape
+from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
+from fluxdeploy.errors import EngineError, MissingDependencyError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+__all__ = ["OnnxRuntime"]
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
+
+
+class OnnxRuntime(Runtime):
+    """Opens a component's ONNX file itself: there is nothing to build."""
+
+    name = "onnxruntime"
+    targets = ("cuda", "cpu")
+    builds = False
+
+    def version(self) -> str:
+        for distribution in _DISTRIBUTIONS:
+            try:
+                return importlib.metadata.version(distribution)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return ""
+
+    def availability(self, target: str) -> Availability:
+        if importlib.util.find_spec("onnxruntime") is None:
+            return Availability(False, "not installed: pip install onnxruntime")
+        import onnxruntime
+
+        if _PROVIDERS[target] not in onnxruntime.get_available_providers():
+            return Availability(
+                False, "this onnxruntime has no CUDA provider: install fluxdeploy[gpu]"
+            )
+        if target == "cuda" and not _has_nvidia_driver():
+            return Availability(False, "the CUDA provider is there, but no NVIDIA driver")
+        return Availability(True, f"onnxruntime {self.version()}")
+
+    def precision(self, target: str, precision: str) -> str:
+        """The CPU provider has no bfloat16 kernels: those components compute in float32 there."""
+        return "fp32" if target == "cpu" and precision == "bf16" else precision
+
+    def open(
+        self,
+        component: str,
+        record: ComponentRecord,
+        engine: EngineRecord,
+        root: Path,
+        options: EngineOptions,
+    ) -> Engine:
+        return _OnnxRuntimeEngine(component, record, engine, root / engine.path, options)
+
+
+def _has_nvidia_driver() -> bool:
+    return any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia"))
+
+
+def _session(
+    path: Path, target: str, options: EngineOptions, component: str
+) -> onnxruntime.InferenceSession:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            "onnxruntime is not installed: pip install onnxruntime, or fluxdeploy[gpu] for CUDA."
+        ) from error
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    if options.threads is not None:
+        settings.intra_op_num_threads = options.threads
+    provider: list[Any] = ["CPUExecutionProvider"]
+    if target == "cuda":
+        provider.insert(0, ("CUDAExecutionProvider", {"device_id": options.device}))
+    try:
+        return onnxruntime.InferenceSession(str(path), settings, providers=provider)
+    except Exception as error:  # the runtime raises a class of its own for every status
+        raise EngineError(f"ONNX Runtime cannot open {component} ({path}): {error}") from error
+
+
+class _OnnxRuntimeEngine(Engine):
+    def __init__(
+        self,
+        component: str,
+        record: ComponentRecord,
+        engine: EngineRecord,
+        path: Path,
+        options: EngineOptions,
+    ) -> None:
+        self.component = component
+        self.inputs = record.inputs
+        self.outputs = record.outputs
+        self.dimensions = engine.dimensions
+        self._device = (engine.target, options.device)
+        self._session: onnxruntime.InferenceSession | None = _session(
+            path, engine.target, options, component
+        )
+
+    @property
+    def session(self) -> onnxruntime.InferenceSession:
+        if self._session is None:
+            raise EngineError(f"{self.component}: the engine was closed.")
+        return self._session
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        check_inputs(self.component, self.inputs, self.dimensions, inputs)
+        names = [spec.name for spec in self.outputs]
+        try:
+            outputs = self.session.run(names, dict(inputs))
+        except EngineError:
+            raise
+        except Exception as error:
+            raise EngineError(f"{self.component} failed in ONNX Runtime: {error}") from error
+        return dict(zip(names, outputs, strict=True))
+
+    def bind(self, resident: Mapping[str, Array]) -> Binding:
+        return _OnnxRuntimeBinding(self, self._device, resident)
+
+    def close(self) -> None:
+        self._session = None
+
+
+class _OnnxRuntimeBinding(Binding):
+    """Resident inputs and outputs are bound once; a step rebinds only what changes."""
+
+    def __init__(
+        self, engine: _OnnxRuntimeEngine, device: tuple[str, int], resident: Mapping[str, Array]
+    ) -> None:
+        import onnxruntime
+
+        self._engine = engine
+        self._binding = engine.session.io_binding()
+        placed = tuple(spec for spec in engine.inputs if spec.name in resident)
+        self._changing = tuple(spec for spec in engine.inputs if spec.name not in resident)
+        self._sizes = check_inputs(engine.component, placed, engine.dimensions, resident)
+        self._outputs: dict[str, Array] = {}
+        self._output_sizes: dict[str, int] | None = None
+        # Bound memory is not owned by the binding: these keep it alive.
+        self._resident = [np.ascontiguousarray(resident[spec.name]) for spec in placed]
+        for spec, array in zip(placed, self._resident, strict=True):
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(array, *device)
+            self._binding.bind_ortvalue_input(spec.name, value)
+
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        engine = self._engine
+        sizes = check_inputs(
+            engine.component, self._changing, engine.dimensions, inputs, self._sizes
+        )
+        if sizes != self._output_sizes:
+            self._bind_outputs(sizes)
+        # Held until the run is over.
+        arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        for name, array in arrays.items():
+            self._binding.bind_cpu_input(name, array)
+        try:
+            engine.session.run_with_iobinding(self._binding)
+        except EngineError:
+            raise
+        except Exception as error:
+            raise EngineError(f"{engine.component} failed in ONNX Runtime: {error}") from error
+        return self._outputs
+
+    def _bind_outputs(self, sizes: dict[str, int]) -> None:
+        self._binding.clear_binding_outputs()
+        for spec in self._engine.outputs:
+            shape = output_shape(spec, sizes)
+            if shape is None:
+                raise EngineError(
+                    f"{self._engine.component}: the shape of {spec.name} does not follow from the "
+                    "inputs, so it cannot be bound; use Engine.run."
+                )
+            array = self._outputs[spec.name] = np.empty(shape, spec.dtype)
+            self._binding.bind_output(
+                spec.name, "cpu", 0, array.dtype.type, shape, array.ctypes.data
+            )
+        self._output_sizes = sizes

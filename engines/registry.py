@@ -1,0 +1,97 @@
+"""The runtimes that engines can be opened with, and the choice among them.
+
+A runtime joins by a line in `_RUNTIMES`; hosts name it or leave the choice to `auto`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import TYPE_CHECKING
+
+from engines.base import Engine, EngineOptions, Runtime
+from fluxdeploy.errors import EngineError
+
+if TYPE_CHECKING:
+    from fluxdeploy.bundle import Bundle
+
+__all__ = ["AUTO", "choose_target", "open_engine", "runtime_names", "runtimes"]
+
+AUTO = "auto"
+
+# Best first; imported when asked for, since each brings its runtime's library.
+_RUNTIMES = {"onnxruntime": ("engines.onnxruntime", "OnnxRuntime")}
+
+
+def runtime_names() -> tuple[str, ...]:
+    """Names of the known runtimes, best first."""
+    return tuple(_RUNTIMES)
+
+
+@cache
+def _runtime(name: str) -> Runtime:
+    module, kind = _RUNTIMES[name]
+    runtime: Runtime = getattr(importlib.import_module(module), kind)()
+    return runtime
+
+
+def runtimes(name: str = AUTO) -> tuple[Runtime, ...]:
+    """The runtimes to consider, best first. Raises `EngineError` for an unknown name."""
+    if name == AUTO:
+        return tuple(_runtime(known) for known in _RUNTIMES)
+    if name not in _RUNTIMES:
+        known = ", ".join((AUTO, *_RUNTIMES))
+        raise EngineError(f"there is no runtime {name!r}; the runtimes are {known}.")
+    return (_runtime(name),)
+
+
+def choose_target(name: str = AUTO) -> tuple[Runtime, str]:
+    """The best runtime and target that can run engines on this machine.
+
+    Raises `EngineError` where there is none, with each one's reason.
+    """
+    reasons = []
+    for runtime in runtimes(name):
+        for target in runtime.targets:
+            available = runtime.availability(target)
+            if available.ok:
+                return runtime, target
+            reasons.append(f"{runtime.name} on {target}: {available.detail}")
+    raise EngineError("no runtime can run engines on this machine. " + "; ".join(reasons) + ".")
+
+
+def open_engine(
+    bundle: Bundle,
+    component: str,
+    runtime: str = AUTO,
+    options: EngineOptions | None = None,
+) -> Engine:
+    """Open a component's best engine that can run on this machine.
+
+    Raises `EngineError` where the bundle has no such component, no engine for the runtime, or
+    none that this machine can run.
+    """
+    record = bundle.manifest.components.get(component)
+    if record is None:
+        raise EngineError(
+            f"the bundle {bundle.root} has no {component}; it holds "
+            f"{', '.join(bundle.manifest.components)}."
+        )
+    reasons = []
+    for candidate in runtimes(runtime):
+        engines = {e.target: e for e in record.engines if e.runtime == candidate.name}
+        for target in candidate.targets:
+            if target not in engines:
+                continue
+            available = candidate.availability(target)
+            if available.ok:
+                return candidate.open(
+                    component, record, engines[target], bundle.root, options or EngineOptions()
+                )
+            reasons.append(f"{candidate.name} on {target}: {available.detail}")
+    built = sorted({f"{e.runtime} on {e.target}" for e in record.engines})
+    why = "; ".join(reasons) or f"it has engines for {', '.join(built) or 'nothing'}"
+    raise EngineError(
+        f"the bundle {bundle.root} has no {component} engine that runs here with --runtime "
+        f"{runtime}: {why}."
+    )

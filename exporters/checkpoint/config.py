@@ -1,0 +1,174 @@
+"""The sizes of a checkpoint's networks, read from the tensors' own shapes where they tell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from exporters.checkpoint.tensors import Weights
+from fluxdeploy.errors import CheckpointError
+
+__all__ = ["TransformerConfig", "VaeConfig"]
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of an MM-DiT. `axes_dims` splits a head's channels over the axes of an id."""
+
+    in_channels: int
+    out_channels: int
+    width: int
+    head_dim: int
+    mlp_width: int
+    double_blocks: int
+    single_blocks: int
+    text_width: int
+    pooled_width: int
+    guidance_embedding: bool
+    axes_dims: tuple[int, ...]
+    theta: float
+
+    @property
+    def modulation_rows(self) -> int:
+        """M: 12 a double-stream block, 3 a single-stream block, 2 for the final AdaLN."""
+        return 12 * self.double_blocks + 3 * self.single_blocks + 2
+
+    @classmethod
+    def of(cls, weights: Weights, config: Mapping[str, object]) -> TransformerConfig:
+        """The sizes of `weights`; `config` (of diffusers) only for what shapes do not tell.
+
+        Raises `CheckpointError` where neither tells how RoPE splits a head, or where the sizes
+        contradict each other.
+        """
+        double = _count(weights, r"transformer_blocks\.(\d+)\.")
+        single = _count(weights, r"single_transformer_blocks\.(\d+)\.")
+        if not double + single:
+            raise CheckpointError("the transformer has no blocks: it is not a FLUX.1 model.")
+        first = "transformer_blocks.0" if double else "single_transformer_blocks.0"
+        mlp = f"{first}.ff.net.0.proj" if double else f"{first}.proj_mlp"
+        head_dim = _shape(weights, f"{first}.attn.norm_q.weight", 1)[0]
+        width, in_channels = _shape(weights, "x_embedder.weight", 2)
+        if width % head_dim:
+            raise CheckpointError(
+                f"the transformer's width {width} is no multiple of its head size {head_dim}."
+            )
+        return cls(
+            in_channels=in_channels,
+            out_channels=_shape(weights, "proj_out.weight", 2)[0],
+            width=width,
+            head_dim=head_dim,
+            mlp_width=_shape(weights, f"{mlp}.weight", 2)[0],
+            double_blocks=double,
+            single_blocks=single,
+            text_width=_shape(weights, "context_embedder.weight", 2)[1],
+            pooled_width=_shape(weights, "time_text_embed.text_embedder.linear_1.weight", 2)[1],
+            guidance_embedding=(
+                "time_text_embed.guidance_embedder.linear_1.weight" in weights
+            ),
+            axes_dims=_axes_dims(config.get("axes_dims_rope"), head_dim),
+            theta=10000.0,
+        )
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """Sizes of a VAE; `layers` residual blocks a level (one more in the decoder)."""
+
+    latent_channels: int
+    channels: tuple[int, ...]
+    layers: int
+    groups: int
+    scaling_factor: float
+    shift_factor: float
+
+    @property
+    def spatial_factor(self) -> int:
+        """Image pixels per latent row or column."""
+        return 2 ** (len(self.channels) - 1)
+
+    @classmethod
+    def of(cls, weights: Weights, config: Mapping[str, object]) -> VaeConfig:
+        """The sizes of `weights`; constants from `config` (of diffusers), else FLUX.1's own."""
+        if "post_quant_conv.weight" in weights or "quant_conv.weight" in weights:
+            raise CheckpointError(
+                "the VAE has quant convolutions, which FLUX.1's has not: it belongs to another "
+                "model family."
+            )
+        levels = _count(weights, r"encoder\.down_blocks\.(\d+)\.")
+        if not levels:
+            raise CheckpointError("the VAE has no encoder.down_blocks: it is not FLUX.1's.")
+        channels = tuple(
+            _shape(weights, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 4)[0]
+            for i in range(levels)
+        )
+        groups = int(_number(config, "norm_num_groups", 32))
+        if groups < 1 or any(width % groups for width in channels):
+            raise CheckpointError(
+                f"the VAE's channels {list(channels)} do not split into {groups} groups: its "
+                'config.json must name the right "norm_num_groups".'
+            )
+        return cls(
+            latent_channels=_shape(weights, "decoder.conv_in.weight", 4)[1],
+            channels=channels,
+            layers=_count(weights, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+            groups=groups,
+            scaling_factor=_number(config, "scaling_factor", 0.3611),
+            shift_factor=_number(config, "shift_factor", 0.1159),
+        )
+
+
+def _count(weights: Weights, pattern: str) -> int:
+    """How many blocks are numbered by `pattern`."""
+    found = {int(match[1]) for name in weights if (match := re.match(pattern, name))}
+    if found and max(found) + 1 != len(found):
+        missing = next(i for i in range(len(found)) if i not in found)
+        raise CheckpointError(
+            f"the checkpoint has {pattern.split(chr(92))[0]} up to number {max(found)}, "
+            f"but not number {missing}: it is incomplete."
+        )
+    return len(found)
+
+
+def _shape(weights: Weights, name: str, rank: int) -> tuple[int, ...]:
+    if name not in weights:
+        raise CheckpointError(
+            f"the checkpoint has no tensor {name}: it is incomplete, or not a FLUX.1 model."
+        )
+    shape = weights[name].shape
+    if len(shape) != rank:
+        raise CheckpointError(
+            f"tensor {weights[name].name} in {weights[name].file} has shape {list(shape)}; "
+            f"{rank} axes are needed."
+        )
+    return shape
+
+
+def _number(config: Mapping[str, object], key: str, default: float) -> float:
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CheckpointError(f"{key} in the VAE's config.json is {value!r}; a number is needed.")
+    return value
+
+
+def _axes_dims(value: object, head_dim: int) -> tuple[int, ...]:
+    if value is None:
+        if head_dim != 128:
+            raise CheckpointError(
+                f"heads have {head_dim} channels, and how RoPE splits them is not in the tensors: "
+                'put a config.json with "axes_dims_rope" beside the transformer.'
+            )
+        return (16, 56, 56)
+    if (
+        not isinstance(value, (list, tuple))
+        or len(value) != 3
+        or not all(isinstance(d, int) and d > 0 and d % 2 == 0 for d in value)
+        or sum(value) != head_dim
+    ):
+        raise CheckpointError(
+            f"axes_dims_rope is {value!r}; three even sizes whose sum is the head size "
+            f"{head_dim} are needed."
+        )
+    return tuple(value)

@@ -1,0 +1,108 @@
+"""Where a weight's bytes lie: contiguous rows of a tensor in a safetensors file."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluxdeploy.errors import CheckpointError
+from fluxdeploy.tensorfile import TensorEntry, read_header, to_float32
+
+__all__ = ["StoredTensor", "Weights", "read_tensors"]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor, or contiguous rows of one, in a safetensors file.
+
+    `offset` is in bytes from the start of the file. `scale` is the scalar that an FP8 checkpoint
+    multiplies the stored values with.
+    """
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    scale: StoredTensor | None = None
+
+    @classmethod
+    def of(cls, file: Path, entry: TensorEntry) -> StoredTensor:
+        """The whole of a tensor."""
+        return cls(file, entry.name, entry.dtype, entry.shape, entry.offset, entry.nbytes)
+
+    def rows(self, start: int, stop: int) -> StoredTensor:
+        """Rows `start` to `stop` of the first axis."""
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise CheckpointError(
+                f"tensor {self.name} in {self.file} has {self.shape[0]} rows, but rows {start} to "
+                f"{stop} of it are needed: the checkpoint is not a FLUX.1 model or is damaged."
+            )
+        row = self.nbytes // self.shape[0]
+        return dataclasses.replace(
+            self,
+            shape=(stop - start, *self.shape[1:]),
+            offset=self.offset + start * row,
+            nbytes=(stop - start) * row,
+        )
+
+    def squeezed(self) -> StoredTensor:
+        """A 1×1 convolution's weight as a linear's."""
+        return dataclasses.replace(self, shape=tuple(d for d in self.shape if d != 1))
+
+    def read(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """The elements `start` to `stop` of the flattened tensor as float32."""
+        if self.dtype not in _RAW:
+            raise CheckpointError(
+                f"tensor {self.name} in {self.file} is stored as {self.dtype}; "
+                f"{', '.join(_RAW)} can be read."
+            )
+        raw = np.dtype(_RAW[self.dtype])
+        count = (math.prod(self.shape) if stop is None else stop) - start
+        try:
+            values = np.fromfile(self.file, raw, count, offset=self.offset + start * raw.itemsize)
+        except OSError as error:
+            raise CheckpointError(f"{self.file} cannot be read: {error.strerror}.") from error
+        if values.size != count:
+            raise CheckpointError(f"{self.file} was cut off while it was read.")
+        exact = to_float32(values, self.dtype)
+        return exact if self.scale is None else exact * self.scale.read()[0]
+
+
+_RAW = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"}
+"""Types that weights are stored in, as NumPy reads their bits."""
+
+Weights = Mapping[str, StoredTensor]
+"""The tensors of a network, under the names of the diffusers layout."""
+
+
+def read_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """All tensors of some safetensors files, with the scales of FP8 checkpoints attached.
+
+    Raises `CheckpointError` for a broken file and for a tensor that stands in two files.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, entry in read_header(file).tensors.items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"tensor {name} is both in {tensors[name].file} and in {file}: "
+                    "remove the file that does not belong to the checkpoint."
+                )
+            tensors[name] = StoredTensor.of(file, entry)
+    scales = {name for name in tensors if name.endswith(".scale_weight")}
+    for name in scales:
+        weight = name.removesuffix(".scale_weight") + ".weight"
+        if weight in tensors:
+            tensors[weight] = dataclasses.replace(tensors[weight], scale=tensors[name])
+    for name in list(tensors):
+        if name in scales or name.endswith((".scale_input", "scaled_fp8")):
+            del tensors[name]
+    return tensors

@@ -1,0 +1,4 @@
+"""The networks of FLUX.1 as plain modules: MM-DiT and VAE of our own, text encoders by transformers.
+
+Parameter names are those of the diffusers layout, so that a checkpoint's tensors need no renaming.
+"""

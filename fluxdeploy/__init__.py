@@ -1,0 +1,33 @@
+"""FLUX.1 image models without PyTorch: `FluxPipeline` makes pictures from a bundle.
+
+Importing this package is cheap: the pipeline and NumPy are loaded on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fluxdeploy.pipeline import FluxPipeline, FluxPipelineOutput
+
+__all__ = ["FluxPipeline", "FluxPipelineOutput", "__version__"]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "FluxPipeline": "fluxdeploy.pipeline",
+    "FluxPipelineOutput": "fluxdeploy.pipeline",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,413 @@
+"""The manifest: all that a host must know of a bundle, as frozen dataclasses and as JSON.
+
+The JSON has the fields below under the same names. `docs/bundle.md` describes them for hosts in
+other languages.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from fluxdeploy.bundle.typed_json import FieldError, join, load_strict, parse, to_plain
+from fluxdeploy.errors import BundleError
+
+__all__ = [
+    "MANIFEST_NAME",
+    "SCHEMA_VERSION",
+    "SYMBOLS",
+    "ComponentRecord",
+    "Defaults",
+    "Dimension",
+    "DimensionRange",
+    "EngineRecord",
+    "FileRecord",
+    "GoldenRecord",
+    "LatentSpec",
+    "Manifest",
+    "RopeSpec",
+    "ScheduleSpec",
+    "TensorSpec",
+    "TokenizerRecord",
+    "from_json",
+    "path_problem",
+    "to_json",
+]
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "fluxdeploy.json"
+
+SYMBOLS = ("B", "S", "L", "T", "N", "H", "W", "h", "w")
+"""The symbols that a `Dimension` may be."""
+
+Dimension = int | str
+"""A fixed size, or the symbol of a dynamic one: B batch, S text tokens, L image tokens, T = S + L
+joint tokens, N timesteps, H and W image rows and columns, h and w latent rows and columns."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor at an engine's boundary. `dtype` is `float32` or `int32`."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dimension, ...]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the bundle: `path` is relative to the bundle, with forward slashes."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class DimensionRange:
+    """The sizes an engine accepts for one symbol; `opt` is the one it is tuned for."""
+
+    min: int
+    opt: int
+    max: int
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """One engine of a component: `path` is what the runtime opens, one of the recorded files."""
+
+    runtime: str
+    runtime_version: str
+    target: str
+    path: str
+    dimensions: Mapping[str, DimensionRange]
+
+
+@dataclass(frozen=True)
+class GoldenRecord:
+    """Known inputs and outputs of a component, and how far an engine's outputs may be off.
+
+    The file holds tensors named `input.<name>` and `output.<name>`; the outputs come from PyTorch
+    in float32. `max_error` bounds max|engine - output| / max|output|, `min_cosine` bounds the
+    cosine similarity of the flattened tensors.
+    """
+
+    path: str
+    max_error: float
+    min_cosine: float
+
+
+@dataclass(frozen=True)
+class ComponentRecord:
+    """One component: its tensors, the precision it computes in, and every file it needs.
+
+    `key` is the content key of what it was built from: a build with an equal key reuses its files.
+    """
+
+    key: str
+    precision: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    files: tuple[FileRecord, ...]
+    engines: tuple[EngineRecord, ...]
+    golden: GoldenRecord | None
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """x_model = (z_vae - shift_factor) * scaling_factor; see docs/bundle.md."""
+
+    channels: int
+    patch_size: int
+    spatial_factor: int
+    scaling_factor: float
+    shift_factor: float
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary embedding: channels of a head given to each axis of an id (their sum is head_dim)."""
+
+    axes_dims: tuple[int, ...]
+    theta: float
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """The constants of diffusers' FlowMatchEulerDiscreteScheduler that FLUX.1 uses."""
+
+    shift: float
+    use_dynamic_shifting: bool
+    time_shift_type: str
+    base_shift: float
+    max_shift: float
+    base_image_seq_len: int
+    max_image_seq_len: int
+    shift_terminal: float | None
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """A tokenizer folder of the bundle and the number of tokens it pads to (at most)."""
+
+    folder: str
+    max_length: int
+    files: tuple[FileRecord, ...]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a host uses where the caller says nothing."""
+
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    max_sequence_length: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole bundle. `provenance` is free-form JSON: checkpoint hash, tool versions, requests."""
+
+    schema_version: int
+    family: str
+    variant: str
+    guidance_embedding: bool
+    components: Mapping[str, ComponentRecord]
+    latents: LatentSpec
+    rope: RopeSpec
+    schedule: ScheduleSpec
+    tokenizers: Mapping[str, TokenizerRecord]
+    defaults: Defaults
+    provenance: Mapping[str, object]
+
+    def files(self) -> Iterator[tuple[str, FileRecord]]:
+        """Every file record with its place in the JSON; a shared file comes more than once."""
+        for group, owners in (("components", self.components), ("tokenizers", self.tokenizers)):
+            for name, owner in owners.items():
+                for index, record in enumerate(owner.files):
+                    yield f"{group}.{name}.files[{index}]", record
+
+
+def to_json(manifest: Manifest) -> str:
+    """The manifest as JSON text; equal manifests give equal text.
+
+    Raises `BundleError` where a number is not finite or a string is not Unicode text.
+    """
+    try:
+        text = json.dumps(to_plain(manifest), indent=2, ensure_ascii=False, allow_nan=False)
+        text.encode("utf-8")
+    except ValueError as error:
+        raise BundleError(f"The manifest cannot be written as JSON: {error}.") from error
+    return text + "\n"
+
+
+def from_json(text: str, source: str) -> Manifest:
+    """The manifest that `text` holds; `source` names it in errors.
+
+    Raises `BundleError`, with the place in the JSON, for anything that a manifest of this version
+    cannot hold, and for records that contradict each other.
+    """
+    try:
+        plain = load_strict(text)
+    except ValueError as error:
+        raise BundleError(
+            f"{source} is not valid JSON: {error}. Build the bundle again with `fluxdeploy build`."
+        ) from error
+    _check_version(plain, source)
+    try:
+        manifest = parse(Manifest, plain)
+        _check(manifest)
+    except FieldError as error:
+        raise BundleError(
+            f"{source}: {error}. Build the bundle again with `fluxdeploy build`."
+        ) from error
+    return manifest
+
+
+def path_problem(path: str) -> str | None:
+    """Why `path` cannot name a file of a bundle, or None where it can.
+
+    Paths are relative to the bundle, with forward slashes, and never leave it on any system.
+    """
+    if not path:
+        return "is empty"
+    if any(ord(character) < 32 for character in path):
+        return "holds a control character"
+    if "\\" in path:
+        return "holds a backslash; paths have forward slashes"
+    if path.startswith("/") or re.match("[A-Za-z]:", path):
+        return "is absolute; paths are relative to the bundle"
+    parts = path.split("/")
+    if ".." in parts:
+        return "leaves the bundle"
+    if "" in parts or "." in parts:
+        return "has an empty part"
+    return None
+
+
+def _check_version(plain: object, source: str) -> None:
+    version = plain.get("schema_version") if isinstance(plain, dict) else None
+    if type(version) is not int or version == SCHEMA_VERSION:
+        return
+    remedy = (
+        "upgrade fluxdeploy, or build the bundle again with this version"
+        if version > SCHEMA_VERSION
+        else "build the bundle again with `fluxdeploy build`"
+    )
+    raise BundleError(
+        f"{source} has schema version {version}, and this program reads version "
+        f"{SCHEMA_VERSION}: {remedy}."
+    )
+
+
+def _require(condition: bool, where: str, problem: str) -> None:
+    if not condition:
+        raise FieldError(where, problem)
+
+
+def _check(manifest: Manifest) -> None:
+    _check_files(manifest)
+    for name, component in manifest.components.items():
+        _check_component(component, f"components.{name}")
+    for name, tokenizer in manifest.tokenizers.items():
+        _check_tokenizer(tokenizer, f"tokenizers.{name}")
+    _check_constants(manifest)
+
+
+def _check_path(path: str, where: str) -> None:
+    problem = path_problem(path)
+    _require(problem is None, where, f"is {path!r}, which {problem}")
+
+
+def _check_files(manifest: Manifest) -> None:
+    known: dict[str, FileRecord] = {}
+    for where, record in manifest.files():
+        _check_path(record.path, f"{where}.path")
+        _require(record.path != MANIFEST_NAME, f"{where}.path", "is the manifest itself")
+        _require(record.size >= 0, f"{where}.size", f"is {record.size}; sizes are not negative")
+        _require(
+            re.fullmatch("[0-9a-f]{64}", record.sha256) is not None,
+            f"{where}.sha256",
+            "must be 64 lower-case hexadecimal digits",
+        )
+        _require(
+            known.setdefault(record.path, record) == record,
+            where,
+            f"gives {record.path!r} another size or hash than an earlier record",
+        )
+
+
+def _check_component(component: ComponentRecord, where: str) -> None:
+    paths = {record.path for record in component.files}
+    symbols: set[str] = set()
+    for side, specs in (("inputs", component.inputs), ("outputs", component.outputs)):
+        names = [spec.name for spec in specs]
+        _require(len(set(names)) == len(names), f"{where}.{side}", "names a tensor twice")
+        for index, spec in enumerate(specs):
+            symbols |= _check_tensor(spec, f"{where}.{side}[{index}]")
+    for index, engine in enumerate(component.engines):
+        at = f"{where}.engines[{index}]"
+        _require(
+            engine.path in paths,
+            f"{at}.path",
+            f"is {engine.path!r}, which is not among the component's files",
+        )
+        _require(
+            set(engine.dimensions) == symbols,
+            f"{at}.dimensions",
+            f"must have exactly the symbols of the component's tensors: {_listed(symbols)}, "
+            f"not {_listed(engine.dimensions)}",
+        )
+        for symbol, sizes in engine.dimensions.items():
+            _require(
+                1 <= sizes.min <= sizes.opt <= sizes.max,
+                f"{at}.dimensions.{symbol}",
+                f"must have 1 <= min <= opt <= max, not {sizes.min}, {sizes.opt}, {sizes.max}",
+            )
+    if component.golden is not None:
+        _check_golden(component.golden, paths, f"{where}.golden")
+
+
+def _check_tensor(spec: TensorSpec, where: str) -> set[str]:
+    _require(
+        spec.dtype in ("float32", "int32"),
+        f"{where}.dtype",
+        f"is {spec.dtype!r}; tensors are float32 or int32",
+    )
+    for index, size in enumerate(spec.shape):
+        _require(
+            size in SYMBOLS if isinstance(size, str) else size >= 1,
+            f"{where}.shape[{index}]",
+            f"is {size!r}; it must be a size of at least 1 or one of {_listed(SYMBOLS)}",
+        )
+    return {size for size in spec.shape if isinstance(size, str)}
+
+
+def _check_golden(golden: GoldenRecord, paths: set[str], where: str) -> None:
+    _require(
+        golden.path in paths,
+        f"{where}.path",
+        f"is {golden.path!r}, which is not among the component's files",
+    )
+    _require(golden.max_error >= 0, f"{where}.max_error", "is negative")
+    _require(-1 <= golden.min_cosine <= 1, f"{where}.min_cosine", "is not between -1 and 1")
+
+
+def _check_tokenizer(tokenizer: TokenizerRecord, where: str) -> None:
+    _check_path(tokenizer.folder, f"{where}.folder")
+    _require(tokenizer.max_length >= 1, f"{where}.max_length", "is less than 1")
+    for index, record in enumerate(tokenizer.files):
+        _require(
+            record.path.startswith(f"{tokenizer.folder}/"),
+            f"{where}.files[{index}].path",
+            f"is {record.path!r}, which is not in the folder {tokenizer.folder!r}",
+        )
+
+
+def _check_constants(manifest: Manifest) -> None:
+    latents, schedule, defaults = manifest.latents, manifest.schedule, manifest.defaults
+    positive = {
+        "latents": ("channels", "patch_size", "spatial_factor"),
+        "schedule": ("shift",),
+        "defaults": ("height", "width", "num_inference_steps", "max_sequence_length"),
+        "rope": ("theta",),
+    }
+    for part, names in positive.items():
+        for name in names:
+            value = getattr(getattr(manifest, part), name)
+            _require(value > 0, join(part, name), f"is {value}; it must be positive")
+    _require(latents.scaling_factor != 0, "latents.scaling_factor", "is 0")
+    axes = manifest.rope.axes_dims
+    _require(
+        bool(axes) and all(size > 0 and size % 2 == 0 for size in axes),
+        "rope.axes_dims",
+        f"is {list(axes)}; each axis needs an even, positive number of channels",
+    )
+    _require(
+        schedule.time_shift_type in ("exponential", "linear"),
+        "schedule.time_shift_type",
+        f"is {schedule.time_shift_type!r}; it must be 'exponential' or 'linear'",
+    )
+    _require(
+        not schedule.use_dynamic_shifting
+        or 0 < schedule.base_image_seq_len < schedule.max_image_seq_len,
+        "schedule.base_image_seq_len",
+        "must be positive and less than max_image_seq_len where shifting is dynamic",
+    )
+    _require(defaults.guidance_scale >= 0, "defaults.guidance_scale", "is negative")
+    multiple = latents.patch_size * latents.spatial_factor
+    for name in ("height", "width"):
+        value = getattr(defaults, name)
+        _require(
+            value % multiple == 0,
+            join("defaults", name),
+            f"is {value}; it must be a multiple of {multiple}",
+        )
+
+
+def _listed(names: Mapping[str, object] | set[str] | tuple[str, ...]) -> str:
+    return ", ".join(sorted(names)) or "none"

@@ -1,0 +1,182 @@
+"""Strict JSON: text into frozen dataclasses, driven by their type hints.
+
+Nothing is guessed: an unknown, missing or mistyped field is refused, and the error names the place
+in the text, for example `components.t5.files[0].path`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import types
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+__all__ = ["FieldError", "join", "load_strict", "parse", "to_plain"]
+
+T = TypeVar("T")
+
+_MAX_DIGITS = 20
+"""Enough for 64 bits; turning longer digit strings into numbers takes quadratic time."""
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class FieldError(ValueError):
+    """A field holds what it must not; `where` is its place, such as `files[0].path`."""
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(f"{where} {problem}" if where else problem)
+        self.where = where
+        self.problem = problem
+
+
+def join(where: str, name: str) -> str:
+    """The place of the field `name` in the object at `where`."""
+    return f"{where}.{name}" if where else name
+
+
+def load_strict(text: str) -> Any:
+    """JSON as Python objects, without what Python's reader is lenient about.
+
+    Raises `ValueError` for anything that is not JSON, for NaN, infinities and numbers past a
+    float's range, for integers of more than 20 digits, for duplicate keys, for strings that are
+    not Unicode text (lone surrogates), and for nesting too deep to read.
+    """
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_integer,
+        )
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key!r} occurs twice")
+            seen.add(key)
+    return result
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {digits} is too large")
+    return number
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"the number {digits[:8]}... has {len(digits)} digits")
+    return int(digits)
+
+
+def parse(kind: type[T], value: object, where: str = "") -> T:
+    """`value`, as read from JSON, as an instance of the dataclass `kind`.
+
+    Understands nested dataclasses, `tuple[X, ...]`, `Mapping[str, X]`, unions, `None`, `bool`,
+    `int`, `float` (a whole number counts), `str`, and `object` for free-form JSON. Raises
+    `FieldError` for the first field that does not fit.
+    """
+    return cast(T, _parse(kind, value, where))
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    if kind is object:
+        return value
+    options = [option for option in _options(kind) if _fits(option, value)]
+    if not options:
+        wanted = " or ".join(_wording(option) for option in _options(kind))
+        raise FieldError(where, f"must be {wanted}, not {_shown(value)}")
+    kind = options[0]
+    if is_dataclass(kind):
+        return _parse_fields(kind, value, where)
+    origin = get_origin(kind)
+    if origin is tuple:
+        item = get_args(kind)[0]
+        return tuple(_parse(item, entry, f"{where}[{i}]") for i, entry in enumerate(value))
+    if origin is Mapping:
+        item = get_args(kind)[1]
+        return {key: _parse(item, entry, join(where, key)) for key, entry in value.items()}
+    return float(value) if kind is float else value
+
+
+def _parse_fields(kind: Any, value: dict[str, Any], where: str) -> Any:
+    hints = _hints(kind)
+    for name in value:
+        if name not in hints:
+            raise FieldError(join(where, name), "is not a known field")
+    for name in hints:
+        if name not in value:
+            raise FieldError(join(where, name), "is missing")
+    return kind(
+        **{name: _parse(hint, value[name], join(where, name)) for name, hint in hints.items()}
+    )
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    if is_dataclass(kind) or get_origin(kind) is Mapping:
+        return isinstance(value, dict)
+    if get_origin(kind) is tuple:
+        return isinstance(value, list)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind in (bool, int, str, types.NoneType):
+        return type(value) is kind
+    raise TypeError(f"the type hint {kind!r} has no JSON form")
+
+
+def _wording(kind: Any) -> str:
+    if is_dataclass(kind) or get_origin(kind) is Mapping:
+        return "an object"
+    if get_origin(kind) is tuple:
+        return "a list"
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+    return names.get(kind, "null")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=True)
+    return text if len(text) <= 60 else f"{text[:56]} ..."
+
+
+def to_plain(value: Any) -> Any:
+    """A dataclass as JSON objects: fields in their own order, keys of mappings sorted.
+
+    Sorting makes the text a function of the value: equal objects give equal bytes.
+    """
+    if is_dataclass(value):
+        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_plain(value[key]) for key in sorted(value)}
+    if isinstance(value, (tuple, list)):
+        return [to_plain(entry) for entry in value]
+    return value

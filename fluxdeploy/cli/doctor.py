@@ -1,0 +1,300 @@
+"""`fluxdeploy doctor`: what this machine can run, and what is missing for the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fluxdeploy import __version__
+from fluxdeploy.errors import EngineError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+BASE = "base"
+
+PACKAGES: dict[str, tuple[str, ...]] = {
+    BASE: (
+        "click",
+        "numpy",
+        "onnxruntime",
+        "pillow",
+        "rich",
+        "safetensors",
+        "sentencepiece",
+        "tokenizers",
+    ),
+    "export": (
+        "huggingface_hub",
+        "ml_dtypes",
+        "onnx",
+        "onnx-ir",
+        "onnxscript",
+        "torch",
+        "transformers",
+    ),
+    "gpu": ("onnxruntime-gpu",),
+    "tensorrt": ("cuda-python", "tensorrt"),
+    "rtx": ("cuda-python", "tensorrt-rtx"),
+}
+"""The distributions behind each extra that a user may want; pyproject.toml has their versions."""
+
+_PURPOSES = {
+    BASE: "generate, inspect, doctor",
+    "export": "build, export, verify",
+    "gpu": "ONNX Runtime on NVIDIA GPUs",
+    "tensorrt": "TensorRT",
+    "rtx": "TensorRT-RTX",
+}
+
+# As Linux spells them in /proc/cpuinfo: x86-64, then Arm.
+_CPU_FEATURES = (
+    "avx2",
+    "avx512f",
+    "avx_vnni",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+)
+
+_GPU_FIELDS = ("name", "memory.total", "driver_version", "compute_cap")
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(as_json: bool) -> None:
+    """Show what this machine can run.
+
+    Lists the processor, memory, disk and GPUs, which optional packages are installed, which
+    runtimes can run a bundle here and why the others cannot, and the runtime that
+    `--runtime auto` takes. Nothing is changed, and the exit code is always 0.
+
+    \b
+    Examples:
+      fluxdeploy doctor
+      fluxdeploy doctor --json | jq .runtimes
+    """
+    report = _make_report()
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        _show(report)
+
+
+def _make_report() -> dict[str, Any]:
+    return {
+        "fluxdeploy": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _describe_cpu(),
+        "memory": _describe_memory(),
+        "disk": {"folder": str(Path.cwd()), "free": shutil.disk_usage(".").free},
+        "gpus": _list_gpus(),
+        "packages": {
+            extra: {name: _installed_version(name) for name in names}
+            for extra, names in PACKAGES.items()
+        },
+        **_describe_runtimes(),
+        "notes": _find_conflicts(),
+    }
+
+
+def _describe_cpu() -> dict[str, Any]:
+    """Model, usable cores, and the instruction sets that decide how fast a precision runs."""
+    facts: dict[str, str] = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip().lower(), value.strip())
+    flags = set(facts.get("flags", facts.get("features", "")).split())
+    cores = os.cpu_count() or 1
+    if sys.platform == "linux":
+        cores = len(os.sched_getaffinity(0))
+    return {
+        "name": facts.get("model name") or platform.processor() or platform.machine(),
+        "cores": cores,
+        "instruction_sets": [name for name in _CPU_FEATURES if name in flags],
+    }
+
+
+def _describe_memory() -> dict[str, int | None]:
+    """Bytes of memory that this process may use; null where the system does not say."""
+    total: int | None = None
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available: int | None = None
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container's; "max" where there is none
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        total = min(int(text), total or int(text))
+        available = min(int(text), available or int(text))
+    return {"total": total, "available": available}
+
+
+def _list_gpus() -> list[dict[str, Any]]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits"]
+    try:
+        output = subprocess.run(
+            [program, *query], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):  # there, but without a driver
+        return []
+    return _parse_gpus(output)
+
+
+def _parse_gpus(output: str) -> list[dict[str, Any]]:
+    """The lines of nvidia-smi's CSV, one GPU each; memory is given in MiB and returned in bytes."""
+    gpus = []
+    for line in output.splitlines():
+        values = [value.strip() for value in line.split(",")]
+        if len(values) != len(_GPU_FIELDS):
+            continue
+        name, memory, driver, capability = values
+        gpus.append(
+            {
+                "name": name,
+                "memory": int(memory) * 2**20 if memory.isdigit() else None,
+                "driver": driver,
+                "compute_capability": capability,
+            }
+        )
+    return gpus
+
+
+def _installed_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _describe_runtimes() -> dict[str, Any]:
+    try:
+        import onnxruntime
+
+        providers = list(onnxruntime.get_available_providers())
+    except (ImportError, AttributeError):  # half-overwritten by another onnxruntime package
+        providers = []
+    try:
+        import engines
+    except ImportError:  # NumPy is missing: the packages above say so
+        return {"onnxruntime_providers": providers, "runtimes": [], "auto": None}
+    runtimes = []
+    for runtime in engines.runtimes():
+        for target in runtime.targets:
+            available = runtime.availability(target)
+            runtimes.append(
+                {
+                    "name": runtime.name,
+                    "target": target,
+                    "version": runtime.version() or None,
+                    "ok": available.ok,
+                    "detail": available.detail,
+                }
+            )
+    auto: dict[str, str] | None = None
+    with contextlib.suppress(EngineError):  # nothing can run here: the list says why
+        chosen, target = engines.choose_target()
+        auto = {"name": chosen.name, "target": target}
+    return {"onnxruntime_providers": providers, "runtimes": runtimes, "auto": auto}
+
+
+def _find_conflicts() -> list[str]:
+    notes = []
+    if _installed_version("onnxruntime") and _installed_version("onnxruntime-gpu"):
+        notes.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
+            "pip uninstall --yes onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
+        )
+    return notes
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False, emoji=False)
+    cpu, memory = report["cpu"], report["memory"]
+    machine = _make_table()
+    machine.add_row("fluxdeploy", report["fluxdeploy"])
+    machine.add_row("Python", report["python"])
+    machine.add_row("Platform", report["platform"])
+    machine.add_row("CPU", f"{escape(cpu['name'])}, {cpu['cores']} cores")
+    machine.add_row("", " ".join(cpu["instruction_sets"]))
+    machine.add_row("Memory", f"{_gib(memory['available'])} free of {_gib(memory['total'])}")
+    machine.add_row(
+        "Disk", f"{_gib(report['disk']['free'])} free in {escape(report['disk']['folder'])}"
+    )
+    for gpu in report["gpus"]:
+        machine.add_row(
+            "GPU",
+            f"{escape(gpu['name'])}, {_gib(gpu['memory'])}, driver {gpu['driver']}, "
+            f"compute capability {gpu['compute_capability']}",
+        )
+    if not report["gpus"]:
+        machine.add_row("GPU", "none that nvidia-smi lists")
+    console.print(machine)
+
+    console.print("\n[bold]Packages[/bold]")
+    packages = _make_table()
+    for extra, versions in report["packages"].items():
+        lines = [", ".join(f"{name} {version}" for name, version in versions.items() if version)]
+        if missing := [name for name, version in versions.items() if version is None]:
+            install = escape("fluxdeploy" if extra == BASE else f"fluxdeploy[{extra}]")
+            lines.append(f"[yellow]missing[/yellow] {', '.join(missing)}: pip install '{install}'")
+        packages.add_row(f"{extra}: {_PURPOSES[extra]}", "\n".join(filter(None, lines)))
+    console.print(packages)
+
+    console.print("\n[bold]Runtimes[/bold]")
+    runtimes = _make_table()
+    for runtime in report["runtimes"]:
+        mark = "[green]yes[/green]" if runtime["ok"] else "[yellow]no [/yellow]"
+        runtimes.add_row(
+            f"{mark} {runtime['name']} on {runtime['target']}", escape(runtime["detail"])
+        )
+    runtimes.add_row("ONNX Runtime has", ", ".join(report["onnxruntime_providers"]) or "-")
+    auto = report["auto"]
+    runtimes.add_row(
+        "--runtime auto takes",
+        f"{auto['name']} on {auto['target']}" if auto else "nothing: no runtime can run here",
+    )
+    console.print(runtimes)
+    for note in report["notes"]:
+        console.print(f"\n[yellow]Note[/yellow] {note}")
+
+
+def _make_table() -> Table:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _gib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**30:.1f} GiB"

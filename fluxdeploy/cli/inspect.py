@@ -1,0 +1,188 @@
+"""`fluxdeploy inspect`: what a bundle or a picture holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fluxdeploy.errors import UsageError
+from fluxdeploy.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fluxdeploy.bundle import Bundle
+    from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path), default="bundle")
+@click.option("--check", is_flag=True, help="Compare every file with its recorded SHA-256.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(path: Path, check: bool, as_json: bool) -> None:
+    """Show what a bundle or a picture holds.
+
+    PATH is a bundle (`bundle` where it is not given) or a PNG that `generate` wrote. Of a bundle it
+    shows each component with its precision, size, engines and the dimensions they accept, then
+    the constants that a host needs and where the bundle came from; of a picture the prompt, seed
+    and steps that made it.
+
+    \b
+    Examples:
+      fluxdeploy inspect
+      fluxdeploy inspect flux-dev --check
+      fluxdeploy inspect image.png --json | jq .metadata.seed
+    """
+    if path.is_file():
+        _inspect_picture(path, check=check, as_json=as_json)
+    else:
+        _inspect_bundle(path, check=check, as_json=as_json)
+
+
+def _inspect_picture(path: Path, *, check: bool, as_json: bool) -> None:
+    from fluxdeploy.images import read_metadata
+
+    with path.open("rb") as file:
+        if file.read(len(_PNG_SIGNATURE)) != _PNG_SIGNATURE:
+            raise UsageError(f"{path} is neither a bundle's folder nor a PNG.")
+    if check:
+        raise UsageError("--check is for bundles: a picture has no recorded hash.")
+    metadata = asdict(read_metadata(path))
+    if as_json:
+        report = {"path": str(path), "metadata": metadata}
+        click.echo(json.dumps(report, indent=2))
+        return
+    table = _make_grid()
+    for key, value in metadata.items():
+        if value is not None:
+            table.add_row(key, str(value))
+    _print(table)
+
+
+def _inspect_bundle(path: Path, *, check: bool, as_json: bool) -> None:
+    from fluxdeploy.bundle import open_bundle
+    from fluxdeploy.bundle.manifest import MANIFEST_NAME
+
+    bundle = open_bundle(path)
+    if check:
+        sizes = {record.path: record.size for _, record in bundle.manifest.files()}
+        with Progress(quiet=as_json) as progress:
+            task = progress.task("Checking every file", total=sum(sizes.values()))
+            bundle = open_bundle(path, check="all", on_bytes=task.advance)
+            task.finish()
+    if as_json:
+        report = {
+            "path": str(bundle.root),
+            "content_hash": bundle.content_hash,
+            "checked": "all" if check else "small",
+            "manifest": json.loads((bundle.root / MANIFEST_NAME).read_text(encoding="utf-8")),
+        }
+        click.echo(json.dumps(report, indent=2))
+        return
+    _print(_tabulate_components(bundle), "", _tabulate_constants(bundle, check=check))
+
+
+def _tabulate_components(bundle: Bundle) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("component", "precision", "size", "engine", "dimensions"):
+        table.add_column(name, overflow="fold", justify="right" if name == "size" else "left")
+    for name, component in bundle.manifest.components.items():
+        engines = component.engines or (None,)
+        for row, engine in enumerate(engines):
+            first = (name, component.precision, _format_size(_total_size(component)))
+            table.add_row(
+                *(first if row == 0 else ("", "", "")),
+                "none" if engine is None else _describe_engine(engine),
+                "" if engine is None else _describe_dimensions(engine),
+            )
+    return table
+
+
+def _tabulate_constants(bundle: Bundle, *, check: bool) -> Table:
+    manifest = bundle.manifest
+    latents, rope, schedule = manifest.latents, manifest.rope, manifest.schedule
+    defaults = manifest.defaults
+    table = _make_grid()
+    table.add_row("bundle", str(bundle.root))
+    table.add_row("hash", bundle.content_hash)
+    table.add_row("files", "every SHA-256 matches" if check else "not hashed; --check does")
+    guidance = "with" if manifest.guidance_embedding else "without"
+    table.add_row("model", f"{manifest.family} {manifest.variant}, {guidance} guidance embedding")
+    table.add_row(
+        "defaults",
+        f"{defaults.width} x {defaults.height}, {defaults.num_inference_steps} steps, "
+        f"guidance {defaults.guidance_scale:g}, {defaults.max_sequence_length} text tokens",
+    )
+    table.add_row(
+        "latents",
+        f"{latents.channels} channels, 1/{latents.spatial_factor} of the picture, "
+        f"patch {latents.patch_size}, scale {latents.scaling_factor:g}, "
+        f"shift {latents.shift_factor:g}",
+    )
+    table.add_row("rope", f"axes {' + '.join(map(str, rope.axes_dims))}, theta {rope.theta:g}")
+    if schedule.use_dynamic_shifting:
+        shift = (
+            f"{schedule.time_shift_type} shift {schedule.base_shift:g} at "
+            f"{schedule.base_image_seq_len} tokens to {schedule.max_shift:g} at "
+            f"{schedule.max_image_seq_len}"
+        )
+    else:
+        shift = f"shift {schedule.shift:g}"
+    table.add_row("schedule", shift)
+    for name, tokenizer in manifest.tokenizers.items():
+        table.add_row(name, f"{tokenizer.folder}, at most {tokenizer.max_length} tokens")
+    for key, value in manifest.provenance.items():
+        table.add_row(key, _plain(value))
+    return table
+
+
+def _total_size(component: ComponentRecord) -> int:
+    return sum(file.size for file in component.files)
+
+
+def _describe_engine(engine: EngineRecord) -> str:
+    return f"{engine.runtime} {engine.runtime_version} {engine.target}"
+
+
+def _describe_dimensions(engine: EngineRecord) -> str:
+    return "  ".join(
+        f"{symbol} {size.min}-{size.opt}-{size.max}" for symbol, size in engine.dimensions.items()
+    )
+
+
+def _format_size(size: int) -> str:
+    value = float(size)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _make_grid() -> Table:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _print(*parts: Table | str) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    for part in parts:
+        console.print(part)

@@ -1,0 +1,55 @@
+"""Every error that `fluxdeploy` raises on purpose.
+
+Each message is one or two sentences: what failed, what is allowed, what to do. The command line
+prints the message without a traceback and exits with 1 (2 for `UsageError`).
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BundleError",
+    "Cancelled",
+    "CheckpointError",
+    "EngineError",
+    "ExportError",
+    "FluxDeployError",
+    "MissingDependencyError",
+    "NumericError",
+    "UsageError",
+]
+
+
+class FluxDeployError(Exception):
+    """Base of all errors that carry a message meant for the user."""
+
+
+class UsageError(FluxDeployError, ValueError):
+    """An argument is outside its allowed range: sizes, steps, seeds, prompts."""
+
+
+class CheckpointError(FluxDeployError):
+    """A checkpoint is missing, broken, or of a kind that is not read."""
+
+
+class BundleError(FluxDeployError):
+    """A bundle or its manifest is missing, broken, or cannot be written."""
+
+
+class ExportError(FluxDeployError):
+    """A component could not be traced, bound to its weights, or checked."""
+
+
+class EngineError(FluxDeployError):
+    """An engine could not be built, opened or run."""
+
+
+class NumericError(FluxDeployError):
+    """A tensor holds NaN or infinity, or an output is past its gate."""
+
+
+class MissingDependencyError(FluxDeployError):
+    """An optional package is needed for this; the message names the extra that installs it."""
+
+
+class Cancelled(FluxDeployError):
+    """A callback asked the pipeline to stop; no picture was made."""

@@ -1,0 +1,144 @@
+"""Picture files: PNGs that carry how they were made, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluxdeploy.errors import FluxDeployError, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = [
+    "PictureMetadata",
+    "check_picture_path",
+    "picture_paths",
+    "read_metadata",
+    "save_picture",
+    "to_pil",
+]
+
+
+@dataclass(frozen=True)
+class PictureMetadata:
+    """How a picture was made: enough to make it again with the same bundle.
+
+    `index` tells the pictures of one call apart: they share a seed. Each field is a text chunk of
+    the PNG under its own name; a field that is None has no chunk.
+    """
+
+    prompt: str
+    negative_prompt: str | None
+    true_cfg_scale: float
+    seed: int | None
+    index: int
+    num_inference_steps: int
+    guidance_scale: float
+    max_sequence_length: int
+    height: int
+    width: int
+    bundle_hash: str
+    fluxdeploy_version: str
+
+
+def to_pil(pictures: NDArray[np.float32]) -> list[Image]:
+    """8-bit pictures of float32 [B, H, W, 3] in 0..1: 255x, rounded half to even."""
+    from PIL import Image
+
+    return [Image.fromarray(np.rint(picture * 255).astype(np.uint8)) for picture in pictures]
+
+
+def check_picture_path(path: Path) -> None:
+    """Raise `UsageError` unless `path` is that of a PNG: other formats would lose the metadata."""
+    if path.suffix.lower() != ".png":
+        raise UsageError(
+            f"{path} is no name for a picture: only PNG files are written, since they carry the "
+            "prompt and the seed. End the name in .png."
+        )
+
+
+def picture_paths(path: Path, count: int) -> list[Path]:
+    """`count` names: `image.png` itself for one, else `image-0.png`, `image-1.png`, ...
+
+    Raises `UsageError` for names that are not of a PNG.
+    """
+    check_picture_path(path)
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{index}{path.suffix}") for index in range(count)]
+
+
+def save_picture(image: Image, path: Path, metadata: PictureMetadata) -> None:
+    """Write a PNG with its metadata. A file that was there stays until the new one is complete.
+
+    Raises `UsageError` for a name that is not of a PNG, and `FluxDeployError` where the file
+    cannot be written.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    check_picture_path(path)
+    chunks = PngInfo()
+    for field in fields(metadata):
+        value = getattr(metadata, field.name)
+        if value is not None:
+            # Pillow makes it an iTXt chunk (UTF-8) where Latin-1 cannot hold the text. A lone
+            # surrogate, from a badly encoded command line, has no UTF-8 at all.
+            chunks.add_text(field.name, str(value).encode("utf-8", "replace").decode("utf-8"))
+    # In the same folder, so that the rename cannot cross file systems.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        try:
+            with partial.open("xb") as file:
+                image.save(file, format="PNG", pnginfo=chunks)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise FluxDeployError(
+            f"Cannot write {path}: {error.strerror or error}. Choose a folder that exists and can "
+            "be written, with room for the picture."
+        ) from error
+
+
+def read_metadata(path: Path) -> PictureMetadata:
+    """What `save_picture` wrote into a PNG.
+
+    Raises `FluxDeployError` where the file cannot be read, or was not written by it.
+    """
+    from PIL import Image
+    from PIL.PngImagePlugin import PngImageFile
+
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            text = image.text if isinstance(image, PngImageFile) else {}
+    except (OSError, SyntaxError, ValueError) as error:
+        raise FluxDeployError(
+            f"{path} cannot be read as a PNG: {error}. Give a picture that fluxdeploy wrote."
+        ) from error
+    try:
+        return PictureMetadata(
+            prompt=text["prompt"],
+            negative_prompt=text.get("negative_prompt"),
+            true_cfg_scale=float(text["true_cfg_scale"]),
+            seed=int(text["seed"]) if "seed" in text else None,
+            index=int(text["index"]),
+            num_inference_steps=int(text["num_inference_steps"]),
+            guidance_scale=float(text["guidance_scale"]),
+            max_sequence_length=int(text["max_sequence_length"]),
+            height=int(text["height"]),
+            width=int(text["width"]),
+            bundle_hash=text["bundle_hash"],
+            fluxdeploy_version=text["fluxdeploy_version"],
+        )
+    except (KeyError, ValueError) as error:
+        raise FluxDeployError(
+            f"{path} does not say how it was made: its metadata is missing or was changed. Give a "
+            "picture that fluxdeploy wrote."
+        ) from error

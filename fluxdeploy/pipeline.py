@@ -1,0 +1,345 @@
+"""From a prompt to pictures: `FluxPipeline` runs a bundle's engines on NumPy arrays."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from engines import open_engine
+from engines.base import Array, Engine, EngineOptions
+from fluxdeploy import schedule
+from fluxdeploy.bundle import Bundle, open_bundle
+from fluxdeploy.bundle.manifest import Manifest
+from fluxdeploy.errors import Cancelled, UsageError
+from fluxdeploy.images import to_pil
+from fluxdeploy.latents import latent_shape, pack, token_grid, unpack, unscale
+from fluxdeploy.noise import check_seed, standard_normal
+from fluxdeploy.request import GenerationRequest, check_request
+from fluxdeploy.rope import joint_ids, rope_tables
+from fluxdeploy.sampler import ModulatedTransformer, StepCallback, check_finite, sample_euler
+from fluxdeploy.text import Tokenizers, load_tokenizers
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["FluxPipeline", "FluxPipelineOutput", "PipelineCallback"]
+
+PipelineCallback = Callable[
+    ["FluxPipeline", int, float, dict[str, Any]], "Mapping[str, Any] | None"
+]
+"""`callback_on_step_end(pipe, step, timestep, callback_kwargs)`, as in diffusers.
+
+`timestep` is 1000 times the step's noise level. `callback_kwargs["latents"]` is the live array,
+float32 [B, L, C], packed: copy it to keep it. A returned `{"latents": x}` replaces it.
+"""
+
+_SIZE_WORDS = {
+    "B": "prompts or pictures at once",
+    "S": "text tokens (max_sequence_length)",
+    "L": "image tokens (they grow with height x width)",
+    "T": "text and image tokens together",
+    "N": "steps (num_inference_steps)",
+    "H": "rows of pixels (height)",
+    "W": "columns of pixels (width)",
+    "h": "rows of latents (they grow with height)",
+    "w": "columns of latents (they grow with width)",
+}
+
+
+@dataclass(frozen=True)
+class FluxPipelineOutput:
+    """What a call made.
+
+    images: a list of `PIL.Image.Image`, or float32 [B, H, W, 3] in 0..1 with output_type="np".
+    seed: the seed that makes these pictures again; None where the caller gave the latents.
+    """
+
+    images: list[Image] | NDArray[np.float32]
+    seed: int | None
+
+
+class FluxPipeline:
+    """Makes pictures from a bundle. A context manager; `close` frees the engines.
+
+    Engines are opened by the first call and kept. Calls from several threads take turns.
+    """
+
+    def __init__(
+        self, bundle: Bundle, tokenizers: Tokenizers, runtime: str, options: EngineOptions | None
+    ) -> None:
+        self._bundle = bundle
+        self._tokenizers = tokenizers
+        self._runtime = runtime
+        self._options = options
+        self._engines: dict[str, Engine] = {}
+        # Reentrant: a callback may make another picture, or close the pipeline before it raises.
+        self._turn = threading.RLock()
+        self._interrupted = threading.Event()
+
+    @classmethod
+    def from_bundle(
+        cls,
+        path: str | os.PathLike[str],
+        runtime: str = "auto",
+        options: EngineOptions | None = None,
+    ) -> FluxPipeline:
+        """Open the bundle in the folder `path`, to be run by `runtime`.
+
+        Raises `BundleError` where the folder is no bundle that this version reads.
+        """
+        bundle = open_bundle(Path(path))
+        return cls(bundle, load_tokenizers(bundle), runtime, options)
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle that the pictures come from."""
+        return self._bundle
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        true_cfg_scale: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | None = None,
+        latents: ArrayLike | None = None,
+        image: object | None = None,
+        mask_image: object | None = None,
+        strength: float = 0.6,
+        max_sequence_length: int = 512,
+        callback_on_step_end: PipelineCallback | None = None,
+        output_type: Literal["pil", "np"] = "pil",
+    ) -> FluxPipelineOutput:
+        """Make `num_images_per_prompt` pictures of each prompt: p0, p0, p1, p1.
+
+        prompt: one, or a list of them. height, width: pixels. height, width, num_inference_steps
+            and guidance_scale: the bundle's defaults where None.
+        negative_prompt: what to steer away from, one for all or one a prompt; used where
+            true_cfg_scale > 1, and doubles the work.
+        guidance_scale: ignored by bundles without a guidance embedding (FLUX.1-schnell).
+        seed: 0 to 2^64 - 1; the picture equals diffusers' with a CPU generator of that seed. One is
+            drawn where None.
+        latents: the noise to start from, float32 [B, L, C], packed as in diffusers; no seed then.
+        image, mask_image, strength: image to image and inpainting, which this version refuses.
+        max_sequence_length: the number of T5 tokens that a prompt is padded or cut to.
+        callback_on_step_end: see `PipelineCallback`.
+        output_type: "pil" or "np".
+
+        Raises `UsageError` for an argument outside its range, `NumericError` where a component
+        gave NaN or infinity, `Cancelled` after `interrupt`, `EngineError` where an engine fails.
+        """
+        if image is not None or mask_image is not None:
+            raise UsageError(
+                "This version makes pictures from text only. Leave out `image` and `mask_image`."
+            )
+        if output_type not in ("pil", "np"):
+            raise UsageError(f"The output_type {output_type!r} is unknown. Use 'pil' or 'np'.")
+        request = check_request(
+            self._bundle.manifest,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            true_cfg_scale=true_cfg_scale,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            max_sequence_length=max_sequence_length,
+        )
+        if seed is not None:
+            check_seed(seed)
+            seed = int(seed)
+        with self._turn:
+            self._interrupted.clear()
+            self._check_engine_sizes(request)
+            if latents is not None:
+                seed, start = None, self._check_latents(latents, request)
+            else:
+                seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
+                start = self._draw_latents(seed, request)
+            pictures = self._decode(self._denoise(start, request, callback_on_step_end), request)
+        return FluxPipelineOutput(pictures if output_type == "np" else to_pil(pictures), seed)
+
+    def interrupt(self) -> None:
+        """Stop the call that is running, before its next step; it raises `Cancelled`.
+
+        May be called by the callback or by another thread. Without a running call it does nothing.
+        """
+        self._interrupted.set()
+
+    def close(self) -> None:
+        """Free the engines, after the running call. A later call opens them again."""
+        with self._turn:
+            while self._engines:
+                self._engines.popitem()[1].close()
+
+    def __enter__(self) -> FluxPipeline:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def _manifest(self) -> Manifest:
+        return self._bundle.manifest
+
+    def _engine(self, component: str) -> Engine:
+        if component not in self._engines:
+            self._engines[component] = open_engine(
+                self._bundle, component, runtime=self._runtime, options=self._options
+            )
+        return self._engines[component]
+
+    def _run(self, component: str, output: str, inputs: Mapping[str, Array]) -> NDArray[np.float32]:
+        """One output of a component, checked to be finite."""
+        values = np.asarray(self._engine(component).run(inputs)[output], np.float32)
+        check_finite(values, component)
+        return values
+
+    def _check_engine_sizes(self, request: GenerationRequest) -> None:
+        """Open every engine and refuse what one of them cannot do, before the long work."""
+        for component, symbols in request.engine_sizes(self._manifest).items():
+            ranges = self._engine(component).dimensions
+            for symbol, size in symbols.items():
+                allowed = ranges.get(symbol)
+                if allowed is not None and not allowed.min <= size <= allowed.max:
+                    raise UsageError(
+                        f"This bundle's {component} takes {allowed.min} to {allowed.max} "
+                        f"{_SIZE_WORDS[symbol]}, not {size}. Ask for a size in that range, or "
+                        "build the bundle with a wider one."
+                    )
+
+    def _check_latents(self, latents: ArrayLike, request: GenerationRequest) -> NDArray[np.float32]:
+        """A copy of the caller's packed latents, since the sampler works in place."""
+        spec = self._manifest.latents
+        rows, columns = token_grid(request.height, request.width, spec)
+        expected = (request.batch, rows * columns, spec.channels * spec.patch_size**2)
+        start = np.array(latents, np.float32, order="C")
+        if start.shape != expected:
+            raise UsageError(
+                f"`latents` has shape {list(start.shape)}; for {request.batch} pictures of "
+                f"{request.width}x{request.height} pixels it must be {list(expected)}, packed."
+            )
+        if not np.isfinite(start).all():
+            raise UsageError("`latents` holds NaN or infinity. Give finite values.")
+        return start
+
+    def _draw_latents(self, seed: int, request: GenerationRequest) -> NDArray[np.float32]:
+        spec = self._manifest.latents
+        noise = standard_normal(
+            latent_shape(request.batch, request.height, request.width, spec), seed
+        )
+        return pack(noise, spec)
+
+    def _denoise(
+        self,
+        latents: NDArray[np.float32],
+        request: GenerationRequest,
+        callback: PipelineCallback | None,
+    ) -> NDArray[np.float32]:
+        """Turn noise [B, L, C] into the picture's latents, in place."""
+        manifest = self._manifest
+        rows, columns = token_grid(request.height, request.width, manifest.latents)
+        sigmas = schedule.sigmas(manifest.schedule, request.num_inference_steps, rows * columns)
+        cos, sin = rope_tables(joint_ids(request.max_sequence_length, rows, columns), manifest.rope)
+        rope = {"rope_cos": cos, "rope_sin": sin}
+        velocity = self._bind(request.prompts, request, sigmas[:-1], rope)
+        negative = None
+        if request.negative_prompts is not None:
+            negative = self._bind(request.negative_prompts, request, sigmas[:-1], rope)
+        sample_euler(
+            latents,
+            sigmas,
+            velocity,
+            negative=negative,
+            true_cfg_scale=request.true_cfg_scale,
+            on_step_end=None if callback is None else self._step_callback(callback, sigmas),
+            interrupted=self._interrupted.is_set,
+        )
+        return latents
+
+    def _bind(
+        self,
+        prompts: Sequence[str],
+        request: GenerationRequest,
+        timesteps: NDArray[np.float32],
+        rope: Mapping[str, Array],
+    ) -> ModulatedTransformer:
+        """Encode prompts for the whole schedule and put what does not change on the device.
+
+        A prompt that occurs twice is encoded once: U distinct prompts for B pictures.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        clip_ids = self._tokenizers.clip(distinct)
+        t5_ids = self._tokenizers.t5(distinct, request.max_sequence_length)
+        pooled = self._run("clip", "pooled_embeddings", {"input_ids": clip_ids})
+        text = self._run("t5", "text_embeddings", {"input_ids": t5_ids})
+        inputs: dict[str, Array] = {
+            "text_embeddings": text,
+            "pooled_embeddings": pooled,
+            "timestep": timesteps,
+        }
+        if self._manifest.guidance_embedding:
+            inputs["guidance"] = np.full(len(distinct), request.guidance_scale, np.float32)
+        outputs = self._engine("conditioner").run(inputs)
+        for values in outputs.values():
+            check_finite(values, "conditioner")
+        pictures = np.repeat(
+            [distinct.index(prompt) for prompt in prompts], request.num_images_per_prompt
+        )
+        context = np.asarray(outputs["context"], np.float32)[pictures]
+        modulation = np.asarray(outputs["modulation"], np.float32)
+        binding = self._engine("transformer").bind({"context": context, **rope})
+        return ModulatedTransformer(binding, modulation, pictures)
+
+    def _step_callback(
+        self, callback: PipelineCallback, sigmas: NDArray[np.float32]
+    ) -> StepCallback:
+        def on_step_end(step: int, latents: NDArray[np.float32]) -> NDArray[np.float32] | None:
+            timestep = float(sigmas[step] * np.float32(1000))
+            answer = callback(self, step, timestep, {"latents": latents})
+            if answer is None:
+                return None
+            if not isinstance(answer, Mapping):
+                raise UsageError(
+                    f"callback_on_step_end returned a {type(answer).__name__}. It must return "
+                    'None or a dictionary such as {"latents": latents}.'
+                )
+            return answer.get("latents")
+
+        return on_step_end
+
+    def _decode(
+        self, tokens: NDArray[np.float32], request: GenerationRequest
+    ) -> NDArray[np.float32]:
+        """Pictures, float32 [B, H, W, 3] in 0..1, of packed latents [B, L, C].
+
+        One at a time: the decoder's memory grows with the number of pixels, and it fills a device
+        with one picture already.
+        """
+        spec = self._manifest.latents
+        latents = unscale(unpack(tokens, request.height, request.width, spec), spec)
+        pictures = np.empty((request.batch, request.height, request.width, 3), np.float32)
+        for index, picture in enumerate(pictures):
+            if self._interrupted.is_set():
+                raise Cancelled("Interrupted before decoding; no picture was made.")
+            decoded = self._run("vae_decoder", "images", {"latents": latents[index : index + 1]})
+            np.clip(decoded[0].transpose(1, 2, 0) * 0.5 + 0.5, 0.0, 1.0, out=picture)
+        return pictures

@@ -1,0 +1,66 @@
+"""The noise levels of a rectified flow, as diffusers computes them for FLUX.1.
+
+Time-shifting follows section 5.3.2 of Stable Diffusion 3's paper (arXiv 2403.03206): larger
+pictures need more steps at high noise. The arithmetic is float32 in the order that diffusers'
+FlowMatchEulerDiscreteScheduler uses, so that the levels are bit-equal.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluxdeploy.bundle.manifest import ScheduleSpec
+from fluxdeploy.errors import UsageError
+
+__all__ = ["shift_exponent", "sigmas"]
+
+
+def shift_exponent(spec: ScheduleSpec, image_tokens: int) -> float:
+    """mu, linear in the number of image tokens: base_shift to max_shift between the two sizes."""
+    slope = (spec.max_shift - spec.base_shift) / (spec.max_image_seq_len - spec.base_image_seq_len)
+    offset = spec.base_shift - slope * spec.base_image_seq_len
+    return image_tokens * slope + offset
+
+
+def sigmas(spec: ScheduleSpec, num_inference_steps: int, image_tokens: int) -> NDArray[np.float32]:
+    """Noise levels, float32 [N + 1]: from 1 (all noise) down to 0 (the picture).
+
+    Step i goes from level i to level i + 1, and level i is the model's timestep in 0..1. Raises
+    `UsageError` for too few steps.
+    """
+    if num_inference_steps < 1:
+        raise UsageError(
+            f"{num_inference_steps} steps make no picture: num_inference_steps must be at least 1."
+        )
+    levels = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).astype(np.float32)
+    if spec.use_dynamic_shifting:
+        levels = _shift_by_size(levels, spec.time_shift_type, shift_exponent(spec, image_tokens))
+    else:
+        levels = spec.shift * levels / (1 + (spec.shift - 1) * levels)
+    # Like diffusers, 0 means no stretching.
+    if spec.shift_terminal:
+        levels = _stretch(levels, spec.shift_terminal)
+    return np.append(levels, np.float32(0.0))
+
+
+def _shift_by_size(levels: NDArray[np.float32], kind: str, mu: float) -> NDArray[np.float32]:
+    factor = np.float32(math.exp(mu) if kind == "exponential" else mu)
+    one = np.float32(1)
+    return factor / (factor + (one / levels - one))
+
+
+def _stretch(levels: NDArray[np.float32], terminal: float) -> NDArray[np.float32]:
+    """Stretch the levels, seen from 1, so that the last one before 0 is `terminal`."""
+    progress = 1 - levels
+    if progress[-1] == 0:
+        raise UsageError(
+            "This bundle's schedule stretches to a terminal level, which one step cannot reach: "
+            "num_inference_steps must be at least 2."
+        )
+    # Both float32: NumPy 1 would otherwise make this scalar a double.
+    scale = progress[-1] / np.float32(1 - terminal)
+    stretched: NDArray[np.float32] = 1 - progress / scale
+    return stretched

@@ -1,0 +1,94 @@
+"""Prompts to padded token ids, without state: safe to share between threads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer as Backend
+
+from fluxdeploy.errors import UsageError
+
+__all__ = ["Side", "Tokenizer"]
+
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A prompt's tokens, wrapped in the model's special tokens, cut and padded to one length.
+
+    Equal to calling transformers' tokenizer with `padding="max_length"`, `truncation=True`.
+    Cutting and padding are done here and not by the backend, whose settings are shared by all
+    callers and would race when two threads ask for different lengths.
+
+    `prefix` and `suffix` are the ids around every prompt; cutting keeps them. `max_length` is the
+    length `encode` pads to by default, and the most it may be asked for.
+    """
+
+    name: str
+    backend: Backend
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    pad_id: int
+    max_length: int
+    padding_side: Side = "right"
+    truncation_side: Side = "right"
+
+    def encode(
+        self, prompts: Sequence[str], max_length: int | None = None
+    ) -> npt.NDArray[np.int32]:
+        """Token ids: int32 [B, max_length] for B prompts.
+
+        Raises UsageError for prompts that are not a list of strings, and for a `max_length`
+        outside what the tokenizer can fill.
+        """
+        length = self._checked_length(max_length)
+        room = length - len(self.prefix) - len(self.suffix)
+        rows = np.full((len(prompts), length), self.pad_id, dtype=np.int32)
+        for row, content in zip(rows, self._tokenize(prompts), strict=True):
+            if len(content) > room:
+                start = len(content) - room if self.truncation_side == "left" else 0
+                content = content[start : start + room]
+            ids = [*self.prefix, *content, *self.suffix]
+            start = length - len(ids) if self.padding_side == "left" else 0
+            row[start : start + len(ids)] = ids
+        return rows
+
+    def count(self, prompt: str) -> int:
+        """Number of tokens of a prompt before cutting, special tokens included.
+
+        A prompt with more than `max_length` of them is cut by `encode`.
+        """
+        (content,) = self._tokenize([prompt])
+        return len(self.prefix) + len(content) + len(self.suffix)
+
+    def _checked_length(self, max_length: int | None) -> int:
+        length = self.max_length if max_length is None else max_length
+        shortest = len(self.prefix) + len(self.suffix)
+        if not shortest <= length <= self.max_length:
+            raise UsageError(
+                f"The {self.name} tokenizer cannot pad to {length} tokens; "
+                f"choose {shortest} to {self.max_length}."
+            )
+        return length
+
+    def _tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The ids of each prompt alone, without special tokens around it."""
+        if isinstance(prompts, str):
+            raise UsageError("Prompts must be a list of strings; put the one prompt into a list.")
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise UsageError(f"A prompt must be a string, not {type(prompt).__name__}.")
+            try:
+                prompt.encode()
+            except UnicodeEncodeError:
+                raise UsageError(
+                    "A prompt holds half of a UTF-16 surrogate pair, which is no character; "
+                    "decode the text it came from as UTF-8 or UTF-16."
+                ) from None
+        encodings = self.backend.encode_batch_fast(list(prompts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]

@@ -1,0 +1,258 @@
+"""Hashing, linking, atomic writing, and disk errors in words."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fluxdeploy.bundle import files
+from fluxdeploy.bundle.files import (
+    HashCache,
+    disk_errors,
+    hash_files,
+    link_or_copy,
+    sha256_file,
+    write_atomic,
+)
+from fluxdeploy.errors import BundleError
+
+OLD = 1_600_000_000
+
+
+def _aged(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    os.utime(path, (OLD, OLD))
+    return path
+
+
+@pytest.mark.parametrize("size", [0, 1, (4 << 20) - 1, 4 << 20, (8 << 20) + 3])
+def test_hash_equals_hashlib_s_and_reports_every_byte(tmp_path: Path, size: int) -> None:
+    data = bytes(range(256)) * (size // 256 + 1)
+    path = tmp_path / "x"
+    path.write_bytes(data[:size])
+    counts: list[int] = []
+    assert sha256_file(path, counts.append) == hashlib.sha256(data[:size]).hexdigest()
+    assert sum(counts) == size
+
+
+def test_many_files_are_hashed_with_one_report_at_a_time(tmp_path: Path) -> None:
+    paths = [tmp_path / str(index) for index in range(20)]
+    for index, path in enumerate(paths):
+        path.write_bytes(bytes([index]) * 1000)
+    total, busy = 0, threading.Lock()
+
+    def on_bytes(count: int) -> None:
+        nonlocal total
+        assert busy.acquire(blocking=False)
+        total += count
+        time.sleep(0.002)  # lets the other threads try to get in
+        busy.release()
+
+    sums = hash_files([*paths, paths[0]], on_bytes)
+    assert list(sums) == paths
+    assert total == 20_000
+    for index, path in enumerate(paths):
+        assert sums[path] == hashlib.sha256(bytes([index]) * 1000).hexdigest()
+
+
+def test_a_missing_file_and_a_failing_callback_stop_the_hashing(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"a")
+    with pytest.raises(BundleError, match=r"Cannot read .*/b: there is no such file"):
+        hash_files([tmp_path / "a", tmp_path / "b"])
+
+    def stop(count: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hash_files([tmp_path / "a", tmp_path / "a" / ".." / "a"][:1], stop)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that are really hashed."""
+    seen: list[str] = []
+    real = files.sha256_file
+
+    def counting(path: os.PathLike[str], on_bytes: files.OnBytes | None = None) -> str:
+        seen.append(os.path.basename(path))
+        return real(path, on_bytes)
+
+    monkeypatch.setattr(files, "sha256_file", counting)
+    return seen
+
+
+def test_cache_reads_an_unchanged_file_once(tmp_path: Path, reads: list[str]) -> None:
+    path = _aged(tmp_path / "x", b"12345")
+    os.symlink(path, tmp_path / "link")
+    os.link(path, tmp_path / "hard")  # changes the change time, which must not count
+    counts: list[int] = []
+    first = HashCache(tmp_path / "cache").hash_files([path], counts.append)
+    second = HashCache(tmp_path / "cache").hash_files([path, tmp_path / "link"], counts.append)
+    assert first[path] == second[path] == second[tmp_path / "link"]
+    assert first[path] == hashlib.sha256(b"12345").hexdigest()
+    assert reads == ["x"]
+    assert counts == [5, 5, 5]
+
+
+@pytest.mark.parametrize("change", ["bytes", "size", "time", "inode"])
+def test_cache_reads_a_changed_file_again(tmp_path: Path, reads: list[str], change: str) -> None:
+    path = _aged(tmp_path / "x", b"12345")
+    cache = HashCache(tmp_path / "cache")
+    cache.hash_files([path])
+    data = b"123" if change == "size" else b"54321"
+    if change == "inode":
+        path.rename(tmp_path / "kept")
+    path.write_bytes(data)
+    if change in ("size", "inode"):
+        os.utime(path, (OLD, OLD))
+    if change == "time":
+        os.utime(path, (OLD, OLD + 1))
+    assert cache.hash_files([path])[path] == hashlib.sha256(data).hexdigest()
+    assert reads == ["x", "x"]
+
+
+def test_cache_does_not_trust_a_file_that_was_just_written(
+    tmp_path: Path, reads: list[str]
+) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"12345")
+    cache = HashCache(tmp_path / "cache")
+    cache.hash_files([path])
+    cache.hash_files([path])
+    assert reads == ["x", "x"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "nonsense", '{"x": 1}', '{"PATH": [1, 2, 3, "no hash"]}', "\xff"]
+)
+def test_broken_cache_is_ignored_and_replaced(tmp_path: Path, text: str) -> None:
+    path = _aged(tmp_path / "x", b"12345")
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "hashes.json").write_bytes(text.replace("PATH", str(path)).encode("latin-1"))
+    expected = hashlib.sha256(b"12345").hexdigest()
+    assert HashCache(folder).hash_files([path])[path] == expected
+    assert json.loads((folder / "hashes.json").read_text())[str(path)][3] == expected
+
+
+def test_cache_folder_that_cannot_be_written_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _aged(tmp_path / "x", b"12345")
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert HashCache().hash_files([path])[path] == hashlib.sha256(b"12345").hexdigest()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    HashCache().hash_files([path])
+    assert (tmp_path / "user/fluxdeploy/hashes.json").is_file()
+
+
+def test_link_follows_symbolic_links_and_shares_the_bytes(tmp_path: Path) -> None:
+    source = tmp_path / "blob"
+    source.write_bytes(b"weights")
+    os.symlink(source, tmp_path / "model.safetensors")
+    target = tmp_path / "new" / "folder" / "model.safetensors"
+    counts: list[int] = []
+    for _ in range(2):
+        assert link_or_copy(tmp_path / "model.safetensors", target, counts.append) == "linked"
+        assert target.samefile(source)
+        assert not target.is_symlink()
+        assert os.listdir(target.parent) == ["model.safetensors"]
+    assert counts == [7, 7]
+
+
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP])
+def test_where_links_are_impossible_a_copy_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(source: object, target: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", refuse)
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_bytes(b"12345")
+    target.write_bytes(b"earlier")
+    counts: list[int] = []
+    assert link_or_copy(source, target, counts.append) == "copied"
+    assert target.read_bytes() == b"12345"
+    assert not target.samefile(source)
+    assert counts == [5]
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_only_files_are_linked(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="it is not a file"):
+        link_or_copy(tmp_path, tmp_path / "x")
+    with pytest.raises(BundleError, match=r"Cannot read .*no such file"):
+        link_or_copy(tmp_path / "none", tmp_path / "x")
+    (tmp_path / "a").write_bytes(b"")
+    with pytest.raises(BundleError, match=r"Cannot write .*a file is in its place"):
+        link_or_copy(tmp_path / "a", tmp_path / "a" / "x")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_writing_replaces_a_file_at_once_and_others_may_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_atomic(path, b"earlier")
+    with open(path, "rb") as earlier:
+        write_atomic(path, "später")
+        assert earlier.read() == b"earlier"
+    assert path.read_text("utf-8") == "später"
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+
+
+def test_failed_writing_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.json"
+    write_atomic(path, b"earlier")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(BundleError, match=f"Cannot write {path}: the disk is full; free some"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"earlier"
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "quota"),
+        (errno.EACCES, "permission is denied"),
+        (errno.EROFS, "read-only"),
+        (errno.ENOTDIR, "is a file, not a folder"),
+        (errno.EPIPE, "Broken pipe"),
+    ],
+)
+def test_disk_errors_become_words(code: int, words: str) -> None:
+    with (
+        pytest.raises(BundleError, match="Cannot write the/path: ") as caught,
+        disk_errors("write", "the/path"),
+    ):
+        raise OSError(code, os.strerror(code))
+    assert words in str(caught.value)
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_really_full_disk_is_named() -> None:
+    with (
+        pytest.raises(BundleError, match="Cannot write /dev/full: the disk is full"),
+        disk_errors("write", "/dev/full"),
+        open("/dev/full", "wb") as file,
+    ):
+        file.write(b"x")

@@ -1,0 +1,255 @@
+"""The manifest's JSON: a strict round trip, and a refusal that names the place for all else."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import pytest
+
+from fluxdeploy.bundle.manifest import (
+    SCHEMA_VERSION,
+    DimensionRange,
+    Manifest,
+    from_json,
+    path_problem,
+    to_json,
+)
+from fluxdeploy.errors import BundleError
+
+ABSENT = object()
+
+
+def test_round_trip_gives_an_equal_manifest(manifest: Manifest) -> None:
+    text = to_json(manifest)
+    assert from_json(text, "here") == manifest
+    assert to_json(from_json(text, "here")) == text
+    assert text.endswith("}\n")
+    assert '  "schema_version": 1,\n  "family": "flux",' in text
+    assert '"é"' in text
+
+
+def test_floats_round_trip_exactly(manifest: Manifest) -> None:
+    odd = replace(manifest.latents, scaling_factor=math.pi / 7, shift_factor=-1e-17)
+    assert from_json(to_json(replace(manifest, latents=odd)), "here").latents == odd
+
+
+def test_equal_manifests_give_equal_text(manifest: Manifest) -> None:
+    t5 = manifest.components["t5"]
+    one = replace(manifest, components={"a": t5, "t5": t5}, provenance={"x": {"b": 1, "a": 2}})
+    two = replace(manifest, components={"t5": t5, "a": t5}, provenance={"x": {"a": 2, "b": 1}})
+    assert to_json(one) == to_json(two)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "\ud800"])
+def test_what_json_cannot_hold_is_not_written(manifest: Manifest, value: object) -> None:
+    with pytest.raises(BundleError, match="cannot be written as JSON"):
+        to_json(replace(manifest, provenance={"x": value}))
+
+
+def _place(plain: Any, where: str) -> tuple[Any, Any]:
+    *steps, last = where.replace("[", ".[").split(".")
+    for step in steps:
+        plain = plain[int(step[1:-1])] if step.startswith("[") else plain[step]
+    return plain, int(last[1:-1]) if last.startswith("[") else last
+
+
+def _refusal(manifest: Manifest, where: str, value: object) -> str:
+    plain = json.loads(to_json(manifest))
+    holder, key = _place(plain, where)
+    if value is ABSENT:
+        del holder[key]
+    else:
+        holder[key] = value
+    with pytest.raises(BundleError) as caught:
+        from_json(json.dumps(plain), "bundle/fluxdeploy.json")
+    return str(caught.value)
+
+
+FILE = "components.t5.files[0]"
+ENGINE = "components.t5.engines[0]"
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        ("family", ABSENT, "is missing"),
+        ("surprise", 1, "is not a known field"),
+        (f"{FILE}.mode", 0o777, "is not a known field"),
+        ("schema_version", True, "must be an integer, not true"),
+        ("family", 1, "must be a string, not 1"),
+        ("guidance_embedding", 1, "must be true or false, not 1"),
+        ("components", [], "must be an object, not []"),
+        ("components.t5.files", {}, "must be a list, not {}"),
+        ("components.t5.golden", 0, "must be an object or null, not 0"),
+        ("components.t5.key", None, "must be a string, not null"),
+        (f"{FILE}.size", True, "must be an integer, not true"),
+        (f"{FILE}.size", 7.0, "must be an integer, not 7.0"),
+        (f"{FILE}.size", -1, "sizes are not negative"),
+        (f"{FILE}.sha256", "ab", "64 lower-case hexadecimal digits"),
+        (f"{FILE}.sha256", "A" * 64, "64 lower-case hexadecimal digits"),
+        (f"{FILE}.path", "../../etc/passwd", "leaves the bundle"),
+        (f"{FILE}.path", "onnx/../../x", "leaves the bundle"),
+        (f"{FILE}.path", "/etc/passwd", "is absolute"),
+        (f"{FILE}.path", "C:/windows", "is absolute"),
+        (f"{FILE}.path", "onnx\\t5.onnx", "holds a backslash"),
+        (f"{FILE}.path", "onnx//t5.onnx", "has an empty part"),
+        (f"{FILE}.path", "./t5.onnx", "has an empty part"),
+        (f"{FILE}.path", "onnx/", "has an empty part"),
+        (f"{FILE}.path", "", "is empty"),
+        (f"{FILE}.path", "t5\0.onnx", "holds a control character"),
+        (f"{FILE}.path", "fluxdeploy.json", "is the manifest itself"),
+        ("tokenizers.tokenizer.folder", "../tokenizer", "leaves the bundle"),
+        ("tokenizers.tokenizer.max_length", 0, "is less than 1"),
+        (f"{ENGINE}.path", "onnx/other.onnx", "not among the component's files"),
+        ("components.t5.golden.path", "golden/no", "not among the component's files"),
+        ("components.t5.golden.max_error", -1, "is negative"),
+        ("components.t5.golden.min_cosine", 2, "is not between -1 and 1"),
+        ("components.t5.inputs[0].dtype", "bfloat16", "tensors are float32 or int32"),
+        ("components.t5.inputs[0].shape[0]", 0, "a size of at least 1"),
+        ("components.t5.inputs[0].shape[0]", "Q", "a size of at least 1 or one of B,"),
+        ("components.t5.inputs[0].shape[0]", 1.5, "must be an integer or a string, not 1.5"),
+        (f"{ENGINE}.dimensions.S.min", 513, "1 <= min <= opt <= max, not 513, 512, 512"),
+        (f"{ENGINE}.dimensions.S.opt", 513, "1 <= min <= opt <= max, not 1, 513, 512"),
+        (f"{ENGINE}.dimensions.B.min", 0, "1 <= min <= opt <= max"),
+        (f"{ENGINE}.dimensions.B", ABSENT, "exactly the symbols"),
+        (f"{ENGINE}.dimensions.L", {"min": 1, "opt": 1, "max": 1}, "exactly the symbols"),
+        ("rope.axes_dims", [16, 56, 57], "even, positive"),
+        ("rope.axes_dims", [15, 57, 56], "even, positive"),
+        ("rope.axes_dims", [], "even, positive"),
+        ("rope.theta", 0, "must be positive"),
+        ("latents.patch_size", 0, "must be positive"),
+        ("latents.scaling_factor", 0, "is 0"),
+        ("schedule.shift", -3, "must be positive"),
+        ("schedule.time_shift_type", "cubic", "'exponential' or 'linear'"),
+        ("schedule.base_image_seq_len", 4096, "less than max_image_seq_len"),
+        ("defaults.height", 1000, "a multiple of 16"),
+        ("defaults.num_inference_steps", 0, "must be positive"),
+        ("defaults.guidance_scale", -1, "is negative"),
+    ],
+)
+def test_refusal_names_the_place_and_what_to_do(
+    manifest: Manifest, where: str, value: object, message: str
+) -> None:
+    refusal = _refusal(manifest, where, value)
+    assert message in refusal
+    assert refusal.startswith("bundle/fluxdeploy.json: ")
+    assert "`fluxdeploy build`" in refusal
+    parent = where.rsplit(".", 1)[0] if "symbols" in message else where
+    assert parent.removesuffix(".B").removesuffix(".min").removesuffix(".opt") in refusal
+
+
+def test_every_field_of_every_record_is_needed(manifest: Manifest) -> None:
+    def places(value: object, where: str) -> list[str]:
+        if is_dataclass(value):
+            found = []
+            for field in fields(value):
+                at = f"{where}.{field.name}" if where else field.name
+                found += [at, *places(getattr(value, field.name), at)]
+            return found
+        if isinstance(value, tuple):
+            return [p for i, entry in enumerate(value) for p in places(entry, f"{where}[{i}]")]
+        if isinstance(value, dict) and where != "provenance":
+            return [p for key, entry in value.items() for p in places(entry, f"{where}.{key}")]
+        return []
+
+    found = places(manifest, "")
+    assert len(found) > 60
+    for where in found:
+        assert f"{where} is missing" in _refusal(manifest, where, ABSENT)
+
+
+@pytest.mark.parametrize(
+    ("version", "advice"),
+    [(SCHEMA_VERSION + 1, "upgrade fluxdeploy"), (0, "build the bundle again")],
+)
+def test_unknown_schema_version_says_which_one_is_read(
+    manifest: Manifest, version: int, advice: str
+) -> None:
+    refusal = _refusal(manifest, "schema_version", version)
+    assert f"has schema version {version}, and this program reads version 1" in refusal
+    assert advice in refusal
+
+
+def test_a_newer_manifest_is_refused_for_its_version_not_for_its_fields() -> None:
+    with pytest.raises(BundleError, match="schema version 7"):
+        from_json('{"schema_version": 7, "something": "new"}', "here")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not valid JSON"),
+        ("[]", "must be an object"),
+        ("null", "must be an object"),
+        ('{"schema_version": 1, "schema_version": 1}', "occurs twice"),
+        ('{"schema_version": 1e999}', "too large"),
+        ("[" * 100_000, "nested too deeply"),
+        ("{}", "schema_version is missing"),
+    ],
+)
+def test_what_is_no_manifest_is_refused(text: str, message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        from_json(text, "here")
+
+
+def test_a_shared_file_is_recorded_alike_everywhere(manifest: Manifest) -> None:
+    t5 = manifest.components["t5"]
+    first, *others = t5.files
+    for other in (replace(first, size=first.size + 1), replace(first, sha256="0" * 64)):
+        changed = replace(t5, files=(other, *others))
+        with pytest.raises(BundleError, match=r"components\.u\.files\[0\] gives 'onnx/t5\.onnx'"):
+            from_json(to_json(replace(manifest, components={"t5": t5, "u": changed})), "here")
+
+
+def test_whole_numbers_may_stand_for_floats(manifest: Manifest) -> None:
+    plain = json.loads(to_json(manifest))
+    plain["rope"]["theta"] = 10000
+    theta = from_json(json.dumps(plain), "here").rope.theta
+    assert theta == 10000
+    assert isinstance(theta, float)
+
+
+def test_an_engine_of_fixed_sizes_has_no_dimensions(manifest: Manifest) -> None:
+    t5 = manifest.components["t5"]
+    fixed = replace(
+        t5,
+        inputs=(replace(t5.inputs[0], shape=(1, 77)),),
+        outputs=(replace(t5.outputs[0], shape=(1, 77, 8)),),
+        engines=(replace(t5.engines[0], dimensions={}),),
+    )
+    assert from_json(to_json(replace(manifest, components={"t5": fixed})), "here")
+    wrong = replace(
+        fixed, engines=(replace(t5.engines[0], dimensions={"B": DimensionRange(1, 1, 1)}),)
+    )
+    with pytest.raises(BundleError, match="symbols of the component's tensors: none, not B"):
+        from_json(to_json(replace(manifest, components={"t5": wrong})), "here")
+
+
+def test_parsing_leaves_no_field_unchecked(manifest: Manifest) -> None:
+    """A value of every JSON type in every field: a manifest or a BundleError, nothing else."""
+    plain = json.loads(to_json(manifest))
+    values = (None, True, 0, -1, 2.5, "", "x", [], [1], {}, {"x": 1})
+
+    def visit(node: Any) -> None:
+        keys = list(node) if isinstance(node, dict) else range(len(node))
+        for key in keys:
+            kept = node[key]
+            for value in values:
+                node[key] = copy.deepcopy(value)
+                with contextlib.suppress(BundleError):
+                    assert isinstance(from_json(json.dumps(plain), "here"), Manifest)
+            node[key] = kept
+            if isinstance(kept, (dict, list)):
+                visit(kept)
+
+    visit(plain)
+
+
+def test_ordinary_paths_are_allowed() -> None:
+    for path in ("a", "onnx/weights/x-00001-of-00002.safetensors", "a..b/c.", "ü/日本"):
+        assert path_problem(path) is None

@@ -1,0 +1,96 @@
+"""`fluxdeploy doctor`: the report, and the odd machines it must survive."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from fluxdeploy.cli import doctor, main
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(
+        main, ["doctor", *args], prog_name="fluxdeploy", env={"COLUMNS": "200"}
+    )
+
+
+def use_nvidia_smi(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_the_report_covers_machine_packages_and_runtimes() -> None:
+    result = run("--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["cpu"]["cores"] >= 1
+    assert report["disk"]["free"] > 0
+    assert report["packages"]["base"]["numpy"]
+    assert "CPUExecutionProvider" in report["onnxruntime_providers"]
+    runtimes = {(runtime["name"], runtime["target"]): runtime for runtime in report["runtimes"]}
+    assert runtimes["onnxruntime", "cpu"]["ok"]
+    assert all(runtime["detail"] for runtime in report["runtimes"])
+    assert runtimes[report["auto"]["name"], report["auto"]["target"]]["ok"]
+
+
+def test_a_machine_that_can_run_nothing_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.registry._RUNTIMES", {})
+    result = run("--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["auto"] is None
+    assert "nothing: no runtime can run here" in run().stdout
+
+
+def test_people_get_the_same_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_installed_version", lambda name: None)
+    result = run()
+    assert result.exit_code == 0, result.stderr
+    assert "CPUExecutionProvider" in result.stdout
+    assert "missing tensorrt-rtx" in result.stdout.replace("cuda-python, ", "")
+    assert "pip install 'fluxdeploy[rtx]'" in result.stdout
+    assert "--runtime auto takes" in result.stdout
+
+
+def test_gpus_are_listed_as_nvidia_smi_gives_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    line = "NVIDIA GeForce RTX 4090, 24564, 580.65.06, 8.9"
+    use_nvidia_smi(monkeypatch, tmp_path, f"echo '{line}'; echo 'NVIDIA GB10, [N/A], 580.95, 12.1'")
+    report = json.loads(run("--json").stdout)
+    assert report["gpus"] == [
+        {
+            "name": "NVIDIA GeForce RTX 4090",
+            "memory": 24564 * 2**20,
+            "driver": "580.65.06",
+            "compute_capability": "8.9",
+        },
+        {
+            "name": "NVIDIA GB10",
+            "memory": None,
+            "driver": "580.95",
+            "compute_capability": "12.1",
+        },
+    ]
+    assert "GeForce RTX 4090, 24.0 GiB" in run().stdout
+
+
+def test_nvidia_smi_without_a_driver_means_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use_nvidia_smi(monkeypatch, tmp_path, "echo 'NVIDIA-SMI has failed'; exit 9")
+    result = run("--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["gpus"] == []
+
+
+def test_two_onnxruntime_packages_are_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_installed_version", lambda name: "1.31.1")
+    result = run()
+    assert "pip uninstall --yes onnxruntime onnxruntime-gpu" in result.stdout

@@ -1,0 +1,158 @@
+"""`fluxdeploy generate`: what it asks of the pipeline, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from fluxdeploy.bundle import open_bundle
+from fluxdeploy.cli import main
+from fluxdeploy.errors import NumericError
+from fluxdeploy.images import read_metadata
+from fluxdeploy.pipeline import FluxPipeline, FluxPipelineOutput
+
+
+class FakePipeline:
+    """Stands in for `FluxPipeline`: records its arguments and returns grey pictures."""
+
+    opened: list[tuple[Any, ...]]
+    calls: list[dict[str, Any]]
+    error: Exception | None
+
+    def __init__(self, root: Path) -> None:
+        self.bundle = open_bundle(root)
+
+    def __enter__(self) -> FakePipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, prompt: str, **arguments: Any) -> FluxPipelineOutput:
+        FakePipeline.calls.append({"prompt": prompt, **arguments})
+        steps = arguments["num_inference_steps"]
+        for step in range(steps):
+            arguments["callback_on_step_end"](self, step, 1000.0, {"latents": None})
+        if FakePipeline.error is not None:
+            raise FakePipeline.error
+        size = (arguments["width"] or 128, arguments["height"] or 64)
+        images = [Image.new("RGB", size) for _ in range(arguments["num_images_per_prompt"])]
+        seed = arguments["seed"]
+        return FluxPipelineOutput(images, 99 if seed is None else seed)
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakePipeline]:
+    def from_bundle(path: Path, runtime: str, options: Any) -> FakePipeline:
+        FakePipeline.opened.append((path, runtime, options.threads))
+        return FakePipeline(path)
+
+    FakePipeline.opened, FakePipeline.calls, FakePipeline.error = [], [], None
+    monkeypatch.setattr(FluxPipeline, "from_bundle", from_bundle)
+    return FakePipeline
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(main, ["generate", *map(str, args)], prog_name="fluxdeploy")
+
+
+def test_every_option_reaches_the_pipeline(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "fox.png"
+    options = (
+        "--negative-prompt blur --true-cfg-scale 2 --width 32 --height 48 --steps 3 --guidance 4.5 "
+        "--seed 7 --num-images 2 --max-sequence-length 128 --runtime onnxruntime --threads 2"
+    )
+    result = run("a fox", "--bundle", bundle, "--out", out, *options.split())
+    assert result.exit_code == 0, result.stderr
+    assert FakePipeline.opened == [(bundle, "onnxruntime", 2)]
+    (call,) = FakePipeline.calls
+    del call["callback_on_step_end"]
+    assert call == {
+        "prompt": "a fox",
+        "negative_prompt": "blur",
+        "true_cfg_scale": 2.0,
+        "width": 32,
+        "height": 48,
+        "num_inference_steps": 3,
+        "guidance_scale": 4.5,
+        "seed": 7,
+        "num_images_per_prompt": 2,
+        "max_sequence_length": 128,
+    }
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["fox-0.png", "fox-1.png"]
+
+
+def test_the_bundle_has_the_defaults(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "image.png"
+    result = run("a fox", "--bundle", bundle, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    (call,) = FakePipeline.calls
+    assert call["num_inference_steps"] == 4
+    assert call["max_sequence_length"] == 256
+    metadata = read_metadata(out)
+    assert metadata.guidance_scale == 3.5
+    assert metadata.num_inference_steps == 4
+    assert (metadata.width, metadata.height) == (128, 64)
+    assert metadata.seed == 99
+    assert metadata.bundle_hash == open_bundle(bundle).content_hash
+    assert result.stdout == f"{out}\n"
+    assert "seed 99" in result.stderr
+
+
+def test_json_is_all_that_is_printed(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "image.png"
+    result = run("a fox", "--bundle", bundle, "--out", out, "--seed", "5", "--json")
+    report = json.loads(result.stdout)
+    assert result.stderr == ""
+    assert report.pop("seconds") >= 0
+    assert report == {"paths": [str(out)], "seed": 5, "width": 128, "height": 64, "steps": 4}
+
+
+@pytest.mark.parametrize(
+    "name", ["image.jpg", "no-such-folder/image.png", "folder.png", "file/x.png"]
+)
+def test_a_place_that_cannot_hold_a_picture_is_refused_first(
+    bundle: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    result = run("a fox", "--bundle", bundle, "--out", tmp_path / name)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: ")
+    assert FakePipeline.opened == []
+
+
+def test_an_unwritable_folder_is_refused_first(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A folder's mode does not stop root, so ask a stand-in.
+    monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
+    result = run("a fox", "--bundle", bundle, "--out", tmp_path / "image.png")
+    assert result.exit_code == 1
+    assert f"No permission to use {tmp_path}" in result.stderr
+    assert FakePipeline.opened == []
+
+
+def test_a_failed_run_writes_no_picture(bundle: Path, tmp_path: Path) -> None:
+    FakePipeline.error = NumericError("transformer gave NaN at step 3.")
+    result = run("a fox", "--bundle", bundle, "--out", tmp_path / "image.png")
+    assert result.exit_code == 1
+    assert "transformer gave NaN at step 3." in result.stderr
+    assert list(tmp_path.glob("*.png")) == []
+
+
+def test_a_missing_bundle_is_named(tmp_path: Path) -> None:
+    result = run("a fox", "--bundle", tmp_path / "missing", "--out", tmp_path / "image.png")
+    assert result.exit_code == 1
+    assert "no bundle" in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--num-images=0", "--threads=0", "--steps=x", "--seed=1.5"])
+def test_values_that_cannot_be_right_are_usage_errors(option: str) -> None:
+    assert run("a fox", option).exit_code == 2

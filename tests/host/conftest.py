@@ -1,0 +1,210 @@
+"""A FLUX.1-shaped bundle in memory: real constants, and tiny engines with simple arithmetic."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from engines.base import Array, Binding, Engine
+from fluxdeploy.bundle.manifest import (
+    SCHEMA_VERSION,
+    Defaults,
+    DimensionRange,
+    LatentSpec,
+    Manifest,
+    RopeSpec,
+    ScheduleSpec,
+    TokenizerRecord,
+)
+from fluxdeploy.pipeline import FluxPipeline
+
+POOLED, TEXT, WIDTH, ROWS = 6, 10, 8, 3
+
+Compute = Callable[[Mapping[str, Array]], dict[str, Array]]
+
+
+@pytest.fixture
+def latent_spec() -> LatentSpec:
+    return LatentSpec(
+        channels=16, patch_size=2, spatial_factor=8, scaling_factor=0.3611, shift_factor=0.1159
+    )
+
+
+@pytest.fixture
+def rope_spec() -> RopeSpec:
+    return RopeSpec(axes_dims=(16, 56, 56), theta=10000.0)
+
+
+@pytest.fixture
+def schedule_spec() -> ScheduleSpec:
+    """The schedule of FLUX.1-dev."""
+    return ScheduleSpec(
+        shift=3.0,
+        use_dynamic_shifting=True,
+        time_shift_type="exponential",
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+        shift_terminal=None,
+    )
+
+
+@pytest.fixture
+def manifest(latent_spec: LatentSpec, rope_spec: RopeSpec, schedule_spec: ScheduleSpec) -> Manifest:
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        family="flux.1",
+        variant="dev",
+        guidance_embedding=True,
+        components={},
+        latents=latent_spec,
+        rope=rope_spec,
+        schedule=schedule_spec,
+        tokenizers={
+            "clip": TokenizerRecord(folder="tokenizer", max_length=77, files=()),
+            "t5": TokenizerRecord(folder="tokenizer_2", max_length=512, files=()),
+        },
+        defaults=Defaults(
+            height=32,
+            width=48,
+            num_inference_steps=3,
+            guidance_scale=3.5,
+            max_sequence_length=512,
+        ),
+        provenance={},
+    )
+
+
+class CharacterTokenizers:
+    """One token a character; enough to tell prompts apart."""
+
+    def clip(self, prompts: Sequence[str]) -> np.ndarray:
+        return self.t5(prompts, 77)
+
+    def t5(self, prompts: Sequence[str], max_sequence_length: int) -> np.ndarray:
+        ids = np.zeros((len(prompts), max_sequence_length), np.int32)
+        for row, prompt in zip(ids, prompts, strict=True):
+            codes = [ord(character) % 900 + 1 for character in prompt][: max_sequence_length - 1]
+            row[: len(codes) + 1] = [*codes, 999]
+        return ids
+
+
+class MemoryEngine(Engine):
+    """An engine that is a function of its inputs, and keeps count of its runs."""
+
+    def __init__(self, component: str, compute: Compute) -> None:
+        self.component = component
+        self.compute = compute
+        self.dimensions: Mapping[str, DimensionRange] = {}
+        self.runs: list[dict[str, tuple[int, ...]]] = []
+        self.closed = False
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        assert not self.closed
+        for name, values in inputs.items():
+            assert values.dtype == (np.int32 if name == "input_ids" else np.float32), name
+            assert values.flags.c_contiguous, name
+        self.runs.append({name: values.shape for name, values in inputs.items()})
+        return self.compute(inputs)
+
+    def bind(self, resident: Mapping[str, Array]) -> Binding:
+        return MemoryBinding(self, resident)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class MemoryBinding(Binding):
+    def __init__(self, engine: MemoryEngine, resident: Mapping[str, Array]) -> None:
+        self.engine = engine
+        self.resident = dict(resident)
+
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        return self.engine.run({**self.resident, **inputs})
+
+
+def mix(values: Array, width: int) -> np.ndarray:
+    """A fixed projection of the last axis to `width`."""
+    seed = zlib.crc32(f"{values.shape[-1]}x{width}".encode())
+    matrix = np.random.default_rng(seed).standard_normal((values.shape[-1], width))
+    return (values @ matrix / np.sqrt(values.shape[-1])).astype(np.float32)
+
+
+def embed(ids: Array, width: int) -> np.ndarray:
+    return np.cos(ids[..., None] * np.arange(1, width + 1)).astype(np.float32)
+
+
+def clip(inputs: Mapping[str, Array]) -> dict[str, Array]:
+    return {"pooled_embeddings": embed(inputs["input_ids"], POOLED).mean(axis=1)}
+
+
+def t5(inputs: Mapping[str, Array]) -> dict[str, Array]:
+    return {"text_embeddings": embed(inputs["input_ids"], TEXT)}
+
+
+def conditioner(inputs: Mapping[str, Array]) -> dict[str, Array]:
+    prompt = mix(inputs["pooled_embeddings"], WIDTH)
+    if "guidance" in inputs:
+        prompt = prompt + inputs["guidance"][:, None] / 4
+    step = inputs["timestep"][:, None, None, None]
+    modulation = np.sin((step + prompt[:, None]) * np.arange(1, ROWS + 1)[:, None])
+    return {
+        "context": mix(inputs["text_embeddings"], WIDTH),
+        "modulation": modulation.astype(np.float32),
+    }
+
+
+def transformer(inputs: Mapping[str, Array]) -> dict[str, Array]:
+    hidden, context = inputs["hidden_states"], inputs["context"]
+    text = context.shape[1]
+    positions = mix(inputs["rope_cos"][text:] - 2 * inputs["rope_sin"][text:], 64)
+    shift = mix(context.mean(axis=1) + inputs["modulation"].mean(axis=1), 64)
+    return {"velocity": np.tanh(hidden + positions + shift[:, None]).astype(np.float32)}
+
+
+def vae_decoder(inputs: Mapping[str, Array]) -> dict[str, Array]:
+    pixels = np.tanh(inputs["latents"][:, :3] / 3)
+    return {"images": np.ascontiguousarray(pixels.repeat(8, axis=2).repeat(8, axis=3))}
+
+
+COMPONENTS: dict[str, Compute] = {
+    "clip": clip,
+    "t5": t5,
+    "conditioner": conditioner,
+    "transformer": transformer,
+    "vae_decoder": vae_decoder,
+}
+
+
+@pytest.fixture
+def engines() -> dict[str, MemoryEngine]:
+    """The engines that a pipeline of `make_pipeline` opens: change them to change it."""
+    return {name: MemoryEngine(name, compute) for name, compute in COMPONENTS.items()}
+
+
+@pytest.fixture
+def make_pipeline(
+    monkeypatch: pytest.MonkeyPatch, engines: dict[str, MemoryEngine]
+) -> Callable[[Manifest], FluxPipeline]:
+    def open_engine(
+        bundle: object, component: str, runtime: str = "auto", options: object = None
+    ) -> Engine:
+        return engines[component]
+
+    def make(manifest: Manifest) -> FluxPipeline:
+        bundle = SimpleNamespace(manifest=manifest, root=Path("bundle"), content_hash="0" * 64)
+        return FluxPipeline(bundle, CharacterTokenizers(), "auto", None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("fluxdeploy.pipeline.open_engine", open_engine)
+    return make
+
+
+@pytest.fixture
+def pipe(make_pipeline: Callable[[Manifest], FluxPipeline], manifest: Manifest) -> FluxPipeline:
+    return make_pipeline(manifest)

@@ -1,0 +1,284 @@
+"""Random FLUX.1 checkpoints of odd shapes, made with diffusers and transformers themselves.
+
+At their default initialisation such networks hide mistakes: text and timestep hardly move the
+picture, and swapped RoPE axes move a pixel by 5/255. `amplify` scales the weights that carry each
+input, until each of them moves the picture by a good part of its range.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from exporters.demo_tokenizers import Form, write_demo_tokenizers
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a random checkpoint."""
+
+    name: str
+    head_dim: int = 24
+    heads: int = 4
+    axes_dims: tuple[int, int, int] = (4, 8, 12)
+    double: int = 2
+    single: int = 2
+    guidance: bool = True
+    dynamic_shift: bool = True
+    shift: float = 3.0
+    text_width: int = 48
+    pooled_width: int = 40
+    vae_channels: tuple[int, ...] = (16, 16, 24, 32)
+    vae_groups: int = 8
+    tokenizers: Form = "json"
+    seed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def make_checkpoint(root: Path, shape: Shape, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a checkpoint in diffusers layout below `root`; returns its folder."""
+    torch.manual_seed(shape.seed)
+    folder = root / shape.name
+    vocabulary = write_demo_tokenizers(folder, shape.tokenizers)
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=shape.double,
+        num_single_layers=shape.single,
+        attention_head_dim=shape.head_dim,
+        num_attention_heads=shape.heads,
+        joint_attention_dim=shape.text_width,
+        pooled_projection_dim=shape.pooled_width,
+        guidance_embeds=shape.guidance,
+        axes_dims_rope=shape.axes_dims,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(shape.vae_channels),
+        up_block_types=("UpDecoderBlock2D",) * len(shape.vae_channels),
+        block_out_channels=shape.vae_channels,
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=shape.vae_groups,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary.clip_vocab_size,
+            hidden_size=shape.pooled_width,
+            intermediate_size=2 * shape.pooled_width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            bos_token_id=vocabulary.clip_bos_token_id,
+            eos_token_id=2 if shape.guidance else vocabulary.clip_eos_token_id,
+            pad_token_id=vocabulary.clip_eos_token_id,
+        )
+    )
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=vocabulary.t5_vocab_size,
+            d_model=shape.text_width,
+            d_kv=8,
+            d_ff=2 * shape.text_width,
+            num_layers=2,
+            num_heads=5,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+    amplify(transformer, vae, clip, t5)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=shape.shift,
+        use_dynamic_shifting=shape.dynamic_shift,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+    )
+    scheduler.save_pretrained(folder / "scheduler")
+    for part, name in (
+        (transformer, "transformer"),
+        (vae, "vae"),
+        (clip, "text_encoder"),
+        (t5, "text_encoder_2"),
+    ):
+        part.to(dtype).save_pretrained(folder / name)
+    index = {
+        "_class_name": "FluxPipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if shape.settings:
+        index["_fluxdeploy"] = shape.settings
+    (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+    return folder
+
+
+@torch.no_grad()
+def amplify(transformer: Any, vae: Any, clip: Any, t5: Any) -> None:
+    """Scale weights until every input of the networks matters; biases become random too."""
+    for network in (transformer, vae, clip, t5):
+        for name, parameter in network.named_parameters():
+            if name.endswith("bias") and parameter.ndim == 1:
+                parameter.normal_(0, 0.1)
+            elif parameter.ndim == 1:  # norm weights
+                parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+    for name, parameter in transformer.named_parameters():
+        if "norm_q" in name or "norm_k" in name or "norm_added" in name:
+            parameter.mul_(2.0)
+        elif name.endswith("weight") and any(
+            part in name for part in ("to_v", "add_v_proj", "to_out", "to_add_out")
+        ):
+            parameter.mul_(3.0)
+        elif name.endswith("weight") and (
+            "context_embedder" in name or "text_embedder" in name or "embedder.linear" in name
+        ):
+            parameter.mul_(3.0)
+        elif name.endswith("weight") and ("norm" in name and "linear" in name):
+            parameter.mul_(2.0)
+        elif name == "proj_out.weight":
+            parameter.mul_(3.0)
+    for name, parameter in t5.named_parameters():
+        if name.endswith("relative_attention_bias.weight"):
+            parameter.normal_(0, 1.0)
+    for name, parameter in clip.named_parameters():
+        if "embedding" in name:
+            parameter.mul_(20.0)
+    for name, parameter in vae.named_parameters():
+        if name == "decoder.conv_out.weight":
+            parameter.mul_(4.0)
+
+
+def load_diffusers(folder: Path) -> FluxPipeline:
+    """The checkpoint as diffusers runs it, float32 on the CPU, silent."""
+    pipe = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def to_bfl_layout(source: Path, target: Path, prefix: str = "") -> Path:
+    """Rewrite a checkpoint of `make_checkpoint` in Black Forest Labs' layout."""
+    target.mkdir(parents=True)
+    config = json.loads((source / "transformer" / "config.json").read_text())
+    tensors = load_file(source / "transformer" / "diffusion_pytorch_model.safetensors")
+    fused = {
+        prefix + name: tensor.contiguous() for name, tensor in _bfl_transformer(tensors, config)
+    }
+    save_file(fused, target / "flux1.safetensors")
+    (target / "config.json").write_text(
+        json.dumps({"axes_dims_rope": config["axes_dims_rope"]})
+    )
+    vae_config = json.loads((source / "vae" / "config.json").read_text())
+    vae = load_file(source / "vae" / "diffusion_pytorch_model.safetensors")
+    levels = len(vae_config["block_out_channels"])
+    save_file(dict(_bfl_vae(vae, levels)), target / "ae.safetensors")
+    (target / "vae").mkdir()
+    shutil.copy(source / "vae" / "config.json", target / "vae")
+    for folder in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"):
+        shutil.copytree(source / folder, target / folder)
+    return target
+
+
+def _bfl_transformer(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Any:
+    def take(*names: str) -> torch.Tensor:
+        return torch.cat([tensors[name] for name in names])
+
+    embedders = {
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+        "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+        "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+        "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+        "final_layer.linear": "proj_out",
+    }
+    if config["guidance_embeds"]:
+        embedders["guidance_in.in_layer"] = "time_text_embed.guidance_embedder.linear_1"
+        embedders["guidance_in.out_layer"] = "time_text_embed.guidance_embedder.linear_2"
+    for bfl, name in embedders.items():
+        for p in ("weight", "bias"):
+            yield f"{bfl}.{p}", tensors[f"{name}.{p}"]
+    for p in ("weight", "bias"):
+        scale, shift = tensors[f"norm_out.linear.{p}"].chunk(2)
+        yield f"final_layer.adaLN_modulation.1.{p}", torch.cat([shift, scale])
+    for i in range(config["num_layers"]):
+        block, bfl = f"transformer_blocks.{i}", f"double_blocks.{i}"
+        for p in ("weight", "bias"):
+            yield (
+                f"{bfl}.img_attn.qkv.{p}",
+                take(*(f"{block}.attn.{n}.{p}" for n in ("to_q", "to_k", "to_v"))),
+            )
+            yield (
+                f"{bfl}.txt_attn.qkv.{p}",
+                take(*(f"{block}.attn.add_{n}_proj.{p}" for n in "qkv")),
+            )
+            for part, name in (
+                ("img_mod.lin", "norm1.linear"),
+                ("txt_mod.lin", "norm1_context.linear"),
+                ("img_attn.proj", "attn.to_out.0"),
+                ("txt_attn.proj", "attn.to_add_out"),
+                ("img_mlp.0", "ff.net.0.proj"),
+                ("img_mlp.2", "ff.net.2"),
+                ("txt_mlp.0", "ff_context.net.0.proj"),
+                ("txt_mlp.2", "ff_context.net.2"),
+            ):
+                yield f"{bfl}.{part}.{p}", tensors[f"{block}.{name}.{p}"]
+        for part, name in (
+            ("img_attn.norm.query_norm", "norm_q"),
+            ("img_attn.norm.key_norm", "norm_k"),
+            ("txt_attn.norm.query_norm", "norm_added_q"),
+            ("txt_attn.norm.key_norm", "norm_added_k"),
+        ):
+            yield f"{bfl}.{part}.scale", tensors[f"{block}.attn.{name}.weight"]
+    for i in range(config["num_single_layers"]):
+        block, bfl = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
+        for p in ("weight", "bias"):
+            names = [f"{block}.attn.to_{n}.{p}" for n in "qkv"] + [f"{block}.proj_mlp.{p}"]
+            yield f"{bfl}.linear1.{p}", take(*names)
+            yield f"{bfl}.linear2.{p}", tensors[f"{block}.proj_out.{p}"]
+            yield f"{bfl}.modulation.lin.{p}", tensors[f"{block}.norm.linear.{p}"]
+        yield f"{bfl}.norm.query_norm.scale", tensors[f"{block}.attn.norm_q.weight"]
+        yield f"{bfl}.norm.key_norm.scale", tensors[f"{block}.attn.norm_k.weight"]
+
+
+def _bfl_vae(tensors: dict[str, torch.Tensor], levels: int) -> Any:
+    for name, tensor in tensors.items():
+        half, _, rest = name.partition(".")
+        for old, new in (
+            ("mid_block.resnets.0.", "mid.block_1."),
+            ("mid_block.resnets.1.", "mid.block_2."),
+            ("mid_block.attentions.0.group_norm.", "mid.attn_1.norm."),
+            ("mid_block.attentions.0.to_out.0.", "mid.attn_1.proj_out."),
+            ("mid_block.attentions.0.to_", "mid.attn_1."),
+            ("conv_norm_out.", "norm_out."),
+            ("conv_shortcut.", "nin_shortcut."),
+            (".resnets.", ".block."),
+            (".downsamplers.0.", ".downsample."),
+            (".upsamplers.0.", ".upsample."),
+            ("down_blocks.", "down."),
+        ):
+            rest = rest.replace(old, new)
+        if rest.startswith("up_blocks."):
+            _, level, tail = rest.split(".", 2)
+            rest = f"up.{levels - 1 - int(level)}.{tail}"
+        if "mid.attn_1." in rest and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]
+        yield f"{half}.{rest}", tensor.contiguous()

@@ -1,0 +1,247 @@
+"""Token ids equal transformers', for every form of folder and every setting that it honours."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fluxdeploy.text import load_clip_tokenizer, load_t5_tokenizer
+
+transformers = pytest.importorskip("transformers")
+
+CLIP, T5 = "tokenizer", "tokenizer_2"
+FEW = 400
+
+
+def compare(folder: Path, prompts: list[str], length: int) -> None:
+    """Assert equal ids; `folder` has the name it has in a checkpoint."""
+    if folder.name == CLIP:
+        reference = transformers.CLIPTokenizer.from_pretrained(folder)
+        tokenizer = load_clip_tokenizer(folder, length)
+    else:
+        reference = transformers.T5TokenizerFast.from_pretrained(folder)
+        tokenizer = load_t5_tokenizer(folder)
+    expected = reference(
+        prompts, padding="max_length", max_length=length, truncation=True, return_tensors="np"
+    ).input_ids
+    actual = tokenizer.encode(prompts, length)
+    assert actual.dtype == np.int32
+    assert actual.shape == (len(prompts), length)
+    wrong = np.flatnonzero((actual != expected).any(axis=1))
+    assert wrong.size == 0, f"{wrong.size} differ, first {prompts[wrong[0]]!r}"
+
+
+@pytest.mark.parametrize("form", ["json", "model"])
+@pytest.mark.parametrize(("name", "length"), [(CLIP, 77), (T5, 32), (T5, 256), (T5, 512)])
+def test_ids_equal_for_thousands_of_strings(
+    demo: Mapping[str, Path], prompts: list[str], form: str, name: str, length: int
+) -> None:
+    compare(demo[form] / name, prompts if length in (77, 256) else prompts[:FEW], length)
+
+
+@pytest.mark.parametrize("name", [CLIP, T5])
+def test_count_is_the_length_before_cutting(
+    demo: Mapping[str, Path], prompts: list[str], name: str
+) -> None:
+    folder = demo["model"] / name
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = (load_clip_tokenizer if name == CLIP else load_t5_tokenizer)(folder)
+    for prompt in prompts[:60]:
+        assert tokenizer.count(prompt) == len(reference(prompt).input_ids)
+
+
+@pytest.mark.parametrize("form", ["json", "model"])
+@pytest.mark.parametrize("name", [CLIP, T5])
+def test_the_vocabulary_alone_is_enough(
+    demo: Mapping[str, Path], prompts: list[str], tmp_path: Path, form: str, name: str
+) -> None:
+    folder = shutil.copytree(demo[form] / name, tmp_path / name)
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    compare(folder, prompts[:FEW], 77)
+
+
+@pytest.mark.parametrize("form", ["json", "model"])
+@pytest.mark.parametrize("name", [CLIP, T5])
+def test_a_folder_that_transformers_saved(
+    demo: Mapping[str, Path], prompts: list[str], tmp_path: Path, form: str, name: str
+) -> None:
+    folder = tmp_path / name
+    transformers.AutoTokenizer.from_pretrained(demo[form] / name).save_pretrained(folder)
+    assert (folder / "tokenizer.json").is_file()
+    compare(folder, prompts[:FEW], 77)
+
+
+@pytest.mark.parametrize("name", [CLIP, T5])
+def test_tokenizer_json_wins_over_the_other_files(
+    demo: Mapping[str, Path], prompts: list[str], tmp_path: Path, name: str
+) -> None:
+    folder = shutil.copytree(demo["json"] / name, tmp_path / name)
+    for file in ("vocab.json", "merges.txt", "spiece.model"):
+        (folder / file).write_text("not looked at")
+    compare(folder, prompts[:FEW], 77)
+
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+def token(content: str, **flags: bool) -> dict[str, Any]:
+    return {"content": content, "lstrip": False, "rstrip": False, "normalized": False} | flags
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "no limit": {"model_max_length": 10**30},
+    "left padding": {"padding_side": "left"},
+    "left cutting": {"truncation_side": "left"},
+    "split special tokens": {"split_special_tokens": True},
+    "case kept": {"do_lower_case": False},
+    "bos and eos off": {"add_bos_token": False, "add_eos_token": False},
+    "token with flags": {"eos_token": token("</s>", rstrip=True) | {"__type": "AddedToken"}},
+    "mask token": {"mask_token": "[MASK]"},
+    "own token": {"image_token": "<new>", "other_token": "<Old>"},
+    "own tokens in a table": {"extra_special_tokens": {"image_token": "<new>"}},
+    "extra tokens": {"extra_special_tokens": ["<new>", "<extra_id_0>"]},
+    "no extra tokens": {"extra_special_tokens": None},
+    "additional tokens": {"additional_special_tokens": ["<Old>", "castle"]},
+    "fewer sentinels": {"extra_ids": 50, "additional_special_tokens": None},
+    "other padding": {"pad_token": "<unk>", "unk_token": "a", "bos_token": "cat</w>"},
+}
+
+
+@pytest.mark.parametrize("form", ["json", "model"])
+@pytest.mark.parametrize("name", [CLIP, T5])
+@pytest.mark.parametrize("change", CONFIGS)
+def test_settings_of_the_config_are_honoured(
+    demo: Mapping[str, Path], prompts: list[str], tmp_path: Path, form: str, name: str, change: str
+) -> None:
+    settings = dict(CONFIGS[change])
+    if name == CLIP:
+        replaced = {"<unk>": "a", "</s>": "<|endoftext|>"}
+        for key in ("pad_token", "eos_token"):
+            value = settings.get(key)
+            if isinstance(value, dict):
+                settings[key] = value | {"content": "<|endoftext|>"}
+            elif value is not None:
+                settings[key] = replaced[value]
+    else:
+        settings |= {"unk_token": "<unk>"} if "unk_token" in settings else {}
+    folder = shutil.copytree(demo[form] / name, tmp_path / name)
+    edit(folder / "tokenizer_config.json", lambda config: config.update(settings))
+    compare(folder, prompts[:FEW], 32)
+
+
+SPECIAL_MAPS: dict[str, dict[str, Any]] = {
+    "additional tokens": {"additional_special_tokens": ["<new>", "<Old>"]},
+    "tokens with flags": {
+        "mask_token": token("[MASK]", lstrip=True, rstrip=True, normalized=True),
+        "cls_token": token("fluffy", single_word=True),
+    },
+    "extra tokens": {"extra_special_tokens": [token("<new>", rstrip=True), "<Old>"]},
+    "extra tokens in a table": {"extra_special_tokens": {"image_token": "<new>"}},
+}
+
+
+@pytest.mark.parametrize("form", ["json", "model"])
+@pytest.mark.parametrize("name", [CLIP, T5])
+@pytest.mark.parametrize("change", SPECIAL_MAPS)
+@pytest.mark.parametrize("added", [{}, {"<new>": 4000, "Castle": 4001, "[MASK]": 4002}])
+def test_the_old_files_of_special_and_added_tokens(
+    demo: Mapping[str, Path],
+    prompts: list[str],
+    tmp_path: Path,
+    form: str,
+    name: str,
+    change: str,
+    added: dict[str, int],
+) -> None:
+    folder = shutil.copytree(demo[form] / name, tmp_path / name)
+    edit(folder / "tokenizer_config.json", lambda config: config.pop("added_tokens_decoder", None))
+    edit(folder / "special_tokens_map.json", lambda tokens: tokens.update(SPECIAL_MAPS[change]))
+    if added:
+        edit(folder / "added_tokens.json", lambda tokens: tokens.update(added))
+    compare(folder, prompts[: FEW // 2], 32)
+
+
+def _left_sides(document: dict[str, Any]) -> None:
+    document["truncation"] = {
+        "direction": "Left",
+        "max_length": 9,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    document["padding"] = {
+        "strategy": {"Fixed": 9},
+        "direction": "Left",
+        "pad_to_multiple_of": None,
+        "pad_id": 3,
+        "pad_type_id": 0,
+        "pad_token": "a",
+    }
+
+
+def _joined_merges(document: dict[str, Any]) -> None:
+    if "merges" in document["model"]:
+        document["model"]["merges"] = [" ".join(pair) for pair in document["model"]["merges"]]
+
+
+def _nested_normalizer(document: dict[str, Any]) -> None:
+    steps = [{"type": "Strip", "strip_left": True, "strip_right": True}, document["normalizer"]]
+    document["normalizer"] = {"type": "Sequence", "normalizers": steps}
+
+
+DOCUMENTS: dict[str, Edit] = {
+    "left sides": _left_sides,
+    "merges of one string": _joined_merges,
+    "more normalizers": _nested_normalizer,
+    "no normalizer": lambda document: document.update(normalizer=None),
+    "other pre-tokenizer": lambda document: document.update(pre_tokenizer=None),
+    "other wrapping": lambda document: document.update(post_processor=None),
+    "no kind of model": lambda document: document["model"].pop("type"),
+    "an added token": lambda document: document["added_tokens"].append(
+        token("<new>", rstrip=True, special=False, single_word=False) | {"id": 4000}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [CLIP, T5])
+@pytest.mark.parametrize("change", DOCUMENTS)
+@pytest.mark.parametrize("config", [True, False])
+def test_only_the_honoured_parts_of_a_tokenizer_json_count(
+    demo: Mapping[str, Path],
+    prompts: list[str],
+    tmp_path: Path,
+    name: str,
+    change: str,
+    config: bool,
+) -> None:
+    folder = shutil.copytree(demo["json"] / name, tmp_path / name)
+    edit(folder / "tokenizer.json", DOCUMENTS[change])
+    if not config:
+        (folder / "tokenizer_config.json").unlink()
+    compare(folder, prompts[: FEW // 2], 32)
+
+
+def test_clip_pads_to_the_length_that_fluxpipeline_takes_from_the_config(
+    demo: Mapping[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(demo["json"] / CLIP, tmp_path / CLIP)
+    for configured, expected in ((77, 77), (64, 64), (248, 248), (10**30, 77), (None, 77)):
+        edit(
+            folder / "tokenizer_config.json",
+            lambda config, value=configured: config.update(model_max_length=value),
+        )
+        assert load_clip_tokenizer(folder).max_length == expected
+        assert load_clip_tokenizer(folder, 32).encode(["a cat"]).shape == (1, 32)
+
+
+def edit(path: Path, change: Edit) -> None:
+    """Rewrite a JSON file, or write it."""
+    value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    change(value)
+    path.write_text(json.dumps(value), encoding="utf-8")
