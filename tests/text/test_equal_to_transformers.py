@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
+from tokenizers import pre_tokenizers
 
 from fluxdeploy.text import load_clip_tokenizer, load_t5_tokenizer
 
@@ -104,6 +107,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bos and eos off": {"add_bos_token": False, "add_eos_token": False},
     "token with flags": {"eos_token": token("</s>", rstrip=True) | {"__type": "AddedToken"}},
     "mask token": {"mask_token": "[MASK]"},
+    "new tokens of two kinds": {"mask_token": "[MASK]", "extra_special_tokens": ["<new>"]},
+    "a special token declared as a plain one": {
+        "mask_token": "<new>",
+        "added_tokens_decoder": {"4000": token("<new>"), "4001": token("castle")},
+        "split_special_tokens": True,
+    },
     "own token": {"image_token": "<new>", "other_token": "<Old>"},
     "own tokens in a table": {"extra_special_tokens": {"image_token": "<new>"}},
     "extra tokens": {"extra_special_tokens": ["<new>", "<extra_id_0>"]},
@@ -150,6 +159,7 @@ SPECIAL_MAPS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("form", ["json", "model"])
 @pytest.mark.parametrize("name", [CLIP, T5])
 @pytest.mark.parametrize("change", SPECIAL_MAPS)
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("added", [{}, {"<new>": 4000, "Castle": 4001, "[MASK]": 4002}])
 def test_the_old_files_of_special_and_added_tokens(
     demo: Mapping[str, Path],
@@ -159,9 +169,11 @@ def test_the_old_files_of_special_and_added_tokens(
     name: str,
     change: str,
     added: dict[str, int],
+    split: bool,
 ) -> None:
     folder = shutil.copytree(demo[form] / name, tmp_path / name)
     edit(folder / "tokenizer_config.json", lambda config: config.pop("added_tokens_decoder", None))
+    edit(folder / "tokenizer_config.json", lambda c: c.update(split_special_tokens=split))
     edit(folder / "special_tokens_map.json", lambda tokens: tokens.update(SPECIAL_MAPS[change]))
     if added:
         edit(folder / "added_tokens.json", lambda tokens: tokens.update(added))
@@ -195,6 +207,15 @@ def _nested_normalizer(document: dict[str, Any]) -> None:
     document["normalizer"] = {"type": "Sequence", "normalizers": steps}
 
 
+def _missing_bytes(document: dict[str, Any]) -> None:
+    model = document["model"]
+    if model["type"] == "BPE":
+        merged = {part for pair in model["merges"] for part in pair} | {"a"}
+        for symbol in [*pre_tokenizers.ByteLevel.alphabet()][::3]:
+            if symbol not in merged:
+                del model["vocab"][symbol]
+
+
 DOCUMENTS: dict[str, Edit] = {
     "left sides": _left_sides,
     "merges of one string": _joined_merges,
@@ -202,6 +223,7 @@ DOCUMENTS: dict[str, Edit] = {
     "no normalizer": lambda document: document.update(normalizer=None),
     "other pre-tokenizer": lambda document: document.update(pre_tokenizer=None),
     "other wrapping": lambda document: document.update(post_processor=None),
+    "bytes without a token": _missing_bytes,
     "no kind of model": lambda document: document["model"].pop("type"),
     "an added token": lambda document: document["added_tokens"].append(
         token("<new>", rstrip=True, special=False, single_word=False) | {"id": 4000}
@@ -225,6 +247,32 @@ def test_only_the_honoured_parts_of_a_tokenizer_json_count(
     if not config:
         (folder / "tokenizer_config.json").unlink()
     compare(folder, prompts[: FEW // 2], 32)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_symbols_that_the_sentencepiece_model_defines(
+    demo: Mapping[str, Path], prompts: list[str], tmp_path: Path, split: bool
+) -> None:
+    folder = shutil.copytree(demo["model"] / T5, tmp_path / T5)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(prompts[6:300]),
+        model_writer=model,
+        vocab_size=2000,
+        character_coverage=0.9,
+        hard_vocab_limit=False,
+        user_defined_symbols=["<new>", "castle"],
+        control_symbols=["<Old>"],
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        pad_id=3,
+    )
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        edit(folder / file, lambda settings: settings.pop("additional_special_tokens"))
+    edit(folder / "tokenizer_config.json", lambda c: c.update(split_special_tokens=split))
+    compare(folder, prompts[:FEW], 77)
 
 
 def test_clip_pads_to_the_length_that_fluxpipeline_takes_from_the_config(

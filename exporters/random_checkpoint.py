@@ -1,0 +1,265 @@
+"""Checkpoints that nobody trained: the embedded default, and full-size ones without data.
+
+Names and shapes come from the exported networks themselves, so a checkpoint written here has
+exactly the tensors that FLUX.1's have, in diffusers layout.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import CLIPTextConfig, T5Config
+
+from exporters import components
+from exporters.chain import Chain
+from exporters.checkpoint.config import TransformerConfig, VaeConfig
+from exporters.demo_tokenizers import write_demo_tokenizers
+from fluxdeploy.bundle.files import write_atomic
+from fluxdeploy.tensorfile import TensorFileWriter, from_float32, write_sparse
+
+__all__ = ["FLUX_DEV", "Sizes", "declare_tensors", "write_demo_checkpoint", "write_sparse_checkpoint"]
+
+Declaration = tuple[str, str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a checkpoint's four networks."""
+
+    transformer: TransformerConfig
+    vae: VaeConfig
+    clip: CLIPTextConfig
+    t5: T5Config
+
+
+FLUX_DEV = Sizes(
+    TransformerConfig(
+        in_channels=64,
+        out_channels=64,
+        width=3072,
+        head_dim=128,
+        mlp_width=12288,
+        double_blocks=19,
+        single_blocks=38,
+        text_width=4096,
+        pooled_width=768,
+        guidance_embedding=True,
+        axes_dims=(16, 56, 56),
+        theta=10000.0,
+    ),
+    VaeConfig(
+        latent_channels=16,
+        channels=(128, 256, 512, 512),
+        layers=2,
+        groups=32,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    ),
+    CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        eos_token_id=2,
+    ),
+    T5Config(
+        vocab_size=32128,
+        d_model=4096,
+        d_kv=64,
+        d_ff=10240,
+        num_layers=24,
+        num_heads=64,
+        feed_forward_proj="gated-gelu",
+    ),
+)
+"""The sizes of FLUX.1-dev."""
+
+_PARTS = {
+    "transformer": "transformer/diffusion_pytorch_model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+    "clip": "text_encoder/model.safetensors",
+    "t5": "text_encoder_2/model.safetensors",
+}
+
+
+def write_demo_checkpoint(folder: Path) -> None:
+    """Write the embedded default: small, random, the same bytes every time."""
+    tokenizers = write_demo_tokenizers(folder, "json")
+    sizes = Sizes(
+        TransformerConfig(
+            in_channels=64,
+            out_channels=64,
+            width=128,
+            head_dim=32,
+            mlp_width=512,
+            double_blocks=2,
+            single_blocks=4,
+            text_width=64,
+            pooled_width=64,
+            guidance_embedding=True,
+            axes_dims=(8, 12, 12),
+            theta=10000.0,
+        ),
+        VaeConfig(
+            latent_channels=16,
+            channels=(32, 32, 64, 64),
+            layers=1,
+            groups=8,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+        ),
+        CLIPTextConfig(
+            vocab_size=tokenizers.clip_vocab_size,
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            bos_token_id=tokenizers.clip_bos_token_id,
+            eos_token_id=tokenizers.clip_eos_token_id,
+            pad_token_id=tokenizers.clip_eos_token_id,
+        ),
+        T5Config(
+            vocab_size=tokenizers.t5_vocab_size,
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+        ),
+    )
+    settings = {
+        "height": 256,
+        "width": 256,
+        "num_inference_steps": 8,
+        "max_sequence_length": 64,
+    }
+    _write_configs(folder, sizes, settings)
+    for part, path in _PARTS.items():
+        declared = declare_tensors(sizes, part)
+        random = np.random.RandomState(0)
+        with TensorFileWriter(folder / path, declared) as writer:
+            for name, dtype, shape in declared:
+                values = _random(random, name, shape)
+                writer.write(from_float32(values, dtype))
+
+
+def write_sparse_checkpoint(folder: Path, sizes: Sizes) -> None:
+    """Write a checkpoint of zeros that takes no room on the disk, whatever its size."""
+    write_demo_tokenizers(folder, "json")
+    _write_configs(folder, sizes, {})
+    for part, path in _PARTS.items():
+        write_sparse(folder / path, declare_tensors(sizes, part))
+
+
+def declare_tensors(sizes: Sizes, part: str) -> list[Declaration]:
+    """Names, types and shapes of a network's tensors in diffusers layout, all bfloat16."""
+    how = components.PRECISIONS["bf16"]
+    chains = {
+        "transformer": lambda: [
+            components.conditioner_chain(sizes.transformer, how),
+            components.transformer_chain(sizes.transformer, how),
+        ],
+        "vae": lambda: [
+            components.vae_encoder_chain(sizes.vae, how),
+            components.vae_decoder_chain(sizes.vae, how),
+        ],
+        "clip": lambda: [components.clip_chain(sizes.clip, how)],
+        "t5": lambda: [components.t5_chain(sizes.t5, how)],
+    }[part]()
+    shapes = dict(_parameters(chains))
+    for parameter in ("weight", "bias"):
+        # One tensor in the file, two linears in the graph.
+        half = shapes.pop(f"norm_out.scale.{parameter}", None)
+        if shapes.pop(f"norm_out.shift.{parameter}", None) and half:
+            shapes[f"norm_out.linear.{parameter}"] = (2 * half[0], *half[1:])
+    return [(name, "BF16", shape) for name, shape in shapes.items()]
+
+
+def _parameters(chains: Iterable[Chain]) -> Iterable[tuple[str, tuple[int, ...]]]:
+    for chain in chains:
+        for stage in chain.stages:
+            for name, parameter in stage.piece.module.named_parameters():
+                yield stage.scope + name, tuple(parameter.shape)
+
+
+def _random(random: np.random.RandomState, name: str, shape: tuple[int, ...]) -> Any:
+    """Values that keep activations near one: norm weights one, biases and the rest by fan-in."""
+    if len(shape) == 1 and "norm" in name and name.endswith("weight"):
+        return np.ones(shape, np.float32)
+    if name.endswith("bias") and len(shape) == 1:
+        return np.zeros(shape, np.float32)
+    fan_in = math.prod(shape[1:]) if "embedding" not in name and "shared" not in name else 1
+    values = random.standard_normal(shape) / math.sqrt(fan_in)
+    return values.astype(np.float32)
+
+
+def _write_configs(folder: Path, sizes: Sizes, settings: dict[str, Any]) -> None:
+    transformer, vae = sizes.transformer, sizes.vae
+    levels = len(vae.channels)
+    documents: dict[str, dict[str, Any]] = {
+        "model_index.json": {
+            "_class_name": "FluxPipeline",
+            "_fluxdeploy": settings,
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "text_encoder_2": ["transformers", "T5EncoderModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "tokenizer_2": ["transformers", "T5TokenizerFast"],
+            "transformer": ["diffusers", "FluxTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+        "scheduler/scheduler_config.json": {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": 1000,
+            "shift": 3.0,
+            "use_dynamic_shifting": transformer.guidance_embedding,
+            "base_shift": 0.5,
+            "max_shift": 1.15,
+            "base_image_seq_len": 256,
+            "max_image_seq_len": 4096,
+        },
+        "transformer/config.json": {
+            "_class_name": "FluxTransformer2DModel",
+            "in_channels": transformer.in_channels,
+            "num_layers": transformer.double_blocks,
+            "num_single_layers": transformer.single_blocks,
+            "attention_head_dim": transformer.head_dim,
+            "num_attention_heads": transformer.width // transformer.head_dim,
+            "joint_attention_dim": transformer.text_width,
+            "pooled_projection_dim": transformer.pooled_width,
+            "guidance_embeds": transformer.guidance_embedding,
+            "axes_dims_rope": list(transformer.axes_dims),
+        },
+        "vae/config.json": {
+            "_class_name": "AutoencoderKL",
+            "block_out_channels": list(vae.channels),
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "layers_per_block": vae.layers,
+            "latent_channels": vae.latent_channels,
+            "norm_num_groups": vae.groups,
+            "scaling_factor": vae.scaling_factor,
+            "shift_factor": vae.shift_factor,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+        },
+        "text_encoder/config.json": {
+            **sizes.clip.to_diff_dict(),
+            "architectures": ["CLIPTextModel"],
+        },
+        "text_encoder_2/config.json": {
+            **sizes.t5.to_diff_dict(),
+            "architectures": ["T5EncoderModel"],
+        },
+    }
+    for path, document in documents.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / path, json.dumps(document, indent=2) + "\n")
