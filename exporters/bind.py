@@ -157,11 +157,12 @@ def _widen(
     uses = list(value.uses())
     needed = value.dtype
     assert needed is not None
-    value.dtype = stored
+    # A new type, since repeated blocks share theirs.
+    value.type = ir.TensorType(stored)
     if all(node.op_type == "Gather" and index == 0 for node, index in uses):
         for node, _ in uses:
             cast = _insert_cast(node.outputs[0], needed)
-            node.outputs[0].dtype = stored
+            node.outputs[0].type = ir.TensorType(stored)
             graph.insert_after(node, cast)
     else:
         cast = _insert_cast(value, needed)

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engines.base import Binding, Engine
 from exporters.chain import Chain, Stage
 from exporters.checkpoint import Weights
 from fluxdeploy.errors import CheckpointError
 
-__all__ = ["run_reference"]
+__all__ = ["ReferenceEngine", "run_reference"]
 
 Array = NDArray[np.generic]
 
@@ -58,3 +59,33 @@ def _parameters(stage: Stage, weights: Weights) -> dict[str, torch.Tensor]:
             )
         parameters[name] = torch.from_numpy(stored.read().reshape(stored.shape))
     return parameters
+
+
+class ReferenceEngine(Engine):
+    """A component in PyTorch float32 behind the interface of engines: a host can run on it."""
+
+    def __init__(self, chain: Chain, weights: Weights) -> None:
+        self.component = chain.component
+        self.inputs = chain.inputs
+        self.outputs = chain.outputs
+        self.dimensions = {}
+        self._chain = chain
+        self._weights = weights
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return run_reference(self._chain, self._weights, inputs)
+
+    def bind(self, resident: Mapping[str, Array]) -> Binding:
+        return _ReferenceBinding(self, resident)
+
+    def close(self) -> None:
+        """Nothing is held between runs."""
+
+
+class _ReferenceBinding(Binding):
+    def __init__(self, engine: ReferenceEngine, resident: Mapping[str, Array]) -> None:
+        self._engine = engine
+        self._resident = dict(resident)
+
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        return self._engine.run({**self._resident, **inputs})

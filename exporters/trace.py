@@ -41,15 +41,17 @@ _DTYPES = {"float32": ir.DataType.FLOAT, "int32": ir.DataType.INT32}
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence what torch's exporter says of packages and types that do not matter here."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def _trace_piece(piece: Piece) -> ir.Graph:
@@ -87,11 +89,12 @@ def _trace_piece(piece: Piece) -> ir.Graph:
             raise ExportError(f"parameter {name} of {kind} is not used by its own graph.")
         value.const_value = None
         graph.inputs.append(value)
-    optimize_ir(model)
-    simplify_shapes(model)
-    CommonSubexpressionEliminationPass()(model)
-    IdentityEliminationPass()(model)
-    RemoveUnusedNodesPass()(model)
+    with _quiet():
+        optimize_ir(model)
+        simplify_shapes(model)
+        CommonSubexpressionEliminationPass()(model)
+        IdentityEliminationPass()(model)
+        RemoveUnusedNodesPass()(model)
     return graph
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -73,12 +74,12 @@ class FluxPipeline:
     """
 
     def __init__(
-        self, bundle: Bundle, tokenizers: Tokenizers, runtime: str, options: EngineOptions | None
+        self, bundle: Bundle, tokenizers: Tokenizers, open_component: Callable[[str], Engine]
     ) -> None:
+        """Use `from_bundle`, unless the components shall run on something else than engines."""
         self._bundle = bundle
         self._tokenizers = tokenizers
-        self._runtime = runtime
-        self._options = options
+        self._open_component = open_component
         self._engines: dict[str, Engine] = {}
         # Reentrant: a callback may make another picture, or close the pipeline before it raises.
         self._turn = threading.RLock()
@@ -96,7 +97,8 @@ class FluxPipeline:
         Raises `BundleError` where the folder is no bundle that this version reads.
         """
         bundle = open_bundle(Path(path))
-        return cls(bundle, load_tokenizers(bundle), runtime, options)
+        open_component = functools.partial(open_engine, bundle, runtime=runtime, options=options)
+        return cls(bundle, load_tokenizers(bundle), open_component)
 
     @property
     def bundle(self) -> Bundle:
@@ -118,7 +120,7 @@ class FluxPipeline:
         image: object | None = None,
         mask_image: object | None = None,
         strength: float = 0.6,
-        max_sequence_length: int = 512,
+        max_sequence_length: int | None = None,
         callback_on_step_end: PipelineCallback | None = None,
         output_type: Literal["pil", "np"] = "pil",
     ) -> FluxPipelineOutput:
@@ -202,9 +204,7 @@ class FluxPipeline:
 
     def _engine(self, component: str) -> Engine:
         if component not in self._engines:
-            self._engines[component] = open_engine(
-                self._bundle, component, runtime=self._runtime, options=self._options
-            )
+            self._engines[component] = self._open_component(component)
         return self._engines[component]
 
     def _run(self, component: str, output: str, inputs: Mapping[str, Array]) -> NDArray[np.float32]:

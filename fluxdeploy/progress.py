@@ -68,6 +68,13 @@ class Progress:
         """Start a task of `total` units (bytes, steps, ...), or of unknown length."""
         return Task(self, description, total)
 
+    def note(self, line: str) -> None:
+        """Say something that stays on the screen, above the bars."""
+        if self._bars is not None:
+            self._bars.console.print(line, markup=False, highlight=False)
+        else:
+            self._report(line)
+
     def __enter__(self) -> Progress:
         if not self._quiet and self._stream.isatty():
             self._bars = self._make_bars()

@@ -70,7 +70,7 @@ def check_request(
     num_inference_steps: int | None,
     guidance_scale: float | None,
     num_images_per_prompt: int,
-    max_sequence_length: int,
+    max_sequence_length: int | None,
 ) -> GenerationRequest:
     """The request that the arguments of `FluxPipeline.__call__` make.
 
@@ -104,7 +104,7 @@ def check_request(
         num_images_per_prompt=_count("num_images_per_prompt", num_images_per_prompt),
         max_sequence_length=_count(
             "max_sequence_length",
-            max_sequence_length,
+            defaults.max_sequence_length if max_sequence_length is None else max_sequence_length,
             min(_MAX_SEQUENCE_LENGTH, manifest.tokenizers["t5"].max_length),
         ),
     )

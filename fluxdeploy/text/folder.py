@@ -66,7 +66,7 @@ _GENERIC_CLASSES = ("PreTrainedTokenizer", "PreTrainedTokenizerFast", "Tokenizer
 
 @dataclass(frozen=True)
 class TokenizerFolder:
-    """A folder's settings.
+    """The settings of a folder.
 
     `document` is the parsed `tokenizer.json`, or None. `named` has the special tokens that have a
     name (`bos_token`...), defaults filled in, in the order in which they get ids. `extra` and
@@ -209,8 +209,9 @@ def _interpret(
             declared[int(index)] = _added_token(value)
     else:
         _merge_special_tokens_map(config, _read_object(path / SPECIAL_TOKENS_FILE) or {})
+        special_texts = _special_texts(config)
         for text, index in (_read_object(path / ADDED_TOKENS_FILE) or {}).items():
-            special = text in _special_texts(config)
+            special = text in special_texts
             declared[index] = AddedToken(text, normalized=not special, special=special)
         for entry in (document or {}).get("added_tokens", ()):
             declared[entry["id"]] = _added_token(entry)

@@ -73,7 +73,7 @@ def load_t5_tokenizer(folder: Path, max_length: int = 512) -> Tokenizer:
 
 def t5_backend(vocabulary: Sequence[tuple[str, float]], charsmap: bytes) -> Backend:
     """T5's pipeline over (piece, log probability) pairs, without any special token."""
-    backend = Backend(Unigram(list(vocabulary), unk_id=0, byte_fallback=False))
+    backend = Backend(Unigram(list(vocabulary), unk_id=_UNKNOWN_ID, byte_fallback=False))
     if charsmap:
         _check_charsmap(charsmap)
         backend.normalizer = normalizers.Precompiled(charsmap)

@@ -189,19 +189,15 @@ def engines() -> dict[str, MemoryEngine]:
 
 
 @pytest.fixture
-def make_pipeline(
-    monkeypatch: pytest.MonkeyPatch, engines: dict[str, MemoryEngine]
-) -> Callable[[Manifest], FluxPipeline]:
-    def open_engine(
-        bundle: object, component: str, runtime: str = "auto", options: object = None
-    ) -> Engine:
-        return engines[component]
-
+def make_pipeline(engines: dict[str, MemoryEngine]) -> Callable[[Manifest], FluxPipeline]:
     def make(manifest: Manifest) -> FluxPipeline:
         bundle = SimpleNamespace(manifest=manifest, root=Path("bundle"), content_hash="0" * 64)
-        return FluxPipeline(bundle, CharacterTokenizers(), "auto", None)  # type: ignore[arg-type]
+        return FluxPipeline(
+            bundle,  # type: ignore[arg-type]
+            CharacterTokenizers(),  # type: ignore[arg-type]
+            engines.__getitem__,
+        )
 
-    monkeypatch.setattr("fluxdeploy.pipeline.open_engine", open_engine)
     return make
 
 

@@ -256,10 +256,9 @@ def test_symbols_that_the_sentencepiece_model_defines(
     folder = shutil.copytree(demo["model"] / T5, tmp_path / T5)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(prompts[6:300]),
+        sentence_iterator=iter(prompts[6:200]),
         model_writer=model,
-        vocab_size=2000,
-        character_coverage=0.9,
+        vocab_size=4000,
         hard_vocab_limit=False,
         user_defined_symbols=["<new>", "castle"],
         control_symbols=["<Old>"],
@@ -280,10 +279,7 @@ def test_clip_pads_to_the_length_that_fluxpipeline_takes_from_the_config(
 ) -> None:
     folder = shutil.copytree(demo["json"] / CLIP, tmp_path / CLIP)
     for configured, expected in ((77, 77), (64, 64), (248, 248), (10**30, 77), (None, 77)):
-        edit(
-            folder / "tokenizer_config.json",
-            lambda config, value=configured: config.update(model_max_length=value),
-        )
+        (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": configured}))
         assert load_clip_tokenizer(folder).max_length == expected
         assert load_clip_tokenizer(folder, 32).encode(["a cat"]).shape == (1, 32)
 

@@ -28,17 +28,17 @@ def test_the_character_map_is_the_one_of_nfkc(demo: Mapping[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("data", "message"),
     [
-        b"",
-        b"\x0a\x05abc",  # a field longer than the file
-        b"\x0a\x00",  # a piece and no trainer's settings
-        b"\x08" + b"\xff" * 10,  # an endless number
-        b"\x0f",  # no such wire type
-        b"\x08\x01\x12\x00",  # the list of pieces as a number
-        b"\x0a\x03\x0a\x01\xff\x12\x00",  # a piece that is no UTF-8
+        (b"", "no SentencePiece model"),
+        (b"\x0a\x05abc", "cut off"),  # a field longer than the file
+        (b"\x0a\x00", "cut off"),  # a piece and no trainer's settings
+        (b"\x08" + b"\xff" * 10, "64 bits"),  # an endless number
+        (b"\x0f", "wire type 7"),
+        (b"\x08\x01\x12\x00", "wrong type"),  # the list of pieces as a number
+        (b"\x0a\x03\x0a\x01\xff\x12\x00", "utf-8"),  # a piece that is no text
     ],
 )
-def test_other_bytes_are_refused(data: bytes) -> None:
-    with pytest.raises(ValueError):
+def test_other_bytes_are_refused(data: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         parse_sentencepiece(data)

@@ -1,0 +1,76 @@
+"""`fluxdeploy build`: a checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from fluxdeploy.cli.options import COMPONENT_PRECISION, PRECISION, component_precisions
+from fluxdeploy.progress import Progress
+
+
+@click.command()
+@click.argument("checkpoint", required=False)
+@PRECISION
+@COMPONENT_PRECISION
+@click.option(
+    "--runtime",
+    default="auto",
+    help="What the engines are for; `doctor` lists what this machine has.",
+)
+@click.option("--target", help="The device the engines are for: cpu or cuda.  [default: the best]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default="bundle",
+    help="The bundle's folder. An earlier bundle there stays usable until the new one is whole.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and no progress.")
+def command(
+    checkpoint: str | None,
+    precision: str,
+    component_precision: tuple[str, ...],
+    runtime: str,
+    target: str | None,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Build a bundle from CHECKPOINT: ONNX files, engines, tokenizers and a manifest.
+
+    CHECKPOINT is a folder in diffusers layout, a folder or transformer file in Black Forest Labs'
+    layout, or a hub id; without one, the small model that comes with the package. No weight is
+    loaded to export: the graphs point into the checkpoint's own files, hard-linked where the disk
+    allows it. Every engine is checked against PyTorch before the bundle is called whole.
+
+    A build that was cut off goes on where it was when the same command is run again.
+
+    \b
+    Examples:
+      fluxdeploy build
+      fluxdeploy build ./FLUX.1-dev --out flux-dev
+      fluxdeploy build black-forest-labs/FLUX.1-schnell --precision fp16 --out flux-schnell
+      fluxdeploy build flux1-dev.safetensors --component-precision t5=fp32
+    """
+    from fluxdeploy.build import BuildRequest, build
+
+    request = BuildRequest(
+        checkpoint,
+        precision,
+        component_precisions(component_precision),
+        runtime,
+        target,
+    )
+    with Progress(quiet=as_json) as progress:
+        bundle = build(request, out, progress)
+    precisions = {name: record.precision for name, record in bundle.manifest.components.items()}
+    if as_json:
+        report = {"bundle": str(out), "hash": bundle.content_hash, "precisions": precisions}
+        click.echo(json.dumps(report))
+        return
+    narrowed = sorted(name for name, used in precisions.items() if used != precision)
+    if narrowed:
+        words = ", ".join(f"{name} {precisions[name]}" for name in narrowed)
+        click.echo(f"computed in another precision than {precision} on this target: {words}")
+    click.echo(f"{out} is ready: fluxdeploy generate \"a prompt\" --bundle {out}")
