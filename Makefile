@@ -13,13 +13,13 @@ help:
 	@echo "make demo   set up, build the default bundle, write image.png"
 	@echo "make test   set up and run the tests"
 	@echo "make lint   ruff and mypy"
-	@echo "make docs   regenerate docs/commands.md"
+	@echo "make docs   regenerate docs/commands.md and the figures in README.md"
 	@echo "make bench  export a full-size model: time, memory, bytes written"
 	@echo "make clean  remove .venv, caches and build leftovers"
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or later is needed, this is %d.%d. Name another: make PYTHON=python3.11 ..." % sys.version_info[:2])'
-	@echo "Setting up $(VENV): the first time this fetches about 1 GB and takes a few minutes."
+	@echo "Setting up $(VENV): the first time this fetches 1 GB or more and takes a few minutes."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[all]'
 	@touch $@
@@ -28,6 +28,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/fluxdeploy build
 	$(BIN)/fluxdeploy generate "a red circle above a blue square" --out image.png
+	@echo "image.png shows colour noise, as it should: the default model is random, nobody trained it."
+	@echo "For real pictures: $(BIN)/fluxdeploy build ./FLUX.1-dev --out flux-dev"
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n auto --durations=10
@@ -39,6 +41,7 @@ lint: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m fluxdeploy.cli.reference docs/commands.md
+	if [ -e benchmarks/results/export_scale.json ]; then $(BIN)/python docs/figures.py; fi
 
 bench: $(READY)
 	$(BIN)/python benchmarks/export_scale.py

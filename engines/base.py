@@ -66,7 +66,11 @@ class Engine(ABC):
 
     @abstractmethod
     def bind(self, resident: Mapping[str, Array]) -> Binding:
-        """Place the inputs that stay the same between calls on the engine's device, once."""
+        """Place the inputs that stay the same between calls on the engine's device, once.
+
+        They are copied: changing an array afterwards changes nothing. Raises `EngineError` for
+        an unknown or misshapen tensor.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -88,9 +88,17 @@ def _session(
     if target == "cuda":
         provider.insert(0, ("CUDAExecutionProvider", {"device_id": options.device}))
     try:
-        return onnxruntime.InferenceSession(str(path), settings, providers=provider)
+        session = onnxruntime.InferenceSession(str(path), settings, providers=provider)
     except Exception as error:  # the runtime raises a class of its own for every status
         raise EngineError(f"ONNX Runtime cannot open {component} ({path}): {error}") from error
+    # Where the provider's libraries do not load, the runtime goes to the CPU with no more than a
+    # warning, and a bundle for GPUs would be slow, or lack kernels, without a word.
+    if _PROVIDERS[target] not in session.get_providers():
+        raise EngineError(
+            f"ONNX Runtime could not start its {_PROVIDERS[target]} for {component}: check the "
+            "driver and the CUDA and cuDNN libraries, or use a bundle for the CPU."
+        )
+    return session
 
 
 class _OnnxRuntimeEngine(Engine):
@@ -150,8 +158,9 @@ class _OnnxRuntimeBinding(Binding):
         self._sizes = check_inputs(engine.component, placed, engine.dimensions, resident)
         self._outputs: dict[str, Array] = {}
         self._output_sizes: dict[str, int] | None = None
-        # Bound memory is not owned by the binding: these keep it alive.
-        self._resident = [np.ascontiguousarray(resident[spec.name]) for spec in placed]
+        # On the CPU a bound value is the array's own memory: a copy, so that the caller may reuse
+        # the array there as on a GPU, and kept, since the binding does not own it.
+        self._resident = [np.array(resident[spec.name], order="C") for spec in placed]
         for spec, array in zip(placed, self._resident, strict=True):
             value = onnxruntime.OrtValue.ortvalue_from_numpy(array, *device)
             self._binding.bind_ortvalue_input(spec.name, value)

@@ -27,7 +27,7 @@ def check_inputs(
     tensor, a wrong type or shape, and a size outside the engine's range.
     """
     wanted = {spec.name: spec for spec in specs}
-    for name in wanted.keys() ^ inputs.keys():
+    for name in sorted(wanted.keys() ^ inputs.keys()):
         what = "is missing" if name in wanted else "is not one of its inputs"
         raise EngineError(
             f"{component}: tensor {name} {what}; the inputs here are {', '.join(wanted)}."

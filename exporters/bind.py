@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from exporters.chain import Chain
 from exporters.checkpoint.tensors import StoredTensor, Weights
-from fluxdeploy.bundle.files import link_or_copy
+from fluxdeploy.bundle.files import disk_errors, link_or_copy
 from fluxdeploy.errors import CheckpointError, ExportError
 from fluxdeploy.tensorfile import TensorFileWriter, from_float32, read_header
 
-__all__ = ["WeightFolder", "bind"]
+__all__ = ["WeightFolder", "bind", "check_weights"]
 
 _STORED = {
     "F32": ir.DataType.FLOAT,
@@ -47,17 +48,33 @@ class WeightFolder:
 
     def __post_init__(self) -> None:
         self._links: dict[Path, str] = {}
+        self._converted: set[str] = set()
 
     def link(self, file: Path, on_bytes: OnBytes = _ignore) -> str:
         """Make a checkpoint's file available below the folder; returns its name there."""
         source = Path(os.path.realpath(file))
         if source not in self._links:
             name = f"{file.parent.name}.{file.name}" if _is_part_folder(file.parent) else file.name
-            if name in self._links.values():
+            if name in self._links.values() or name in self._converted:
                 raise ExportError(f"two weight files are both called {name}: rename one of them.")
             link_or_copy(source, self.root / name, on_bytes=on_bytes)
             self._links[source] = name
         return self._links[source]
+
+    def reserve(self, name: str) -> None:
+        """Make room for a file of converted weights, which must not replace a linked one."""
+        if name in self._links.values():
+            raise ExportError(
+                f"the converted weights are to be called {name}, as a file of the checkpoint is: "
+                "rename that file."
+            )
+        self._converted.add(name)
+        self.make()
+
+    def make(self) -> None:
+        """Make the folder. Raises `BundleError` where it cannot be."""
+        with disk_errors("write", self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
 
     @property
     def sources(self) -> dict[str, Path]:
@@ -93,10 +110,12 @@ def bind(
     files: dict[str, None] = {}
     conversions: list[tuple[ir.Value, StoredTensor]] = []
     for value in parameters:
-        stored = _stored(weights, value)
+        assert value.shape is not None
+        stored = _find(weights, str(value.name), value.shape.numpy())
         needed = value.dtype
         kept = _STORED.get(stored.dtype)
-        if kept is None or (kept != needed and needed != ir.DataType.FLOAT):
+        exact = kept == needed or needed == ir.DataType.FLOAT
+        if kept is None or not exact or stored.scale is not None:
             conversions.append((value, stored))
             continue
         name = folder.link(stored.file, on_bytes)
@@ -105,6 +124,7 @@ def bind(
             _widen(graph, value, kept, order)
         _point(graph, value, folder, name, stored.offset, stored.nbytes)
     if conversions:
+        folder.reserve(converted)
         files[converted] = None
         _convert(conversions, folder.root / converted, on_bytes)
         entries = read_header(folder.root / converted).tensors
@@ -114,27 +134,36 @@ def bind(
     return list(files)
 
 
-def _stored(weights: Weights, value: ir.Value) -> StoredTensor:
-    name = str(value.name)
+def check_weights(chain: Chain, weights: Weights) -> None:
+    """Hold a checkpoint against a chain, before the work of tracing it.
+
+    Raises `CheckpointError` for a missing tensor and for a wrong shape or type.
+    """
+    for stage in chain.stages:
+        for name, parameter in stage.piece.module.named_parameters():
+            _find(weights, stage.scope + name, tuple(parameter.shape))
+
+
+def _find(weights: Weights, name: str, shape: tuple[int, ...]) -> StoredTensor:
     stored = weights.get(name)
     if stored is None:
         raise CheckpointError(
             f"the checkpoint has no tensor {name}: it is incomplete, or of another architecture."
         )
-    assert value.shape is not None
-    shape = value.shape.numpy()
     if stored.shape != shape:
         raise CheckpointError(
             f"tensor {stored.name} in {stored.file} has shape {list(stored.shape)}, but the rest "
             f"of the model asks for {list(shape)} ({name})."
         )
+    stored.check_readable()
     return stored
 
 
 def _point(
     graph: ir.Graph, value: ir.Value, folder: WeightFolder, file: str, offset: int, nbytes: int
 ) -> None:
-    assert value.dtype is not None and value.shape is not None
+    assert value.dtype is not None
+    assert value.shape is not None
     value.const_value = ir.ExternalTensor(
         location=f"{folder.root.name}/{file}",
         offset=offset,

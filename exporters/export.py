@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
 from exporters import components
-from exporters.bind import WeightFolder, bind
+from exporters.bind import WeightFolder, bind, check_weights
 from exporters.chain import Chain
 from exporters.checkpoint import Checkpoint, Weights
 from exporters.trace import trace_chain
@@ -60,9 +59,7 @@ def component_source(
     if name in ("transformer", "conditioner"):
         build = {
             "conditioner": components.conditioner_chain,
-            "transformer": (
-                components.transformer_chain if split else components.one_piece_chain
-            ),
+            "transformer": (components.transformer_chain if split else components.one_piece_chain),
         }[name]
         chain = build(checkpoint.transformer, how)
         return chain, checkpoint.part("transformer").weights
@@ -91,9 +88,11 @@ def export_component(
     traced piece, `on_bytes` with every byte of weights copied or converted.
 
     Raises `CheckpointError` for weights that do not fit, `ExportError` for a graph that fails the
-    checks, `BundleError` where the disk does.
+    checks, `BundleError` where the disk refuses.
     """
     chain, weights = component_source(checkpoint, name, precision, split)
+    check_weights(chain, weights)
+    folder.make()
     model = trace_chain(chain, on_stage)
     converted = f"{name}.{precision}.safetensors"
     files = bind(model, len(chain.inputs), weights, folder, converted, on_bytes)
@@ -110,7 +109,9 @@ def _check(proto: onnx.ModelProto, name: str) -> None:
     """Refuse a graph that is not clean: invalid, with sequences, or with weights inside."""
     sequences = sorted({n.op_type for n in proto.graph.node if "Sequence" in n.op_type})
     if sequences:
-        raise ExportError(f"the exported {name} holds {', '.join(sequences)}, which no engine runs.")
+        raise ExportError(
+            f"the exported {name} holds {', '.join(sequences)}, which no engine runs."
+        )
     # The checker follows external data and refuses hard links: it sees the weights as inputs.
     bare = onnx.ModelProto()
     bare.CopyFrom(proto)

@@ -23,7 +23,13 @@ from exporters.demo_tokenizers import write_demo_tokenizers
 from fluxdeploy.bundle.files import write_atomic
 from fluxdeploy.tensorfile import TensorFileWriter, from_float32, write_sparse
 
-__all__ = ["FLUX_DEV", "Sizes", "declare_tensors", "write_demo_checkpoint", "write_sparse_checkpoint"]
+__all__ = [
+    "FLUX_DEV",
+    "Sizes",
+    "declare_tensors",
+    "write_demo_checkpoint",
+    "write_sparse_checkpoint",
+]
 
 Declaration = tuple[str, str, tuple[int, ...]]
 

@@ -1,11 +1,11 @@
-"""Graph clean-up that needs the symbolic shapes of a trace."""
+"""Graph clean-up that torch's exporter and the optimizer leave to do."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["simplify_shapes"]
+__all__ = ["drop_round_trips", "simplify_shapes"]
 
 
 def simplify_shapes(model: ir.Model) -> None:
@@ -17,9 +17,14 @@ def simplify_shapes(model: ir.Model) -> None:
     """
     graph = model.graph
     for node in list(graph):
-        if node.op_type != "Reshape" or node.inputs[1].const_value is not None:
+        if node.op_type != "Reshape":
             continue
-        target = _constant_target(node.inputs[0].shape, node.outputs[0].shape)
+        data, shape = node.inputs
+        assert data is not None
+        assert shape is not None
+        if shape.const_value is not None:
+            continue
+        target = _constant_target(data.shape, node.outputs[0].shape)
         if target is None:
             continue
         name = f"{node.outputs[0].name}.shape"
@@ -32,6 +37,24 @@ def simplify_shapes(model: ir.Model) -> None:
         graph.register_initializer(value)
         node.replace_input_with(1, value)
         node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
+
+
+def drop_round_trips(model: ir.Model) -> None:
+    """Let a value that goes to float32 and straight back be used as it is.
+
+    Such casts come where one stage ends in float32 and the next begins in 16 bits. The way from
+    float32 to 16 bits and back rounds, and stays.
+    """
+    for node in list(model.graph):
+        if node.op_type != "Cast" or node.inputs[0] is None:
+            continue
+        widened = node.inputs[0].producer()
+        if widened is None or widened.op_type != "Cast" or widened.inputs[0] is None:
+            continue
+        original = widened.inputs[0]
+        if node.inputs[0].dtype == ir.DataType.FLOAT and original.dtype == node.outputs[0].dtype:
+            for user, index in list(node.outputs[0].uses()):
+                user.replace_input_with(index, original)
 
 
 def _constant_target(before: ir.Shape | None, after: ir.Shape | None) -> list[int] | None:

@@ -11,6 +11,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -22,14 +23,14 @@ from onnx_ir.passes.common import (
 from onnxscript.optimizer import optimize_ir
 
 from exporters.chain import Chain, Piece
-from exporters.simplify import simplify_shapes
+from exporters.simplify import drop_round_trips, simplify_shapes
 from fluxdeploy.bundle.manifest import TensorSpec
 from fluxdeploy.errors import ExportError
 
 __all__ = ["OPSET", "trace_chain"]
 
-OPSET = 21
-"""Standard operators of ONNX opset 21: FP8 and INT4 tensors, and in every current runtime."""
+OPSET = 22
+"""ONNX opset 22: the first whose Conv takes bfloat16, and in every current runtime."""
 
 # Sizes to trace with: no two alike and none of them 1, since torch would take a size of 1 for a
 # constant and equal sizes for the same symbol. T = S + L; H and W are whole VAE strides.
@@ -60,7 +61,7 @@ def _trace_piece(piece: Piece) -> ir.Graph:
         torch.empty(value.size(_EXAMPLE), dtype=value.dtype, device="meta")
         for value in piece.inputs
     )
-    dynamic = tuple(
+    dynamic: tuple[Any, ...] = tuple(
         {axis: torch.export.Dim.DYNAMIC for axis, d in enumerate(v.shape) if isinstance(d, str)}
         for v in piece.inputs
     )
@@ -144,6 +145,7 @@ def trace_chain(chain: Chain, on_piece: Callable[[], None] = lambda: None) -> ir
         name=chain.component,
     )
     model = ir.Model(graph, ir_version=10, producer_name="fluxdeploy")
+    drop_round_trips(model)
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
     return model
@@ -181,9 +183,7 @@ def _shared_constant(value: ir.Value, constants: dict[tuple[object, ...], ir.Val
     return constants[key]
 
 
-def _repeat(
-    graph: ir.Graph, mapping: dict[ir.Value, ir.Value], prefix: str
-) -> Iterator[ir.Node]:
+def _repeat(graph: ir.Graph, mapping: dict[ir.Value, ir.Value], prefix: str) -> Iterator[ir.Node]:
     """Copies of the graph's nodes over the mapped values; extends `mapping` by their outputs."""
     for node in graph:
         outputs = [

@@ -29,7 +29,7 @@ from fluxdeploy.bundle.manifest import (
     TokenizerRecord,
 )
 from fluxdeploy.bundle.staging import Staging
-from fluxdeploy.errors import BundleError, MissingDependencyError, UsageError
+from fluxdeploy.errors import BundleError, CheckpointError, MissingDependencyError, UsageError
 from fluxdeploy.gate import COMPONENT_GATES, measure_component, require
 from fluxdeploy.progress import Progress
 from fluxdeploy.text import TOKENIZER_FILES, load_clip_tokenizer, load_t5_tokenizer
@@ -82,8 +82,7 @@ def open_source(checkpoint: str | None, scratch: Path) -> Checkpoint:
         from exporters.random_checkpoint import write_demo_checkpoint
     except ImportError as error:
         raise MissingDependencyError(
-            f"Reading checkpoints needs the package {error.name}: "
-            "pip install 'fluxdeploy[export]'."
+            f"Reading checkpoints needs the package {error.name}: pip install 'fluxdeploy[export]'."
         ) from error
     if checkpoint is None or checkpoint == DEMO:
         folder = scratch / DEMO
@@ -375,7 +374,7 @@ def _check_family(checkpoint: Checkpoint) -> None:
     transformer, vae = checkpoint.transformer, checkpoint.vae
     packed = 4 * vae.latent_channels
     if transformer.in_channels != packed or transformer.out_channels != packed:
-        raise UsageError(
+        raise CheckpointError(
             f"The transformer takes {transformer.in_channels} channels and gives "
             f"{transformer.out_channels}, where the VAE's latents make {packed}: FLUX.1 Fill, "
             "Canny, Depth and Kontext-like variants are not built yet."
@@ -386,7 +385,7 @@ def _check_family(checkpoint: Checkpoint) -> None:
     )
     for name, has, needs in pairs:
         if has != needs:
-            raise UsageError(
+            raise CheckpointError(
                 f"{name}'s width is {has}, but the transformer was trained on {needs}: "
                 "the parts belong to different checkpoints."
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,10 @@ from typing import Any
 from transformers import CLIPTextConfig, T5Config
 
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
-from exporters.checkpoint.tensors import StoredTensor, Weights
+from exporters.checkpoint.tensors import Weights
+from exporters.checkpoint.text_configs import text_config
 from fluxdeploy.bundle.manifest import Defaults, ScheduleSpec
+from fluxdeploy.bundle.typed_json import load_strict
 from fluxdeploy.errors import CheckpointError
 
 __all__ = ["Checkpoint", "Part", "read_json"]
@@ -72,12 +73,16 @@ class Checkpoint:
     @functools.cached_property
     def clip(self) -> CLIPTextConfig:
         """Config of the CLIP text encoder."""
-        return CLIPTextConfig(**_text_config(self.part("clip").config, "clip"))
+        part = self.part("clip")
+        config: CLIPTextConfig = text_config("clip", part.weights, part.config)
+        return config
 
     @functools.cached_property
     def t5(self) -> T5Config:
         """Config of the T5 encoder."""
-        return T5Config(**_text_config(self.part("t5").config, "t5"))
+        part = self.part("t5")
+        config: T5Config = text_config("t5", part.weights, part.config)
+        return config
 
     @functools.cached_property
     def schedule(self) -> ScheduleSpec:
@@ -122,7 +127,7 @@ class Checkpoint:
         # The defaults are those of the scheduler's constructor, which omits nothing on saving
         # but was extended over the years.
         terminal = config.get("shift_terminal")
-        return ScheduleSpec(
+        spec = ScheduleSpec(
             shift=_float(config, "shift", 1.0),
             use_dynamic_shifting=bool(config.get("use_dynamic_shifting", False)),
             time_shift_type=kind,
@@ -130,8 +135,16 @@ class Checkpoint:
             max_shift=_float(config, "max_shift", 1.15),
             base_image_seq_len=int(_float(config, "base_image_seq_len", 256)),
             max_image_seq_len=int(_float(config, "max_image_seq_len", 4096)),
-            shift_terminal=None if terminal is None else float(terminal),
+            shift_terminal=None if terminal is None else _float(config, "shift_terminal", 0.0),
         )
+        if spec.shift <= 0:
+            raise CheckpointError(f"the scheduler's shift is {spec.shift}; it must be positive.")
+        if spec.use_dynamic_shifting and not 0 < spec.base_image_seq_len < spec.max_image_seq_len:
+            raise CheckpointError(
+                f"the scheduler's base_image_seq_len is {spec.base_image_seq_len}; it must lie "
+                f"between 0 and max_image_seq_len, {spec.max_image_seq_len}."
+            )
+        return spec
 
     @functools.cached_property
     def defaults(self) -> Defaults:
@@ -147,8 +160,19 @@ class Checkpoint:
         values = {name: self.settings.get(name, value) for name, value in vars(usual).items()}
         for name, value in values.items():
             allowed = (int, float) if name == "guidance_scale" else (int,)
-            if isinstance(value, bool) or not isinstance(value, allowed) or value < 0:
-                raise CheckpointError(f"_fluxdeploy.{name} in model_index.json is {value!r}.")
+            least = 0 if name == "guidance_scale" else 1
+            if isinstance(value, bool) or not isinstance(value, allowed) or value < least:
+                raise CheckpointError(
+                    f"_fluxdeploy.{name} in model_index.json is {value!r}; a number of at least "
+                    f"{least} is needed."
+                )
+        multiple = 2 * self.vae.spatial_factor
+        for name in ("height", "width"):
+            if values[name] % multiple:
+                raise CheckpointError(
+                    f"_fluxdeploy.{name} in model_index.json is {values[name]}; it must be a "
+                    f"multiple of {multiple}."
+                )
         return Defaults(**values)
 
     @property
@@ -164,7 +188,7 @@ class Checkpoint:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises `CheckpointError` for anything else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = load_strict(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
@@ -172,32 +196,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object.")
     return value
-
-
-def with_aliases(weights: dict[str, StoredTensor], name: str) -> dict[str, StoredTensor]:
-    """A text encoder's tensors under one name each, whatever version of transformers saved them."""
-    if name == "clip":
-        return {
-            key if key.startswith("text_model.") else f"text_model.{key}": tensor
-            for key, tensor in weights.items()
-        }
-    if "shared.weight" not in weights and "encoder.embed_tokens.weight" in weights:
-        weights["shared.weight"] = weights["encoder.embed_tokens.weight"]
-    return weights
-
-
-def _text_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    if not config:
-        raise CheckpointError(f"the {name} text encoder has no config.json beside its weights.")
-    expected = {"clip": ("clip_text_model", "clip"), "t5": ("t5",)}[name]
-    kind = config.get("model_type", expected[0])
-    if kind not in expected:
-        raise CheckpointError(
-            f"the {name} text encoder's config.json says model_type {kind!r}; "
-            f"{' or '.join(map(repr, expected))} is needed."
-        )
-    nested = config.get("text_config") if kind == "clip" else None
-    return {k: v for k, v in (nested or config).items() if k not in ("dtype", "torch_dtype")}
 
 
 def _float(config: Mapping[str, Any], key: str, default: float) -> float:

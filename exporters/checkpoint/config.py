@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from exporters.checkpoint.tensors import Weights
 from fluxdeploy.errors import CheckpointError
 
-__all__ = ["TransformerConfig", "VaeConfig"]
+__all__ = ["TransformerConfig", "VaeConfig", "count_blocks"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class TransformerConfig:
         Raises `CheckpointError` where neither tells how RoPE splits a head, or where the sizes
         contradict each other.
         """
-        double = _count(weights, r"transformer_blocks\.(\d+)\.")
-        single = _count(weights, r"single_transformer_blocks\.(\d+)\.")
+        double = count_blocks(weights, r"transformer_blocks\.(\d{1,9})\.")
+        single = count_blocks(weights, r"single_transformer_blocks\.(\d{1,9})\.")
         if not double + single:
             raise CheckpointError("the transformer has no blocks: it is not a FLUX.1 model.")
         first = "transformer_blocks.0" if double else "single_transformer_blocks.0"
@@ -63,9 +63,7 @@ class TransformerConfig:
             single_blocks=single,
             text_width=_shape(weights, "context_embedder.weight", 2)[1],
             pooled_width=_shape(weights, "time_text_embed.text_embedder.linear_1.weight", 2)[1],
-            guidance_embedding=(
-                "time_text_embed.guidance_embedder.linear_1.weight" in weights
-            ),
+            guidance_embedding=("time_text_embed.guidance_embedder.linear_1.weight" in weights),
             axes_dims=_axes_dims(config.get("axes_dims_rope"), head_dim),
             theta=10000.0,
         )
@@ -85,7 +83,7 @@ class VaeConfig:
     @property
     def spatial_factor(self) -> int:
         """Image pixels per latent row or column."""
-        return 2 ** (len(self.channels) - 1)
+        return 1 << (len(self.channels) - 1)
 
     @classmethod
     def of(cls, weights: Weights, config: Mapping[str, object]) -> VaeConfig:
@@ -95,7 +93,7 @@ class VaeConfig:
                 "the VAE has quant convolutions, which FLUX.1's has not: it belongs to another "
                 "model family."
             )
-        levels = _count(weights, r"encoder\.down_blocks\.(\d+)\.")
+        levels = count_blocks(weights, r"encoder\.down_blocks\.(\d{1,9})\.")
         if not levels:
             raise CheckpointError("the VAE has no encoder.down_blocks: it is not FLUX.1's.")
         channels = tuple(
@@ -111,14 +109,14 @@ class VaeConfig:
         return cls(
             latent_channels=_shape(weights, "decoder.conv_in.weight", 4)[1],
             channels=channels,
-            layers=_count(weights, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+            layers=count_blocks(weights, r"encoder\.down_blocks\.0\.resnets\.(\d{1,9})\."),
             groups=groups,
             scaling_factor=_number(config, "scaling_factor", 0.3611),
             shift_factor=_number(config, "shift_factor", 0.1159),
         )
 
 
-def _count(weights: Weights, pattern: str) -> int:
+def count_blocks(weights: Weights, pattern: str) -> int:
     """How many blocks are numbered by `pattern`."""
     found = {int(match[1]) for name in weights if (match := re.match(pattern, name))}
     if found and max(found) + 1 != len(found):
@@ -140,6 +138,11 @@ def _shape(weights: Weights, name: str, rank: int) -> tuple[int, ...]:
         raise CheckpointError(
             f"tensor {weights[name].name} in {weights[name].file} has shape {list(shape)}; "
             f"{rank} axes are needed."
+        )
+    if 0 in shape:
+        raise CheckpointError(
+            f"tensor {weights[name].name} in {weights[name].file} is empty: its shape is "
+            f"{list(shape)}."
         )
     return shape
 

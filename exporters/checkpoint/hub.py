@@ -34,6 +34,7 @@ def download(repository: str) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -49,6 +50,11 @@ def download(repository: str) -> Path:
         raise CheckpointError(
             f"there is neither a local path nor a hub repository {repository}; "
             "a private one needs `hf auth login`."
+        ) from error
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"there is no local path {repository}, and it cannot be the id of a hub repository: "
+            "give a folder, a safetensors file or a hub id."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from exporters.checkpoint.checkpoint import Checkpoint, Part, read_json, with_aliases
+from exporters.checkpoint.checkpoint import Checkpoint, Part, read_json
 from exporters.checkpoint.names import canonical_transformer, canonical_vae
 from exporters.checkpoint.tensors import StoredTensor, read_tensors
+from exporters.checkpoint.text_configs import with_aliases
 from fluxdeploy.errors import CheckpointError
 from fluxdeploy.tensorfile import read_header
 
 __all__ = ["open_checkpoint"]
 
+# Pipelines of diffusers that share the transformer and VAE of FLUX.1-dev and -schnell.
+_PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _COMFY_PREFIX = "model.diffusion_model."
 _VAE_PREFIXES = ("vae.", "first_stage_model.")
@@ -31,7 +35,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises `CheckpointError` for anything else, broken files, pickles and other model families.
     """
-    root = Path(path).expanduser()
+    root = Path(os.path.expanduser(path))
     if not root.exists():
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not str(path).startswith("."):
             from exporters.checkpoint.hub import download
@@ -49,9 +53,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def _open_diffusers(root: Path) -> Checkpoint:
     index = read_json(root / "model_index.json")
     kind = str(index.get("_class_name"))
-    if not kind.startswith("Flux"):
+    if kind not in _PIPELINES:
         raise CheckpointError(
-            f"{root} holds a {kind}; FLUX.1 checkpoints (FluxPipeline) are read."
+            f"{root} holds a {kind}; of FLUX.1, {', '.join(_PIPELINES)} checkpoints are read."
         )
     parts: dict[str, Part] = {}
     absent: dict[str, str] = {}
@@ -91,7 +95,12 @@ def _open_bfl(path: Path) -> Checkpoint:
             )
     parts: dict[str, Part] = {}
     absent: dict[str, str] = {}
-    tensors = _without_prefix(read_tensors([transformer]), (_COMFY_PREFIX,))
+    tensors = {
+        name: tensor
+        for name, tensor in read_tensors([transformer]).items()
+        if not name.startswith(_VAE_PREFIXES)
+    }
+    tensors = _without_prefix(tensors, (_COMFY_PREFIX,))
     config = root / "config.json"
     parts["transformer"] = Part(
         canonical_transformer(tensors), read_json(config) if config.is_file() else {}
@@ -184,9 +193,7 @@ def _add_text_encoders(parts: dict[str, Part], absent: dict[str, str], root: Pat
 
 
 def _tokenizers(root: Path) -> dict[str, Path]:
-    return {
-        name: root / folder for name, folder in _TOKENIZERS.items() if (root / folder).is_dir()
-    }
+    return {name: root / folder for name, folder in _TOKENIZERS.items() if (root / folder).is_dir()}
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -217,7 +224,7 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
         raise CheckpointError(f"{index} has no weight_map of tensor names to file names.")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if PurePosixPath(name).name != name or "\\" in name:
+        if PurePosixPath(name).name != name or name == ".." or "\\" in name:
             raise CheckpointError(f"{index} names a file outside its folder: {json.dumps(name)}.")
         if not (folder / name).is_file():
             raise CheckpointError(

@@ -14,6 +14,7 @@ from fluxdeploy.errors import CheckpointError
 __all__ = ["canonical_transformer", "canonical_vae"]
 
 _QKV = ("to_q", "to_k", "to_v")
+_PARAMETERS = ("weight", "bias", "scale")
 _ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
 
 _BFL_TRANSFORMER = {
@@ -68,9 +69,9 @@ def _renamed(name: str, table: dict[str, str]) -> str | None:
 
 
 def _split(tensor: StoredTensor, sizes: list[int]) -> list[StoredTensor]:
-    if sum(sizes) != tensor.shape[0]:
+    if sum(sizes) != tensor.row_count:
         raise CheckpointError(
-            f"tensor {tensor.name} in {tensor.file} has {tensor.shape[0]} rows; the model's width "
+            f"tensor {tensor.name} in {tensor.file} has {tensor.row_count} rows; the model's width "
             f"asks for {sum(sizes)}. The checkpoint is not a FLUX.1 model or is damaged."
         )
     parts, start = [], 0
@@ -93,16 +94,18 @@ def canonical_transformer(tensors: Weights) -> dict[str, StoredTensor]:
             "the transformer has neither x_embedder.weight nor img_in.weight: "
             "it is not a FLUX.1 model."
         )
-    width = embedder.shape[0]
+    width = embedder.row_count
     weights: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         module, _, parameter = name.rpartition(".")
+        if layout_is_bfl and parameter not in _PARAMETERS:
+            raise _foreign(tensor)
         if module == ("final_layer.adaLN_modulation.1" if layout_is_bfl else "norm_out.linear"):
             order = ("shift", "scale") if layout_is_bfl else ("scale", "shift")
             targets = [f"norm_out.{half}" for half in order]
             sizes = [width, width]
         elif not layout_is_bfl:
-            targets, sizes = [module], [tensor.shape[0]]
+            targets, sizes = [module], [tensor.row_count]
         elif match := re.fullmatch(r"double_blocks\.(\d+)\.(img|txt)_attn\.qkv", module):
             names = _QKV if match[2] == "img" else _ADDED_QKV
             targets = [f"transformer_blocks.{match[1]}.attn.{part}" for part in names]
@@ -110,19 +113,23 @@ def canonical_transformer(tensors: Weights) -> dict[str, StoredTensor]:
         elif match := re.fullmatch(r"single_blocks\.(\d+)\.linear1", module):
             block = f"single_transformer_blocks.{match[1]}"
             targets = [*(f"{block}.attn.{part}" for part in _QKV), f"{block}.proj_mlp"]
-            sizes = [width] * 3 + [tensor.shape[0] - 3 * width]
+            sizes = [width] * 3 + [tensor.row_count - 3 * width]
         else:
             target = _renamed(module, _BFL_TRANSFORMER)
             if target is None:
-                raise CheckpointError(
-                    f"tensor {name} in {tensor.file} does not belong to a FLUX.1 transformer; "
-                    "models of other families are not read."
-                )
-            targets, sizes = [target], [tensor.shape[0]]
+                raise _foreign(tensor)
+            targets, sizes = [target], [tensor.row_count]
         suffix = "weight" if parameter == "scale" else parameter
         for target, part in zip(targets, _split(tensor, sizes), strict=True):
             weights[f"{target}.{suffix}"] = part
     return weights
+
+
+def _foreign(tensor: StoredTensor) -> CheckpointError:
+    return CheckpointError(
+        f"tensor {tensor.name} in {tensor.file} does not belong to a FLUX.1 transformer; "
+        "models of other families are not read."
+    )
 
 
 def canonical_vae(tensors: Weights) -> dict[str, StoredTensor]:
@@ -130,17 +137,17 @@ def canonical_vae(tensors: Weights) -> dict[str, StoredTensor]:
     if "decoder.up.0.block.0.conv1.weight" not in tensors:
         return dict(tensors)
     levels = 1 + max(
-        int(match[1]) for name in tensors if (match := re.match(r"decoder\.up\.(\d+)\.", name))
+        int(match[1]) for name in tensors if (match := re.match(r"decoder\.up\.(\d{1,9})\.", name))
     )
     weights = {}
     for name, tensor in tensors.items():
         module, _, parameter = name.rpartition(".")
         target = _renamed(module, _BFL_VAE) or module
         target = target.replace("nin_shortcut", "conv_shortcut")
-        if match := re.match(r"decoder\.up_blocks\.(\d+)", target):
+        if match := re.match(r"decoder\.up_blocks\.(\d{1,9})\.", target):
             # BFL counts the decoder's levels from the image, diffusers from the latents.
             level = levels - 1 - int(match[1])
-            target = f"decoder.up_blocks.{level}{target[match.end() :]}"
+            target = f"decoder.up_blocks.{level}.{target[match.end() :]}"
         is_linear = ".attentions.0.to_" in target and parameter == "weight"
         weights[f"{target}.{parameter}"] = tensor.squeezed() if is_linear else tensor
     return weights

@@ -38,14 +38,24 @@ class StoredTensor:
         """The whole of a tensor."""
         return cls(file, entry.name, entry.dtype, entry.shape, entry.offset, entry.nbytes)
 
+    @property
+    def row_count(self) -> int:
+        """The size of the first axis. Raises `CheckpointError` for a tensor without axes."""
+        if not self.shape:
+            raise CheckpointError(
+                f"tensor {self.name} in {self.file} is a single number, and rows are needed: "
+                "the checkpoint is not a FLUX.1 model or is damaged."
+            )
+        return self.shape[0]
+
     def rows(self, start: int, stop: int) -> StoredTensor:
         """Rows `start` to `stop` of the first axis."""
-        if not 0 <= start <= stop <= self.shape[0]:
+        if not 0 <= start <= stop <= self.row_count:
             raise CheckpointError(
-                f"tensor {self.name} in {self.file} has {self.shape[0]} rows, but rows {start} to "
+                f"tensor {self.name} in {self.file} has {self.row_count} rows, but rows {start} to "
                 f"{stop} of it are needed: the checkpoint is not a FLUX.1 model or is damaged."
             )
-        row = self.nbytes // self.shape[0]
+        row = self.nbytes // max(self.row_count, 1)
         return dataclasses.replace(
             self,
             shape=(stop - start, *self.shape[1:]),
@@ -57,13 +67,17 @@ class StoredTensor:
         """A 1×1 convolution's weight as a linear's."""
         return dataclasses.replace(self, shape=tuple(d for d in self.shape if d != 1))
 
-    def read(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """The elements `start` to `stop` of the flattened tensor as float32."""
+    def check_readable(self) -> None:
+        """Raise `CheckpointError` for a type that weights are not read from, such as I64."""
         if self.dtype not in _RAW:
             raise CheckpointError(
                 f"tensor {self.name} in {self.file} is stored as {self.dtype}; "
                 f"{', '.join(_RAW)} can be read."
             )
+
+    def read(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """The elements `start` to `stop` of the flattened tensor as float32."""
+        self.check_readable()
         raw = np.dtype(_RAW[self.dtype])
         count = (math.prod(self.shape) if stop is None else stop) - start
         try:
@@ -97,12 +111,27 @@ def read_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
                     "remove the file that does not belong to the checkpoint."
                 )
             tensors[name] = StoredTensor.of(file, entry)
-    scales = {name for name in tensors if name.endswith(".scale_weight")}
-    for name in scales:
-        weight = name.removesuffix(".scale_weight") + ".weight"
-        if weight in tensors:
-            tensors[weight] = dataclasses.replace(tensors[weight], scale=tensors[name])
-    for name in list(tensors):
-        if name in scales or name.endswith((".scale_input", "scaled_fp8")):
-            del tensors[name]
-    return tensors
+    return _with_scales(tensors)
+
+
+# What ComfyUI stores beside FP8 weights: the scale of each, in an older and a newer spelling; that
+# of its input, which only FP8 arithmetic needs; and marks of the format.
+_SCALES = (".scale_weight", ".weight_scale")
+_BESIDE_FP8 = (".scale_input", ".input_scale", "scaled_fp8", ".comfy_quant")
+
+
+def _with_scales(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Attach the scales of FP8 weights to them, and drop what only FP8 arithmetic needs."""
+    kept = {n: t for n, t in tensors.items() if not n.endswith((*_SCALES, *_BESIDE_FP8))}
+    for name, scale in tensors.items():
+        module, _, kind = name.rpartition(".")
+        weight = f"{module}.weight"
+        if f".{kind}" not in _SCALES or weight not in kept:
+            continue
+        if math.prod(scale.shape) != 1:
+            raise CheckpointError(
+                f"tensor {name} in {scale.file} has shape {list(scale.shape)}; one scale a weight "
+                "is read. Use the checkpoint's bfloat16 or plain FP8 file."
+            )
+        kept[weight] = dataclasses.replace(kept[weight], scale=scale)
+    return kept

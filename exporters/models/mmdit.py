@@ -61,17 +61,28 @@ class HeadNorm(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight.float()
 
 
-class FeedForward(nn.Module):
-    """linear, GELU (tanh form), linear."""
+class GeluProjection(nn.Module):
+    """linear, GELU (tanh form): the first half of a feed-forward, stored as `net.0.proj`."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        up = nn.Module()
-        up.proj = nn.Linear(width, hidden)
-        self.net = nn.ModuleList([up, nn.Identity(), nn.Linear(hidden, width)])
+        self.proj = nn.Linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """linear, GELU (tanh form), linear; the place between is dropout in the checkpoint's model."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleList(
+            [GeluProjection(width, hidden), nn.Identity(), nn.Linear(hidden, width)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -283,8 +294,10 @@ class EmbeddingMLP(nn.Module):
 
 def sinusoidal_embedding(t: Tensor) -> Tensor:
     """t in 0..1, [N], to float32 [N,256]: cosines, then sines, of 1000·t at 128 frequencies."""
-    frequencies = torch.exp(torch.arange(128, dtype=torch.float32) * (-math.log(10000) / 128))
-    angles = (t * 1000)[:, None] * frequencies
+    # Angles reach thousands of radians, where a few ulp of a frequency show in the picture. The
+    # exponents round as in training; their float64 exponential is folded into a float32 constant.
+    exponents = torch.arange(128, dtype=torch.float32) * -math.log(10000) / 128
+    angles = (t * 1000)[:, None] * torch.exp(exponents.double()).float()
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 

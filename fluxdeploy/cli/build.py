@@ -69,8 +69,8 @@ def command(
         report = {"bundle": str(out), "hash": bundle.content_hash, "precisions": precisions}
         click.echo(json.dumps(report))
         return
-    narrowed = sorted(name for name, used in precisions.items() if used != precision)
-    if narrowed:
-        words = ", ".join(f"{name} {precisions[name]}" for name in narrowed)
-        click.echo(f"computed in another precision than {precision} on this target: {words}")
-    click.echo(f"{out} is ready: fluxdeploy generate \"a prompt\" --bundle {out}")
+    for used in sorted(set(precisions.values()) - {precision}):
+        names = [name for name, other in precisions.items() if other == used]
+        who = "all components" if len(names) == len(precisions) else ", ".join(names)
+        click.echo(f"not in {precision} but in {used} here: {who}")
+    click.echo(f'{out} is ready: fluxdeploy generate "a prompt" --bundle {out}')

@@ -63,7 +63,8 @@ def command(
     with tempfile.TemporaryDirectory(prefix="fluxdeploy-") as scratch:
         source = open_source(checkpoint, Path(scratch))
         from exporters.bind import WeightFolder
-        from exporters.export import COMPONENTS, component_precision as usual, export_component
+        from exporters.export import COMPONENTS, export_component
+        from exporters.export import component_precision as usual
 
         unknown = [name for name in (*components, *overrides) if name not in COMPONENTS]
         if unknown:
@@ -73,9 +74,7 @@ def command(
         if no_split and "conditioner" in components:
             raise UsageError("With --no-split the conditioner is a part of the transformer.")
         chosen = [
-            name
-            for name in components or COMPONENTS
-            if not (no_split and name == "conditioner")
+            name for name in components or COMPONENTS if not (no_split and name == "conditioner")
         ]
         folder = WeightFolder(out / "weights")
         files = {}

@@ -40,8 +40,9 @@ def command(
     """Check a bundle against PyTorch.
 
     Hashes every file, runs every engine on the bundle's golden tensors and compares it with what
-    PyTorch gave in float32. With the checkpoint, a picture drawn with PyTorch is compared too; for
-    the embedded model it is at hand. Exits with 1 where a figure is past its gate.
+    PyTorch gave in float32. With the checkpoint, a picture drawn with PyTorch is compared too; the
+    embedded model's is at hand where PyTorch is installed. Exits with 1 where a figure is past its
+    gate.
 
     \b
     Examples:
@@ -89,4 +90,4 @@ def _show(report: VerifyReport) -> None:
     console = Console()
     console.print(table)
     if picture is None:
-        console.print("No picture was compared: give --checkpoint.")
+        console.print("No picture was compared: that takes --checkpoint, and PyTorch.")

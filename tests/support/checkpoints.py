@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,68 @@ class Shape:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def make_checkpoint(root: Path, shape: Shape, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a checkpoint in diffusers layout below `root`; returns its folder."""
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        # FLUX.1-dev's kind: guidance, a schedule shifted by the picture's size.
+        Shape("dev"),
+        # FLUX.1-schnell's kind: no guidance, an unshifted schedule, slow tokenizer files.
+        Shape(
+            "schnell",
+            head_dim=20,
+            heads=3,
+            axes_dims=(8, 8, 4),
+            double=1,
+            single=3,
+            guidance=False,
+            dynamic_shift=False,
+            shift=1.0,
+            text_width=40,
+            pooled_width=56,
+            vae_channels=(8, 24, 16, 16),
+            vae_groups=4,
+            tokenizers="model",
+            seed=4,
+        ),
+        # Guidance and a constant shift; more double-stream blocks than single-stream ones.
+        Shape(
+            "constant",
+            head_dim=32,
+            heads=2,
+            axes_dims=(4, 16, 12),
+            double=3,
+            single=1,
+            dynamic_shift=False,
+            shift=2.5,
+            text_width=72,
+            pooled_width=32,
+            vae_groups=4,
+            vae_channels=(16, 12, 20, 24),
+            seed=2,
+        ),
+        # No guidance, yet a shifted schedule; one wide axis of RoPE.
+        Shape(
+            "wide",
+            head_dim=28,
+            heads=5,
+            axes_dims=(2, 6, 20),
+            double=2,
+            single=1,
+            guidance=False,
+            text_width=24,
+            pooled_width=64,
+            vae_channels=(16, 16, 32, 24),
+            tokenizers="model",
+            seed=3,
+        ),
+    )
+}
+"""The checkpoints of the parity tests, by name."""
+
+
+def make_checkpoint(folder: Path, shape: Shape, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a checkpoint in diffusers layout to `folder`, and return it."""
     torch.manual_seed(shape.seed)
-    folder = root / shape.name
     vocabulary = write_demo_tokenizers(folder, shape.tokenizers)
     transformer = FluxTransformer2DModel(
         in_channels=64,
@@ -132,39 +191,56 @@ def make_checkpoint(root: Path, shape: Shape, dtype: torch.dtype = torch.float32
     return folder
 
 
+# Factors for the weights of default-initialised networks, by patterns of their names: as large as
+# it takes for each input and formula to show in the picture, as small as float32 rounding allows.
+_FACTORS: dict[str, dict[str, float]] = {
+    "transformer": {
+        "*.norm_[qk].weight": 3.0,
+        "*.norm_added_[qk].weight": 3.0,
+        "x_embedder.weight": 3.0,
+        "context_embedder.weight": 3.0,
+        "time_text_embed.*.weight": 3.0,
+        "*norm*.linear.weight": 1.2,
+        "*.to_v.weight": 3.0,
+        "*.add_v_proj.weight": 3.0,
+        "*.to_out.0.weight": 3.0,
+        "*.to_add_out.weight": 3.0,
+        "*.net.2.weight": 6.0,
+        "*.proj_out.weight": 6.0,
+        "proj_out.weight": 1.5,
+    },
+    "vae": {
+        "decoder.conv_in.weight": 0.5,
+        "decoder.*.conv2.weight": 6.0,
+        "decoder.*.to_[qk].weight": 3.0,
+        "decoder.*.to_out.0.weight": 8.0,
+    },
+    "clip": {"*embedding.weight": 20.0},
+    "t5": {"*.SelfAttention.[qk].weight": 1.5},
+}
+
+
 @torch.no_grad()
 def amplify(transformer: Any, vae: Any, clip: Any, t5: Any) -> None:
     """Scale weights until every input of the networks matters; biases become random too."""
-    for network in (transformer, vae, clip, t5):
+    networks = {"transformer": transformer, "vae": vae, "clip": clip, "t5": t5}
+    for part, network in networks.items():
         for name, parameter in network.named_parameters():
             if name.endswith("bias") and parameter.ndim == 1:
-                parameter.normal_(0, 0.1)
+                parameter.normal_(0, 0.3)
             elif parameter.ndim == 1:  # norm weights
                 parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
-    for name, parameter in transformer.named_parameters():
-        if "norm_q" in name or "norm_k" in name or "norm_added" in name:
-            parameter.mul_(2.0)
-        elif name.endswith("weight") and any(
-            part in name for part in ("to_v", "add_v_proj", "to_out", "to_add_out")
-        ):
-            parameter.mul_(3.0)
-        elif name.endswith("weight") and (
-            "context_embedder" in name or "text_embedder" in name or "embedder.linear" in name
-        ):
-            parameter.mul_(3.0)
-        elif name.endswith("weight") and ("norm" in name and "linear" in name):
-            parameter.mul_(2.0)
-        elif name == "proj_out.weight":
-            parameter.mul_(3.0)
+            for pattern, factor in _FACTORS[part].items():
+                if fnmatchcase(name, pattern):
+                    parameter.mul_(factor)
     for name, parameter in t5.named_parameters():
         if name.endswith("relative_attention_bias.weight"):
             parameter.normal_(0, 1.0)
-    for name, parameter in clip.named_parameters():
-        if "embedding" in name:
-            parameter.mul_(20.0)
-    for name, parameter in vae.named_parameters():
-        if name == "decoder.conv_out.weight":
-            parameter.mul_(4.0)
+    # Most pixels must be off the ends of the range, where clipping hides errors.
+    latents = 1.5 * torch.randn(4, 16, 8, 8) / 0.3611 + 0.1159
+    output = vae.decoder.conv_out
+    output.weight.mul_(0.55 / vae.decode(latents).sample.std())
+    output.bias.sub_(vae.decode(latents).sample.mean((0, 2, 3)))
 
 
 def load_diffusers(folder: Path) -> FluxPipeline:
@@ -183,9 +259,7 @@ def to_bfl_layout(source: Path, target: Path, prefix: str = "") -> Path:
         prefix + name: tensor.contiguous() for name, tensor in _bfl_transformer(tensors, config)
     }
     save_file(fused, target / "flux1.safetensors")
-    (target / "config.json").write_text(
-        json.dumps({"axes_dims_rope": config["axes_dims_rope"]})
-    )
+    (target / "config.json").write_text(json.dumps({"axes_dims_rope": config["axes_dims_rope"]}))
     vae_config = json.loads((source / "vae" / "config.json").read_text())
     vae = load_file(source / "vae" / "diffusion_pytorch_model.safetensors")
     levels = len(vae_config["block_out_channels"])

@@ -1,0 +1,52 @@
+"""Exports every component of a checkpoint; `export_scale.py` measures this process.
+
+    python export_worker.py CHECKPOINT OUTPUT PRECISION
+
+Prints a JSON object a line: the seconds of the imports, of each component, and the peak memory.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+_started = time.perf_counter()
+
+from exporters.bind import WeightFolder  # noqa: E402
+from exporters.checkpoint import open_checkpoint  # noqa: E402
+from exporters.export import COMPONENTS, export_component  # noqa: E402
+
+
+def _tell(**values: object) -> None:
+    print(json.dumps(values), flush=True)
+
+
+def _peak_bytes() -> int:
+    """The largest resident memory that this process has had."""
+    try:
+        # Not getrusage: its figure survives exec, so it counts the parent that forked.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def main(source: str, output: str, precision: str) -> None:
+    """Export `source` to the folder `output`."""
+    _tell(imports=time.perf_counter() - _started)
+    weights = WeightFolder(Path(output) / "weights")
+    checkpoint = open_checkpoint(source)
+    for name in COMPONENTS:
+        started = time.perf_counter()
+        exported = export_component(checkpoint, name, precision, weights)
+        _tell(component=name, seconds=time.perf_counter() - started, path=exported.path)
+    _tell(peak=_peak_bytes())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,102 @@
+"""Configs of the text encoders, held against the tensors that they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CLIPTextConfig, T5Config
+from transformers.activations import ACT2FN
+
+from exporters.checkpoint.config import count_blocks
+from exporters.checkpoint.tensors import StoredTensor, Weights
+from fluxdeploy.errors import CheckpointError
+
+__all__ = ["text_config", "with_aliases"]
+
+_MODEL_TYPES = {"clip": ("clip_text_model", "clip"), "t5": ("t5",)}
+
+
+def with_aliases(weights: dict[str, StoredTensor], name: str) -> dict[str, StoredTensor]:
+    """A text encoder's tensors under one name each, whatever version of transformers saved them."""
+    if name == "clip":
+        return {
+            key if key.startswith("text_model.") else f"text_model.{key}": tensor
+            for key, tensor in weights.items()
+        }
+    if "shared.weight" not in weights and "encoder.embed_tokens.weight" in weights:
+        weights["shared.weight"] = weights["encoder.embed_tokens.weight"]
+    return weights
+
+
+def text_config(name: str, weights: Weights, config: Mapping[str, Any]) -> Any:
+    """The config of `clip` or `t5` as transformers' class.
+
+    Raises `CheckpointError` where it is missing, of another model, or contradicts the tensors.
+    """
+    if not config:
+        raise CheckpointError(f"the {name} text encoder has no config.json beside its weights.")
+    kind = config.get("model_type", _MODEL_TYPES[name][0])
+    if kind not in _MODEL_TYPES[name]:
+        raise CheckpointError(
+            f"the {name} text encoder's config.json says model_type {kind!r}; "
+            f"{' or '.join(map(repr, _MODEL_TYPES[name]))} is needed."
+        )
+    nested = config.get("text_config") if kind == "clip" else None
+    chosen = nested if isinstance(nested, dict) else config
+    fields = {key: value for key, value in chosen.items() if key not in ("dtype", "torch_dtype")}
+    try:
+        parsed = CLIPTextConfig(**fields) if name == "clip" else T5Config(**fields)
+    except (StrictDataclassError, ArithmeticError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"the {name} text encoder's config.json is not valid: {reason}"
+        ) from error
+    _check_sizes(name, parsed, weights)
+    return parsed
+
+
+def _check_sizes(name: str, config: Any, weights: Weights) -> None:
+    """Hold a config against the tensors before a network of its sizes is made."""
+    if name == "clip":
+        pattern = r"text_model\.encoder\.layers\.(\d{1,9})\."
+        layers, activation = config.num_hidden_layers, config.hidden_act
+        tables = {
+            "text_model.embeddings.token_embedding.weight": (
+                config.vocab_size,
+                config.hidden_size,
+            ),
+            "text_model.embeddings.position_embedding.weight": (
+                config.max_position_embeddings,
+                config.hidden_size,
+            ),
+        }
+    else:
+        pattern = r"encoder\.block\.(\d{1,9})\."
+        layers, activation = config.num_layers, config.dense_act_fn
+        tables = {
+            "shared.weight": (config.vocab_size, config.d_model),
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (
+                config.relative_attention_num_buckets,
+                config.num_heads,
+            ),
+        }
+    if activation not in ACT2FN:
+        raise CheckpointError(
+            f"the {name} text encoder's config.json names the activation {activation!r}, which "
+            "transformers does not have."
+        )
+    for table, shape in tables.items():
+        found = weights[table].shape if table in weights else None
+        if found != shape:
+            what = "is missing" if found is None else f"has shape {list(found)}"
+            raise CheckpointError(
+                f"the {name} text encoder's tensor {table} {what}; its config.json asks for "
+                f"{list(shape)}."
+            )
+    if count_blocks(weights, pattern) != layers:
+        raise CheckpointError(
+            f"the {name} text encoder has {count_blocks(weights, pattern)} layers; its config.json "
+            f"asks for {layers}."
+        )

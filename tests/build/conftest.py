@@ -1,0 +1,102 @@
+"""Builds that are real but for the tracing, and checkpoints to build from."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from tests.conftest import SharedFolder
+
+if TYPE_CHECKING:
+    from tests.build.traces import Traces
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checksums remembered by other tests, or by the user, are not for these."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def recorded(shared_folder: SharedFolder) -> Path:
+    """A folder with `bundle`, the embedded default built in another process, and its `traces`."""
+    pytest.importorskip("torch")
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        subprocess.run(
+            [sys.executable, "-m", "tests.build.traces", folder / "traces", folder / "bundle"],
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONHASHSEED": "31337", "PYTHONPATH": str(REPOSITORY)},
+            check=True,
+            timeout=600,
+        )
+
+    return shared_folder.entry("recorded-build", make)
+
+
+@pytest.fixture
+def traces(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Traces]:
+    """Tracing from memory, and a list of the components that were traced."""
+    from tests.build.traces import Traces
+
+    memory = Traces(recorded / "traces")
+    monkeypatch.setattr("exporters.export.trace_chain", memory)
+    return memory
+
+
+@pytest.fixture(scope="session")
+def checkpoints(shared_folder: SharedFolder) -> Callable[..., Path]:
+    """`checkpoints(dtype="BF16", scale=1.0)`: the embedded default in other types or weights.
+
+    Every weight is multiplied by `scale`, a power of two, so that nothing but the numbers changes.
+    Not to be written to.
+    """
+    pytest.importorskip("torch")
+
+    def make(dtype: str = "BF16", scale: float = 1.0) -> Path:
+        from exporters.random_checkpoint import write_demo_checkpoint
+
+        def write(folder: Path) -> None:
+            write_demo_checkpoint(folder)
+            for file in sorted(folder.rglob("*.safetensors")):
+                rewrite(file, dtype, scale)
+
+        return shared_folder.entry(f"demo-{dtype}-{scale}", write)
+
+    return make
+
+
+def rewrite(file: Path, dtype: str = "BF16", scale: float = 1.0) -> None:
+    """Write a safetensors file anew, as another file, in another type or multiplied."""
+    from fluxdeploy.tensorfile import (
+        TensorFileWriter,
+        from_float32,
+        read_header,
+        read_tensor,
+        to_float32,
+    )
+
+    source = read_header(file)
+    declared = [(name, dtype, entry.shape) for name, entry in source.tensors.items()]
+    changed = file.with_suffix(".changed")
+    with TensorFileWriter(changed, declared) as writer:
+        for name, entry in source.tensors.items():
+            values = to_float32(read_tensor(source, name), entry.dtype)
+            writer.write(from_float32(np.multiply(values, scale, dtype=np.float32), dtype))
+    changed.replace(file)
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """Every file below `root` and its bytes."""
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}

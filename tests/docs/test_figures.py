@@ -1,0 +1,107 @@
+"""No figure in the README is stale or made up."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from types import ModuleType
+
+import pytest
+
+from tests.docs.pages import ROOT
+
+README = ROOT / "README.md"
+
+
+@pytest.fixture
+def figures() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+REPORT = {
+    "machine": {
+        "cpu": "A processor",
+        "cores": 2,
+        "memory_bytes": 24 << 30,
+        "system": "Linux",
+        "python": "3.11.2",
+        "packages": {"torch": "2.13.0"},
+    },
+    "targets": {"seconds": 60.0, "peak_bytes": 10**9, "written_bytes": 64 * 10**6},
+    "layouts": [
+        {
+            "layout": "diffusers",
+            "seconds": 41.6,
+            "peak_bytes": 812_345_678,
+            "written_bytes": 8_100_000,
+            "weight_bytes": 33_700_000_000,
+        }
+    ],
+}
+
+
+def test_the_measured_figures_are_those_of_the_results(figures: ModuleType) -> None:
+    page = README.read_text()
+    if figures.RESULTS.is_file():
+        table = figures.render(json.loads(figures.RESULTS.read_text()))
+        assert figures.fill(page, table) == page, "the figures are stale: run `make docs`"
+    else:
+        assert figures.fill(page, "Not measured yet.\n") == page
+
+
+def test_a_report_becomes_a_table(figures: ModuleType) -> None:
+    table = figures.render(REPORT)
+    assert "| time, imports included | 42 s | under 60 s |" in table
+    assert "| peak resident memory | 812 MB | under 1,000 MB |" in table
+    assert "| weights, linked and not read | 33.7 GB | |" in table
+    assert "A processor" in table
+
+
+def test_a_page_without_marks_is_refused(figures: ModuleType) -> None:
+    with pytest.raises(ValueError, match="0 blocks"):
+        figures.fill("no marks", "table")
+
+
+def test_the_conditioner_takes_the_share_that_the_readme_says() -> None:
+    pytest.importorskip("torch")
+    from exporters.components import PRECISIONS, conditioner_chain, transformer_chain
+    from exporters.random_checkpoint import FLUX_DEV
+
+    conditioner, transformer = (
+        sum(p.numel() for stage in chain.stages for p in stage.piece.module.parameters())
+        for chain in (
+            build(FLUX_DEV.transformer, PRECISIONS["bf16"])
+            for build in (conditioner_chain, transformer_chain)
+        )
+    )
+    total = conditioner + transformer
+    text = " ".join(README.read_text().split())
+    assert f"{conditioner / 1e9:.1f} of the {total / 1e9:.1f} billion parameters" in text
+    assert f"the loop reads {conditioner / total:.0%} fewer weights" in text
+
+
+def test_the_memory_that_a_session_takes_is_what_the_build_plans_with() -> None:
+    from fluxdeploy import build
+
+    (said,) = re.findall(r"about ([\d.]+) times its float32 weights", README.read_text())
+    assert float(said) == build._WEIGHTS_OVERHEAD
+
+
+def test_the_precisions_are_those_that_a_build_chooses() -> None:
+    pytest.importorskip("torch")
+    from exporters.export import COMPONENTS, component_precision
+    from tests.docs.pages import section, tables
+
+    table = tables(section(README, "## What runs where"))[1]
+    columns = ("transformer", "conditioner", "clip", "t5", "vae_decoder")
+    assert {*columns, "vae_encoder"} == set(COMPONENTS)
+    for asked, *row in table:
+        asked = asked.partition(" ")[0]
+        said = [cell.partition(",")[0] for cell in row]
+        assert said == [component_precision(name, asked) for name in columns], asked

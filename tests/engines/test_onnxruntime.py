@@ -1,0 +1,143 @@
+"""The ONNX Runtime engine: bindings, resident inputs, closing, options and broken files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engines import Engine, EngineOptions, open_engine
+from engines.onnxruntime import OnnxRuntime
+from fluxdeploy.errors import EngineError
+from tests.engines.conftest import Make, arrays, engine_record, expected, record
+
+
+@pytest.fixture
+def engine(bundle: Make) -> Engine:
+    return open_engine(bundle(), "tiny")
+
+
+def split(inputs: dict[str, Any], *resident: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    placed = {name: array for name, array in inputs.items() if name in resident}
+    return placed, {name: array for name, array in inputs.items() if name not in resident}
+
+
+@pytest.mark.parametrize("resident", [(), ("scale",), ("scale", "ids"), ("x", "scale", "ids")])
+def test_a_binding_gives_what_a_run_gives(engine: Engine, resident: tuple[str, ...]) -> None:
+    inputs = arrays()
+    placed, changing = split(inputs, *resident)
+    binding = engine.bind(placed)
+    assert (binding.run(changing)["y"] == engine.run(inputs)["y"]).all()
+    assert (binding.run(changing)["y"] == expected(**inputs)).all()
+
+
+def test_outputs_of_a_binding_are_reused_and_those_of_a_run_are_not(engine: Engine) -> None:
+    placed, changing = split(arrays(), "scale", "ids")
+    binding = engine.bind(placed)
+    first = binding.run(changing)["y"]
+    before = first.copy()
+    second = binding.run({"x": changing["x"] + 1})["y"]
+    assert second is first
+    assert (second != before).any()
+    one, other = (engine.run(arrays())["y"] for _ in range(2))
+    assert not np.shares_memory(one, other)
+
+
+def test_resident_inputs_are_the_bindings_own(engine: Engine) -> None:
+    """What the caller does with its array afterwards changes nothing, as on a GPU."""
+    inputs = arrays()
+    right = expected(**inputs)
+    placed, changing = split(inputs, "scale", "ids")
+    binding = engine.bind(placed)
+    placed["scale"][:] = np.nan
+    del placed
+    assert (binding.run(changing)["y"] == right).all()
+
+
+def test_shapes_may_change_between_calls(engine: Engine) -> None:
+    inputs = arrays(2, 3)
+    placed, _ = split(inputs, "scale", "ids")
+    binding = engine.bind(placed)
+    for tokens in (3, 7, 1, 7):
+        x = arrays(2, tokens, seed=tokens)["x"]
+        result = binding.run({"x": x})["y"]
+        assert result.shape == (2, tokens, 4)
+        assert (result == expected(x, inputs["scale"], inputs["ids"])).all()
+
+
+def test_arrays_need_not_be_contiguous(engine: Engine) -> None:
+    inputs = arrays(2, 4)
+    right = expected(**inputs)
+    strided = {name: np.asfortranarray(array) for name, array in inputs.items()}
+    strided["x"] = np.repeat(inputs["x"], 2, axis=1)[:, ::2]
+    assert not strided["x"].flags.c_contiguous
+    assert (engine.run(strided)["y"] == right).all()
+    placed, changing = split(strided, "scale")
+    assert (engine.bind(placed).run(changing)["y"] == right).all()
+
+
+def test_bad_tensors_of_a_binding(engine: Engine) -> None:
+    placed, changing = split(arrays(), "scale", "ids")
+    with pytest.raises(EngineError, match="tensor z is not one of its inputs"):
+        engine.bind(placed | {"z": np.zeros(1, np.float32)})
+    with pytest.raises(EngineError, match=r"ids has shape \[3\]; \[2\] is needed"):
+        engine.bind(placed | {"ids": np.zeros(3, np.int32)})
+    binding = engine.bind(placed)
+    with pytest.raises(EngineError, match="scale is not one of its inputs; the inputs here are x"):
+        binding.run(changing | {"scale": placed["scale"]})
+    with pytest.raises(EngineError, match=r"x has shape \[3, 3, 4\]; \[2, 'T', 4\] is"):
+        binding.run({"x": np.zeros((3, 3, 4), np.float32)})
+    assert (binding.run(changing)["y"] == expected(**arrays())).all(), "still usable"
+
+
+def test_closed_engine(engine: Engine) -> None:
+    placed, changing = split(arrays(), "scale", "ids")
+    binding = engine.bind(placed)
+    engine.close()
+    engine.close()
+    for call in (
+        lambda: engine.run(arrays()),
+        lambda: engine.bind(placed),
+        lambda: binding.run(changing),
+    ):
+        with pytest.raises(EngineError, match="tiny: the engine was closed"):
+            call()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads(bundle: Make, threads: int) -> None:
+    engine: Any = open_engine(bundle(), "tiny", options=EngineOptions(threads=threads))
+    assert engine.session.get_session_options().intra_op_num_threads == threads
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph" * 50, None])
+def test_broken_file(bundle: Make, content: bytes | None) -> None:
+    made = bundle()
+    path = made.root / "tiny.onnx"
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(EngineError, match=r"ONNX Runtime cannot open tiny \(.*tiny.onnx\)"):
+        open_engine(made, "tiny")
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_cuda_never_falls_back_to_the_cpu_in_silence(bundle: Make) -> None:
+    """The runtime itself only warns where its CUDA provider cannot start."""
+    runtime = OnnxRuntime()
+    if runtime.availability("cuda").ok:
+        pytest.skip("this machine has a GPU")
+    made = bundle()
+    cuda = engine_record(target="cuda")
+    with pytest.raises(EngineError, match="could not start its CUDAExecutionProvider for tiny"):
+        runtime.open("tiny", record(cuda), cuda, made.root, EngineOptions())
+
+
+def test_bfloat16_becomes_float32_on_the_cpu_alone() -> None:
+    runtime = OnnxRuntime()
+    assert runtime.precision("cpu", "bf16") == "fp32"
+    assert runtime.precision("cpu", "fp16") == "fp16"
+    assert runtime.precision("cuda", "bf16") == "bf16"
+    assert runtime.version()

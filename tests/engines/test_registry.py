@@ -1,0 +1,79 @@
+"""Which engine is opened, and what is said where none can be."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engines import AUTO, choose_target, open_engine, runtime_names, runtimes
+from fluxdeploy.errors import EngineError
+from tests.engines.conftest import Make, arrays, engine_record, expected
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_importing_engines_imports_no_runtime() -> None:
+    code = "import sys, engines; print(*{'onnxruntime', 'torch', 'onnx'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("name", [AUTO, "onnxruntime"])
+def test_opens_what_the_bundle_has(bundle: Make, name: str) -> None:
+    inputs = arrays()
+    with open_engine(bundle(), "tiny", name) as engine:
+        assert engine.component == "tiny"
+        assert (engine.run(inputs)["y"] == expected(**inputs)).all()
+    assert "onnxruntime" in runtime_names()
+
+
+def test_target_for_this_machine_is_the_cpu_where_there_is_no_gpu() -> None:
+    runtime, target = choose_target("onnxruntime")
+    assert runtime.name == "onnxruntime"
+    assert runtime.availability(target).ok
+    if not runtime.availability("cuda").ok:
+        assert target == "cpu"
+
+
+def test_unknown_runtime(bundle: Make) -> None:
+    with pytest.raises(EngineError, match="no runtime 'tensorrrt'; the runtimes are auto, onnx"):
+        open_engine(bundle(), "tiny", "tensorrrt")
+    with pytest.raises(EngineError, match="no runtime ''"):
+        runtimes("")
+
+
+def test_unknown_component(bundle: Make) -> None:
+    with pytest.raises(EngineError, match="has no unet; it holds tiny"):
+        open_engine(bundle(), "unet")
+
+
+def test_runtime_that_the_bundle_was_not_built_for(bundle: Make) -> None:
+    made = bundle(engine_record("tensorrt", "sm89"))
+    for name in (AUTO, "onnxruntime"):
+        with pytest.raises(EngineError, match=f"--runtime {name}: it has engines for tensorrt on"):
+            open_engine(made, "tiny", name)
+
+
+def test_component_without_engines(bundle: Make) -> None:
+    made = bundle()
+    record = made.manifest.components["tiny"]
+    made.manifest.components["tiny"] = type(record)(**{**vars(record), "engines": ()})
+    with pytest.raises(EngineError, match="it has engines for nothing"):
+        open_engine(made, "tiny")
+
+
+def test_cuda_engine_without_a_gpu(bundle: Make) -> None:
+    (runtime,) = runtimes("onnxruntime")
+    if runtime.availability("cuda").ok:
+        pytest.skip("this machine has a GPU")
+    made = bundle(engine_record(target="cuda"))
+    with pytest.raises(EngineError, match=r"onnxruntime on cuda: .*(fluxdeploy\[gpu\]|driver)"):
+        open_engine(made, "tiny")
+    made = bundle(engine_record(target="cuda"), engine_record(target="cpu"))
+    inputs = arrays()
+    assert (open_engine(made, "tiny").run(inputs)["y"] == expected(**inputs)).all()

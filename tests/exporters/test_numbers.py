@@ -1,0 +1,146 @@
+"""What exported graphs compute in ONNX Runtime, against PyTorch and against diffusers itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from numpy.typing import NDArray
+
+from exporters.checkpoint import Checkpoint
+from exporters.export import COMPONENTS, component_source
+from exporters.reference import run_reference
+from fluxdeploy.bundle.manifest import RopeSpec
+from fluxdeploy.rope import joint_ids, rope_tables
+from tests.exporters.conftest import Exports
+
+Array = NDArray[np.generic]
+
+# (batch, text tokens, image rows, image columns, timesteps), rows and columns of 16 pixels
+SIZES = [(1, 1, 1, 1, 1), (2, 16, 3, 5, 4), (3, 7, 6, 2, 2), (1, 33, 2, 2, 7)]
+
+
+def run(path: Path, inputs: dict[str, Array]) -> dict[str, Array]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, inputs), strict=True))
+
+
+def make_inputs(opened: Checkpoint, component: str, size: tuple[int, ...]) -> dict[str, Array]:
+    batch, text, rows, columns, steps = size
+    sizes = {"B": batch, "S": text, "L": rows * columns, "T": text + rows * columns, "N": steps}
+    sizes |= {"h": 2 * rows, "w": 2 * columns, "H": 16 * rows, "W": 16 * columns}
+    config = opened.transformer
+    ids = joint_ids(text, rows, columns)
+    cos, sin = rope_tables(ids, RopeSpec(config.axes_dims, config.theta))
+    random = np.random.RandomState(7)
+    given: dict[str, Array] = {
+        "rope_cos": cos,
+        "rope_sin": sin,
+        "img_ids": ids[text:].astype(np.float32),
+        "txt_ids": ids[:text].astype(np.float32),
+    }
+    name = "transformer" if component == "one_piece" else component
+    chain, _ = component_source(opened, name, "fp32", component != "one_piece")
+    vocabulary = {"clip": opened.clip.vocab_size, "t5": opened.t5.vocab_size}.get(component, 0)
+    for spec in chain.inputs:
+        shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
+        if spec.dtype == "int32":
+            given[spec.name] = random.randint(0, vocabulary, shape).astype(np.int32)
+        elif spec.name == "timestep":
+            given[spec.name] = random.uniform(0.05, 1, shape).astype(np.float32)
+        elif spec.name == "guidance":
+            given[spec.name] = random.uniform(1, 5, shape).astype(np.float32)
+        elif spec.name not in given:
+            given[spec.name] = random.standard_normal(shape).astype(np.float32)
+    return {spec.name: given[spec.name] for spec in chain.inputs}
+
+
+def error(found: Array, expected: Array) -> float:
+    """max|found - expected| / max|expected|"""
+    assert found.shape == expected.shape
+    assert found.dtype == np.float32
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 2e-5), ("fp16", 5e-2)])
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_onnx_runtime_equals_pytorch(
+    exports: Exports, opened: Checkpoint, component: str, precision: str, bound: float
+) -> None:
+    path = exports(component, precision)
+    chain, weights = component_source(opened, component, "fp32")
+    for size in SIZES:
+        inputs = make_inputs(opened, component, size)
+        expected = run_reference(chain, weights, inputs)
+        found = run(path, inputs)
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            assert error(found[name], array) < bound, (name, size)
+
+
+@pytest.fixture(scope="module")
+def network(source: Path) -> Any:
+    return FluxTransformer2DModel.from_pretrained(source / "transformer").eval()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_one_piece_transformer_equals_diffusers_and_the_split_pair(
+    exports: Exports, opened: Checkpoint, network: Any, size: tuple[int, ...]
+) -> None:
+    inputs = make_inputs(opened, "one_piece", size)
+    with torch.no_grad():
+        tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        expected = network(**tensors, return_dict=False)[0].numpy()
+    whole = run(exports("one_piece", "fp32"), inputs)["latent"]
+    assert error(whole, expected) < 2e-4
+
+    # The split pair pairs every timestep with every prompt; the diagonal is the one piece's.
+    conditions = run(
+        exports("conditioner", "fp32"),
+        {
+            "text_embeddings": inputs["encoder_hidden_states"],
+            "pooled_embeddings": inputs["pooled_projections"],
+            "timestep": inputs["timestep"],
+            "guidance": inputs["guidance"],
+        },
+    )
+    diagonal = np.arange(size[0])
+    config = opened.transformer
+    cos, sin = rope_tables(joint_ids(*size[1:4]), RopeSpec(config.axes_dims, config.theta))
+    split = run(
+        exports("transformer", "fp32"),
+        {
+            "hidden_states": inputs["hidden_states"],
+            "context": conditions["context"],
+            "modulation": conditions["modulation"][diagonal, diagonal],
+            "rope_cos": cos,
+            "rope_sin": sin,
+        },
+    )["velocity"]
+    assert error(split, expected) < 2e-4
+
+
+def test_vae_equals_diffusers(exports: Exports, opened: Checkpoint, source: Path) -> None:
+    vae = AutoencoderKL.from_pretrained(source / "vae").eval()
+    size = SIZES[1]
+    latents, images = (
+        make_inputs(opened, name, size)[tensor]
+        for name, tensor in (("vae_decoder", "latents"), ("vae_encoder", "images"))
+    )
+    with torch.no_grad():
+        decoded = vae.decode(torch.from_numpy(latents)).sample.numpy()
+        encoded = vae.encode(torch.from_numpy(images)).latent_dist
+    found = run(exports("vae_decoder", "fp32"), {"latents": latents})
+    assert error(found["images"], decoded) < 2e-5
+    moments = run(exports("vae_encoder", "fp32"), {"images": images})
+    assert error(moments["mean"], encoded.mean.numpy()) < 2e-5
+    # diffusers clips the log-variance to -30..20, which these values do not reach.
+    assert error(moments["logvar"], encoded.logvar.numpy()) < 2e-5
