@@ -45,6 +45,19 @@ _BFL_TRANSFORMER = {
     r"final_layer\.linear": "proj_out",
 }
 
+_BLOCK = r"(?:single_)?transformer_blocks\.\d+"
+_DIFFUSERS_TRANSFORMER = re.compile(
+    "|".join(
+        [
+            *(re.escape(name).replace(r"\\1", r"\d+") for name in _BFL_TRANSFORMER.values()),
+            rf"{_BLOCK}\.attn\.(?:{'|'.join((*_QKV, *_ADDED_QKV))})",
+            rf"{_BLOCK}\.proj_mlp",
+            r"norm_out\.linear",
+        ]
+    )
+)
+"""The modules of an MM-DiT in diffusers layout: what the other layout is renamed to."""
+
 _BFL_VAE = {
     r"(encoder|decoder)\.mid\.block_1\.(.+)": r"\1.mid_block.resnets.0.\2",
     r"(encoder|decoder)\.mid\.block_2\.(.+)": r"\1.mid_block.resnets.1.\2",
@@ -98,13 +111,15 @@ def canonical_transformer(tensors: Weights) -> dict[str, StoredTensor]:
     weights: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         module, _, parameter = name.rpartition(".")
-        if layout_is_bfl and parameter not in _PARAMETERS:
+        if parameter not in _PARAMETERS:
             raise _foreign(tensor)
         if module == ("final_layer.adaLN_modulation.1" if layout_is_bfl else "norm_out.linear"):
             order = ("shift", "scale") if layout_is_bfl else ("scale", "shift")
             targets = [f"norm_out.{half}" for half in order]
             sizes = [width, width]
         elif not layout_is_bfl:
+            if not _DIFFUSERS_TRANSFORMER.fullmatch(module) or parameter == "scale":
+                raise _foreign(tensor)
             targets, sizes = [module], [tensor.row_count]
         elif match := re.fullmatch(r"double_blocks\.(\d+)\.(img|txt)_attn\.qkv", module):
             names = _QKV if match[2] == "img" else _ADDED_QKV

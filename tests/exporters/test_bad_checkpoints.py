@@ -320,6 +320,14 @@ def test_foreign_tensor_in_a_bfl_transformer(bfl: Path, tmp_path: Path) -> None:
         edit_tensors(path, change_tensor(name, None))
 
 
+@pytest.mark.parametrize(
+    "name", ["encoder_hid_proj.weight", "x_embedder.lora_A", "transformer_blocks.0.attn.to_q.scale"]
+)
+def test_foreign_tensor_in_a_diffusers_transformer(copy: Path, tmp_path: Path, name: str) -> None:
+    edit_tensors(copy / TRANSFORMER, lambda tensors: tensors.update({name: torch.zeros(2)}))
+    assert_refused(export(copy, tmp_path / "out"), name, "does not belong to a FLUX.1")
+
+
 def test_vae_of_another_family(copy: Path, tmp_path: Path) -> None:
     edit_tensors(copy / VAE, lambda tensors: tensors.update({"quant_conv.weight": torch.zeros(2)}))
     assert_refused(export(copy, tmp_path / "out", "vae_decoder"), "quant convolutions")
