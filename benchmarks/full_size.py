@@ -107,7 +107,7 @@ def _write_shards(folder: Path, stem: str, declared: list[Declaration], limit: i
             room = limit
         shards[-1].append((name, dtype, shape))
         room -= nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
         write_sparse(folder / file, shard)
