@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from engines.base import Engine, EngineOptions, Runtime
-from fluxdeploy.errors import EngineError
+from fluxdeploy.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
     from fluxdeploy.bundle import Bundle
@@ -36,19 +36,20 @@ def _runtime(name: str) -> Runtime:
 
 
 def runtimes(name: str = AUTO) -> tuple[Runtime, ...]:
-    """The runtimes to consider, best first. Raises `EngineError` for an unknown name."""
+    """The runtimes to consider, best first. Raises `UsageError` for an unknown name."""
     if name == AUTO:
         return tuple(_runtime(known) for known in _RUNTIMES)
     if name not in _RUNTIMES:
         known = ", ".join((AUTO, *_RUNTIMES))
-        raise EngineError(f"there is no runtime {name!r}; the runtimes are {known}.")
+        raise UsageError(f"there is no runtime {name!r}; the runtimes are {known}.")
     return (_runtime(name),)
 
 
 def choose_target(name: str = AUTO) -> tuple[Runtime, str]:
     """The best runtime and target that can run engines on this machine.
 
-    Raises `EngineError` where there is none, with each one's reason.
+    Raises `EngineError` where there is none, with each one's reason, and `UsageError` for an
+    unknown name.
     """
     reasons = []
     for runtime in runtimes(name):
@@ -69,7 +70,7 @@ def open_engine(
     """Open a component's best engine that can run on this machine.
 
     Raises `EngineError` where the bundle has no such component, no engine for the runtime, or
-    none that this machine can run.
+    none that this machine can run, and `UsageError` for an unknown runtime.
     """
     record = bundle.manifest.components.get(component)
     if record is None:

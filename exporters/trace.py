@@ -116,7 +116,7 @@ def trace_chain(chain: Chain, on_piece: Callable[[], None] = lambda: None) -> ir
     constants: dict[tuple[object, ...], ir.Value] = {}
     nodes: list[ir.Node] = []
     traced: dict[Piece, ir.Graph] = {}
-    for number, stage in enumerate(chain.stages):
+    for stage in chain.stages:
         if stage.piece not in traced:
             traced[stage.piece] = _trace_piece(stage.piece)
             on_piece()
@@ -131,7 +131,7 @@ def trace_chain(chain: Chain, on_piece: Callable[[], None] = lambda: None) -> ir
             )
         for inner in graph.initializers.values():
             mapping[inner] = _shared_constant(inner, constants)
-        prefix = f"{stage.scope}{type(stage.piece.module).__name__}.{number}/"
+        prefix = f"{stage.scope}{type(stage.piece.module).__name__}/"
         nodes.extend(_repeat(graph, mapping, prefix))
         for inner, name in zip(graph.outputs, stage.writes, strict=True):
             values[name] = mapping[inner]
@@ -196,7 +196,7 @@ def _repeat(graph: ir.Graph, mapping: dict[ir.Value, ir.Value], prefix: str) -> 
             inputs=[None if value is None else mapping[value] for value in node.inputs],
             attributes=_copied(node.attributes),
             outputs=outputs,
-            name=f"{prefix}{node.name or node.outputs[0].name}",
+            name=prefix + (node.name or str(node.outputs[0].name)).removeprefix("node_"),
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engines import AUTO, choose_target, open_engine, runtime_names, runtimes
-from fluxdeploy.errors import EngineError
+from fluxdeploy.errors import EngineError, UsageError
 from tests.engines.conftest import Make, arrays, engine_record, expected
 
 ROOT = Path(__file__).parents[2]
@@ -41,9 +41,9 @@ def test_target_for_this_machine_is_the_cpu_where_there_is_no_gpu() -> None:
 
 
 def test_unknown_runtime(bundle: Make) -> None:
-    with pytest.raises(EngineError, match="no runtime 'tensorrrt'; the runtimes are auto, onnx"):
+    with pytest.raises(UsageError, match="no runtime 'tensorrrt'; the runtimes are auto, onnx"):
         open_engine(bundle(), "tiny", "tensorrrt")
-    with pytest.raises(EngineError, match="no runtime ''"):
+    with pytest.raises(UsageError, match="no runtime ''"):
         runtimes("")
 
 
