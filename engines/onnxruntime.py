@@ -78,7 +78,7 @@ def _session(
         import onnxruntime
     except ImportError as error:
         raise MissingDependencyError(
-            "onnxruntime is not installed: pip install onnxruntime, or fluxdeploy[gpu] for CUDA."
+            "ONNX Runtime is not installed: pip install onnxruntime, or fluxdeploy[gpu] for CUDA."
         ) from error
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3

@@ -41,7 +41,7 @@ def runtimes(name: str = AUTO) -> tuple[Runtime, ...]:
         return tuple(_runtime(known) for known in _RUNTIMES)
     if name not in _RUNTIMES:
         known = ", ".join((AUTO, *_RUNTIMES))
-        raise UsageError(f"there is no runtime {name!r}; the runtimes are {known}.")
+        raise UsageError(f"There is no runtime {name!r}; the runtimes are {known}.")
     return (_runtime(name),)
 
 
@@ -58,7 +58,7 @@ def choose_target(name: str = AUTO) -> tuple[Runtime, str]:
             if available.ok:
                 return runtime, target
             reasons.append(f"{runtime.name} on {target}: {available.detail}")
-    raise EngineError("no runtime can run engines on this machine. " + "; ".join(reasons) + ".")
+    raise EngineError("No runtime can run engines on this machine. " + "; ".join(reasons) + ".")
 
 
 def open_engine(
@@ -75,7 +75,7 @@ def open_engine(
     record = bundle.manifest.components.get(component)
     if record is None:
         raise EngineError(
-            f"the bundle {bundle.root} has no {component}; it holds "
+            f"The bundle {bundle.root} has no {component}; it holds "
             f"{', '.join(bundle.manifest.components)}."
         )
     reasons = []
@@ -93,6 +93,6 @@ def open_engine(
     built = sorted({f"{e.runtime} on {e.target}" for e in record.engines})
     why = "; ".join(reasons) or f"it has engines for {', '.join(built) or 'nothing'}"
     raise EngineError(
-        f"the bundle {bundle.root} has no {component} engine that runs here with --runtime "
+        f"The bundle {bundle.root} has no {component} engine that runs here with --runtime "
         f"{runtime}: {why}."
     )

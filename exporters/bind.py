@@ -56,7 +56,7 @@ class WeightFolder:
         if source not in self._links:
             name = f"{file.parent.name}.{file.name}" if _is_part_folder(file.parent) else file.name
             if name in self._links.values() or name in self._converted:
-                raise ExportError(f"two weight files are both called {name}: rename one of them.")
+                raise ExportError(f"Two weight files are both called {name}: rename one of them.")
             link_or_copy(source, self.root / name, on_bytes=on_bytes)
             self._links[source] = name
         return self._links[source]
@@ -65,7 +65,7 @@ class WeightFolder:
         """Make room for a file of converted weights, which must not replace a linked one."""
         if name in self._links.values():
             raise ExportError(
-                f"the converted weights are to be called {name}, as a file of the checkpoint is: "
+                f"The converted weights are to be called {name}, as a file of the checkpoint is: "
                 "rename that file."
             )
         self._converted.add(name)
@@ -148,11 +148,11 @@ def _find(weights: Weights, name: str, shape: tuple[int, ...]) -> StoredTensor:
     stored = weights.get(name)
     if stored is None:
         raise CheckpointError(
-            f"the checkpoint has no tensor {name}: it is incomplete, or of another architecture."
+            f"The checkpoint has no tensor {name}: it is incomplete, or of another architecture."
         )
     if stored.shape != shape:
         raise CheckpointError(
-            f"tensor {stored.name} in {stored.file} has shape {list(stored.shape)}, but the rest "
+            f"Tensor {stored.name} in {stored.file} has shape {list(stored.shape)}, but the rest "
             f"of the model asks for {list(shape)} ({name})."
         )
     stored.check_readable()
@@ -230,7 +230,7 @@ def _convert(
                 narrow = from_float32(values, dtype)
                 if dtype == "F16" and np.isinf(narrow).any() and np.isfinite(values).all():
                     raise CheckpointError(
-                        f"tensor {stored.name} holds values up to {np.abs(values).max():.3g}, "
+                        f"Tensor {stored.name} holds values up to {np.abs(values).max():.3g}, "
                         "past FP16's 65504: build with --precision bf16."
                     )
                 writer.write(narrow)

@@ -54,7 +54,7 @@ def component_source(
     """A component's chain, and the tensors that it takes its weights from."""
     if precision not in components.PRECISIONS:
         allowed = ", ".join(components.PRECISIONS)
-        raise ExportError(f"precision {precision!r} is not exported; {allowed} are.")
+        raise ExportError(f"Precision {precision!r} is not exported; {allowed} are.")
     how = components.PRECISIONS[precision]
     if name in ("transformer", "conditioner"):
         build = {
@@ -70,7 +70,7 @@ def component_source(
     if name in ("vae_decoder", "vae_encoder"):
         build_vae = getattr(components, f"{name}_chain")
         return build_vae(checkpoint.vae, how), checkpoint.part("vae").weights
-    raise ExportError(f"there is no component {name!r}; there are {', '.join(COMPONENTS)}.")
+    raise ExportError(f"There is no component {name!r}; there are {', '.join(COMPONENTS)}.")
 
 
 def export_component(
@@ -110,7 +110,7 @@ def _check(proto: onnx.ModelProto, name: str) -> None:
     sequences = sorted({n.op_type for n in proto.graph.node if "Sequence" in n.op_type})
     if sequences:
         raise ExportError(
-            f"the exported {name} holds {', '.join(sequences)}, which no engine runs."
+            f"The exported {name} holds {', '.join(sequences)}, which no engine runs."
         )
     # The checker follows external data and refuses hard links: it sees the weights as inputs.
     bare = onnx.ModelProto()
@@ -125,8 +125,8 @@ def _check(proto: onnx.ModelProto, name: str) -> None:
             bare.graph.initializer.append(tensor)
     inline = sum(tensor.ByteSize() for tensor in bare.graph.initializer)
     if inline > _INLINE_LIMIT:
-        raise ExportError(f"the exported {name} holds {inline} bytes of weights in its graph.")
+        raise ExportError(f"The exported {name} holds {inline} bytes of weights in its graph.")
     try:
         onnx.checker.check_model(bare, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the exported {name} is not valid ONNX: {error}") from error
+        raise ExportError(f"The exported {name} is not valid ONNX: {error}") from error

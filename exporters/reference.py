@@ -54,7 +54,7 @@ def _parameters(stage: Stage, weights: Weights) -> dict[str, torch.Tensor]:
         stored = weights.get(stage.scope + name)
         if stored is None or stored.shape != tuple(parameter.shape):
             raise CheckpointError(
-                f"the checkpoint has no tensor {stage.scope + name} of shape "
+                f"The checkpoint has no tensor {stage.scope + name} of shape "
                 f"{list(parameter.shape)}."
             )
         parameters[name] = torch.from_numpy(stored.read().reshape(stored.shape))

@@ -87,7 +87,7 @@ def _trace_piece(piece: Piece) -> ir.Graph:
         value = graph.initializers.pop(name, None)
         if value is None:
             kind = type(piece.module).__name__
-            raise ExportError(f"parameter {name} of {kind} is not used by its own graph.")
+            raise ExportError(f"Parameter {name} of {kind} is not used by its own graph.")
         value.const_value = None
         graph.inputs.append(value)
     with _quiet():

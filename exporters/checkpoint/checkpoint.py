@@ -105,7 +105,7 @@ class Checkpoint:
         kind = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
         if kind != "FlowMatchEulerDiscreteScheduler":
             raise CheckpointError(
-                f"the scheduler is {kind}; FlowMatchEulerDiscreteScheduler is the one supported."
+                f"The scheduler is {kind}; FlowMatchEulerDiscreteScheduler is the one supported."
             )
         unusual = (
             "use_karras_sigmas",
@@ -116,13 +116,13 @@ class Checkpoint:
         )
         for key in unusual:
             if config.get(key):
-                raise CheckpointError(f"the scheduler sets {key}, which is not supported.")
+                raise CheckpointError(f"The scheduler sets {key}, which is not supported.")
         if config.get("num_train_timesteps", 1000) != 1000:
-            raise CheckpointError("the scheduler's num_train_timesteps must be 1000.")
+            raise CheckpointError("The scheduler's num_train_timesteps must be 1000.")
         kind = config.get("time_shift_type", "exponential")
         if kind not in ("exponential", "linear"):
             raise CheckpointError(
-                f"the scheduler's time_shift_type is {kind!r}; exponential or linear is allowed."
+                f"The scheduler's time_shift_type is {kind!r}; exponential or linear is allowed."
             )
         # The defaults are those of the scheduler's constructor, which omits nothing on saving
         # but was extended over the years.
@@ -138,10 +138,10 @@ class Checkpoint:
             shift_terminal=None if terminal is None else _float(config, "shift_terminal", 0.0),
         )
         if spec.shift <= 0:
-            raise CheckpointError(f"the scheduler's shift is {spec.shift}; it must be positive.")
+            raise CheckpointError(f"The scheduler's shift is {spec.shift}; it must be positive.")
         if spec.use_dynamic_shifting and not 0 < spec.base_image_seq_len < spec.max_image_seq_len:
             raise CheckpointError(
-                f"the scheduler's base_image_seq_len is {spec.base_image_seq_len}; it must lie "
+                f"The scheduler's base_image_seq_len is {spec.base_image_seq_len}; it must lie "
                 f"between 0 and max_image_seq_len, {spec.max_image_seq_len}."
             )
         return spec
@@ -201,5 +201,5 @@ def read_json(path: Path) -> dict[str, Any]:
 def _float(config: Mapping[str, Any], key: str, default: float) -> float:
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise CheckpointError(f"the scheduler's {key} is {value!r}; a number is needed.")
+        raise CheckpointError(f"The scheduler's {key} is {value!r}; a number is needed.")
     return float(value)

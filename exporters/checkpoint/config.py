@@ -44,14 +44,14 @@ class TransformerConfig:
         double = count_blocks(weights, r"transformer_blocks\.(\d{1,9})\.")
         single = count_blocks(weights, r"single_transformer_blocks\.(\d{1,9})\.")
         if not double + single:
-            raise CheckpointError("the transformer has no blocks: it is not a FLUX.1 model.")
+            raise CheckpointError("The transformer has no blocks: it is not a FLUX.1 model.")
         first = "transformer_blocks.0" if double else "single_transformer_blocks.0"
         mlp = f"{first}.ff.net.0.proj" if double else f"{first}.proj_mlp"
         head_dim = _shape(weights, f"{first}.attn.norm_q.weight", 1)[0]
         width, in_channels = _shape(weights, "x_embedder.weight", 2)
         if width % head_dim:
             raise CheckpointError(
-                f"the transformer's width {width} is no multiple of its head size {head_dim}."
+                f"The transformer's width {width} is no multiple of its head size {head_dim}."
             )
         return cls(
             in_channels=in_channels,
@@ -90,12 +90,12 @@ class VaeConfig:
         """The sizes of `weights`; constants from `config` (of diffusers), else FLUX.1's own."""
         if "post_quant_conv.weight" in weights or "quant_conv.weight" in weights:
             raise CheckpointError(
-                "the VAE has quant convolutions, which FLUX.1's has not: it belongs to another "
+                "The VAE has quant convolutions, which FLUX.1's has not: it belongs to another "
                 "model family."
             )
         levels = count_blocks(weights, r"encoder\.down_blocks\.(\d{1,9})\.")
         if not levels:
-            raise CheckpointError("the VAE has no encoder.down_blocks: it is not FLUX.1's.")
+            raise CheckpointError("The VAE has no encoder.down_blocks: it is not FLUX.1's.")
         channels = tuple(
             _shape(weights, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 4)[0]
             for i in range(levels)
@@ -103,7 +103,7 @@ class VaeConfig:
         groups = int(_number(config, "norm_num_groups", 32))
         if groups < 1 or any(width % groups for width in channels):
             raise CheckpointError(
-                f"the VAE's channels {list(channels)} do not split into {groups} groups: its "
+                f"The VAE's channels {list(channels)} do not split into {groups} groups: its "
                 'config.json must name the right "norm_num_groups".'
             )
         return cls(
@@ -122,7 +122,7 @@ def count_blocks(weights: Weights, pattern: str) -> int:
     if found and max(found) + 1 != len(found):
         missing = next(i for i in range(len(found)) if i not in found)
         raise CheckpointError(
-            f"the checkpoint has {pattern.split(chr(92))[0]} up to number {max(found)}, "
+            f"The checkpoint has {pattern.split(chr(92))[0]} up to number {max(found)}, "
             f"but not number {missing}: it is incomplete."
         )
     return len(found)
@@ -131,17 +131,17 @@ def count_blocks(weights: Weights, pattern: str) -> int:
 def _shape(weights: Weights, name: str, rank: int) -> tuple[int, ...]:
     if name not in weights:
         raise CheckpointError(
-            f"the checkpoint has no tensor {name}: it is incomplete, or not a FLUX.1 model."
+            f"The checkpoint has no tensor {name}: it is incomplete, or not a FLUX.1 model."
         )
     shape = weights[name].shape
     if len(shape) != rank:
         raise CheckpointError(
-            f"tensor {weights[name].name} in {weights[name].file} has shape {list(shape)}; "
+            f"Tensor {weights[name].name} in {weights[name].file} has shape {list(shape)}; "
             f"{rank} axes are needed."
         )
     if 0 in shape:
         raise CheckpointError(
-            f"tensor {weights[name].name} in {weights[name].file} is empty: its shape is "
+            f"Tensor {weights[name].name} in {weights[name].file} is empty: its shape is "
             f"{list(shape)}."
         )
     return shape
@@ -160,7 +160,7 @@ def _axes_dims(value: object, head_dim: int) -> tuple[int, ...]:
     if value is None:
         if head_dim != 128:
             raise CheckpointError(
-                f"heads have {head_dim} channels, and how RoPE splits them is not in the tensors: "
+                f"Heads have {head_dim} channels, and how RoPE splits them is not in the tensors: "
                 'put a config.json with "axes_dims_rope" beside the transformer.'
             )
         return (16, 56, 56)
@@ -171,7 +171,7 @@ def _axes_dims(value: object, head_dim: int) -> tuple[int, ...]:
         or sum(value) != head_dim
     ):
         raise CheckpointError(
-            f"axes_dims_rope is {value!r}; three even sizes whose sum is the head size "
+            f"The axes_dims_rope are {value!r}; three even sizes whose sum is the head size "
             f"{head_dim} are needed."
         )
     return tuple(value)

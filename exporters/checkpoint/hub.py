@@ -48,16 +48,16 @@ def download(repository: str) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"there is neither a local path nor a hub repository {repository}; "
+            f"There is neither a local path nor a hub repository {repository}; "
             "a private one needs `hf auth login`."
         ) from error
     except HFValidationError as error:
         raise CheckpointError(
-            f"there is no local path {repository}, and it cannot be the id of a hub repository: "
+            f"There is no local path {repository}, and it cannot be the id of a hub repository: "
             "give a folder, a safetensors file or a hub id."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"there is no local path {repository}, and the hub could not be reached to download "
+            f"There is no local path {repository}, and the hub could not be reached to download "
             "a repository of that name: check the network or give a folder."
         ) from error

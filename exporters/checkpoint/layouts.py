@@ -43,7 +43,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             root = download(str(path))
         else:
             raise CheckpointError(
-                f"there is no checkpoint at {path}: give a folder, a safetensors file or a hub id."
+                f"There is no checkpoint at {path}: give a folder, a safetensors file or a hub id."
             )
     if root.is_dir() and (root / "model_index.json").is_file():
         return _open_diffusers(root)

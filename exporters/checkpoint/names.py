@@ -84,7 +84,7 @@ def _renamed(name: str, table: dict[str, str]) -> str | None:
 def _split(tensor: StoredTensor, sizes: list[int]) -> list[StoredTensor]:
     if sum(sizes) != tensor.row_count:
         raise CheckpointError(
-            f"tensor {tensor.name} in {tensor.file} has {tensor.row_count} rows; the model's width "
+            f"Tensor {tensor.name} in {tensor.file} has {tensor.row_count} rows; the model's width "
             f"asks for {sum(sizes)}. The checkpoint is not a FLUX.1 model or is damaged."
         )
     parts, start = [], 0
@@ -104,7 +104,7 @@ def canonical_transformer(tensors: Weights) -> dict[str, StoredTensor]:
     embedder = tensors.get("img_in.weight" if layout_is_bfl else "x_embedder.weight")
     if embedder is None:
         raise CheckpointError(
-            "the transformer has neither x_embedder.weight nor img_in.weight: "
+            "The transformer has neither x_embedder.weight nor img_in.weight: "
             "it is not a FLUX.1 model."
         )
     width = embedder.row_count
@@ -142,7 +142,7 @@ def canonical_transformer(tensors: Weights) -> dict[str, StoredTensor]:
 
 def _foreign(tensor: StoredTensor) -> CheckpointError:
     return CheckpointError(
-        f"tensor {tensor.name} in {tensor.file} does not belong to a FLUX.1 transformer; "
+        f"Tensor {tensor.name} in {tensor.file} does not belong to a FLUX.1 transformer; "
         "models of other families are not read."
     )
 

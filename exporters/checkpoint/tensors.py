@@ -43,7 +43,7 @@ class StoredTensor:
         """The size of the first axis. Raises `CheckpointError` for a tensor without axes."""
         if not self.shape:
             raise CheckpointError(
-                f"tensor {self.name} in {self.file} is a single number, and rows are needed: "
+                f"Tensor {self.name} in {self.file} is a single number, and rows are needed: "
                 "the checkpoint is not a FLUX.1 model or is damaged."
             )
         return self.shape[0]
@@ -52,7 +52,7 @@ class StoredTensor:
         """Rows `start` to `stop` of the first axis."""
         if not 0 <= start <= stop <= self.row_count:
             raise CheckpointError(
-                f"tensor {self.name} in {self.file} has {self.row_count} rows, but rows {start} to "
+                f"Tensor {self.name} in {self.file} has {self.row_count} rows, but rows {start} to "
                 f"{stop} of it are needed: the checkpoint is not a FLUX.1 model or is damaged."
             )
         row = self.nbytes // max(self.row_count, 1)
@@ -71,7 +71,7 @@ class StoredTensor:
         """Raise `CheckpointError` for a type that weights are not read from, such as I64."""
         if self.dtype not in _RAW:
             raise CheckpointError(
-                f"tensor {self.name} in {self.file} is stored as {self.dtype}; "
+                f"Tensor {self.name} in {self.file} is stored as {self.dtype}; "
                 f"{', '.join(_RAW)} can be read."
             )
 
@@ -107,7 +107,7 @@ def read_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
         for name, entry in read_header(file).tensors.items():
             if name in tensors:
                 raise CheckpointError(
-                    f"tensor {name} is both in {tensors[name].file} and in {file}: "
+                    f"Tensor {name} is both in {tensors[name].file} and in {file}: "
                     "remove the file that does not belong to the checkpoint."
                 )
             tensors[name] = StoredTensor.of(file, entry)
@@ -130,7 +130,7 @@ def _with_scales(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
             continue
         if math.prod(scale.shape) != 1:
             raise CheckpointError(
-                f"tensor {name} in {scale.file} has shape {list(scale.shape)}; one scale a weight "
+                f"Tensor {name} in {scale.file} has shape {list(scale.shape)}; one scale a weight "
                 "is read. Use the checkpoint's bfloat16 or plain FP8 file."
             )
         kept[weight] = dataclasses.replace(kept[weight], scale=scale)

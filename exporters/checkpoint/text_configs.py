@@ -36,11 +36,11 @@ def text_config(name: str, weights: Weights, config: Mapping[str, Any]) -> Any:
     Raises `CheckpointError` where it is missing, of another model, or contradicts the tensors.
     """
     if not config:
-        raise CheckpointError(f"the {name} text encoder has no config.json beside its weights.")
+        raise CheckpointError(f"The {name} text encoder has no config.json beside its weights.")
     kind = config.get("model_type", _MODEL_TYPES[name][0])
     if kind not in _MODEL_TYPES[name]:
         raise CheckpointError(
-            f"the {name} text encoder's config.json says model_type {kind!r}; "
+            f"The {name} text encoder's config.json says model_type {kind!r}; "
             f"{' or '.join(map(repr, _MODEL_TYPES[name]))} is needed."
         )
     nested = config.get("text_config") if kind == "clip" else None
@@ -51,7 +51,7 @@ def text_config(name: str, weights: Weights, config: Mapping[str, Any]) -> Any:
     except (StrictDataclassError, ArithmeticError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"the {name} text encoder's config.json is not valid: {reason}"
+            f"The {name} text encoder's config.json is not valid: {reason}"
         ) from error
     _check_sizes(name, parsed, weights)
     return parsed
@@ -84,7 +84,7 @@ def _check_sizes(name: str, config: Any, weights: Weights) -> None:
         }
     if activation not in ACT2FN:
         raise CheckpointError(
-            f"the {name} text encoder's config.json names the activation {activation!r}, which "
+            f"The {name} text encoder's config.json names the activation {activation!r}, which "
             "transformers does not have."
         )
     for table, shape in tables.items():
@@ -92,11 +92,11 @@ def _check_sizes(name: str, config: Any, weights: Weights) -> None:
         if found != shape:
             what = "is missing" if found is None else f"has shape {list(found)}"
             raise CheckpointError(
-                f"the {name} text encoder's tensor {table} {what}; its config.json asks for "
+                f"The {name} text encoder's tensor {table} {what}; its config.json asks for "
                 f"{list(shape)}."
             )
     if count_blocks(weights, pattern) != layers:
         raise CheckpointError(
-            f"the {name} text encoder has {count_blocks(weights, pattern)} layers; its config.json "
+            f"The {name} text encoder has {count_blocks(weights, pattern)} layers; its config.json "
             f"asks for {layers}."
         )

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import click
 
-from fluxdeploy.cli.options import COMPONENT_PRECISION, PRECISION, component_precisions
+from fluxdeploy.cli.options import (
+    AS_JSON,
+    COMPONENT_PRECISION,
+    PRECISION,
+    RUNTIME,
+    component_precisions,
+)
 from fluxdeploy.progress import Progress
 
 
@@ -15,11 +21,7 @@ from fluxdeploy.progress import Progress
 @click.argument("checkpoint", required=False)
 @PRECISION
 @COMPONENT_PRECISION
-@click.option(
-    "--runtime",
-    default="auto",
-    help="What the engines are for; `doctor` lists what this machine has.",
-)
+@RUNTIME
 @click.option("--target", help="The device the engines are for: cpu or cuda.  [default: the best]")
 @click.option(
     "--out",
@@ -27,7 +29,7 @@ from fluxdeploy.progress import Progress
     default="bundle",
     help="The bundle's folder. An earlier bundle there stays usable until the new one is whole.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and no progress.")
+@AS_JSON
 def command(
     checkpoint: str | None,
     precision: str,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from fluxdeploy.cli.options import COMPONENT_PRECISION, PRECISION, component_precisions
+from fluxdeploy.cli.options import AS_JSON, COMPONENT_PRECISION, PRECISION, component_precisions
 from fluxdeploy.errors import UsageError
 from fluxdeploy.progress import Progress
 
@@ -35,7 +35,7 @@ from fluxdeploy.progress import Progress
     default="onnx",
     help="The folder for NAME.onnx and weights/.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and no progress.")
+@AS_JSON
 def command(
     checkpoint: str | None,
     precision: str,

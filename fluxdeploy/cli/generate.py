@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluxdeploy import __version__
+from fluxdeploy.cli.options import AS_JSON, BUNDLE, RUNTIME, THREADS
 from fluxdeploy.errors import UsageError
 from fluxdeploy.progress import Progress
 
@@ -23,12 +24,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("prompt")
-@click.option(
-    "--bundle",
-    type=click.Path(path_type=Path),
-    default="bundle",
-    help="The folder that `build` wrote.",
-)
+@BUNDLE
 @click.option("--negative-prompt", help="What to steer away from; needs --true-cfg-scale.")
 @click.option(
     "--true-cfg-scale",
@@ -53,21 +49,15 @@ if TYPE_CHECKING:
     type=int,
     help="T5 tokens that the prompt is padded or cut to.  [default: the bundle's]",
 )
-@click.option(
-    "--runtime",
-    default="auto",
-    help="What runs the engines; `doctor` lists what this machine has.",
-)
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the runtime's choice]"
-)
+@RUNTIME
+@THREADS
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     default="image.png",
     help="A PNG; several pictures become image-0.png, image-1.png, ...",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and no progress.")
+@AS_JSON
 def command(
     prompt: str,
     bundle: Path,

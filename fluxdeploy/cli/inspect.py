@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fluxdeploy.errors import UsageError
+from fluxdeploy.errors import FluxDeployError, UsageError
 from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def command(path: Path, check: bool, as_json: bool) -> None:
       fluxdeploy inspect flux-dev --check
       fluxdeploy inspect image.png --json | jq .metadata.seed
     """
+    if path.suffix.lower() == ".png" and not path.exists():
+        raise FluxDeployError(f"There is no picture at {path}. Check the path.")
     if path.is_file():
         _inspect_picture(path, check=check, as_json=as_json)
     else:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from fluxdeploy.errors import UsageError
 
-__all__ = ["COMPONENT_PRECISION", "PRECISION", "component_precisions"]
+__all__ = [
+    "AS_JSON",
+    "BUNDLE",
+    "COMPONENT_PRECISION",
+    "PRECISION",
+    "RUNTIME",
+    "THREADS",
+    "component_precisions",
+]
 
 _PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -15,6 +25,27 @@ PRECISION = click.option(
     type=click.Choice(_PRECISIONS),
     default="bf16",
     help="What the transformer computes in; the other components follow.",
+)
+
+BUNDLE = click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    default="bundle",
+    help="The folder that `build` wrote.",
+)
+
+RUNTIME = click.option(
+    "--runtime",
+    default="auto",
+    help="What runs the engines; `doctor` lists what this machine has.",
+)
+
+THREADS = click.option(
+    "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the runtime's choice]"
+)
+
+AS_JSON = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object, and no progress."
 )
 
 COMPONENT_PRECISION = click.option(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fluxdeploy.cli.options import AS_JSON, BUNDLE, RUNTIME, THREADS
 from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
@@ -15,25 +16,14 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option(
-    "--bundle",
-    type=click.Path(path_type=Path),
-    default="bundle",
-    help="The folder that `build` wrote.",
-)
+@BUNDLE
 @click.option(
     "--checkpoint",
     help="What the bundle was made from: compares a whole picture too, in PyTorch float32.",
 )
-@click.option(
-    "--runtime",
-    default="auto",
-    help="What runs the engines; `doctor` lists what this machine has.",
-)
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the runtime's choice]"
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and no progress.")
+@RUNTIME
+@THREADS
+@AS_JSON
 def command(
     bundle: Path, checkpoint: str | None, runtime: str, threads: int | None, as_json: bool
 ) -> None:

@@ -118,6 +118,12 @@ def test_a_foreign_png_says_what_is_missing(tmp_path: Path) -> None:
     assert "does not say how it was made" in result.stderr
 
 
+def test_a_missing_picture_is_not_taken_for_a_bundle(tmp_path: Path) -> None:
+    result = run(tmp_path / "image.png")
+    assert result.exit_code == 1
+    assert "There is no picture at" in result.stderr
+
+
 @pytest.mark.parametrize("name", ["missing", "empty"])
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()

@@ -73,7 +73,7 @@ def write_with_header(path: Path, header: dict[str, Any], data: bytes) -> None:
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    assert_refused(export(tmp_path / "none", tmp_path / "out"), "there is no checkpoint at", "hub")
+    assert_refused(export(tmp_path / "none", tmp_path / "out"), "There is no checkpoint at", "hub")
 
 
 def test_unknown_user_in_path(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_hub_id_without_a_network(tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 1
-    assert "there is no local path nobody/flux, and the hub could not be reached" in done.stderr
+    assert "There is no local path nobody/flux, and the hub could not be reached" in done.stderr
     assert "Traceback" not in done.stderr
     assert time.monotonic() - started < 60
 

@@ -173,7 +173,7 @@ def test_a_scale_for_each_row_is_refused(bfl: Path) -> None:
         (128, (32, 48, 48), (32, 48, 48)),
         (24, (4, 8, 12), (4, 8, 12)),
         (24, None, "axes_dims_rope"),
-        (24, (4, 8, 8), "axes_dims_rope is .* 24"),
+        (24, (4, 8, 8), "axes_dims_rope are .* 24"),
         (24, (3, 9, 12), "even"),
         (24, (4, 8, 16, -4), "three even sizes"),
         (24, "24", "three even sizes"),
@@ -220,7 +220,7 @@ def test_schedule_of_a_checkpoint_without_scheduler(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"_class_name": "EulerDiscreteScheduler"}, "the scheduler is EulerDiscreteScheduler"),
+        ({"_class_name": "EulerDiscreteScheduler"}, "The scheduler is EulerDiscreteScheduler"),
         ({"use_karras_sigmas": True}, "use_karras_sigmas"),
         ({"stochastic_sampling": True}, "stochastic_sampling"),
         ({"num_train_timesteps": 500}, "num_train_timesteps"),
