@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,11 @@ class WeightFolder:
             self._links[source] = name
         return self._links[source]
 
+    def linked_bytes(self, tensors: Iterable[tuple[ir.Value, StoredTensor]]) -> int:
+        """The size of the files that `link` has yet to make available for these tensors."""
+        sources = {Path(os.path.realpath(stored.file)) for _, stored in tensors}
+        return sum(source.stat().st_size for source in sources - self._links.keys())
+
     def reserve(self, name: str) -> None:
         """Make room for a file of converted weights, which must not replace a linked one."""
         if name in self._links.values():
@@ -92,12 +97,13 @@ def bind(
     weights: Weights,
     folder: WeightFolder,
     converted: str,
-    on_bytes: OnBytes = _ignore,
+    expect: Callable[[int], OnBytes] = lambda _: _ignore,
 ) -> list[str]:
     """Turn the model's inputs after the first `boundary` into initializers with external data.
 
-    `converted` names the file below the folder for tensors whose bytes had to change; `on_bytes`
-    hears of every byte copied or converted. Returns the names of the weight files the graph needs.
+    `converted` names the file below the folder for tensors whose bytes have to change. `expect` is
+    told the bytes that are to be linked, copied or converted, if any, and returns what hears of
+    each of them. Returns the names of the weight files that the graph needs.
 
     Raises `CheckpointError` for a missing tensor, a wrong shape, or a value that the graph's type
     cannot hold.
@@ -107,21 +113,23 @@ def bind(
     del graph.inputs[boundary:]
     # Casts come in between, which leaves the order of these nodes as it is.
     order = {node: place for place, node in enumerate(graph)}
-    files: dict[str, None] = {}
+    kept: list[tuple[ir.Value, StoredTensor]] = []
     conversions: list[tuple[ir.Value, StoredTensor]] = []
     for value in parameters:
         assert value.shape is not None
         stored = _find(weights, str(value.name), value.shape.numpy())
-        needed = value.dtype
-        kept = _STORED.get(stored.dtype)
-        exact = kept == needed or needed == ir.DataType.FLOAT
-        if kept is None or not exact or stored.scale is not None:
-            conversions.append((value, stored))
-            continue
+        exact = value.dtype in (_STORED.get(stored.dtype), ir.DataType.FLOAT)
+        as_it_is = stored.dtype in _STORED and exact and stored.scale is None
+        (kept if as_it_is else conversions).append((value, stored))
+    total = folder.linked_bytes(kept) + _converted_bytes(conversions)
+    on_bytes = expect(total) if total else _ignore
+    files: dict[str, None] = {}
+    for value, stored in kept:
         name = folder.link(stored.file, on_bytes)
         files[name] = None
-        if kept != needed:
-            _widen(graph, value, kept, order)
+        dtype = _STORED[stored.dtype]
+        if dtype != value.dtype:
+            _widen(graph, value, dtype, order)
         _point(graph, value, folder, name, stored.offset, stored.nbytes)
     if conversions:
         folder.reserve(converted)
@@ -132,6 +140,14 @@ def bind(
             entry = entries[str(value.name)]
             _point(graph, value, folder, converted, entry.offset, entry.nbytes)
     return list(files)
+
+
+def _converted_bytes(conversions: Iterable[tuple[ir.Value, StoredTensor]]) -> int:
+    total = 0
+    for value, stored in conversions:
+        assert value.dtype is not None
+        total += math.prod(stored.shape) * value.dtype.bitwidth // 8
+    return total
 
 
 def check_weights(chain: Chain, weights: Weights) -> None:

@@ -61,3 +61,8 @@ class Chain:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     stages: tuple[Stage, ...]
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The distinct pieces, in the order of their first use."""
+        return tuple(dict.fromkeys(stage.piece for stage in self.stages))

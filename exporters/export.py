@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import onnx
@@ -15,6 +14,7 @@ from exporters.checkpoint import Checkpoint, Weights
 from exporters.trace import trace_chain
 from fluxdeploy.bundle.files import write_atomic
 from fluxdeploy.errors import ExportError
+from fluxdeploy.progress import Progress
 
 __all__ = ["COMPONENTS", "Exported", "component_precision", "component_source", "export_component"]
 
@@ -26,8 +26,6 @@ _BESIDE_FP16 = {"t5": "bf16", "vae_decoder": "bf16", "vae_encoder": "bf16"}
 
 _INLINE_LIMIT = 1 << 20
 """Bytes of constants in a graph: masks and indices, never weights."""
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -79,13 +77,11 @@ def export_component(
     precision: str,
     folder: WeightFolder,
     split: bool = True,
-    on_stage: Callable[[], None] = lambda: None,
-    on_bytes: Progress = lambda _: None,
+    progress: Progress | None = None,
 ) -> Exported:
     """Trace a component, bind its weights and write `<name>.onnx` beside the weight folder.
 
-    With `split=False` the transformer is the one-piece model. `on_stage` is called for every
-    traced piece, `on_bytes` with every byte of weights copied or converted.
+    With `split=False` the transformer is the one-piece model.
 
     Raises `CheckpointError` for weights that do not fit, `ExportError` for a graph that fails the
     checks, `BundleError` where the disk refuses.
@@ -93,9 +89,18 @@ def export_component(
     chain, weights = component_source(checkpoint, name, precision, split)
     check_weights(chain, weights)
     folder.make()
-    model = trace_chain(chain, on_stage)
+    progress = progress or Progress(quiet=True)
+    task = progress.task(f"  {name}: tracing ({precision})", len(chain.pieces))
+    model = trace_chain(chain, task.advance)
     converted = f"{name}.{precision}.safetensors"
-    files = bind(model, len(chain.inputs), weights, folder, converted, on_bytes)
+    files = bind(
+        model,
+        len(chain.inputs),
+        weights,
+        folder,
+        converted,
+        lambda total: progress.task(f"  {name}: weights", total).advance,
+    )
     proto = ir.to_proto(model)
     _check(proto, name)
     path = folder.root.parent / f"{name}.onnx"

@@ -295,10 +295,8 @@ class _Session:
 
         root = self.staging.root
         reference, weights = component_source(self.checkpoint, name, "fp32")
-        pieces = len({stage.piece for stage in reference.stages})
-        task = self.progress.task(f"  {name}: tracing ({record.precision})", total=pieces)
         exported = export_component(
-            self.checkpoint, name, record.precision, self.weights, on_stage=task.advance
+            self.checkpoint, name, record.precision, self.weights, progress=self.progress
         )
         task = self.progress.task(f"  {name}: PyTorch reference", total=len(reference.stages))
         vocabulary = {"clip": self.checkpoint.clip, "t5": self.checkpoint.t5}.get(name)

@@ -87,6 +87,7 @@ def command(
                     overrides.get(name, usual(name, precision)),
                     folder,
                     split=not no_split,
+                    progress=progress,
                 )
                 files[name] = {
                     "precision": exported.precision,

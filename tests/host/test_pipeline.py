@@ -44,7 +44,7 @@ def test_the_call_has_the_documented_signature() -> None:
         "image": None,
         "mask_image": None,
         "strength": 0.6,
-        "max_sequence_length": 512,
+        "max_sequence_length": None,
         "callback_on_step_end": None,
         "output_type": "pil",
     }

@@ -245,7 +245,7 @@ def amplify(transformer: Any, vae: Any, clip: Any, t5: Any) -> None:
 
 def load_diffusers(folder: Path) -> FluxPipeline:
     """The checkpoint as diffusers runs it, float32 on the CPU, silent."""
-    pipe = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
