@@ -90,8 +90,9 @@ def export_component(
     check_weights(chain, weights)
     folder.make()
     progress = progress or Progress(quiet=True)
-    task = progress.task(f"  {name}: tracing ({precision})", len(chain.pieces))
-    model = trace_chain(chain, task.advance)
+    task = progress.task(f"  {name}: tracing ({precision})")
+    model = trace_chain(chain)
+    task.finish()
     converted = f"{name}.{precision}.safetensors"
     files = bind(
         model,

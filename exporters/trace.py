@@ -7,11 +7,11 @@ tries to read or fold them. `exporters.bind` turns them into external data.
 from __future__ import annotations
 
 import contextlib
-import inspect
+import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
@@ -21,6 +21,7 @@ from onnx_ir.passes.common import (
     RemoveUnusedNodesPass,
 )
 from onnxscript.optimizer import optimize_ir
+from torch import Tensor, nn
 
 from exporters.chain import Chain, Piece
 from exporters.simplify import drop_round_trips, simplify_shapes
@@ -55,22 +56,55 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _trace_piece(piece: Piece) -> ir.Graph:
-    """The ONNX graph of one piece; its parameters are the last inputs, in their own order."""
+@dataclass(frozen=True)
+class _Traced:
+    """A traced piece, a part of its chain's trace: nodes from its inputs to its outputs.
+
+    `parameters` are values named as in the piece's module; all other values that the nodes read
+    are `inputs`, constants, or made by nodes before them.
+    """
+
+    inputs: tuple[ir.Value, ...]
+    parameters: Mapping[str, ir.Value]
+    nodes: tuple[ir.Node, ...]
+    outputs: tuple[ir.Value, ...]
+
+
+class _SideBySide(nn.Module):
+    """Independent modules as one: torch's exporter takes a second to start, whatever its work."""
+
+    def __init__(self, pieces: tuple[Piece, ...]) -> None:
+        super().__init__()
+        self.pieces = nn.ModuleList(piece.module for piece in pieces)
+
+    def forward(self, arguments: tuple[tuple[Tensor, ...], ...]) -> tuple[tuple[Tensor, ...], ...]:
+        results = (piece(*inputs) for piece, inputs in zip(self.pieces, arguments, strict=True))
+        return tuple(r if isinstance(r, tuple) else (r,) for r in results)
+
+
+def _trace_pieces(chain: Chain) -> dict[Piece, _Traced]:
+    """Trace a chain's pieces in one go and cut the graph into theirs."""
+    pieces = chain.pieces
     arguments = tuple(
-        torch.empty(value.size(_EXAMPLE), dtype=value.dtype, device="meta")
-        for value in piece.inputs
+        tuple(
+            torch.empty(value.size(_EXAMPLE), dtype=value.dtype, device="meta")
+            for value in piece.inputs
+        )
+        for piece in pieces
     )
-    dynamic: tuple[Any, ...] = tuple(
-        {axis: torch.export.Dim.DYNAMIC for axis, d in enumerate(v.shape) if isinstance(d, str)}
-        for v in piece.inputs
+    dynamic = tuple(
+        tuple(
+            {axis: torch.export.Dim.DYNAMIC for axis, d in enumerate(v.shape) if isinstance(d, str)}
+            for v in piece.inputs
+        )
+        for piece in pieces
     )
-    if _takes_many(piece):
-        dynamic = (dynamic,)
     try:
         with _quiet(), torch.device("meta"), torch.no_grad():
             program = torch.onnx.export(
-                torch.export.export(piece.module, arguments, dynamic_shapes=dynamic, strict=False),
+                torch.export.export(
+                    _SideBySide(pieces), (arguments,), dynamic_shapes=(dynamic,), strict=False
+                ),
                 dynamo=True,
                 optimize=False,
                 verify=False,
@@ -78,62 +112,84 @@ def _trace_piece(piece: Piece) -> ir.Graph:
                 opset_version=OPSET,
             )
     except Exception as error:
-        kind = type(piece.module).__name__
-        raise ExportError(f"{kind} could not be traced to ONNX: {error}") from error
+        raise ExportError(f"{chain.component} could not be traced to ONNX: {error}") from error
     assert program is not None
-    model = program.model
-    graph = model.graph
+    graph = program.model.graph
+    inputs = iter(list(graph.inputs))
+    parameters = [_take_parameters(graph, number, piece) for number, piece in enumerate(pieces)]
+    with _quiet():
+        optimize_ir(program.model)
+        simplify_shapes(program.model)
+        CommonSubexpressionEliminationPass()(program.model)
+        IdentityEliminationPass()(program.model)
+        RemoveUnusedNodesPass()(program.model)
+    # Passes may put another value in an output's place, but keep the order.
+    outputs = iter(graph.outputs)
+    writes = {stage.piece: len(stage.writes) for stage in chain.stages}
+    traced = {}
+    for piece, named in zip(pieces, parameters, strict=True):
+        ends = tuple(itertools.islice(outputs, writes[piece]))
+        traced[piece] = _Traced(
+            inputs=tuple(itertools.islice(inputs, len(piece.inputs))),
+            parameters=named,
+            nodes=_nodes_up_to(graph, ends),
+            outputs=ends,
+        )
+    return traced
+
+
+def _take_parameters(graph: ir.Graph, number: int, piece: Piece) -> dict[str, ir.Value]:
+    """Make a piece's parameters inputs of the graph; returns them by their names in the piece."""
+    parameters = {}
     for name, _ in piece.module.named_parameters():
-        value = graph.initializers.pop(name, None)
+        value = graph.initializers.pop(f"pieces.{number}.{name}", None)
         if value is None:
             kind = type(piece.module).__name__
             raise ExportError(f"Parameter {name} of {kind} is not used by its own graph.")
         value.const_value = None
         graph.inputs.append(value)
-    with _quiet():
-        optimize_ir(model)
-        simplify_shapes(model)
-        CommonSubexpressionEliminationPass()(model)
-        IdentityEliminationPass()(model)
-        RemoveUnusedNodesPass()(model)
-    return graph
+        parameters[name] = value
+    return parameters
 
 
-def _takes_many(piece: Piece) -> bool:
-    """Whether the module's forward takes its inputs as *args: torch then nests their shapes."""
-    parameters = inspect.signature(piece.module.forward).parameters.values()
-    return any(p.kind is p.VAR_POSITIONAL for p in parameters)
+def _nodes_up_to(graph: ir.Graph, outputs: tuple[ir.Value, ...]) -> tuple[ir.Node, ...]:
+    """The nodes that some values depend on, in the order of the graph."""
+    needed: set[ir.Node] = set()
+    pending = list(outputs)
+    while pending:
+        node = pending.pop().producer()
+        if node is not None and node not in needed:
+            needed.add(node)
+            pending.extend(value for value in node.inputs if value is not None)
+    return tuple(node for node in graph if node in needed)
 
 
-def trace_chain(chain: Chain, on_piece: Callable[[], None] = lambda: None) -> ir.Model:
+def trace_chain(chain: Chain) -> ir.Model:
     """The chain as one ONNX model whose weights are inputs named as in the checkpoint.
 
-    The first inputs are the chain's own. `on_piece` is called after every traced piece.
-    Raises `ExportError` where torch cannot trace a piece or a stage does not fit the next.
+    The first inputs are the chain's own. Raises `ExportError` where torch cannot trace a piece or
+    a stage does not fit the next.
     """
     values = {spec.name: _boundary(spec) for spec in chain.inputs}
     parameters: dict[str, ir.Value] = {}
     constants: dict[tuple[object, ...], ir.Value] = {}
     nodes: list[ir.Node] = []
-    traced: dict[Piece, ir.Graph] = {}
+    pieces = _trace_pieces(chain)
     for stage in chain.stages:
-        if stage.piece not in traced:
-            traced[stage.piece] = _trace_piece(stage.piece)
-            on_piece()
-        graph = traced[stage.piece]
-        mapping: dict[ir.Value, ir.Value] = {}
-        for inner, name in zip(graph.inputs, stage.reads, strict=False):
-            mapping[inner] = values[name]
-        for inner in graph.inputs[len(stage.reads) :]:
-            name = stage.scope + str(inner.name)
+        traced = pieces[stage.piece]
+        mapping = {
+            inner: values[name] for inner, name in zip(traced.inputs, stage.reads, strict=True)
+        }
+        for local, inner in traced.parameters.items():
+            name = stage.scope + local
             mapping[inner] = parameters[name] = ir.Value(
                 name=name, shape=inner.shape, type=inner.type
             )
-        for inner in graph.initializers.values():
+        for inner in _constants_of(traced):
             mapping[inner] = _shared_constant(inner, constants)
         prefix = f"{stage.scope}{type(stage.piece.module).__name__}/"
-        nodes.extend(_repeat(graph, mapping, prefix))
-        for inner, name in zip(graph.outputs, stage.writes, strict=True):
+        nodes.extend(_repeat(traced.nodes, mapping, prefix))
+        for inner, name in zip(traced.outputs, stage.writes, strict=True):
             values[name] = mapping[inner]
     outputs = [_named(values[spec.name], spec) for spec in chain.outputs]
     graph = ir.Graph(
@@ -149,6 +205,13 @@ def trace_chain(chain: Chain, on_piece: Callable[[], None] = lambda: None) -> ir
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
     return model
+
+
+def _constants_of(traced: _Traced) -> list[ir.Value]:
+    """The initializers that a piece's nodes read, or that it gives out as they are."""
+    read = [value for node in traced.nodes for value in node.inputs if value is not None]
+    found = (value for value in (*read, *traced.outputs) if value.is_initializer())
+    return list(dict.fromkeys(found))
 
 
 def _boundary(spec: TensorSpec) -> ir.Value:
@@ -183,9 +246,11 @@ def _shared_constant(value: ir.Value, constants: dict[tuple[object, ...], ir.Val
     return constants[key]
 
 
-def _repeat(graph: ir.Graph, mapping: dict[ir.Value, ir.Value], prefix: str) -> Iterator[ir.Node]:
-    """Copies of the graph's nodes over the mapped values; extends `mapping` by their outputs."""
-    for node in graph:
+def _repeat(
+    nodes: Iterable[ir.Node], mapping: dict[ir.Value, ir.Value], prefix: str
+) -> Iterator[ir.Node]:
+    """Copies of nodes over the mapped values; extends `mapping` by their outputs."""
+    for node in nodes:
         outputs = [
             ir.Value(name=f"{prefix}{output.name}", type=output.type) for output in node.outputs
         ]

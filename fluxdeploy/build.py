@@ -287,7 +287,10 @@ class _Session:
             engines=(engine,),
             golden=GoldenRecord(golden, max_error, min_cosine),
         )
-        return record if files else self._make_component(name, record)
+        if files:
+            self.progress.note(f"  {name}: unchanged")
+            return record
+        return self._make_component(name, record)
 
     def _make_component(self, name: str, record: ComponentRecord) -> ComponentRecord:
         from exporters.export import component_source, export_component

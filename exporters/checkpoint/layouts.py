@@ -86,7 +86,7 @@ def _open_bfl(path: Path) -> Checkpoint:
         transformer = transformers[0]
     else:
         found = {path: _kinds(path)}
-        found |= {f: _kinds(f) for f in sorted(root.glob("*.safetensors")) if f != path}
+        found |= {f: _neighbour_kinds(f) for f in sorted(root.glob("*.safetensors")) if f != path}
         transformer = path
         if "transformer" not in found[path]:
             raise CheckpointError(
@@ -153,6 +153,14 @@ def _kinds(file: Path) -> set[str]:
     if any(f"{prefix}decoder.conv_in.weight" in names for prefix in ("", *_VAE_PREFIXES)):
         kinds.add("vae")
     return kinds
+
+
+def _neighbour_kinds(file: Path) -> set[str]:
+    """As `_kinds`, for a file that merely lies beside the one that was named."""
+    try:
+        return _kinds(file)
+    except CheckpointError:
+        return set()
 
 
 def _without_prefix(

@@ -74,5 +74,5 @@ def command(
     for used in sorted(set(precisions.values()) - {precision}):
         names = [name for name, other in precisions.items() if other == used]
         who = "all components" if len(names) == len(precisions) else ", ".join(names)
-        click.echo(f"not in {precision} but in {used} here: {who}")
+        click.echo(f"{used} in place of {precision}: {who}")
     click.echo(f'{out} is ready: fluxdeploy generate "a prompt" --bundle {out}')

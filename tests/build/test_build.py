@@ -192,11 +192,11 @@ def test_two_builds_at_one_place(
     request, bundle = BuildRequest(str(checkpoints())), tmp_path / "bundle"
     refused = []
 
-    def build_meanwhile(chain: Chain, on_piece: Callable[[], None]) -> object:
+    def build_meanwhile(chain: Chain) -> object:
         with pytest.raises(BundleError, match="Another build is running") as caught:
             build_bundle(request, bundle)
         refused.append(caught.value)
-        return traces(chain, on_piece)
+        return traces(chain)
 
     monkeypatch.setattr("exporters.export.trace_chain", build_meanwhile)
     build_bundle(request, bundle)

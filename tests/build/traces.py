@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -29,7 +28,7 @@ class Traces:
         self._folder = SharedFolder(root)
         self.components: list[str] = []
 
-    def __call__(self, chain: Chain, on_piece: Callable[[], None] = lambda: None) -> ir.Model:
+    def __call__(self, chain: Chain) -> ir.Model:
         self.components.append(chain.component)
 
         def trace(folder: Path) -> None:
@@ -38,8 +37,6 @@ class Traces:
             (folder / "model.onnx").write_bytes(ir.to_proto(model).SerializeToString())
 
         entry = self._folder.entry(f"{chain.component}-{_digest(chain)}", trace)
-        for _ in {stage.piece for stage in chain.stages}:
-            on_piece()
         return ir.from_proto(onnx.load(entry / "model.onnx"))
 
 

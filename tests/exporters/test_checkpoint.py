@@ -75,6 +75,11 @@ def test_bfl_file_equals_its_folder(bfl: Path, opened: Checkpoint) -> None:
     assert_equal_checkpoints(open_checkpoint(bfl / "flux1.safetensors"), opened)
 
 
+def test_broken_files_beside_a_named_one_do_not_matter(bfl: Path, opened: Checkpoint) -> None:
+    (bfl / "half-a-download.safetensors").write_bytes(b"\x10")
+    assert_equal_checkpoints(open_checkpoint(bfl / "flux1.safetensors"), opened)
+
+
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("vae", ["vae.", "first_stage_model."])
 def test_one_file_with_vae(bfl: Path, opened: Checkpoint, prefix: str, vae: str) -> None:
