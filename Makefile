@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/fluxdeploy build
-	$(BIN)/fluxdeploy generate "a red circle above a blue square" --out image.png
+	$(BIN)/fluxdeploy generate "a red circle above a blue square" --seed 7 --out image.png
 	@echo "image.png shows colour noise, as it should: the default model is random, nobody trained it."
 	@echo "For real pictures: $(BIN)/fluxdeploy build ./FLUX.1-dev --out flux-dev"
 
