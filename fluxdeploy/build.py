@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from engines import EngineOptions, Runtime, choose_target, runtimes
 from fluxdeploy import __version__
 from fluxdeploy.bundle import Bundle, open_bundle
-from fluxdeploy.bundle.files import HashCache
 from fluxdeploy.bundle.manifest import (
     SCHEMA_VERSION,
     ComponentRecord,
@@ -29,25 +27,16 @@ from fluxdeploy.bundle.manifest import (
     TokenizerRecord,
 )
 from fluxdeploy.bundle.staging import Staging
-from fluxdeploy.errors import BundleError, CheckpointError, MissingDependencyError, UsageError
+from fluxdeploy.errors import BundleError, UsageError
 from fluxdeploy.gate import COMPONENT_GATES, measure_component, require
 from fluxdeploy.progress import Progress
+from fluxdeploy.source import DEMO, check_family, hash_checkpoint, open_source
 from fluxdeploy.text import TOKENIZER_FILES, load_clip_tokenizer, load_t5_tokenizer
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
 
-__all__ = [
-    "DEMO",
-    "BuildRequest",
-    "CheckpointHashes",
-    "build",
-    "hash_checkpoint",
-    "open_source",
-]
-
-DEMO = "demo"
-"""The name of the embedded default checkpoint."""
+__all__ = ["BuildRequest", "build"]
 
 _WEIGHTS_OVERHEAD = 2.5
 """Memory that a CPU session takes, as a multiple of its float32 weights: constants folded and
@@ -69,44 +58,6 @@ class BuildRequest:
     component_precision: Mapping[str, str] = field(default_factory=dict)
     runtime: str = "auto"
     target: str | None = None
-
-
-def open_source(checkpoint: str | None, scratch: Path) -> Checkpoint:
-    """Open a checkpoint; the embedded default is written below `scratch` first.
-
-    Raises `MissingDependencyError` without the packages of `fluxdeploy[export]`.
-    """
-    try:
-        import exporters.export  # noqa: F401
-        from exporters.checkpoint import open_checkpoint
-        from exporters.random_checkpoint import write_demo_checkpoint
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"Reading checkpoints needs the package {error.name}: pip install 'fluxdeploy[export]'."
-        ) from error
-    if checkpoint is None or checkpoint == DEMO:
-        folder = scratch / DEMO
-        shutil.rmtree(folder, ignore_errors=True)
-        write_demo_checkpoint(folder)
-        return open_checkpoint(folder)
-    return open_checkpoint(checkpoint)
-
-
-@dataclass(frozen=True)
-class CheckpointHashes:
-    """SHA-256 of each weight file, by its real path, and of all of them together."""
-
-    files: Mapping[Path, str]
-    digest: str
-
-
-def hash_checkpoint(checkpoint: Checkpoint, progress: Progress) -> CheckpointHashes:
-    """Hash a checkpoint's weight files; those known not to have changed are not read again."""
-    total = sum(file.stat().st_size for file in checkpoint.files)
-    task = progress.task("Hashing the checkpoint", total=total)
-    hashes = HashCache().hash_files(checkpoint.files, task.advance)
-    files = {Path(os.path.realpath(file)): digest for file, digest in hashes.items()}
-    return CheckpointHashes(files, _digest(sorted(files.values())))
 
 
 def build(request: BuildRequest, destination: Path, progress: Progress) -> Bundle:
@@ -185,7 +136,7 @@ class _Session:
             scaling_factor=vae.scaling_factor,
             shift_factor=vae.shift_factor,
         )
-        _check_family(checkpoint)
+        check_family(checkpoint)
         self.rope = RopeSpec(transformer.axes_dims, transformer.theta)
         self.weights = WeightFolder(staging.root / "onnx" / "weights")
         hashes = hash_checkpoint(checkpoint, progress)
@@ -216,7 +167,9 @@ class _Session:
             defaults=self.checkpoint.defaults,
             provenance={
                 "checkpoint": {
-                    "name": self.checkpoint.root.resolve().name,
+                    "name": DEMO
+                    if self.request.checkpoint in (None, DEMO)
+                    else self.checkpoint.root.resolve().name,
                     "layout": self.checkpoint.layout,
                     "sha256": self.checkpoint_digest,
                 },
@@ -368,28 +321,6 @@ class _Session:
             )
         used = {d for spec in specs for d in spec.shape if isinstance(d, str)}
         return {symbol: ranges[symbol] for symbol in sorted(used)}
-
-
-def _check_family(checkpoint: Checkpoint) -> None:
-    """Refuse networks that do not belong together, and FLUX.1's tools (Fill, Canny, Depth)."""
-    transformer, vae = checkpoint.transformer, checkpoint.vae
-    packed = 4 * vae.latent_channels
-    if transformer.in_channels != packed or transformer.out_channels != packed:
-        raise CheckpointError(
-            f"The transformer takes {transformer.in_channels} channels and gives "
-            f"{transformer.out_channels}, where the VAE's latents make {packed}: FLUX.1 Fill, "
-            "Canny, Depth and Kontext-like variants are not built yet."
-        )
-    pairs = (
-        ("T5", checkpoint.t5.d_model, transformer.text_width),
-        ("CLIP", checkpoint.clip.hidden_size, transformer.pooled_width),
-    )
-    for name, has, needs in pairs:
-        if has != needs:
-            raise CheckpointError(
-                f"{name}'s width is {has}, but the transformer was trained on {needs}: "
-                "the parts belong to different checkpoints."
-            )
 
 
 def _digest(value: Any) -> str:

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines import Engine, EngineOptions, open_engine
-from fluxdeploy.build import DEMO, hash_checkpoint, open_source
 from fluxdeploy.bundle import Bundle, open_bundle
 from fluxdeploy.errors import UsageError
 from fluxdeploy.gate import PICTURE_GATES, Deviation, measure_component
 from fluxdeploy.pipeline import FluxPipeline
 from fluxdeploy.progress import Progress
+from fluxdeploy.source import DEMO, hash_checkpoint, open_source
 from fluxdeploy.text import load_tokenizers
 
 __all__ = ["ComponentReport", "PictureReport", "VerifyReport", "verify"]

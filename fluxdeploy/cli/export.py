@@ -57,7 +57,7 @@ def command(
       fluxdeploy export ./FLUX.1-dev --precision fp16 --out flux-onnx
       fluxdeploy export flux1-dev.safetensors --component transformer --no-split
     """
-    from fluxdeploy.build import open_source
+    from fluxdeploy.source import open_source
 
     overrides = component_precisions(component_precision)
     with tempfile.TemporaryDirectory(prefix="fluxdeploy-") as scratch:

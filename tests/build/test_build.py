@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from engines import EngineOptions
 from engines.onnxruntime import _OnnxRuntimeEngine
 from fluxdeploy.build import BuildRequest
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.cli import main
 from fluxdeploy.errors import BundleError, NumericError
+from fluxdeploy.progress import Progress
+from fluxdeploy.verify import verify
 from tests.build.conftest import rewrite, tree
 from tests.conftest import build_bundle
 
@@ -238,3 +241,15 @@ def test_an_engine_past_its_gate_ends_the_build(
     assert tree(bundle) != tree(demo_bundle)
     # What was finished before the transformer is used again.
     assert traces.components == ["transformer", "vae_decoder", "vae_encoder"]
+
+
+def test_a_folder_called_demo_is_not_taken_for_the_default(
+    tmp_path: Path, checkpoints: Checkpoints, traces: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exporters.export.trace_chain", traces)
+    source = shutil.copytree(checkpoints(scale=2.0), tmp_path / "demo")
+    build_bundle(BuildRequest(str(source)), tmp_path / "bundle")
+    with Progress(quiet=True) as progress:
+        report = verify(tmp_path / "bundle", None, "auto", EngineOptions(), progress)
+    assert report.passed
+    assert report.picture is None

@@ -14,8 +14,8 @@ from exporters import components
 from exporters.chain import Chain
 from exporters.models import mmdit
 from exporters.random_checkpoint import FLUX_DEV, Sizes
-from fluxdeploy.build import open_source
 from fluxdeploy.bundle.manifest import SYMBOLS
+from fluxdeploy.source import open_source
 
 PAGE = ROOT / "docs" / "components.md"
 

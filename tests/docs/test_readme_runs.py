@@ -15,9 +15,9 @@ from tests.docs.pages import ROOT, code_blocks
 README = ROOT / "README.md"
 
 CHECKPOINTS = {
-    "./FLUX.1-dev": "demo",
-    "flux1-dev.safetensors": "demo",
-    "black-forest-labs/FLUX.1-schnell": "demo",
+    "./FLUX.1-dev": "demo:random",
+    "flux1-dev.safetensors": "demo:random",
+    "black-forest-labs/FLUX.1-schnell": "demo:random",
 }
 """The README's checkpoints, by the name of the one that the package writes itself."""
 

@@ -1,0 +1,84 @@
+"""The checkpoint that a command is given: opened, hashed, and held against what can be built."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fluxdeploy.bundle.files import HashCache
+from fluxdeploy.errors import CheckpointError, MissingDependencyError
+from fluxdeploy.progress import Progress
+
+if TYPE_CHECKING:
+    from exporters.checkpoint import Checkpoint
+
+__all__ = ["DEMO", "CheckpointHashes", "check_family", "hash_checkpoint", "open_source"]
+
+DEMO = "demo:random"
+"""The name of the embedded default checkpoint. No folder and no hub id can be meant by it."""
+
+
+def open_source(checkpoint: str | None, scratch: Path) -> Checkpoint:
+    """Open a checkpoint; the embedded default is written below `scratch` first.
+
+    Raises `MissingDependencyError` without the packages of `fluxdeploy[export]`.
+    """
+    try:
+        import exporters.export  # noqa: F401
+        from exporters.checkpoint import open_checkpoint
+        from exporters.random_checkpoint import write_demo_checkpoint
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Reading checkpoints needs the package {error.name}: pip install 'fluxdeploy[export]'."
+        ) from error
+    if checkpoint is None or checkpoint == DEMO:
+        folder = scratch / "demo"
+        shutil.rmtree(folder, ignore_errors=True)
+        write_demo_checkpoint(folder)
+        return open_checkpoint(folder)
+    return open_checkpoint(checkpoint)
+
+
+@dataclass(frozen=True)
+class CheckpointHashes:
+    """SHA-256 of each weight file, by its real path, and of all of them together."""
+
+    files: Mapping[Path, str]
+    digest: str
+
+
+def hash_checkpoint(checkpoint: Checkpoint, progress: Progress) -> CheckpointHashes:
+    """Hash a checkpoint's weight files; those known not to have changed are not read again."""
+    total = sum(file.stat().st_size for file in checkpoint.files)
+    task = progress.task("Hashing the checkpoint", total=total)
+    hashes = HashCache().hash_files(checkpoint.files, task.advance)
+    files = {Path(os.path.realpath(file)): digest for file, digest in hashes.items()}
+    whole = hashlib.sha256("\n".join(sorted(files.values())).encode())
+    return CheckpointHashes(files, whole.hexdigest())
+
+
+def check_family(checkpoint: Checkpoint) -> None:
+    """Refuse networks that do not belong together, and FLUX.1's tools (Fill, Canny, Depth)."""
+    transformer, vae = checkpoint.transformer, checkpoint.vae
+    packed = 4 * vae.latent_channels
+    if transformer.in_channels != packed or transformer.out_channels != packed:
+        raise CheckpointError(
+            f"The transformer takes {transformer.in_channels} channels and gives "
+            f"{transformer.out_channels}, where the VAE's latents make {packed}: FLUX.1 Fill, "
+            "Canny, Depth and Kontext-like variants are not built yet."
+        )
+    pairs = (
+        ("T5", checkpoint.t5.d_model, transformer.text_width),
+        ("CLIP", checkpoint.clip.hidden_size, transformer.pooled_width),
+    )
+    for name, has, needs in pairs:
+        if has != needs:
+            raise CheckpointError(
+                f"{name}'s width is {has}, but the transformer was trained on {needs}: "
+                "the parts belong to different checkpoints."
+            )
