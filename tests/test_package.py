@@ -100,3 +100,10 @@ def test_every_package_that_installs_without_a_gpu_is_pinned() -> None:
     }
     for group in (BASE, "dev", "export", "rtx"):
         assert {name.lower().replace("_", "-") for name in groups[group]} <= pins
+
+
+def test_pytest_passes_over_no_folder_of_tests(request: pytest.FixtureRequest) -> None:
+    """By default it does not look into folders with names such as `build` or `dist`."""
+    tests = Path(__file__).parent
+    folders = {part for file in tests.rglob("test_*.py") for part in file.relative_to(tests).parts}
+    assert not folders & set(request.config.getini("norecursedirs"))

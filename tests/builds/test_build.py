@@ -20,12 +20,12 @@ from fluxdeploy.cli import main
 from fluxdeploy.errors import BundleError, NumericError
 from fluxdeploy.progress import Progress
 from fluxdeploy.verify import verify
-from tests.build.conftest import rewrite, tree
+from tests.builds.conftest import rewrite, tree
 from tests.conftest import build_bundle
 
 if TYPE_CHECKING:
     from exporters.chain import Chain
-    from tests.build.traces import Traces
+    from tests.builds.traces import Traces
 
 COMPONENTS = ["clip", "t5", "conditioner", "transformer", "vae_decoder", "vae_encoder"]
 

@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import SharedFolder
 
 if TYPE_CHECKING:
-    from tests.build.traces import Traces
+    from tests.builds.traces import Traces
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -34,7 +34,7 @@ def recorded(shared_folder: SharedFolder) -> Path:
     def make(folder: Path) -> None:
         folder.mkdir()
         subprocess.run(
-            [sys.executable, "-m", "tests.build.traces", folder / "traces", folder / "bundle"],
+            [sys.executable, "-m", "tests.builds.traces", folder / "traces", folder / "bundle"],
             cwd=REPOSITORY,
             env={**os.environ, "PYTHONHASHSEED": "31337", "PYTHONPATH": str(REPOSITORY)},
             check=True,
@@ -47,7 +47,7 @@ def recorded(shared_folder: SharedFolder) -> Path:
 @pytest.fixture
 def traces(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Traces]:
     """Tracing from memory, and a list of the components that were traced."""
-    from tests.build.traces import Traces
+    from tests.builds.traces import Traces
 
     memory = Traces(recorded / "traces")
     monkeypatch.setattr("exporters.export.trace_chain", memory)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.build.conftest import REPOSITORY
+from tests.builds.conftest import REPOSITORY
 
 KILLS = 50
 
@@ -20,7 +20,7 @@ def test_killed_and_interrupted_builds(
 ) -> None:
     arguments = [recorded / "traces", tmp_path, KILLS, checkpoints(), checkpoints(scale=0.5)]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.build.killed_builds", *map(str, arguments)],
+        [sys.executable, "-m", "tests.builds.killed_builds", *map(str, arguments)],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -13,10 +13,10 @@ from click.testing import CliRunner
 
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.cli import main
-from tests.build.conftest import tree
+from tests.builds.conftest import tree
 
 if TYPE_CHECKING:
-    from tests.build.traces import Traces
+    from tests.builds.traces import Traces
 
 
 def _mount(folder: Path, options: str) -> bool:

@@ -1,6 +1,6 @@
 """Builds that die: forked from a process that has imported all and remembers the tracing.
 
-`python -m tests.build.killed_builds TRACES WORK KILLS CHECKPOINT CHECKPOINT` builds the two
+`python -m tests.builds.killed_builds TRACES WORK KILLS CHECKPOINT CHECKPOINT` builds the two
 checkpoints in turn at one place and kills the build at random moments. After every kill the place
 must hold a whole bundle, the earlier one or the new one, and the builds that follow must end with
 the bundle of a build that nobody disturbed, byte for byte. Before, a few builds are interrupted as
@@ -32,8 +32,8 @@ import fluxdeploy.cli.build
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.bundle.staging import Staging
 from fluxdeploy.cli import main
-from tests.build.conftest import tree
-from tests.build.traces import Traces
+from tests.builds.conftest import tree
+from tests.builds.traces import Traces
 
 _STEPS: tuple[tuple[Any, str, str], ...] = (
     (Staging, "__enter__", "recovery"),

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.build.conftest import REPOSITORY
+from tests.builds.conftest import REPOSITORY
 
 
 @pytest.fixture(scope="module")
