@@ -99,13 +99,11 @@ class Availability:
 class Runtime(ABC):
     """A runtime: what it can run here, and how its engines are opened.
 
-    `targets` are the kinds of device it knows, best first; `builds` tells whether its engines are
-    files of their own, or the ONNX files themselves.
+    `targets` are the kinds of device it knows, best first.
     """
 
     name: str
     targets: tuple[str, ...]
-    builds: bool
 
     @abstractmethod
     def version(self) -> str:

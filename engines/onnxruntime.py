@@ -29,7 +29,6 @@ class OnnxRuntime(Runtime):
 
     name = "onnxruntime"
     targets = ("cuda", "cpu")
-    builds = False
 
     def version(self) -> str:
         for distribution in _DISTRIBUTIONS:

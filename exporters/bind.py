@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.chain import Chain
-from exporters.checkpoint.tensors import StoredTensor, Weights
+from exporters.checkpoint.tensors import StoredTensor, Weights, find_tensor
 from fluxdeploy.bundle.files import disk_errors, link_or_copy
 from fluxdeploy.errors import CheckpointError, ExportError
 from fluxdeploy.tensorfile import TensorFileWriter, from_float32, read_header
@@ -117,7 +117,7 @@ def bind(
     conversions: list[tuple[ir.Value, StoredTensor]] = []
     for value in parameters:
         assert value.shape is not None
-        stored = _find(weights, str(value.name), value.shape.numpy())
+        stored = find_tensor(weights, str(value.name), value.shape.numpy())
         exact = value.dtype in (_STORED.get(stored.dtype), ir.DataType.FLOAT)
         as_it_is = stored.dtype in _STORED and exact and stored.scale is None
         (kept if as_it_is else conversions).append((value, stored))
@@ -157,22 +157,7 @@ def check_weights(chain: Chain, weights: Weights) -> None:
     """
     for stage in chain.stages:
         for name, parameter in stage.piece.module.named_parameters():
-            _find(weights, stage.scope + name, tuple(parameter.shape))
-
-
-def _find(weights: Weights, name: str, shape: tuple[int, ...]) -> StoredTensor:
-    stored = weights.get(name)
-    if stored is None:
-        raise CheckpointError(
-            f"The checkpoint has no tensor {name}: it is incomplete, or of another architecture."
-        )
-    if stored.shape != shape:
-        raise CheckpointError(
-            f"Tensor {stored.name} in {stored.file} has shape {list(stored.shape)}, but the rest "
-            f"of the model asks for {list(shape)} ({name})."
-        )
-    stored.check_readable()
-    return stored
+            find_tensor(weights, stage.scope + name, tuple(parameter.shape))
 
 
 def _point(

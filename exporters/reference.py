@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from engines.base import Binding, Engine
 from exporters.chain import Chain, Stage
-from exporters.checkpoint import Weights
-from fluxdeploy.errors import CheckpointError
+from exporters.checkpoint.tensors import Weights, find_tensor
 
 __all__ = ["ReferenceEngine", "run_reference"]
 
@@ -51,12 +50,7 @@ def run_reference(
 def _parameters(stage: Stage, weights: Weights) -> dict[str, torch.Tensor]:
     parameters = {}
     for name, parameter in stage.piece.module.named_parameters():
-        stored = weights.get(stage.scope + name)
-        if stored is None or stored.shape != tuple(parameter.shape):
-            raise CheckpointError(
-                f"The checkpoint has no tensor {stage.scope + name} of shape "
-                f"{list(parameter.shape)}."
-            )
+        stored = find_tensor(weights, stage.scope + name, tuple(parameter.shape))
         parameters[name] = torch.from_numpy(stored.read().reshape(stored.shape))
     return parameters
 

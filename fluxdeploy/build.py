@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +122,8 @@ class _Session:
         self.staging = staging
         self.progress = progress
         self.components = COMPONENTS
+        self.tools = _tool_versions()
+        self.exporters_digest = _exporters_digest()
         for name in request.component_precision:
             if name not in COMPONENTS:
                 raise UsageError(
@@ -174,7 +176,7 @@ class _Session:
                     "sha256": self.checkpoint_digest,
                 },
                 "requested_precision": self.request.precision,
-                "tools": {"fluxdeploy": __version__} | _tool_versions(),
+                "tools": {"fluxdeploy": __version__} | self.tools,
             },
         )
 
@@ -227,7 +229,7 @@ class _Session:
                 "weight_names": sorted({tensor.file.name for tensor in weights.values()}),
                 "constants": repr((self.latents, self.rope, self.checkpoint.schedule)),
                 "engine": asdict(engine),
-                "tools": _tool_versions() | {"exporters": _exporters_digest()},
+                "tools": self.tools | {"exporters": self.exporters_digest},
             }
         )
         files = self.staging.finished(name, key)
@@ -273,7 +275,7 @@ class _Session:
             for linked, source in self.weights.sources.items()
         }
         files = self.staging.record(name, record.key, [*paths, golden], known)
-        return ComponentRecord(**{**vars(record), "files": files})
+        return replace(record, files=files)
 
     def _gate(self, name: str, record: ComponentRecord, golden: Path) -> None:
         """Run the engine on this machine where it can, and hold it against PyTorch."""

@@ -55,6 +55,10 @@ class Deviation:
             psnr=10 * float(np.log10(peak**2 / mse)) if mse else float("inf"),
         )
 
+    def within(self, golden: GoldenRecord) -> bool:
+        """Whether this is inside a component's gate."""
+        return self.max_error <= golden.max_error and self.cosine >= golden.min_cosine
+
     def worst(self, other: Deviation) -> Deviation:
         """The worse of each figure."""
         return Deviation(
@@ -83,7 +87,7 @@ def measure_component(engine: Engine, golden: Path) -> Deviation:
 
 def require(component: str, deviation: Deviation, golden: GoldenRecord) -> None:
     """Raise `NumericError` where a component is past its gate."""
-    if deviation.max_error > golden.max_error or deviation.cosine < golden.min_cosine:
+    if not deviation.within(golden):
         raise NumericError(
             f"{component} is off PyTorch by {deviation.max_error:.2g} of its range (cosine "
             f"{deviation.cosine:.6f}); allowed are {golden.max_error:g} and "

@@ -122,11 +122,7 @@ def _verify_component(
     assert record.golden is not None
     with open_engine(bundle, name, runtime, options) as engine:
         deviation = measure_component(engine, bundle.path(record.golden.path))
-    passed = (
-        deviation.max_error <= record.golden.max_error
-        and deviation.cosine >= record.golden.min_cosine
-    )
-    return ComponentReport(name, record.precision, deviation, passed)
+    return ComponentReport(name, record.precision, deviation, deviation.within(record.golden))
 
 
 def _verify_picture(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fluxdeploy.errors import CheckpointError
 from fluxdeploy.tensorfile import TensorEntry, read_header, to_float32
 
-__all__ = ["StoredTensor", "Weights", "read_tensors"]
+__all__ = ["StoredTensor", "Weights", "find_tensor", "read_tensors"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,25 @@ _RAW = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "
 
 Weights = Mapping[str, StoredTensor]
 """The tensors of a network, under the names of the diffusers layout."""
+
+
+def find_tensor(weights: Weights, name: str, shape: tuple[int, ...]) -> StoredTensor:
+    """The tensor under a name of the graphs, held against the shape that a network asks for.
+
+    Raises `CheckpointError` where it is missing, of another shape, or of a type that is not read.
+    """
+    stored = weights.get(name)
+    if stored is None:
+        raise CheckpointError(
+            f"The checkpoint has no tensor {name}: it is incomplete, or of another architecture."
+        )
+    if stored.shape != shape:
+        raise CheckpointError(
+            f"Tensor {stored.name} in {stored.file} has shape {list(stored.shape)}, but the rest "
+            f"of the model asks for {list(shape)} ({name})."
+        )
+    stored.check_readable()
+    return stored
 
 
 def read_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
