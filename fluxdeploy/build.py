@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["BuildRequest", "build"]
 
 _WEIGHTS_OVERHEAD = 2.5
-"""Memory that a CPU session takes, as a multiple of its float32 weights: constants folded and
-packed while the originals are still there."""
+"""Memory to reckon with for a CPU session that opens, as a multiple of its float32 weights:
+constants are folded and packed while the originals are still there. A safe estimate."""
 
 _TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
