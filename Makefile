@@ -6,11 +6,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+DEMO_PROMPTS := \
+	"a large red circle above a small green star on a white background" \
+	"a yellow star to the left of a purple heart on a black background" \
+	"a small cyan cross below a large green circle on a beige background" \
+	"a pink heart to the right of an orange ring on a gray background" \
+	"a large purple triangle in the center on a white background" \
+	"a blue square in the bottom right corner on a beige background" \
+	"a large green heart below a small yellow square on a black background" \
+	"an orange star on the right on a gray background"
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint docs bench clean
 
 help:
-	@echo "make demo   set up, build the default bundle, write image.png"
+	@echo "make demo   set up, build the default bundle, draw eight prompts into demo.png"
 	@echo "make test   set up and run the tests"
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   regenerate docs/commands.md and the figures in README.md"
@@ -27,9 +37,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/fluxdeploy build
-	$(BIN)/fluxdeploy generate "a red circle above a blue square" --seed 7 --out image.png
-	@echo "image.png shows colour noise, as it should: the default model is random, nobody trained it."
-	@echo "For real pictures: $(BIN)/fluxdeploy build ./FLUX.1-dev --out flux-dev"
+	$(BIN)/fluxdeploy generate $(DEMO_PROMPTS) --seed 7 --out image.png --sheet demo.png
+	@echo "Look at demo.png: each picture has its prompt below it. Colours, shapes and places should"
+	@echo "be those of the words. Training saw none of these combinations."
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n auto --durations=10
@@ -41,7 +51,7 @@ lint: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m fluxdeploy.cli.reference docs/commands.md
-	if [ -e benchmarks/results/export_scale.json ]; then $(BIN)/python docs/figures.py; fi
+	$(BIN)/python docs/figures.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/export_scale.py

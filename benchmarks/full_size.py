@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-from exporters.random_checkpoint import FLUX_DEV, declare_tensors, write_sparse_checkpoint
+from exporters.sparse_checkpoint import FLUX_DEV, declare_tensors, write_sparse_checkpoint
 from fluxdeploy.tensorfile import write_sparse
 
 __all__ = ["write_full_size"]

@@ -1,27 +1,26 @@
 """Puts the measured figures into README.md: `python docs/figures.py`.
 
-The table stands between `<!-- export_scale -->` and `<!-- /export_scale -->` and is made from
-benchmarks/results/export_scale.json, so that no figure is written by hand.
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->` and is made from
+benchmarks/results/NAME.json, so that no figure is written by hand.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["fill", "render"]
+__all__ = ["BLOCKS", "fill", "results"]
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results" / "export_scale.json"
 
-_BLOCK = re.compile(r"(?<=<!-- export_scale -->\n).*?(?=<!-- /export_scale -->)", re.DOTALL)
 _LAYOUTS = {"diffusers": "diffusers layout", "bfl": "BFL layout"}
 
 
-def render(report: dict[str, Any]) -> str:
+def _export_scale(report: dict[str, Any]) -> str:
     """The report of benchmarks/export_scale.py as a Markdown table and the machine it ran on."""
     layouts, targets = report["layouts"], report["targets"]
     rows = [
@@ -48,16 +47,56 @@ def render(report: dict[str, Any]) -> str:
             "",
         ],
     ]
-    machine = report["machine"]
-    packages = machine["packages"]
-    table = "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
+    return (
+        f"{_table(rows)}\n"
+        "Measured by [benchmarks/export_scale.py](benchmarks/export_scale.py) on\n"
+        f"{_machine(report['machine'])}.\n"
+        "The weights are zeros in a sparse file: this measures the export, not a disk.\n"
+    )
+
+
+def _demo_scores(report: dict[str, Any]) -> str:
+    """The report of benchmarks/demo_scores.py as a Markdown table and the machine it ran on."""
+    scored = ("objects", "relation")
+    rows = [
+        ["", "colours and shapes right", "relation right", "parameters", "training"],
+        ["---", "---:", "---:", "---:", "---:"],
+    ]
+    for name, scores in report["checkpoints"].items():
+        guidance = "" if scores["guidance"] is None else f", guidance {scores['guidance']:g}"
+        minutes = scores.get("training_minutes")
+        rows.append(
+            [
+                f"`demo:{name}`, {scores['steps']} steps{guidance}",
+                *(f"{scores[what]:.1%}" for what in scored),
+                f"{scores['parameters'] / 1e6:.1f} million",
+                "" if minutes is None else f"{minutes:.0f} min",
+            ]
+        )
+        if "pytorch" in scores:
+            shares = (f"{scores['pytorch'][what]:.1%}" for what in scored)
+            rows.append(["the same in PyTorch", *shares, "", ""])
+        target = (f"{report['targets'][name][what]:.0%}" for what in scored)
+        rows.append(["target", *target, "", ""])
+    sizes = "; ".join(dict.fromkeys(scores["size"] for scores in report["checkpoints"].values()))
+    return (
+        f"{_table(rows)}\n"
+        f"Shares of {report['prompts']} prompts with combinations that training never saw.\n"
+        f"Sizes: {sizes}.\n"
+        "Measured by [benchmarks/demo_scores.py](benchmarks/demo_scores.py) on\n"
+        f"{_machine(report['machine'])}.\n"
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    return "".join("".join(f"| {cell} " if cell else "| " for cell in row) + "|\n" for row in rows)
+
+
+def _machine(machine: dict[str, Any]) -> str:
     memory = machine["memory_bytes"] / 2**30
     return (
-        f"{table}\n\n"
-        "Measured by [benchmarks/export_scale.py](benchmarks/export_scale.py) on\n"
         f"{machine['cpu']}, {machine['cores']} cores, {memory:.0f} GiB,\n"
-        f"{machine['system']}, Python {machine['python']}, PyTorch {packages['torch']}.\n"
-        "The weights are zeros in a sparse file: this measures the export, not a disk.\n"
+        f"{machine['system']}, Python {machine['python']}, PyTorch {machine['packages']['torch']}"
     )
 
 
@@ -65,17 +104,34 @@ def _megabytes(count: float) -> str:
     return f"{count / 1e6:,.0f} MB"
 
 
-def fill(page: str, table: str) -> str:
-    """`page` with what stands between the marks replaced by `table`.
+BLOCKS: Mapping[str, Callable[[dict[str, Any]], str]] = {
+    "export_scale": _export_scale,
+    "demo_scores": _demo_scores,
+}
+"""What makes a block's text of its results, by the name of the block."""
+
+
+def results(name: str) -> Path:
+    """The file with the results that a block shows."""
+    return ROOT / "benchmarks" / "results" / f"{name}.json"
+
+
+def fill(page: str, name: str, text: str) -> str:
+    """`page` with what stands between the marks of a block replaced by `text`.
 
     Raises `ValueError` where the page does not have the marks exactly once.
     """
-    filled, count = _BLOCK.subn(lambda _: table, page)
+    block = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
+    filled, count = block.subn(lambda _: text, page)
     if count != 1:
-        raise ValueError(f"the page has {count} blocks marked export_scale; it must have one")
+        raise ValueError(f"the page has {count} blocks marked {name}; it must have one")
     return filled
 
 
 if __name__ == "__main__":
-    report = json.loads(RESULTS.read_text(encoding="utf-8"))
-    README.write_text(fill(README.read_text(encoding="utf-8"), render(report)), encoding="utf-8")
+    page = README.read_text(encoding="utf-8")
+    for name, render in BLOCKS.items():
+        if results(name).is_file():
+            report = json.loads(results(name).read_text(encoding="utf-8"))
+            page = fill(page, name, render(report))
+    README.write_text(page, encoding="utf-8")

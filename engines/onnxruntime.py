@@ -1,4 +1,4 @@
-"""ONNX Runtime: the embedded default on CPUs, and NVIDIA GPUs through its CUDA provider."""
+"""ONNX Runtime: the default on CPUs, and NVIDIA GPUs through its CUDA provider."""
 
 from __future__ import annotations
 

@@ -27,10 +27,11 @@ from fluxdeploy.bundle.manifest import (
     TokenizerRecord,
 )
 from fluxdeploy.bundle.staging import Staging
+from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from fluxdeploy.errors import BundleError, UsageError
 from fluxdeploy.gate import COMPONENT_GATES, measure_component, require
 from fluxdeploy.progress import Progress
-from fluxdeploy.source import DEMO, check_family, hash_checkpoint, open_source
+from fluxdeploy.source import check_family, hash_checkpoint, open_source
 from fluxdeploy.text import TOKENIZER_FILES, load_clip_tokenizer, load_t5_tokenizer
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ _TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build. `checkpoint` None is the embedded default; `target` None the best one here.
+    """What to build. `checkpoint` None is the default, `target` None the best one here.
 
     `precision` is the transformer's and decides the others' (docs/bundle.md);
     `component_precision` overrides single ones.
@@ -70,7 +71,7 @@ def build(request: BuildRequest, destination: Path, progress: Progress) -> Bundl
     if request.checkpoint is not None:
         _check_apart(Path(request.checkpoint), destination)
     with Staging(destination) as staging:
-        checkpoint = open_source(request.checkpoint, staging.root / ".checkpoint")
+        checkpoint = open_source(request.checkpoint)
         session = _Session(request, runtime, target, checkpoint, staging, progress)
         staging.commit(session.manifest())
     return open_bundle(destination)
@@ -169,9 +170,7 @@ class _Session:
             defaults=self.checkpoint.defaults,
             provenance={
                 "checkpoint": {
-                    "name": DEMO
-                    if self.request.checkpoint in (None, DEMO)
-                    else self.checkpoint.root.resolve().name,
+                    "name": self._checkpoint_name(),
                     "layout": self.checkpoint.layout,
                     "sha256": self.checkpoint_digest,
                 },
@@ -179,6 +178,10 @@ class _Session:
                 "tools": {"fluxdeploy": __version__} | self.tools,
             },
         )
+
+    def _checkpoint_name(self) -> str:
+        name = self.request.checkpoint or DEFAULT_CHECKPOINT
+        return name if name in DEMO_CHECKPOINTS else self.checkpoint.root.resolve().name
 
     def _tokenizer(self, name: str, folder: str) -> TokenizerRecord:
         source = self.checkpoint.tokenizer(name)

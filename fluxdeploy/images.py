@@ -15,6 +15,7 @@ from fluxdeploy.errors import FluxDeployError, UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
 
 __all__ = [
     "PictureMetadata",
@@ -23,6 +24,7 @@ __all__ = [
     "read_metadata",
     "save_picture",
     "to_pil",
+    "write_png",
 ]
 
 
@@ -78,12 +80,10 @@ def picture_paths(path: Path, count: int) -> list[Path]:
 def save_picture(image: Image, path: Path, metadata: PictureMetadata) -> None:
     """Write a PNG with its metadata. A file that was there stays until the new one is complete.
 
-    Raises `UsageError` for a name that is not of a PNG, and `FluxDeployError` where the file
-    cannot be written.
+    Raises as `write_png` does.
     """
     from PIL.PngImagePlugin import PngInfo
 
-    check_picture_path(path)
     chunks = PngInfo()
     for field in fields(metadata):
         value = getattr(metadata, field.name)
@@ -91,6 +91,16 @@ def save_picture(image: Image, path: Path, metadata: PictureMetadata) -> None:
             # Pillow makes it an iTXt chunk (UTF-8) where Latin-1 cannot hold the text. A lone
             # surrogate, from a badly encoded command line, has no UTF-8 at all.
             chunks.add_text(field.name, str(value).encode("utf-8", "replace").decode("utf-8"))
+    write_png(image, path, chunks)
+
+
+def write_png(image: Image, path: Path, chunks: PngInfo | None = None) -> None:
+    """Write a PNG with text chunks. A file that was there stays until the new one is complete.
+
+    Raises `UsageError` for a name that is not of a PNG, and `FluxDeployError` where the file
+    cannot be written.
+    """
+    check_picture_path(path)
     # In the same folder, so that the rename cannot cross file systems.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:

@@ -4,44 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxdeploy.bundle.files import HashCache
-from fluxdeploy.errors import CheckpointError, MissingDependencyError
+from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
+from fluxdeploy.errors import CheckpointError, MissingDependencyError, UsageError
 from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
 
-__all__ = ["DEMO", "CheckpointHashes", "check_family", "hash_checkpoint", "open_source"]
-
-DEMO = "demo:random"
-"""The name of the embedded default checkpoint. No folder and no hub id can be meant by it."""
+__all__ = ["CheckpointHashes", "check_family", "hash_checkpoint", "open_source"]
 
 
-def open_source(checkpoint: str | None, scratch: Path) -> Checkpoint:
-    """Open a checkpoint; the embedded default is written below `scratch` first.
+def open_source(checkpoint: str | None) -> Checkpoint:
+    """Open a checkpoint: a path, a hub id, or one of `DEMO_CHECKPOINTS`; None is the default.
 
-    Raises `MissingDependencyError` without the packages of `fluxdeploy[export]`.
+    No folder and no hub id can be meant by a name that begins with `demo:`. Raises `UsageError` for
+    such a name that there is not, and `MissingDependencyError` without the packages of
+    `fluxdeploy[export]`.
     """
+    name = DEFAULT_CHECKPOINT if checkpoint is None else checkpoint
+    if name.startswith("demo:") and name not in DEMO_CHECKPOINTS:
+        raise UsageError(
+            f"There is no checkpoint {name}. The ones that come with the package are "
+            f"{' and '.join(DEMO_CHECKPOINTS)}."
+        )
     try:
         import exporters.export  # noqa: F401
         from exporters.checkpoint import open_checkpoint
-        from exporters.random_checkpoint import write_demo_checkpoint
     except ImportError as error:
         raise MissingDependencyError(
             f"Reading checkpoints needs the package {error.name}: pip install 'fluxdeploy[export]'."
         ) from error
-    if checkpoint is None or checkpoint == DEMO:
-        folder = scratch / "demo"
-        shutil.rmtree(folder, ignore_errors=True)
-        write_demo_checkpoint(folder)
-        return open_checkpoint(folder)
-    return open_checkpoint(checkpoint)
+    return open_checkpoint(DEMO_CHECKPOINTS.get(name, name))
 
 
 @dataclass(frozen=True)

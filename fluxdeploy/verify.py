@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ from numpy.typing import NDArray
 
 from engines import Engine, EngineOptions, open_engine
 from fluxdeploy.bundle import Bundle, open_bundle
+from fluxdeploy.demo import DEMO_CHECKPOINTS
 from fluxdeploy.errors import UsageError
 from fluxdeploy.gate import PICTURE_GATES, Deviation, measure_component
 from fluxdeploy.pipeline import FluxPipeline
 from fluxdeploy.progress import Progress
-from fluxdeploy.source import DEMO, hash_checkpoint, open_source
+from fluxdeploy.source import hash_checkpoint, open_source
 from fluxdeploy.text import load_tokenizers
 
 __all__ = ["ComponentReport", "PictureReport", "VerifyReport", "verify"]
@@ -87,7 +87,7 @@ def verify(
 ) -> VerifyReport:
     """Check every file's hash, each engine against golden tensors, and a picture.
 
-    The picture needs the checkpoint and PyTorch; the embedded default's is at hand. Raises
+    The picture needs the checkpoint and PyTorch; the package's own checkpoints are at hand. Raises
     `BundleError` for a broken bundle, `UsageError` for a checkpoint the bundle is not made from.
     """
     total = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -102,8 +102,9 @@ def verify(
         task.advance()
     provenance = bundle.manifest.provenance.get("checkpoint")
     made_from = provenance if isinstance(provenance, dict) else {}
-    if checkpoint is None and made_from.get("name") == DEMO and _can_export():
-        checkpoint = DEMO
+    origin = made_from.get("name")
+    if checkpoint is None and isinstance(origin, str) and origin in DEMO_CHECKPOINTS:
+        checkpoint = origin if _can_export() else None
     picture = None
     if checkpoint is not None:
         picture = _verify_picture(bundle, checkpoint, made_from, runtime, options, progress)
@@ -133,26 +134,25 @@ def _verify_picture(
     options: EngineOptions,
     progress: Progress,
 ) -> PictureReport:
-    with tempfile.TemporaryDirectory(prefix="fluxdeploy-") as scratch:
-        checkpoint = open_source(name, Path(scratch))
-        from exporters.export import component_source
-        from exporters.reference import ReferenceEngine
+    checkpoint = open_source(name)
+    from exporters.export import component_source
+    from exporters.reference import ReferenceEngine
 
-        def open_reference(component: str) -> Engine:
-            return ReferenceEngine(*component_source(checkpoint, component, "fp32"))
+    def open_reference(component: str) -> Engine:
+        return ReferenceEngine(*component_source(checkpoint, component, "fp32"))
 
-        manifest = bundle.manifest
-        if hash_checkpoint(checkpoint, progress).digest != made_from.get("sha256"):
-            raise UsageError(
-                f"{name} is not the checkpoint that {bundle.root} was made from: its weights or "
-                "its layout differ."
-            )
-        tokenizers = load_tokenizers(bundle)
-        engines = FluxPipeline.from_bundle(bundle.root, runtime, options)
-        reference = FluxPipeline(bundle, tokenizers, open_reference)
-        with engines, reference:
-            ours = _picture(engines, "Drawing with the bundle", progress)
-            theirs = _picture(reference, "Drawing with PyTorch", progress)
+    manifest = bundle.manifest
+    if hash_checkpoint(checkpoint, progress).digest != made_from.get("sha256"):
+        raise UsageError(
+            f"{name} is not the checkpoint that {bundle.root} was made from: its weights or "
+            "its layout differ."
+        )
+    tokenizers = load_tokenizers(bundle)
+    engines = FluxPipeline.from_bundle(bundle.root, runtime, options)
+    reference = FluxPipeline(bundle, tokenizers, open_reference)
+    with engines, reference:
+        ours = _picture(engines, "Drawing with the bundle", progress)
+        theirs = _picture(reference, "Drawing with PyTorch", progress)
     # The host clips pictures to 0..1 and stops at NaN, so the peak is 1 and all is finite.
     mse = float(np.square(ours - theirs, dtype=np.float64).mean())
     return PictureReport(

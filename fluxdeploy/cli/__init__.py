@@ -24,7 +24,7 @@ DEBUG_VARIABLE = "FLUXDEPLOY_DEBUG"
 COMMANDS = {
     "build": "Turn a checkpoint into a bundle.",
     "export": "Write only the ONNX files of a checkpoint.",
-    "generate": "Make a picture from a prompt.",
+    "generate": "Make pictures from prompts.",
     "verify": "Compare a bundle with PyTorch.",
     "inspect": "Show what a bundle or a picture holds.",
     "doctor": "Show what this machine can run.",

@@ -42,15 +42,17 @@ def command(
     """Build a bundle from CHECKPOINT: ONNX files, engines, tokenizers and a manifest.
 
     CHECKPOINT is a folder in diffusers layout, a folder or transformer file in Black Forest Labs'
-    layout, or a hub id; without one, the small model that comes with the package. No weight is
-    loaded to export: the graphs point into the checkpoint's own files, hard-linked where the disk
-    allows it. Every engine is checked against PyTorch before the bundle is called whole.
+    layout, a hub id, or the name of a small model that comes with the package: demo:dev, the
+    default, or demo:schnell. No weight is loaded to export: the graphs point into the checkpoint's
+    own files, hard-linked where the disk allows it. Every engine is checked against PyTorch before
+    the bundle is called whole.
 
     A build that was cut off goes on where it was when the same command is run again.
 
     \b
     Examples:
       fluxdeploy build
+      fluxdeploy build demo:schnell --out schnell
       fluxdeploy build ./FLUX.1-dev --out flux-dev
       fluxdeploy build black-forest-labs/FLUX.1-schnell --precision fp16 --out flux-schnell
       fluxdeploy build flux1-dev.safetensors --component-precision t5=fp32

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 
 import click
@@ -60,41 +59,38 @@ def command(
     from fluxdeploy.source import open_source
 
     overrides = component_precisions(component_precision)
-    with tempfile.TemporaryDirectory(prefix="fluxdeploy-") as scratch:
-        source = open_source(checkpoint, Path(scratch))
-        from exporters.bind import WeightFolder
-        from exporters.export import COMPONENTS, export_component
-        from exporters.export import component_precision as usual
+    source = open_source(checkpoint)
+    from exporters.bind import WeightFolder
+    from exporters.export import COMPONENTS, export_component
+    from exporters.export import component_precision as usual
 
-        unknown = [name for name in (*components, *overrides) if name not in COMPONENTS]
-        if unknown:
-            raise UsageError(
-                f"There is no component {unknown[0]!r}; there are {', '.join(COMPONENTS)}."
+    unknown = [name for name in (*components, *overrides) if name not in COMPONENTS]
+    if unknown:
+        raise UsageError(
+            f"There is no component {unknown[0]!r}; there are {', '.join(COMPONENTS)}."
+        )
+    if no_split and "conditioner" in components:
+        raise UsageError("With --no-split the conditioner is a part of the transformer.")
+    chosen = [name for name in components or COMPONENTS if not (no_split and name == "conditioner")]
+    folder = WeightFolder(out / "weights")
+    files = {}
+    with Progress(quiet=as_json) as progress:
+        task = progress.task("Exporting", total=len(chosen))
+        for name in chosen:
+            exported = export_component(
+                source,
+                name,
+                overrides.get(name, usual(name, precision)),
+                folder,
+                split=not no_split,
+                progress=progress,
             )
-        if no_split and "conditioner" in components:
-            raise UsageError("With --no-split the conditioner is a part of the transformer.")
-        chosen = [
-            name for name in components or COMPONENTS if not (no_split and name == "conditioner")
-        ]
-        folder = WeightFolder(out / "weights")
-        files = {}
-        with Progress(quiet=as_json) as progress:
-            task = progress.task("Exporting", total=len(chosen))
-            for name in chosen:
-                exported = export_component(
-                    source,
-                    name,
-                    overrides.get(name, usual(name, precision)),
-                    folder,
-                    split=not no_split,
-                    progress=progress,
-                )
-                files[name] = {
-                    "precision": exported.precision,
-                    "path": str(out / exported.path),
-                    "weights": [str(out / path) for path in exported.weights],
-                }
-                task.advance()
+            files[name] = {
+                "precision": exported.precision,
+                "path": str(out / exported.path),
+                "weights": [str(out / path) for path in exported.weights],
+            }
+            task.advance()
     if as_json:
         click.echo(json.dumps(files))
         return

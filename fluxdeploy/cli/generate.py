@@ -1,4 +1,4 @@
-"""`fluxdeploy generate`: a picture from a prompt."""
+"""`fluxdeploy generate`: pictures from prompts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from fluxdeploy.progress import Progress
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from PIL.Image import Image
+
     from fluxdeploy.pipeline import FluxPipeline
 
 
 @click.command()
-@click.argument("prompt")
+@click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
 @BUNDLE
 @click.option("--negative-prompt", help="What to steer away from; needs --true-cfg-scale.")
 @click.option(
@@ -43,7 +45,9 @@ if TYPE_CHECKING:
 @click.option(
     "--seed", type=int, help="The same seed gives the same picture.  [default: a random one]"
 )
-@click.option("--num-images", type=click.IntRange(min=1), default=1, help="Pictures of the prompt.")
+@click.option(
+    "--num-images", type=click.IntRange(min=1), default=1, help="Pictures of each prompt."
+)
 @click.option(
     "--max-sequence-length",
     type=int,
@@ -57,9 +61,14 @@ if TYPE_CHECKING:
     default="image.png",
     help="A PNG; several pictures become image-0.png, image-1.png, ...",
 )
+@click.option(
+    "--sheet",
+    type=click.Path(path_type=Path),
+    help="Also put all pictures with their prompts into this one PNG.",
+)
 @AS_JSON
 def command(
-    prompt: str,
+    prompts: tuple[str, ...],
     bundle: Path,
     negative_prompt: str | None,
     true_cfg_scale: float,
@@ -73,24 +82,31 @@ def command(
     runtime: str,
     threads: int | None,
     out: Path,
+    sheet: Path | None,
     as_json: bool,
 ) -> None:
-    """Make a picture from PROMPT.
+    """Make a picture of each PROMPT.
 
     Runs a bundle's engines from NumPy: no PyTorch is needed. The prompt, the seed, the steps and
     the bundle's hash are written into the PNG, so that `inspect` can tell how a picture was made;
-    the same bundle, seed and options make it again.
+    the same bundle, seed and options make it again. Each prompt begins with the same seed: its
+    pictures do not depend on the other prompts.
 
     \b
     Examples:
       fluxdeploy generate "a red circle above a blue square"
       fluxdeploy generate "a lighthouse at dusk" --bundle flux-dev --width 1024 --height 768
       fluxdeploy generate "a fox" --seed 7 --num-images 4 --out fox.png --json
+      fluxdeploy generate "a green star" "a pink heart" --sheet sheet.png
     """
-    from fluxdeploy.images import PictureMetadata, picture_paths, save_picture
+    from fluxdeploy.images import PictureMetadata, picture_paths, save_picture, write_png
+    from fluxdeploy.sheet import contact_sheet
 
-    paths = picture_paths(out, num_images)
-    _check_writable(paths)
+    captions = [prompt for prompt in prompts for _ in range(num_images)]
+    paths = picture_paths(out, len(captions))
+    _check_writable("--out", paths)
+    if sheet is not None:
+        _check_sheet(sheet, paths)
 
     from engines.base import EngineOptions
     from fluxdeploy.pipeline import FluxPipeline
@@ -106,38 +122,42 @@ def command(
         guidance = defaults.guidance_scale if guidance is None else guidance
         if max_sequence_length is None:
             max_sequence_length = defaults.max_sequence_length
-        # The pictures' decoding is the last unit.
-        task = progress.task("Generating", total=max(steps, 0) + 1)
+        # The decoding of a prompt's pictures is its last unit.
+        task = progress.task("Generating", total=len(prompts) * (max(steps, 0) + 1))
 
         def on_step_end(
             pipe: FluxPipeline, step: int, timestep: float, state: Mapping[str, Any]
         ) -> None:
             task.advance()
 
-        result = pipe(
-            prompt,
-            negative_prompt=negative_prompt,
-            true_cfg_scale=true_cfg_scale,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            num_images_per_prompt=num_images,
-            seed=seed,
-            max_sequence_length=max_sequence_length,
-            callback_on_step_end=on_step_end,
-        )
-        task.advance()
+        images: list[Image] = []
+        for prompt in prompts:
+            result = pipe(
+                prompt,
+                negative_prompt=negative_prompt,
+                true_cfg_scale=true_cfg_scale,
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                num_images_per_prompt=num_images,
+                seed=seed,
+                max_sequence_length=max_sequence_length,
+                callback_on_step_end=on_step_end,
+            )
+            task.advance()
+            assert isinstance(result.images, list)  # output_type is "pil"
+            images += result.images
+            seed = result.seed
         bundle_hash = pipe.bundle.content_hash
-    assert isinstance(result.images, list)  # output_type is "pil"
 
-    for index, (image, path) in enumerate(zip(result.images, paths, strict=True)):
+    for number, (image, caption, path) in enumerate(zip(images, captions, paths, strict=True)):
         metadata = PictureMetadata(
-            prompt=prompt,
+            prompt=caption,
             negative_prompt=negative_prompt,
             true_cfg_scale=true_cfg_scale,
-            seed=result.seed,
-            index=index,
+            seed=seed,
+            index=number % num_images,
             num_inference_steps=steps,
             guidance_scale=guidance,
             max_sequence_length=max_sequence_length,
@@ -147,12 +167,16 @@ def command(
             fluxdeploy_version=__version__,
         )
         save_picture(image, path, metadata)
+    if sheet is not None:
+        write_png(contact_sheet(images, captions), sheet)
     seconds = time.monotonic() - start
-    width, height = result.images[0].size
+    width, height = images[0].size
     if as_json:
         report = {
             "paths": [str(path) for path in paths],
-            "seed": result.seed,
+            "prompts": captions,
+            "sheet": None if sheet is None else str(sheet),
+            "seed": seed,
             "width": width,
             "height": height,
             "steps": steps,
@@ -160,22 +184,32 @@ def command(
         }
         click.echo(json.dumps(report))
         return
-    for path in paths:
+    for path in paths if sheet is None else (*paths, sheet):
         click.echo(path)
-    click.echo(f"{width}x{height}, seed {result.seed}, {steps} steps, {seconds:.1f} s", err=True)
+    click.echo(f"{width}x{height}, seed {seed}, {steps} steps, {seconds:.1f} s", err=True)
 
 
-def _check_writable(paths: list[Path]) -> None:
-    """Find out before the long work whether the pictures can be written.
+def _check_sheet(sheet: Path, paths: list[Path]) -> None:
+    """Raise `UsageError` or `PermissionError` where a contact sheet cannot be written."""
+    from fluxdeploy.images import check_picture_path
+
+    check_picture_path(sheet)
+    _check_writable("--sheet", [sheet])
+    if sheet.resolve() in {path.resolve() for path in paths}:
+        raise UsageError(f"--sheet {sheet} is also the name of a picture. Name another file.")
+
+
+def _check_writable(option: str, paths: list[Path]) -> None:
+    """Find out before the long work whether the files of an option can be written.
 
     Raises `UsageError` for a place that cannot hold a picture, `PermissionError` for one that may
     not.
     """
     for path in paths:
         if path.is_dir():
-            raise UsageError(f"--out {path} is a folder. Name a PNG file in it.")
+            raise UsageError(f"{option} {path} is a folder. Name a PNG file in it.")
     folder = paths[0].parent
     if not folder.is_dir():
-        raise UsageError(f"--out is in {folder}, which is not a folder. Make it first.")
+        raise UsageError(f"{option} is in {folder}, which is not a folder. Make it first.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))

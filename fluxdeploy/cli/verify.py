@@ -31,8 +31,8 @@ def command(
 
     Hashes every file, runs every engine on the bundle's golden tensors and compares it with what
     PyTorch gave in float32. With the checkpoint, a picture drawn with PyTorch is compared too; the
-    embedded model's is at hand where PyTorch is installed. Exits with 1 where a figure is past its
-    gate.
+    ones that come with the package are at hand where PyTorch is installed. Exits with 1 where a
+    figure is past its gate.
 
     \b
     Examples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from tests.conftest import SharedFolder
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def recorded(shared_folder: SharedFolder) -> Path:
-    """A folder with `bundle`, the embedded default built in another process, and its `traces`."""
+    """A folder with `bundle`, the default bundle built in another process, and its `traces`."""
     pytest.importorskip("torch")
 
     def make(folder: Path) -> None:
@@ -56,7 +58,7 @@ def traces(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Traces]:
 
 @pytest.fixture(scope="session")
 def checkpoints(shared_folder: SharedFolder) -> Callable[..., Path]:
-    """`checkpoints(dtype="BF16", scale=1.0)`: the embedded default in other types or weights.
+    """`checkpoints(dtype="BF16", scale=1.0)`: the default checkpoint in other types or weights.
 
     Every weight is multiplied by `scale`, a power of two, so that nothing but the numbers changes.
     Not to be written to.
@@ -64,10 +66,8 @@ def checkpoints(shared_folder: SharedFolder) -> Callable[..., Path]:
     pytest.importorskip("torch")
 
     def make(dtype: str = "BF16", scale: float = 1.0) -> Path:
-        from exporters.random_checkpoint import write_demo_checkpoint
-
         def write(folder: Path) -> None:
-            write_demo_checkpoint(folder)
+            shutil.copytree(DEMO_CHECKPOINTS[DEFAULT_CHECKPOINT], folder)
             for file in sorted(folder.rglob("*.safetensors")):
                 rewrite(file, dtype, scale)
 

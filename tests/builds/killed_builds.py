@@ -26,7 +26,7 @@ from typing import Any
 import engines.onnxruntime
 import exporters.export
 import exporters.golden
-import exporters.random_checkpoint
+import exporters.sparse_checkpoint
 import fluxdeploy.build
 import fluxdeploy.cli.build
 from fluxdeploy.bundle import open_bundle

@@ -1,7 +1,7 @@
 """Tracing, which is nearly all the time of a small build, done once and remembered on the disk.
 
 Everything else of a build stays real. `python -m tests.builds.traces TRACES DESTINATION` builds the
-embedded default without shortcuts and leaves its traces for the tests.
+default checkpoint without shortcuts and leaves its traces for the tests.
 """
 
 from __future__ import annotations

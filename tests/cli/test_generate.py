@@ -111,7 +111,63 @@ def test_json_is_all_that_is_printed(bundle: Path, tmp_path: Path) -> None:
     report = json.loads(result.stdout)
     assert result.stderr == ""
     assert report.pop("seconds") >= 0
-    assert report == {"paths": [str(out)], "seed": 5, "width": 128, "height": 64, "steps": 4}
+    assert report == {
+        "paths": [str(out)],
+        "prompts": ["a fox"],
+        "sheet": None,
+        "seed": 5,
+        "width": 128,
+        "height": 64,
+        "steps": 4,
+    }
+
+
+def test_several_prompts_are_drawn_with_one_seed(bundle: Path, tmp_path: Path) -> None:
+    """So that each picture is the one that its own metadata make again."""
+    out, sheet = tmp_path / "image.png", tmp_path / "sheet.png"
+    options = ("--num-images", 2, "--out", out, "--sheet", sheet, "--json")
+    result = run("a fox", "an owl", "--bundle", bundle, *options)
+    assert result.exit_code == 0, result.stderr
+    assert [call["prompt"] for call in FakePipeline.calls] == ["a fox", "an owl"]
+    assert [call["seed"] for call in FakePipeline.calls] == [None, 99]
+    assert {call["num_images_per_prompt"] for call in FakePipeline.calls} == {2}
+    paths = [tmp_path / f"image-{number}.png" for number in range(4)]
+    made = [(m.prompt, m.index, m.seed) for m in map(read_metadata, paths)]
+    assert made == [("a fox", 0, 99), ("a fox", 1, 99), ("an owl", 0, 99), ("an owl", 1, 99)]
+    report = json.loads(result.stdout)
+    assert report["paths"] == [str(path) for path in paths]
+    assert report["prompts"] == ["a fox", "a fox", "an owl", "an owl"]
+    assert report["sheet"] == str(sheet)
+    with Image.open(sheet) as image:
+        assert image.width > 2 * 128
+
+
+def test_the_sheet_is_named_last(bundle: Path, tmp_path: Path) -> None:
+    out, sheet = tmp_path / "image.png", tmp_path / "sheet.png"
+    result = run("a fox", "--bundle", bundle, "--out", out, "--sheet", sheet)
+    assert result.stdout.splitlines() == [str(out), str(sheet)]
+
+
+@pytest.mark.parametrize(
+    ("sheet", "words"),
+    [
+        ("sheet.jpg", ".png"),
+        ("folder.png", "--sheet"),
+        ("no-such-folder/sheet.png", "--sheet"),
+        ("image-1.png", "the name of a picture"),
+        ("link/image-0.png", "the name of a picture"),
+    ],
+)
+def test_a_sheet_that_cannot_be_written_is_refused_first(
+    bundle: Path, tmp_path: Path, sheet: str, words: str
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    out = tmp_path / "image.png"
+    result = run("a", "b", "--bundle", bundle, "--out", out, "--sheet", tmp_path / sheet)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert FakePipeline.opened == []
 
 
 @pytest.mark.parametrize(

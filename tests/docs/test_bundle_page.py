@@ -97,7 +97,7 @@ def test_a_picture_from_the_manifest_alone_is_the_pipeline_s(
     host: dict[str, Any] = {}
     exec(compile(code, "bundle.md", "exec"), host)
     tokenizers = load_tokenizers(open_bundle(demo_bundle))
-    prompt, length = "a red circle above a blue square", 40
+    prompt, length = "a red circle above a blue square", 20
     picture = host["picture"](
         demo_bundle,
         tokenizers.clip([prompt]),

@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 from exporters import components
 from exporters.chain import Chain
 from exporters.models import mmdit
-from exporters.random_checkpoint import FLUX_DEV, Sizes
+from exporters.sparse_checkpoint import FLUX_DEV, Sizes
 from fluxdeploy.bundle.manifest import SYMBOLS
 from fluxdeploy.source import open_source
 
@@ -25,8 +25,8 @@ Tensors = dict[str, list[tuple[str, str, str, tuple[int | str, ...]]]]
 
 
 @pytest.fixture(scope="module")
-def default_model(tmp_path_factory: pytest.TempPathFactory) -> Sizes:
-    checkpoint = open_source(None, tmp_path_factory.mktemp("components"))
+def default_model() -> Sizes:
+    checkpoint = open_source(None)
     return Sizes(checkpoint.transformer, checkpoint.vae, checkpoint.clip, checkpoint.t5)
 
 

@@ -24,15 +24,16 @@ def figures() -> ModuleType:
     return module
 
 
-REPORT = {
-    "machine": {
-        "cpu": "A processor",
-        "cores": 2,
-        "memory_bytes": 24 << 30,
-        "system": "Linux",
-        "python": "3.11.2",
-        "packages": {"torch": "2.13.0"},
-    },
+MACHINE = {
+    "cpu": "A processor",
+    "cores": 2,
+    "memory_bytes": 24 << 30,
+    "system": "Linux",
+    "python": "3.11.2",
+    "packages": {"torch": "2.13.0"},
+}
+EXPORT_SCALE = {
+    "machine": MACHINE,
     "targets": {"seconds": 60.0, "peak_bytes": 10**9, "written_bytes": 64 * 10**6},
     "layouts": [
         {
@@ -46,17 +47,21 @@ REPORT = {
 }
 
 
-def test_the_measured_figures_are_those_of_the_results(figures: ModuleType) -> None:
+@pytest.mark.parametrize("name", ["export_scale", "demo_scores"])
+def test_the_measured_figures_are_those_of_the_results(figures: ModuleType, name: str) -> None:
     page = README.read_text()
-    if figures.RESULTS.is_file():
-        table = figures.render(json.loads(figures.RESULTS.read_text()))
-        assert figures.fill(page, table) == page, "the figures are stale: run `make docs`"
-    else:
-        assert figures.fill(page, "Not measured yet.\n") == page
+    text = "Not measured yet.\n"
+    if figures.results(name).is_file():
+        text = figures.BLOCKS[name](json.loads(figures.results(name).read_text()))
+    assert figures.fill(page, name, text) == page, "the figures are stale: run `make docs`"
+
+
+def test_every_block_is_checked_here(figures: ModuleType) -> None:
+    assert set(figures.BLOCKS) == {"export_scale", "demo_scores"}
 
 
 def test_a_report_becomes_a_table(figures: ModuleType) -> None:
-    table = figures.render(REPORT)
+    table = figures.BLOCKS["export_scale"](EXPORT_SCALE)
     assert "| time, imports included | 42 s | under 60 s |" in table
     assert "| peak resident memory | 812 MB | under 1,000 MB |" in table
     assert "| weights, linked and not read | 33.7 GB | |" in table
@@ -65,13 +70,47 @@ def test_a_report_becomes_a_table(figures: ModuleType) -> None:
 
 def test_a_page_without_marks_is_refused(figures: ModuleType) -> None:
     with pytest.raises(ValueError, match="0 blocks"):
-        figures.fill("no marks", "table")
+        figures.fill("no marks", "export_scale", "table")
+
+
+def test_scores_become_a_table_with_their_targets(figures: ModuleType) -> None:
+    dev = {
+        "steps": 28,
+        "guidance": 3.5,
+        "size": "128x128",
+        "objects": 0.967,
+        "relation": 0.9,
+        "parameters": 7_340_000,
+        "training_minutes": 99.7,
+        "pytorch": {"objects": 0.97, "relation": 0.897},
+    }
+    schnell = {**dev, "steps": 4, "guidance": None, "objects": 0.91}
+    del schnell["pytorch"], schnell["training_minutes"]
+    report = {
+        "machine": MACHINE,
+        "prompts": 300,
+        "targets": {
+            "dev": {"objects": 0.95, "relation": 0.85},
+            "schnell": {"objects": 0.9, "relation": 0.75},
+        },
+        "checkpoints": {"dev": dev, "schnell": schnell},
+    }
+    text = figures.BLOCKS["demo_scores"](report)
+    assert text.splitlines()[2:7] == [
+        "| `demo:dev`, 28 steps, guidance 3.5 | 96.7% | 90.0% | 7.3 million | 100 min |",
+        "| the same in PyTorch | 97.0% | 89.7% | | |",
+        "| target | 95% | 85% | | |",
+        "| `demo:schnell`, 4 steps | 91.0% | 90.0% | 7.3 million | |",
+        "| target | 90% | 75% | | |",
+    ]
+    assert "300 prompts" in text
+    assert "A processor" in text
 
 
 def test_the_conditioner_takes_the_share_that_the_readme_says() -> None:
     pytest.importorskip("torch")
     from exporters.components import PRECISIONS, conditioner_chain, transformer_chain
-    from exporters.random_checkpoint import FLUX_DEV
+    from exporters.sparse_checkpoint import FLUX_DEV
 
     conditioner, transformer = (
         sum(p.numel() for stage in chain.stages for p in stage.piece.module.parameters())

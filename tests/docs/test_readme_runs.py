@@ -15,11 +15,11 @@ from tests.docs.pages import ROOT, code_blocks
 README = ROOT / "README.md"
 
 CHECKPOINTS = {
-    "./FLUX.1-dev": "demo:random",
-    "flux1-dev.safetensors": "demo:random",
-    "black-forest-labs/FLUX.1-schnell": "demo:random",
+    "./FLUX.1-dev": "demo:dev",
+    "flux1-dev.safetensors": "demo:dev",
+    "black-forest-labs/FLUX.1-schnell": "demo:dev",
 }
-"""The README's checkpoints, by the name of the one that the package writes itself."""
+"""The README's checkpoints, by the name of one that comes with the package."""
 
 SMALL = {"generate": ["--width", "64", "--height", "48", "--steps", "2"]}
 """Options added to a command, so that it takes seconds; the last one of a kind counts."""
@@ -76,6 +76,6 @@ def test_the_python_examples_run(
     expected = {
         0: lambda: len(list(workplace.glob("picture-*.png"))) == 4,
         1: lambda: "step 3" in shown and "step 4" not in shown and "Interrupted" in shown,
-        2: lambda: shown.strip() == "(1, 256, 256, 3) float32",
+        2: lambda: shown.strip() == "(1, 128, 128, 3) float32",
     }
     assert expected[number](), shown

@@ -24,7 +24,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from exporters.demo_tokenizers import Form, write_demo_tokenizers
+from exporters.small_tokenizers import Form, write_tokenizers
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ SHAPES = {
 def make_checkpoint(folder: Path, shape: Shape, dtype: torch.dtype = torch.float32) -> Path:
     """Write a checkpoint in diffusers layout to `folder`, and return it."""
     torch.manual_seed(shape.seed)
-    vocabulary = write_demo_tokenizers(folder, shape.tokenizers)
+    vocabulary = write_tokenizers(folder, form=shape.tokenizers)
     transformer = FluxTransformer2DModel(
         in_channels=64,
         num_layers=shape.double,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from exporters.demo_tokenizers import write_demo_tokenizers
+from exporters.small_tokenizers import write_tokenizers
 
 _FIXED = (
     "",
@@ -71,7 +71,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     roots = {}
     for form in ("json", "model"):
         roots[form] = tmp_path_factory.mktemp(form)
-        write_demo_tokenizers(roots[form], form)
+        write_tokenizers(roots[form], form=form)
     return roots
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that nobody trained: the embedded default, and full-size ones without data.
+"""Checkpoints of any size that take no room on the disk: real headers, and zeros.
 
 Names and shapes come from the exported networks themselves, so a checkpoint written here has
 exactly the tensors that FLUX.1's have, in diffusers layout.
@@ -7,29 +7,21 @@ exactly the tensors that FLUX.1's have, in diffusers layout.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import CLIPTextConfig, T5Config
 
 from exporters import components
 from exporters.chain import Chain
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
-from exporters.demo_tokenizers import write_demo_tokenizers
+from exporters.small_tokenizers import write_tokenizers
 from fluxdeploy.bundle.files import write_atomic
-from fluxdeploy.tensorfile import TensorFileWriter, from_float32, write_sparse
+from fluxdeploy.tensorfile import write_sparse
 
-__all__ = [
-    "FLUX_DEV",
-    "Sizes",
-    "declare_tensors",
-    "write_demo_checkpoint",
-    "write_sparse_checkpoint",
-]
+__all__ = ["FLUX_DEV", "Sizes", "declare_tensors", "write_sparse_checkpoint"]
 
 Declaration = tuple[str, str, tuple[int, ...]]
 
@@ -95,72 +87,10 @@ _PARTS = {
 }
 
 
-def write_demo_checkpoint(folder: Path) -> None:
-    """Write the embedded default: small, random, the same bytes every time."""
-    tokenizers = write_demo_tokenizers(folder, "json")
-    sizes = Sizes(
-        TransformerConfig(
-            in_channels=64,
-            out_channels=64,
-            width=128,
-            head_dim=32,
-            mlp_width=512,
-            double_blocks=2,
-            single_blocks=4,
-            text_width=64,
-            pooled_width=64,
-            guidance_embedding=True,
-            axes_dims=(8, 12, 12),
-            theta=10000.0,
-        ),
-        VaeConfig(
-            latent_channels=16,
-            channels=(32, 32, 64, 64),
-            layers=1,
-            groups=8,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-        ),
-        CLIPTextConfig(
-            vocab_size=tokenizers.clip_vocab_size,
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            bos_token_id=tokenizers.clip_bos_token_id,
-            eos_token_id=tokenizers.clip_eos_token_id,
-            pad_token_id=tokenizers.clip_eos_token_id,
-        ),
-        T5Config(
-            vocab_size=tokenizers.t5_vocab_size,
-            d_model=64,
-            d_kv=16,
-            d_ff=128,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-        ),
-    )
-    settings = {
-        "height": 256,
-        "width": 256,
-        "num_inference_steps": 8,
-        "max_sequence_length": 64,
-    }
-    _write_configs(folder, sizes, settings)
-    for part, path in _PARTS.items():
-        declared = declare_tensors(sizes, part)
-        random = np.random.RandomState(0)
-        with TensorFileWriter(folder / path, declared) as writer:
-            for name, dtype, shape in declared:
-                values = _random(random, name, shape)
-                writer.write(from_float32(values, dtype))
-
-
 def write_sparse_checkpoint(folder: Path, sizes: Sizes) -> None:
     """Write a checkpoint of zeros that takes no room on the disk, whatever its size."""
-    write_demo_tokenizers(folder, "json")
-    _write_configs(folder, sizes, {})
+    write_tokenizers(folder)
+    _write_configs(folder, sizes)
     for part, path in _PARTS.items():
         write_sparse(folder / path, declare_tensors(sizes, part))
 
@@ -196,24 +126,12 @@ def _parameters(chains: Iterable[Chain]) -> Iterable[tuple[str, tuple[int, ...]]
                 yield stage.scope + name, tuple(parameter.shape)
 
 
-def _random(random: np.random.RandomState, name: str, shape: tuple[int, ...]) -> Any:
-    """Values that keep activations near one: norm weights one, biases and the rest by fan-in."""
-    if len(shape) == 1 and "norm" in name and name.endswith("weight"):
-        return np.ones(shape, np.float32)
-    if name.endswith("bias") and len(shape) == 1:
-        return np.zeros(shape, np.float32)
-    fan_in = math.prod(shape[1:]) if "embedding" not in name and "shared" not in name else 1
-    values = random.standard_normal(shape) / math.sqrt(fan_in)
-    return values.astype(np.float32)
-
-
-def _write_configs(folder: Path, sizes: Sizes, settings: dict[str, Any]) -> None:
+def _write_configs(folder: Path, sizes: Sizes) -> None:
     transformer, vae = sizes.transformer, sizes.vae
     levels = len(vae.channels)
     documents: dict[str, dict[str, Any]] = {
         "model_index.json": {
             "_class_name": "FluxPipeline",
-            "_fluxdeploy": settings,
             "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
             "text_encoder": ["transformers", "CLIPTextModel"],
             "text_encoder_2": ["transformers", "T5EncoderModel"],

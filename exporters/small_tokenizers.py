@@ -1,8 +1,7 @@
-"""Small real tokenizers of FLUX.1's two kinds, for the demo checkpoint and for tests.
+"""Small real tokenizers of FLUX.1's two kinds, trained on whatever sentences they shall know.
 
-Both are trained here, on a text about pictures that is put together from word lists: nothing is
-downloaded, and every run writes the same bytes. They load in transformers and in diffusers'
-FluxPipeline as the published ones do.
+Nothing is downloaded, and the same sentences give the same bytes. The tokenizers load in
+transformers and in diffusers' FluxPipeline as the published ones do.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from fluxdeploy.text.clip import clip_backend
 from fluxdeploy.text.spiece import parse_sentencepiece
 from fluxdeploy.text.t5 import t5_backend
 
-__all__ = ["DemoTokenizers", "write_demo_tokenizers"]
+__all__ = ["TokenizerSizes", "picture_sentences", "write_tokenizers"]
 
 Form = Literal["json", "model"]
 
@@ -74,7 +73,7 @@ _ALPHABET = (
 
 
 @dataclass(frozen=True)
-class DemoTokenizers:
+class TokenizerSizes:
     """What a text encoder's config needs to know of the tokenizers that were written."""
 
     clip_vocab_size: int
@@ -83,8 +82,13 @@ class DemoTokenizers:
     t5_vocab_size: int
 
 
-def write_demo_tokenizers(root: Path, form: Form = "json") -> DemoTokenizers:
-    """Write `root/tokenizer` (CLIP) and `root/tokenizer_2` (T5).
+def write_tokenizers(
+    root: Path, sentences: Iterable[str] | None = None, form: Form = "json"
+) -> TokenizerSizes:
+    """Train on `sentences`; write `root/tokenizer` (CLIP) and `root/tokenizer_2` (T5).
+
+    Without sentences, those of `picture_sentences` are used. Single letters, digits and signs are
+    always learnt too, so that other texts come out in more tokens and not as unknown ones.
 
     `form` "json" writes each as a `tokenizer.json`; "model" writes `vocab.json` and `merges.txt`
     for CLIP and `spiece.model` for T5, as older checkpoints have them. The settings beside them
@@ -93,9 +97,10 @@ def write_demo_tokenizers(root: Path, form: Form = "json") -> DemoTokenizers:
     clip_folder, t5_folder = root / "tokenizer", root / "tokenizer_2"
     for folder in (clip_folder, t5_folder):
         folder.mkdir(parents=True, exist_ok=True)
-    clip_size = _write_clip(clip_folder, form)
-    t5_size = _write_t5(t5_folder, form)
-    return DemoTokenizers(
+    text = (*(picture_sentences() if sentences is None else sentences), *_ALPHABET)
+    clip_size = _write_clip(clip_folder, text, form)
+    t5_size = _write_t5(t5_folder, text, form)
+    return TokenizerSizes(
         clip_vocab_size=clip_size,
         clip_bos_token_id=clip_size - 2,
         clip_eos_token_id=clip_size - 1,
@@ -103,19 +108,18 @@ def write_demo_tokenizers(root: Path, form: Form = "json") -> DemoTokenizers:
     )
 
 
-def _sentences() -> Iterator[str]:
-    """The training text. Each list is walked at its own pace, which mixes them evenly."""
+def picture_sentences() -> Iterator[str]:
+    """Descriptions of pictures. Each word list is walked at its own pace, which mixes them."""
     for i in range(_SENTENCES):
         first = f"{_QUALITIES[i * 7 % len(_QUALITIES)]} {_THINGS[i * 5 % len(_THINGS)]}"
         second = f"{_QUALITIES[i * 11 % len(_QUALITIES)]} {_THINGS[i * 3 % len(_THINGS)]}"
         scene = f"a {first} and a {second}" if i % 3 == 0 else f"a {first}"
         place, light = _PLACES[i * 4 % len(_PLACES)], _LIGHTS[i * 6 % len(_LIGHTS)]
         yield f"{_STYLES[i % len(_STYLES)]} {scene} {place}, {light}."
-    yield from _ALPHABET
 
 
-def _write_clip(folder: Path, form: Form) -> int:
-    vocabulary, merges = _train_bpe()
+def _write_clip(folder: Path, sentences: Iterable[str], form: Form) -> int:
+    vocabulary, merges = _train_bpe(sentences)
     start, end = _token(_START, normalized=True), _token(_END)
     config: dict[str, Any] = {
         "add_prefix_space": False,
@@ -152,7 +156,7 @@ def _write_clip(folder: Path, form: Form) -> int:
     return len(vocabulary)
 
 
-def _train_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _train_bpe(sentences: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """CLIP's vocabulary: bytes, bytes that end a word, merges, and the two special tokens last.
 
     Done here and not by the tokenizers package, whose trainer breaks ties by the order of a hash
@@ -162,7 +166,7 @@ def _train_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
     symbols = dict.fromkeys([*alphabet, *(f"{symbol}</w>" for symbol in alphabet)])
     pipeline = clip_backend({_END: 0}, [], unknown=_END)
     counts: Counter[str] = Counter()
-    for sentence in _sentences():
+    for sentence in sentences:
         text = pipeline.normalizer.normalize_str(sentence)
         counts.update(word for word, _ in pipeline.pre_tokenizer.pre_tokenize_str(text))
     words = {word: (*word[:-1], f"{word[-1]}</w>") for word in counts}
@@ -192,8 +196,8 @@ def _merged(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
     return tuple(merged)
 
 
-def _write_t5(folder: Path, form: Form) -> int:
-    proto = _train_unigram()
+def _write_t5(folder: Path, sentences: Iterable[str], form: Form) -> int:
+    proto = _train_unigram(sentences)
     model = parse_sentencepiece(proto)
     sentinels = [f"<extra_id_{i}>" for i in range(_SENTINELS)]
     named = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -233,13 +237,16 @@ def _write_t5(folder: Path, form: Form) -> int:
     return len(vocabulary)
 
 
-def _train_unigram() -> bytes:
+def _train_unigram(sentences: Iterable[str]) -> bytes:
     """A SentencePiece model with T5's special ids: pad 0, end 1, unknown 2, no start."""
     import sentencepiece
 
+    # Only strings that several distinct words share can become pieces. Each word once more, written
+    # twice, makes whole words candidates too: they are most of what a small vocabulary needs.
+    words = sorted({word for sentence in sentences for word in sentence.split()})
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_sentences(),
+        sentence_iterator=itertools.chain(sentences, (2 * word for word in words)),
         model_writer=model,
         model_type="unigram",
         vocab_size=_SPIECE_LIMIT,

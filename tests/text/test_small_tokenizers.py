@@ -1,4 +1,4 @@
-"""The demo's tokenizers are real ones: the same on every run, and at home in other libraries."""
+"""Small tokenizers are real ones: the same on every run, and at home in other libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from exporters.demo_tokenizers import write_demo_tokenizers
+from exporters.small_tokenizers import write_tokenizers
 from fluxdeploy.text import load_clip_tokenizer, load_t5_tokenizer
 
 
@@ -28,8 +28,8 @@ def test_another_process_writes_the_same_bytes(
         "import sys\n"
         "for name in ('torch', 'transformers'): sys.modules[name] = None\n"
         "from pathlib import Path\n"
-        "from exporters.demo_tokenizers import write_demo_tokenizers\n"
-        f"write_demo_tokenizers(Path({str(tmp_path)!r}), {form!r})\n"
+        "from exporters.small_tokenizers import write_tokenizers\n"
+        f"write_tokenizers(Path({str(tmp_path)!r}), form={form!r})\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
     assert files(tmp_path) == files(demo[form])
@@ -43,7 +43,7 @@ def test_both_forms_give_the_same_ids(demo: Mapping[str, Path]) -> None:
 
 
 def test_reported_ids_and_sizes_are_those_of_the_files(tmp_path: Path) -> None:
-    written = write_demo_tokenizers(tmp_path)
+    written = write_tokenizers(tmp_path)
     clip = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer" / "tokenizer.json"))
     t5 = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer_2" / "tokenizer.json"))
     assert clip.get_vocab_size() == written.clip_vocab_size
@@ -70,3 +70,26 @@ def test_the_pipeline_in_tokenizer_json_is_complete(demo: Mapping[str, Path]) ->
 
 def test_known_words_are_few_tokens(demo: Mapping[str, Path]) -> None:
     assert load_clip_tokenizer(demo["json"] / "tokenizer").count("a photograph of a red fox") == 8
+
+
+def test_the_words_of_the_sentences_are_one_token_each(tmp_path: Path) -> None:
+    """Prompts of a small grammar then fit a short text length."""
+    sentences = [
+        f"a {size} {colour} {shape}"
+        for size in ("large", "small")
+        for colour in ("red", "orange")
+        for shape in ("circle", "square")
+    ]
+    write_tokenizers(tmp_path, sentences)
+    clip = load_clip_tokenizer(tmp_path / "tokenizer")
+    t5 = load_t5_tokenizer(tmp_path / "tokenizer_2")
+    for sentence in sentences:
+        assert clip.count(sentence) == len(sentence.split()) + 2
+        assert t5.count(sentence) == len(sentence.split()) + 1
+
+
+def test_other_texts_are_known_by_their_letters(tmp_path: Path) -> None:
+    write_tokenizers(tmp_path, ["a red circle"])
+    ids = load_t5_tokenizer(tmp_path / "tokenizer_2").encode(["Zebras quiz me: 42 (not 17)!"], 64)
+    unknown = 2
+    assert unknown not in ids

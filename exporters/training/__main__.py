@@ -1,0 +1,106 @@
+"""`python -m exporters.training FOLDER`: train the demo checkpoints, all stages or up to one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+
+from exporters.small_tokenizers import TokenizerSizes, write_tokenizers
+from exporters.training import few_steps, flow, guidance, vae
+from exporters.training.checkpoint import write_checkpoint
+from exporters.training.loop import plot_losses, train, write_record
+from exporters.training.networks import TextEncoders, make_transformer
+from fluxdeploy.demo.scenes import caption, sample_scene
+from fluxdeploy.progress import Progress
+
+_STAGES = ("vae", "decoder", "flow", "guidance", "few_steps")
+_CAPTIONS = 20_000
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--until", type=click.Choice(_STAGES), default="few_steps", help="The last stage.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+def main(folder: Path, until: str, seed: int, device: str) -> None:
+    """Train a small FLUX from nothing and write FOLDER/dev and FOLDER/schnell.
+
+    About two hours on two CPU cores. A run that was stopped goes on where it was; logs, the
+    weights of each stage and losses.png are in FOLDER.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with Progress() as progress:
+        _train(folder, until, seed, torch.device(device), progress)
+    stages = _STAGES[: _STAGES.index(until) + 1]
+    plot_losses(folder, stages)
+    logged = ("latents", *stages) if "flow" in stages else stages
+    write_record(folder, logged, torch.device(device))
+
+
+def _train(folder: Path, until: str, seed: int, device: torch.device, progress: Progress) -> None:
+    torch.manual_seed(seed)
+    last = _STAGES.index(until)
+    shared = (folder, seed, device, progress)
+
+    coder = vae.make_vae().to(device)
+    stage = vae.VaeStage(coder, batch=8, device=device)
+    train(vae.RECIPE, stage.networks, stage.loss, *shared)
+    if last == 0:
+        return
+    decoder_stage = vae.DecoderStage(coder, batch=8, device=device)
+    train(vae.DECODER_RECIPE, decoder_stage.networks, decoder_stage.loss, *shared)
+    coder.eval().requires_grad_(False)
+    if last == 1:
+        return
+
+    data, deviation, mean = flow.make_latents(coder, folder, seed, device, progress)
+    coder.register_to_config(scaling_factor=1 / deviation, shift_factor=mean)
+    text = TextEncoders(folder, _write_tokenizers(folder, seed)).to(device)
+    plain = make_transformer(guidance_embedding=False).to(device)
+    flow_stage = flow.FlowStage(plain, text, data, batch=48, device=device)
+    train(flow.RECIPE, flow_stage.networks, flow_stage.loss, *shared)
+    if last == 2:
+        return
+
+    dev = guidance.guided_student(plain).to(device)
+    guidance_stage = guidance.GuidanceStage(dev, plain, text, data, batch=48, device=device)
+    train(guidance.RECIPE, guidance_stage.networks, guidance_stage.loss, *shared)
+    settings = {"num_inference_steps": 28, "guidance_scale": few_steps.GUIDANCE}
+    _write(folder, "dev", coder, text, dev, settings)
+    if last == 3:
+        return
+
+    schnell = few_steps.unguided_student(dev).to(device)
+    few_stage = few_steps.FewStepsStage(schnell, dev, text, batch=24, device=device)
+    train(few_steps.RECIPE, few_stage.networks, few_stage.loss, *shared)
+    _write(folder, "schnell", coder, text, schnell, {"num_inference_steps": 4})
+
+
+def _write_tokenizers(folder: Path, seed: int) -> TokenizerSizes:
+    rng = np.random.default_rng(seed)
+    captions = (caption(sample_scene(rng), rng) for _ in range(_CAPTIONS))
+    return write_tokenizers(folder, captions)
+
+
+def _write(
+    folder: Path,
+    kind: str,
+    coder: AutoencoderKL,
+    text: TextEncoders,
+    transformer: FluxTransformer2DModel,
+    settings: Mapping[str, Any],
+) -> None:
+    # Writing turns the parts into bfloat16, and the next stage still needs them.
+    coder, text, transformer = (copy.deepcopy(part).cpu() for part in (coder, text, transformer))
+    write_checkpoint(folder / kind, folder, coder, text, transformer, settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The flow stage: rectified flow on latents, text encoders and transformer together."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from torch import Tensor, nn
+
+from exporters.training.data import SIZES, draw_batch, draw_size, labels
+from exporters.training.loop import Draw, Recipe
+from exporters.training.networks import TextEncoders, velocity
+from exporters.training.vae import encode
+from fluxdeploy.demo.scenes import COLOURS, SHAPES, Scene, caption
+from fluxdeploy.progress import Progress
+
+__all__ = ["RECIPE", "Batch", "FlowStage", "LatentSet", "make_latents", "noised", "pack"]
+
+RECIPE = Recipe("flow", steps=3800, rate=1e-3, matrix_rate=2e-3)
+
+_SCENES = 24576
+_DROPPED_CAPTIONS = 0.1
+_READ_AFTER = 2  # of five single blocks
+_READING = 0.1
+
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Latents [B, L, 64] and labels [B, L, 6] of one picture size, with B captions."""
+
+    size: Size
+    latents: Tensor
+    labels: Tensor
+    captions: list[str]
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """The training set by picture size.
+
+    Latents, packed and scaled: [N, L, 64]; what is where: uint8 [N, L, 6], see `labels`; and the N
+    scenes.
+    """
+
+    latents: dict[Size, Tensor]
+    labels: dict[Size, Tensor]
+    scenes: dict[Size, list[Scene]]
+
+    def batch(self, draw: Draw, count: int, device: torch.device) -> Batch:
+        """A batch of one size, with freshly worded captions."""
+        size = draw_size(draw.scenes)
+        chosen = draw.scenes.integers(len(self.scenes[size]), size=count)
+        captions = [caption(self.scenes[size][index], draw.scenes) for index in chosen]
+        rows = torch.from_numpy(chosen)
+        latents = self.latents[size][rows].float().to(device)
+        return Batch(size, latents, self.labels[size][rows].to(device), captions)
+
+
+def make_latents(
+    vae: AutoencoderKL, folder: Path, seed: int, device: torch.device, progress: Progress
+) -> tuple[LatentSet, float, float]:
+    """Draw and encode the training set; also its latents' standard deviation and mean.
+
+    The latents are kept in `folder`; the scenes are drawn again from the seed.
+    """
+    file = folder / "latents.pt"
+    latents: dict[Size, Tensor] = torch.load(file, weights_only=True) if file.exists() else {}
+    marks: dict[Size, Tensor] = {}
+    scenes: dict[Size, list[Scene]] = {}
+    task = progress.task("Drawing and encoding scenes", total=_SCENES)
+    total = sum(SIZES.values())
+    fresh = not latents
+    start = time.monotonic()
+    for index, (size, weight) in enumerate(SIZES.items()):
+        rng = np.random.default_rng([seed, index])
+        encoded, places, scenes[size] = [], [], []
+        count = _SCENES * weight // total
+        for first in range(0, count, 64):
+            pictures, drawn, drawings = draw_batch(rng, min(64, count - first), size)
+            scenes[size] += drawn
+            places += [labels(drawing) for drawing in drawings]
+            if fresh:
+                encoded.append(pack(encode(vae, pictures, device)).half().cpu())
+            task.advance(len(drawn))
+        marks[size] = torch.from_numpy(np.stack(places))
+        if fresh:
+            latents[size] = torch.cat(encoded)
+    task.finish()
+    if fresh:
+        torch.save(latents, file)
+        seconds = round(time.monotonic() - start, 1)
+        line = json.dumps({"step": _SCENES, "seconds": seconds})
+        (folder / "latents.jsonl").write_text(line + "\n")
+    values = torch.cat([tensor.flatten() for tensor in latents.values()]).float()
+    deviation, mean = float(values.std()), float(values.mean())
+    scaled = {size: (tensor - mean) / deviation for size, tensor in latents.items()}
+    return LatentSet(scaled, marks, scenes), deviation, mean
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[B, 16, H/8, W/8] to [B, H/16 * W/16, 64], as the transformer takes them."""
+    b, c, h, w = latents.shape
+    patches = latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(b, h * w // 4, 4 * c)
+
+
+class FlowStage:
+    """Rectified flow (X. Liu and others, 2022): x_t = (1 - t) x_0 + t x_1, target x_1 - x_0.
+
+    The noise level t is logit-normal (P. Esser and others, 2024). A share of the captions is
+    dropped, so that the empty prompt is an unconditional model.
+
+    The middle of the transformer also has to tell what lies where, which `reader` reads from it:
+    this teaches it shapes many times sooner (after S. Yu and others, "Representation Alignment for
+    Generation", 2024, with the scenes' own labels in the place of another network's features).
+    """
+
+    def __init__(
+        self,
+        transformer: FluxTransformer2DModel,
+        text: TextEncoders,
+        data: LatentSet,
+        batch: int,
+        device: torch.device,
+    ) -> None:
+        self.reader = nn.Linear(transformer.inner_dim, 1 + len(SHAPES) + 1 + len(COLOURS) + 4)
+        self.networks = nn.ModuleDict(
+            {"transformer": transformer, "text": text, "reader": self.reader.to(device)}
+        )
+        self._transformer, self._text, self._data = transformer, text, data
+        self._batch, self._device = batch, device
+        self._middle = torch.empty(0)
+        transformer.single_transformer_blocks[_READ_AFTER].register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: object, outputs: tuple[Tensor, Tensor]) -> None:
+        self._middle = outputs[1]
+
+    def loss(self, draw: Draw) -> dict[str, Tensor]:
+        batch = self._data.batch(draw, self._batch, self._device)
+        dropped = draw.scenes.random(self._batch) < _DROPPED_CAPTIONS
+        prompts = ["" if drop else text for text, drop in zip(batch.captions, dropped, strict=True)]
+        t, noise, x = noised(batch.latents, draw)
+        predicted = velocity(self._transformer, x, t, self._text(prompts), batch.size)
+        return {
+            "flow": (predicted - (noise - batch.latents)).square().mean(),
+            "reading": _READING * self._reading(batch.labels),
+        }
+
+    def _reading(self, marks: Tensor) -> Tensor:
+        kinds = [1 + len(SHAPES), 1 + len(COLOURS), 4]
+        shape, colour, covered = self.reader(self._middle).float().split(kinds, dim=-1)
+        entropy = nn.functional.cross_entropy
+        return (
+            entropy(shape.flatten(0, 1), marks[..., 0].long().flatten())
+            + entropy(colour.flatten(0, 1), marks[..., 1].long().flatten())
+            + nn.functional.binary_cross_entropy_with_logits(covered, marks[..., 2:].float() / 255)
+        )
+
+
+def noised(latents: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise levels [B], the noise, and the latents with it."""
+    # A little above the middle, where the scene's layout is decided.
+    t = torch.sigmoid(draw.normal(len(latents)) + 0.3).to(latents.device)
+    noise = draw.normal(*latents.shape).to(latents.device)
+    share = t[:, None, None]
+    return t, noise, (1 - share) * latents + share * noise

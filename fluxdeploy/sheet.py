@@ -1,0 +1,96 @@
+"""A contact sheet: many pictures in one, each with its prompt below it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+__all__ = ["contact_sheet"]
+
+_SMALLEST, _LARGEST = 256, 512
+"""A picture's longer side on the sheet, in pixels: room for its caption, and still an overview."""
+
+_ASPECT = 1.25
+_GAP = 16
+_FONT_SIZE = 17
+_LINE_HEIGHT = 22
+_MAX_LINES = 6
+
+_PAPER, _INK, _FRAME = (255, 255, 255), (20, 20, 20), (190, 190, 190)
+
+
+def contact_sheet(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    """Pictures in a nearly square grid, row by row, each above its caption.
+
+    Small pictures are enlarged by a whole factor and large ones reduced. A caption is wrapped, and
+    cut after six lines.
+    """
+    font = ImageFont.load_default(_FONT_SIZE)
+    shown = [_resized(picture) for picture in pictures]
+    width = max(picture.width for picture in shown)
+    height = max(picture.height for picture in shown)
+    texts = [_wrapped(caption, font, width) for caption in captions]
+    cell_width = width + _GAP
+    cell_height = height + _LINE_HEIGHT * max(len(lines) for lines in texts) + _GAP
+
+    columns = _columns(len(shown), cell_width, cell_height)
+    rows = math.ceil(len(shown) / columns)
+    sheet = Image.new("RGB", (columns * cell_width + _GAP, rows * cell_height + _GAP), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for index, (picture, lines) in enumerate(zip(shown, texts, strict=True)):
+        row, column = divmod(index, columns)
+        left, top = _GAP + column * cell_width, _GAP + row * cell_height
+        sheet.paste(picture, (left, top))
+        # A white picture would have no edge on white paper.
+        pen.rectangle(
+            (left - 1, top - 1, left + picture.width, top + picture.height), outline=_FRAME
+        )
+        for number, line in enumerate(lines):
+            y = top + height + number * _LINE_HEIGHT + _LINE_HEIGHT // 4
+            pen.text((left, y), line, fill=_INK, font=font)
+    return sheet
+
+
+def _resized(picture: Image.Image) -> Image.Image:
+    side = max(picture.size)
+    scale = math.ceil(_SMALLEST / side) if side < _SMALLEST else min(1.0, _LARGEST / side)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
+def _wrapped(
+    caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> list[str]:
+    """The lines of a caption, none wider than `width` pixels."""
+    lines = [""]
+    for word in caption.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    if len(lines) > _MAX_LINES:
+        lines = lines[:_MAX_LINES]
+        while lines[-1] and font.getlength(f"{lines[-1]}…") > width:
+            lines[-1] = lines[-1][:-1]
+        lines[-1] += "…"
+    return lines
+
+
+def _columns(count: int, cell_width: int, cell_height: int) -> int:
+    """How many columns leave little of a row empty, on a sheet a little wider than high."""
+
+    def cost(columns: int) -> float:
+        rows = math.ceil(count / columns)
+        empty = rows * columns - count
+        aspect = columns * cell_width / (rows * cell_height)
+        return empty / columns + abs(math.log(aspect / _ASPECT))
+
+    return min(range(1, count + 1), key=cost)

@@ -1,0 +1,328 @@
+"""One step of each stage, and the formulas that the stages stand on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from exporters.checkpoint import open_checkpoint
+from exporters.small_tokenizers import TokenizerSizes, write_tokenizers
+from exporters.training import few_steps, flow, guidance, vae
+from exporters.training.checkpoint import write_checkpoint
+from exporters.training.data import draw_batch, labels, to_tensor
+from exporters.training.loop import Draw
+from exporters.training.networks import TEXT_LENGTH, TextEncoders, make_transformer, velocity
+from fluxdeploy.bundle.manifest import LatentSpec
+from fluxdeploy.demo.scenes import (
+    COLOURS,
+    SHAPES,
+    Drawing,
+    Placed,
+    Thing,
+    arrange,
+    caption,
+    draw,
+    is_held_out,
+    sample_scene,
+)
+from fluxdeploy.latents import pack
+from fluxdeploy.source import check_family
+
+CPU = torch.device("cpu")
+SIZE = (96, 128)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TokenizerSizes]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    rng = np.random.default_rng(0)
+    return folder, write_tokenizers(folder, [caption(sample_scene(rng), rng) for _ in range(500)])
+
+
+@pytest.fixture
+def text(tokenizers: tuple[Path, TokenizerSizes]) -> TextEncoders:
+    torch.manual_seed(0)
+    return TextEncoders(*tokenizers)
+
+
+@pytest.fixture
+def transformer() -> Any:
+    """A transformer whose zeroed linears are random, so that every input matters."""
+    torch.manual_seed(0)
+    made = make_transformer(guidance_embedding=False)
+    return randomised(made)
+
+
+@pytest.fixture
+def data(monkeypatch: pytest.MonkeyPatch) -> flow.LatentSet:
+    rng = np.random.default_rng(0)
+    scenes = [sample_scene(rng) for _ in range(8)]
+    latents = torch.from_numpy(rng.standard_normal((8, 48, 64), dtype=np.float32))
+    marks = [labels(arrange(scene, *SIZE, rng)) for scene in scenes]
+    for module in (flow, few_steps):
+        monkeypatch.setattr(module, "draw_size", lambda rng: SIZE)
+    return flow.LatentSet(
+        {SIZE: latents}, {SIZE: torch.from_numpy(np.stack(marks))}, {SIZE: scenes}
+    )
+
+
+class Answer(nn.Module):
+    """Stands for a transformer: remembers what it was given, and answers with one number."""
+
+    inner_dim = 192
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value))
+        self.single_transformer_blocks = nn.ModuleList([Middle() for _ in range(5)])
+        self.seen: dict[str, Tensor] = {}
+
+    def forward(self, **inputs: Any) -> tuple[Tensor]:
+        self.seen = inputs
+        x = inputs["hidden_states"]
+        for block in self.single_transformer_blocks:
+            block(x)
+        return (self.value.expand(x.shape),)
+
+
+class Middle(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, torch.zeros(*x.shape[:2], 192)
+
+
+def randomised(network: Any) -> Any:
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    return network
+
+
+def learns(networks: nn.ModuleDict, terms: Mapping[str, Tensor]) -> set[str]:
+    """Names of parameters that a step would change."""
+    total = sum(terms.values(), torch.zeros(()))
+    assert torch.isfinite(total)
+    total.backward()
+    return {
+        name
+        for name, parameter in networks.named_parameters()
+        if parameter.grad is not None and parameter.grad.any()
+    }
+
+
+def step(seed: int = 0) -> Draw:
+    return Draw.of(seed, "test", 0)
+
+
+def test_a_step_of_the_vae_teaches_encoder_and_decoder() -> None:
+    torch.manual_seed(0)
+    stage = vae.VaeStage(vae.make_vae(), batch=2, device=CPU)
+    terms = stage.loss(step())
+    assert set(terms) == {"difference", "square", "divergence"}
+    learnt = learns(stage.networks, terms)
+    names = {name for name, _ in stage.networks.named_parameters()}
+    # A softmax does not see the bias of its keys.
+    assert all("to_k.bias" in name for name in names - learnt)
+
+
+def test_a_step_of_the_decoder_leaves_the_encoder_alone() -> None:
+    torch.manual_seed(0)
+    coder = vae.make_vae()
+    stage = vae.DecoderStage(coder, batch=2, device=CPU)
+    learnt = learns(stage.networks, stage.loss(step()))
+    assert any("conv_out" in name for name in learnt)
+    assert all(parameter.grad is None for parameter in coder.encoder.parameters())
+
+
+def test_a_step_of_the_flow_teaches_the_transformer_and_both_text_encoders(
+    transformer: Any, text: TextEncoders, data: flow.LatentSet
+) -> None:
+    stage = flow.FlowStage(transformer, text, data, batch=4, device=CPU)
+    learnt = learns(stage.networks, stage.loss(step()))
+    for part in ("transformer.proj_out", "transformer.x_embedder", "text.t5.shared", "text.clip"):
+        assert any(name.startswith(part) for name in learnt), part
+
+
+def test_the_flow_aims_from_data_to_noise(text: TextEncoders, data: flow.LatentSet) -> None:
+    """A transformer that gives zeros is off by x_1 - x_0, and sees (1 - t) x_0 + t x_1."""
+    zero = Answer(0.0)
+    loss = flow.FlowStage(zero, text, data, batch=4, device=CPU).loss(step())["flow"]
+    again = step()
+    batch = data.batch(again, 4, CPU)
+    again.scenes.random(4)
+    t = torch.sigmoid(again.normal(4) + 0.3)
+    noise = again.normal(*batch.latents.shape)
+    torch.testing.assert_close(loss, (noise - batch.latents).square().mean())
+    share = t[:, None, None]
+    torch.testing.assert_close(
+        zero.seen["hidden_states"], batch.latents + share * (noise - batch.latents)
+    )
+    torch.testing.assert_close(zero.seen["timestep"], t)
+    assert batch.size == SIZE
+
+
+def test_the_reader_is_asked_what_lies_where(text: TextEncoders, data: flow.LatentSet) -> None:
+    """A reader whose biases give the true answers for a picture of one kind has no loss."""
+    empty = flow.LatentSet(data.latents, {SIZE: torch.zeros_like(data.labels[SIZE])}, data.scenes)
+    stage = flow.FlowStage(Answer(0.0), text, empty, batch=2, device=CPU)
+    nn.init.zeros_(stage.reader.weight)
+    with torch.no_grad():
+        stage.reader.bias.fill_(-20)
+        stage.reader.bias[[0, 1 + len(SHAPES)]] = 20
+    assert stage.loss(step())["reading"] < 1e-6
+    with torch.no_grad():
+        stage.reader.bias[1] = 60
+    assert stage.loss(step())["reading"] > 1
+
+
+def test_labels_say_what_lies_in_each_token() -> None:
+    ring, heart = Thing("red", "ring"), Thing("pink", "heart")
+    drawing = Drawing(96, 128, "gray", (Placed(ring, 32, 32, 30), Placed(heart, 112, 80, 12)))
+    marks = labels(drawing).reshape(6, 8, 6)
+    assert marks[0, 1].tolist()[:2] == [1 + SHAPES.index("ring"), 1 + list(COLOURS).index("red")]
+    assert marks[5, 7].tolist()[:2] == [1 + SHAPES.index("heart"), 1 + list(COLOURS).index("pink")]
+    assert not marks[5, 0].any()
+    # Quarters of a token: top left, top right, bottom left, bottom right.
+    hole, edge = marks[1, 1, 2:], marks[0, 0, 2:]
+    assert hole[3] == 0
+    assert edge[0] < edge[3]
+    picture = draw(Drawing(96, 128, "white", (Placed(Thing("blue", "circle"), 64, 48, 20),)))
+    drawn = (picture != picture[0, 0]).any(-1).reshape(6, 16, 8, 16).any((1, 3))
+    found = labels(Drawing(96, 128, "white", (Placed(Thing("blue", "circle"), 64, 48, 20),)))
+    assert (drawn.ravel() >= (found[:, 0] > 0)).all()
+
+
+def test_captions_are_dropped_now_and_then(text: TextEncoders, data: flow.LatentSet) -> None:
+    prompts: list[str] = []
+
+    class Listening(nn.Module):
+        def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+            prompts.extend(texts)
+            return torch.zeros(len(texts), TEXT_LENGTH, 128), torch.zeros(len(texts), 96)
+
+    stage = flow.FlowStage(Answer(0.0), Listening(), data, batch=400, device=CPU)  # type: ignore[arg-type]
+    stage.loss(step())
+    assert 20 < prompts.count("") < 65
+    assert len(set(prompts)) > 10
+
+
+def test_a_new_guidance_embedding_changes_nothing(
+    transformer: Any, text: TextEncoders, data: flow.LatentSet
+) -> None:
+    student = guidance.guided_student(transformer)
+    x, t, states = torch.randn(2, 48, 64), torch.tensor([0.3, 0.9]), text(["a red circle", ""])
+    expected = velocity(transformer, x, t, states, SIZE)
+    assert expected.std() > 0.01
+    for scale in (1.0, 5.0):
+        actual = velocity(student, x, t, states, SIZE, torch.full((2,), scale))
+        torch.testing.assert_close(actual, expected)
+
+
+def test_a_step_of_the_guidance_teaches_the_student_alone(
+    transformer: Any, text: TextEncoders, data: flow.LatentSet
+) -> None:
+    student = guidance.guided_student(transformer)
+    stage = guidance.GuidanceStage(student, transformer, text, data, batch=4, device=CPU)
+    learnt = learns(stage.networks, stage.loss(step()))
+    assert any("guidance_embedder" in name for name in learnt)
+    frozen = [*transformer.parameters(), *text.parameters()]
+    assert all(parameter.grad is None for parameter in frozen)
+
+
+def test_the_guidance_target_is_classifier_free_guidance(
+    transformer: Any, text: TextEncoders, data: flow.LatentSet
+) -> None:
+    student = guidance.guided_student(transformer)
+    stage = guidance.GuidanceStage(student, transformer, text, data, batch=3, device=CPU)
+    loss = stage.loss(step())["guidance"]
+    again = step()
+    batch = data.batch(again, 3, CPU)
+    t, _, x = flow.noised(batch.latents, again)
+    scale = (1 + 5 * again.uniform(3))[:, None, None]
+    towards = velocity(transformer, x, t, text(batch.captions), SIZE)
+    away = velocity(transformer, x, t, text([""] * 3), SIZE)
+    # The fresh student is the teacher with the prompt: it is off by (w - 1) (v_prompt - v_empty).
+    torch.testing.assert_close(loss, ((scale - 1) * (towards - away)).square().mean())
+
+
+def test_the_model_without_guidance_embedding_starts_as_the_guided_one(
+    transformer: Any, text: TextEncoders
+) -> None:
+    dev = randomised(guidance.guided_student(transformer))
+    schnell = few_steps.unguided_student(dev)
+    x, t, states = torch.randn(2, 48, 64), torch.tensor([0.3, 0.9]), text(["a red circle", ""])
+    scale = torch.full((2,), few_steps.GUIDANCE)
+    expected = velocity(dev, x, t, states, SIZE, scale)
+    torch.testing.assert_close(velocity(schnell, x, t, states, SIZE), expected)
+    other = velocity(dev, x, t, states, SIZE, scale + 2)
+    assert (other - expected).abs().max() > 1e-3
+
+
+def test_a_step_of_few_steps_covers_the_four_quarters(
+    transformer: Any, text: TextEncoders, data: flow.LatentSet
+) -> None:
+    dev = randomised(guidance.guided_student(transformer))
+    schnell = few_steps.unguided_student(dev)
+    stage = few_steps.FewStepsStage(schnell, dev, text, batch=2, device=CPU)
+    terms = stage.loss(step())
+    assert list(terms) == ["from 1.00", "from 0.75", "from 0.50", "from 0.25"]
+    assert all(term > 0 for term in terms.values())
+    learnt = learns(stage.networks, terms)
+    assert any("single_transformer_blocks.4" in name for name in learnt)
+    assert all(parameter.grad is None for parameter in dev.parameters())
+
+
+def test_a_teacher_on_a_straight_path_is_met_at_once(
+    text: TextEncoders, data: flow.LatentSet
+) -> None:
+    stage = few_steps.FewStepsStage(Answer(0.7), Answer(0.7), text, batch=2, device=CPU)
+    for term in stage.loss(step()).values():
+        torch.testing.assert_close(term, torch.zeros(()), atol=1e-9, rtol=0)
+
+
+def test_training_never_draws_what_is_held_out() -> None:
+    _, scenes, _ = draw_batch(np.random.default_rng(0), 500, SIZE)
+    assert not any(is_held_out(scene) for scene in scenes)
+
+
+def test_packing_is_the_hosts() -> None:
+    latents = np.random.default_rng(0).standard_normal((2, 16, 12, 8), dtype=np.float32)
+    packed = flow.pack(torch.from_numpy(latents)).numpy()
+    spec = LatentSpec(16, 2, 8, scaling_factor=1.0, shift_factor=0.0)
+    np.testing.assert_array_equal(packed, pack(latents, spec))
+
+
+def test_pictures_become_tensors_between_minus_one_and_one() -> None:
+    picture = np.zeros((1, 2, 3, 3), np.uint8)
+    picture[0, 1, 2] = (0, 255, 51)
+    tensor = to_tensor(picture)
+    assert tensor.shape == (1, 3, 2, 3)
+    torch.testing.assert_close(tensor[0, :, 1, 2], torch.tensor([-1.0, 1.0, -0.6]))
+
+
+def test_every_caption_fits_into_the_text_length(text: TextEncoders) -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(500):
+        assert text._t5_tokenizer.count(caption(sample_scene(rng), rng)) <= TEXT_LENGTH
+
+
+def test_a_written_checkpoint_opens_as_flux(
+    transformer: Any, text: TextEncoders, tokenizers: tuple[Path, TokenizerSizes], tmp_path: Path
+) -> None:
+    dev = guidance.guided_student(transformer)
+    parts = (vae.make_vae(), text, dev)
+    settings = {"num_inference_steps": 28, "guidance_scale": 3.0}
+    write_checkpoint(
+        tmp_path / "dev", tokenizers[0], *(copy.deepcopy(part) for part in parts), settings
+    )
+    checkpoint = open_checkpoint(tmp_path / "dev")
+    check_family(checkpoint)
+    assert checkpoint.transformer.guidance_embedding
+    assert checkpoint.transformer.axes_dims == (8, 12, 12)
