@@ -151,6 +151,7 @@ class Study:
             "seconds_per_picture": round((time.perf_counter() - started) / len(questions), 4),
             "precision": manifest.components["transformer"].precision,
             "parameters": count_parameters(DEMO_CHECKPOINTS[f"demo:{self.name}"]),
+            "training_minutes": training_minutes(self.name),
         }
         if against_pytorch:
             expected: list[Array] = []
@@ -255,6 +256,15 @@ def count_parameters(folder: Path) -> int:
         with safe_open(path, framework="numpy") as file:
             total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return total
+
+
+def training_minutes(name: str) -> float:
+    """What the training of a checkpoint took, as the training itself recorded it."""
+    folder = DEMO_CHECKPOINTS[f"demo:{name}"].parent
+    record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    stages: dict[str, dict[str, Any]] = record["stages"]
+    unused = {"few_steps"} if name == "dev" else set()
+    return round(sum(stages[stage]["minutes"] for stage in stages.keys() - unused), 1)
 
 
 def _missed(report: dict[str, Any]) -> Iterator[str]:

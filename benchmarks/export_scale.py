@@ -28,6 +28,7 @@ import onnx
 from rich.console import Console
 from rich.table import Table
 
+from fluxdeploy.machine import describe_cpu
 from fluxdeploy.progress import Progress
 
 WORKER = Path(__file__).with_name("export_worker.py")
@@ -230,7 +231,7 @@ def show(measurement: Measurement) -> None:
 def describe_machine() -> dict[str, Any]:
     """What the figures were measured on, and how busy it was."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": describe_cpu()["name"],
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_average": round(os.getloadavg()[0], 2),
@@ -238,15 +239,6 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Puts the measured figures into README.md: `python docs/figures.py`.
+"""Puts the measured figures into the pages that show them: `python docs/figures.py`.
 
-A table stands between `<!-- NAME -->` and `<!-- /NAME -->` and is made from
-benchmarks/results/NAME.json, so that no figure is written by hand.
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->` and is made from a script's results, so
+that no figure is written by hand.
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BLOCKS", "fill", "results"]
+__all__ = ["BLOCKS", "Block", "fill"]
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+CHECKPOINTS = ROOT / "fluxdeploy" / "demo" / "checkpoints"
+MODEL_CARD = CHECKPOINTS / "README.md"
 
 _LAYOUTS = {"diffusers": "diffusers layout", "bfl": "BFL layout"}
 
@@ -83,9 +87,19 @@ def _demo_scores(report: dict[str, Any]) -> str:
         f"{_table(rows)}\n"
         f"Shares of {report['prompts']} prompts with combinations that training never saw.\n"
         f"Sizes: {sizes}.\n"
-        "Measured by [benchmarks/demo_scores.py](benchmarks/demo_scores.py) on\n"
+        "Measured by benchmarks/demo_scores.py on\n"
         f"{_machine(report['machine'])}.\n"
     )
+
+
+def _demo_training(report: dict[str, Any]) -> str:
+    """The record of exporters/training as a Markdown table and what it ran on."""
+    rows = [["stage", "steps", "minutes"], ["---", "---:", "---:"]]
+    for name, stage in report["stages"].items():
+        rows.append([name, f"{stage['steps']:,}", f"{stage['minutes']:.1f}"])
+    rows.append(["together", "", f"{report['minutes']:.0f}"])
+    machine = f"{report['device']}, {report['cores']} cores, PyTorch {report['torch']}"
+    return f"{_table(rows)}\nOn {machine}.\n"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -104,16 +118,20 @@ def _megabytes(count: float) -> str:
     return f"{count / 1e6:,.0f} MB"
 
 
-BLOCKS: Mapping[str, Callable[[dict[str, Any]], str]] = {
-    "export_scale": _export_scale,
-    "demo_scores": _demo_scores,
+@dataclass(frozen=True)
+class Block:
+    """A table, the results it is made from, and the pages that show it."""
+
+    results: Path
+    pages: tuple[Path, ...]
+    render: Callable[[dict[str, Any]], str]
+
+
+BLOCKS: Mapping[str, Block] = {
+    "export_scale": Block(RESULTS / "export_scale.json", (README,), _export_scale),
+    "demo_scores": Block(RESULTS / "demo_scores.json", (README, MODEL_CARD), _demo_scores),
+    "demo_training": Block(CHECKPOINTS / "training.json", (MODEL_CARD,), _demo_training),
 }
-"""What makes a block's text of its results, by the name of the block."""
-
-
-def results(name: str) -> Path:
-    """The file with the results that a block shows."""
-    return ROOT / "benchmarks" / "results" / f"{name}.json"
 
 
 def fill(page: str, name: str, text: str) -> str:
@@ -129,9 +147,7 @@ def fill(page: str, name: str, text: str) -> str:
 
 
 if __name__ == "__main__":
-    page = README.read_text(encoding="utf-8")
-    for name, render in BLOCKS.items():
-        if results(name).is_file():
-            report = json.loads(results(name).read_text(encoding="utf-8"))
-            page = fill(page, name, render(report))
-    README.write_text(page, encoding="utf-8")
+    for name, block in BLOCKS.items():
+        table = block.render(json.loads(block.results.read_text(encoding="utf-8")))
+        for path in block.pages:
+            path.write_text(fill(path.read_text(encoding="utf-8"), name, table), encoding="utf-8")

@@ -30,7 +30,7 @@ def test_the_default_is_dev() -> None:
 def test_the_models_say_what_they_were_trained_for() -> None:
     dev, schnell = (open_source(name).defaults for name in ("demo:dev", "demo:schnell"))
     for defaults in (dev, schnell):
-        assert (defaults.height, defaults.width, defaults.max_sequence_length) == (128, 128, 24)
+        assert (defaults.height, defaults.width, defaults.max_sequence_length) == (128, 128, 20)
     assert (dev.num_inference_steps, schnell.num_inference_steps) == (28, 4)
 
 

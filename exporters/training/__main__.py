@@ -32,8 +32,8 @@ _CAPTIONS = 20_000
 def main(folder: Path, until: str, seed: int, device: str) -> None:
     """Train a small FLUX from nothing and write FOLDER/dev and FOLDER/schnell.
 
-    About two hours on two CPU cores. A run that was stopped goes on where it was; logs, the
-    weights of each stage and losses.png are in FOLDER.
+    Takes an hour or two on two CPU cores. A run that was stopped goes on where it was. Logs, each
+    stage's weights, training.json and losses.png are in FOLDER too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with Progress() as progress:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
+from exporters.training.few_steps import SHIFT
 from exporters.training.networks import TEXT_LENGTH, TextEncoders
 
 __all__ = ["write_checkpoint"]
@@ -33,12 +34,12 @@ def write_checkpoint(
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(tokenizers / name, folder / name)
     FlowMatchEulerDiscreteScheduler(
-        shift=3.0 if transformer.config.guidance_embeds else 1.0,
+        shift=SHIFT,
         use_dynamic_shifting=bool(transformer.config.guidance_embeds),
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
+        base_shift=1.2,
+        max_shift=1.4,
+        base_image_seq_len=36,
+        max_image_seq_len=100,
     ).save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "FluxPipeline",

@@ -1,4 +1,4 @@
-"""The few-steps stage: the guided model's path in four straight pieces, as in schnell."""
+"""The few-steps stage: the guided model's path in four straight pieces, for the schnell kind."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from exporters.training.loop import Draw, Recipe
 from exporters.training.networks import TextEncoders, make_transformer, velocity
 from fluxdeploy.demo.scenes import caption, sample_scene
 
-__all__ = ["GUIDANCE", "RECIPE", "FewStepsStage", "unguided_student"]
+__all__ = ["GUIDANCE", "RECIPE", "SHIFT", "FewStepsStage", "unguided_student"]
 
-RECIPE = Recipe("few_steps", steps=360, rate=5e-4, matrix_rate=5e-4, warmup=40, ema=0.99)
+RECIPE = Recipe("few_steps", steps=120, rate=5e-4, matrix_rate=5e-4, warmup=20, ema=0.99)
 
 GUIDANCE = 3.0
 """The guidance that the student is born with."""
+
+SHIFT = 3.0
+"""The student's schedule: noise levels s become SHIFT s / (1 + (SHIFT - 1) s)."""
 
 _STEPS = 4
 _TEACHER_STEPS = 3
@@ -44,8 +47,8 @@ def unguided_student(teacher: FluxTransformer2DModel) -> FluxTransformer2DModel:
 class FewStepsStage:
     """Progressive distillation (T. Salimans and J. Ho, 2022) along the student's own path.
 
-    From pure noise, the teacher solves each quarter of the path in three Euler steps; the student
-    is to cover the quarter in one, and the next quarter starts where the student arrived, so
+    From pure noise, the teacher solves each of four pieces of the path in three Euler steps; the
+    student is to cover the piece in one, and the next piece starts where the student arrived, so
     that it learns to repair its own errors.
     """
 
@@ -69,7 +72,8 @@ class FewStepsStage:
             text = self._text(captions)
         tokens = size[0] * size[1] // 256
         x = draw.normal(self._batch, tokens, 64).to(self._device)
-        levels = torch.linspace(1, 0, _STEPS + 1).tolist()
+        even = torch.linspace(1, 0, _STEPS + 1)
+        levels = (SHIFT * even / (1 + (SHIFT - 1) * even)).tolist()
         terms = {}
         for start, end in itertools.pairwise(levels):
             goal = self._solve(x, start, end, text, size)

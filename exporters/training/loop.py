@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fluxdeploy.machine import describe_cpu
 from fluxdeploy.progress import Progress
 
 __all__ = ["Draw", "Recipe", "plot_losses", "train", "write_record"]
@@ -212,9 +213,10 @@ def _save(state: Any, path: Path) -> None:
 
 def write_record(folder: Path, stages: Sequence[str], device: torch.device) -> None:
     """Write `folder/training.json`: each stage's steps, minutes and last losses, and on what."""
+    cpu = describe_cpu()
     record: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cores": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu["name"],
+        "cores": cpu["cores"],
         "torch": torch.__version__,
         "stages": {},
     }

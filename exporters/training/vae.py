@@ -14,7 +14,7 @@ __all__ = ["DECODER_RECIPE", "RECIPE", "DecoderStage", "VaeStage", "encode", "ma
 
 RECIPE = Recipe("vae", steps=2600, rate=2e-3, matrix_rate=2e-3, ema=0.995)
 
-DECODER_RECIPE = Recipe("decoder", steps=1200, rate=1e-3, matrix_rate=1e-3, ema=0.995)
+DECODER_RECIPE = Recipe("decoder", steps=600, rate=1e-3, matrix_rate=1e-3, ema=0.995)
 
 _CHANNELS = (16, 16, 32, 64)
 _DIVERGENCE = 1e-4

@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ import click
 
 from fluxdeploy import __version__
 from fluxdeploy.errors import EngineError
+from fluxdeploy.machine import describe_cpu
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,22 +57,6 @@ _PURPOSES = {
     "rtx": "TensorRT-RTX",
 }
 
-# As Linux spells them in /proc/cpuinfo: x86-64, then Arm.
-_CPU_FEATURES = (
-    "avx2",
-    "avx512f",
-    "avx_vnni",
-    "avx512_vnni",
-    "avx512_bf16",
-    "amx_tile",
-    "amx_int8",
-    "amx_bf16",
-    "asimddp",
-    "i8mm",
-    "bf16",
-    "sve",
-)
-
 _GPU_FIELDS = ("name", "memory.total", "driver_version", "compute_cap")
 
 
@@ -102,7 +86,7 @@ def _make_report() -> dict[str, Any]:
         "fluxdeploy": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _describe_cpu(),
+        "cpu": describe_cpu(),
         "memory": _describe_memory(),
         "disk": {"folder": str(Path.cwd()), "free": shutil.disk_usage(".").free},
         "gpus": _list_gpus(),
@@ -112,25 +96,6 @@ def _make_report() -> dict[str, Any]:
         },
         **_describe_runtimes(),
         "notes": _find_conflicts(),
-    }
-
-
-def _describe_cpu() -> dict[str, Any]:
-    """Model, usable cores, and the instruction sets that decide how fast a precision runs."""
-    facts: dict[str, str] = {}
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            facts.setdefault(key.strip().lower(), value.strip())
-    flags = set(facts.get("flags", facts.get("features", "")).split())
-    cores = os.cpu_count() or 1
-    if sys.platform == "linux":
-        cores = len(os.sched_getaffinity(0))
-    return {
-        "name": facts.get("model name") or platform.processor() or platform.machine(),
-        "cores": cores,
-        "instruction_sets": [name for name in _CPU_FEATURES if name in flags],
     }
 
 

@@ -47,21 +47,21 @@ EXPORT_SCALE = {
 }
 
 
-@pytest.mark.parametrize("name", ["export_scale", "demo_scores"])
+@pytest.mark.parametrize("name", ["export_scale", "demo_scores", "demo_training"])
 def test_the_measured_figures_are_those_of_the_results(figures: ModuleType, name: str) -> None:
-    page = README.read_text()
-    text = "Not measured yet.\n"
-    if figures.results(name).is_file():
-        text = figures.BLOCKS[name](json.loads(figures.results(name).read_text()))
-    assert figures.fill(page, name, text) == page, "the figures are stale: run `make docs`"
+    block = figures.BLOCKS[name]
+    text = block.render(json.loads(block.results.read_text()))
+    for path in block.pages:
+        page = path.read_text()
+        assert figures.fill(page, name, text) == page, "the figures are stale: run `make docs`"
 
 
 def test_every_block_is_checked_here(figures: ModuleType) -> None:
-    assert set(figures.BLOCKS) == {"export_scale", "demo_scores"}
+    assert set(figures.BLOCKS) == {"export_scale", "demo_scores", "demo_training"}
 
 
 def test_a_report_becomes_a_table(figures: ModuleType) -> None:
-    table = figures.BLOCKS["export_scale"](EXPORT_SCALE)
+    table = figures.BLOCKS["export_scale"].render(EXPORT_SCALE)
     assert "| time, imports included | 42 s | under 60 s |" in table
     assert "| peak resident memory | 812 MB | under 1,000 MB |" in table
     assert "| weights, linked and not read | 33.7 GB | |" in table
@@ -95,7 +95,7 @@ def test_scores_become_a_table_with_their_targets(figures: ModuleType) -> None:
         },
         "checkpoints": {"dev": dev, "schnell": schnell},
     }
-    text = figures.BLOCKS["demo_scores"](report)
+    text = figures.BLOCKS["demo_scores"].render(report)
     assert text.splitlines()[2:7] == [
         "| `demo:dev`, 28 steps, guidance 3.5 | 96.7% | 90.0% | 7.3 million | 100 min |",
         "| the same in PyTorch | 97.0% | 89.7% | | |",

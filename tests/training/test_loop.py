@@ -124,6 +124,7 @@ def test_the_losses_are_plotted_and_recorded(tmp_path: Path) -> None:
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     write_record(tmp_path, ["toy"], CPU)
     record = json.loads((tmp_path / "training.json").read_text())
-    assert record["device"] == "cpu"
+    assert record["device"]
+    assert record["cores"] >= 1
     assert record["stages"]["toy"]["steps"] == 60
     assert set(record["stages"]["toy"]["losses"]) == {"square"}
