@@ -38,8 +38,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/fluxdeploy build
 	$(BIN)/fluxdeploy generate $(DEMO_PROMPTS) --seed 7 --out image.png --sheet demo.png
-	@echo "Look at demo.png: each picture has its prompt below it. Colours, shapes and places should"
-	@echo "be those of the words. Training saw none of these combinations."
+	@echo "Look at demo.png: each picture has its prompt below it. Training saw none of these"
+	@echo "combinations. How often shapes, colours and places are right is in README.md, under Figures."
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n auto --durations=10

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from exporters.small_tokenizers import TokenizerSizes, write_tokenizers
@@ -36,6 +38,9 @@ def main(folder: Path, until: str, seed: int, device: str) -> None:
     stage's weights, training.json and losses.png are in FOLDER too.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # They report on every file of a checkpoint, between our own lines.
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     with Progress() as progress:
         _train(folder, until, seed, torch.device(device), progress)
     stages = _STAGES[: _STAGES.index(until) + 1]

@@ -58,10 +58,13 @@ def test_a_run_that_was_cut_off_ends_with_the_same_weights_and_log(
     parts.mkdir()
     expected = Toy().train(whole)
     with pytest.raises(Stop):
-        Toy(stop_at=45).train(parts)  # the state of step 40 is on the disk
-    second = Toy()
-    actual = second.train(parts)
-    assert second.calls == 20
+        Toy(stop_at=25).train(parts)  # the state of step 20 is on the disk
+    monkeypatch.setattr(loop, "_SAVE_EVERY", 1e9)
+    with pytest.raises(Stop):
+        Toy(stop_at=30).train(parts)  # the log has step 40, the disk still the state of step 20
+    last = Toy()
+    actual = last.train(parts)
+    assert last.calls == 40
     assert same(expected, actual)
     logs = [(folder / "toy.jsonl").read_text().splitlines() for folder in (whole, parts)]
     losses = [
