@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from types import ModuleType
 
 import pytest
@@ -15,11 +16,12 @@ README = ROOT / "README.md"
 
 
 @pytest.fixture
-def figures() -> ModuleType:
+def figures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "figures", module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
