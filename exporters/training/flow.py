@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from exporters.training.data import SIZES, draw_batch, draw_size, labels
-from exporters.training.loop import Draw, Recipe
+from exporters.training.loop import Draw, Recipe, save
 from exporters.training.networks import TextEncoders, velocity
 from exporters.training.vae import encode
 from fluxdeploy.demo.scenes import COLOURS, SHAPES, Scene, caption
@@ -95,7 +95,7 @@ def make_latents(
             latents[size] = torch.cat(encoded)
     task.finish()
     if fresh:
-        torch.save(latents, file)
+        save(latents, file)
         seconds = round(time.monotonic() - start, 1)
         line = json.dumps({"step": _SCENES, "seconds": seconds})
         (folder / "latents.jsonl").write_text(line + "\n")

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fluxdeploy.machine import describe_cpu
 from fluxdeploy.progress import Progress
 
-__all__ = ["Draw", "Recipe", "plot_losses", "train", "write_record"]
+__all__ = ["Draw", "Recipe", "plot_losses", "save", "train", "write_record"]
 
 _SAVE_EVERY = 180.0
 _LOG_EVERY = 20
@@ -145,11 +145,11 @@ def train(
                     "step": done,
                     "seconds": seconds + now - began,
                 }
-                _save(state, state_file)
+                save(state, state_file)
                 saved_at = now
         task.advance()
     networks.load_state_dict(average)
-    _save(average, finished)
+    save(average, finished)
     state_file.unlink(missing_ok=True)
 
 
@@ -205,7 +205,8 @@ def _forget_after(log: Path, step: int) -> None:
         log.write_text("".join(line + "\n" for line in lines))
 
 
-def _save(state: Any, path: Path) -> None:
+def save(state: Any, path: Path) -> None:
+    """Write tensors to a file that is there whole or not at all."""
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     os.replace(partial, path)
