@@ -21,9 +21,22 @@ from exporters.small_tokenizers import write_tokenizers
 from fluxdeploy.bundle.files import write_atomic
 from fluxdeploy.tensorfile import write_sparse
 
-__all__ = ["FLUX_DEV", "Sizes", "declare_tensors", "write_sparse_checkpoint"]
+__all__ = ["FLUX_DEV", "MODEL_INDEX", "Sizes", "declare_tensors", "write_sparse_checkpoint"]
 
 Declaration = tuple[str, str, tuple[int, ...]]
+
+
+MODEL_INDEX = {
+    "_class_name": "FluxPipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+"""What model_index.json says of a FLUX.1 checkpoint in diffusers layout."""
 
 
 @dataclass(frozen=True)
@@ -130,16 +143,7 @@ def _write_configs(folder: Path, sizes: Sizes) -> None:
     transformer, vae = sizes.transformer, sizes.vae
     levels = len(vae.channels)
     documents: dict[str, dict[str, Any]] = {
-        "model_index.json": {
-            "_class_name": "FluxPipeline",
-            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "text_encoder_2": ["transformers", "T5EncoderModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "tokenizer_2": ["transformers", "T5TokenizerFast"],
-            "transformer": ["diffusers", "FluxTransformer2DModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        },
+        "model_index.json": dict(MODEL_INDEX),
         "scheduler/scheduler_config.json": {
             "_class_name": "FlowMatchEulerDiscreteScheduler",
             "num_train_timesteps": 1000,

@@ -45,8 +45,10 @@ def main(folder: Path, until: str, seed: int, device: str) -> None:
         _train(folder, until, seed, torch.device(device), progress)
     stages = _STAGES[: _STAGES.index(until) + 1]
     plot_losses(folder, stages)
-    logged = ("latents", *stages) if "flow" in stages else stages
-    write_record(folder, logged, torch.device(device))
+    timed = list(stages)
+    if "flow" in timed:
+        timed.insert(timed.index("flow"), "latents")
+    write_record(folder, timed, torch.device(device))
 
 
 def _train(folder: Path, until: str, seed: int, device: torch.device, progress: Progress) -> None:

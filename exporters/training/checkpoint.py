@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
+from exporters.sparse_checkpoint import MODEL_INDEX
 from exporters.training.few_steps import SHIFT
 from exporters.training.networks import TEXT_LENGTH, TextEncoders
 
@@ -41,20 +42,6 @@ def write_checkpoint(
         base_image_seq_len=36,
         max_image_seq_len=100,
     ).save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": "FluxPipeline",
-        "_fluxdeploy": {
-            "height": 128,
-            "width": 128,
-            "max_sequence_length": TEXT_LENGTH,
-            **settings,
-        },
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "T5EncoderModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "T5TokenizerFast"],
-        "transformer": ["diffusers", "FluxTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
+    defaults = {"height": 128, "width": 128, "max_sequence_length": TEXT_LENGTH, **settings}
+    index = {**MODEL_INDEX, "_fluxdeploy": defaults}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

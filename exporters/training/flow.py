@@ -75,14 +75,13 @@ def make_latents(
     latents: dict[Size, Tensor] = torch.load(file, weights_only=True) if file.exists() else {}
     marks: dict[Size, Tensor] = {}
     scenes: dict[Size, list[Scene]] = {}
-    task = progress.task("Drawing and encoding scenes", total=_SCENES)
-    total = sum(SIZES.values())
+    counts = {size: _SCENES * weight // sum(SIZES.values()) for size, weight in SIZES.items()}
+    task = progress.task("Drawing and encoding scenes", total=sum(counts.values()))
     fresh = not latents
     start = time.monotonic()
-    for index, (size, weight) in enumerate(SIZES.items()):
+    for index, (size, count) in enumerate(counts.items()):
         rng = np.random.default_rng([seed, index])
         encoded, places, scenes[size] = [], [], []
-        count = _SCENES * weight // total
         for first in range(0, count, 64):
             pictures, drawn, drawings = draw_batch(rng, min(64, count - first), size)
             scenes[size] += drawn
@@ -93,11 +92,10 @@ def make_latents(
         marks[size] = torch.from_numpy(np.stack(places))
         if fresh:
             latents[size] = torch.cat(encoded)
-    task.finish()
     if fresh:
         save(latents, file)
         seconds = round(time.monotonic() - start, 1)
-        line = json.dumps({"step": _SCENES, "seconds": seconds})
+        line = json.dumps({"step": sum(counts.values()), "seconds": seconds})
         (folder / "latents.jsonl").write_text(line + "\n")
     values = torch.cat([tensor.flatten() for tensor in latents.values()]).float()
     deviation, mean = float(values.std()), float(values.mean())
