@@ -17,7 +17,6 @@ from typing import Any
 
 import click
 import numpy as np
-from export_scale import describe_machine
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -25,10 +24,13 @@ from safetensors import safe_open
 from fluxdeploy.build import BuildRequest, build
 from fluxdeploy.demo import DEMO_CHECKPOINTS
 from fluxdeploy.demo.survey import PICTURE_SIZES, Draw, Question, Shares, ask, survey
+from fluxdeploy.machine import describe_machine
 from fluxdeploy.pipeline import FluxPipeline
 from fluxdeploy.progress import Progress
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 STEPS = {"dev": 28, "schnell": 4}
 STEP_CURVE = (1, 2, 4, 8, 16, 28)
@@ -95,7 +97,7 @@ def main(
         raise click.UsageError("--plot needs the curves. Leave out --curve-prompts 0.")
     questions = ask(prompts)
     report: dict[str, Any] = {
-        "machine": describe_machine(),
+        "machine": describe_machine(PACKAGES),
         "prompts": prompts,
         "targets": {name: asdict(target) for name, target in TARGETS.items()},
         "checkpoints": {},

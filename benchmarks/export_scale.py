@@ -7,10 +7,7 @@ its own.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -21,14 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import onnx
 from rich.console import Console
 from rich.table import Table
 
-from fluxdeploy.machine import describe_cpu
+from fluxdeploy.machine import describe_machine
 from fluxdeploy.progress import Progress
 
 WORKER = Path(__file__).with_name("export_worker.py")
@@ -115,7 +111,7 @@ def main(layout: str, json_file: Path | None, folder: Path | None, keep: bool) -
     from full_size import write_full_size  # torch, which --help can do without
 
     layouts = LAYOUTS if layout == "both" else (layout,)
-    machine = describe_machine()
+    machine = describe_machine(PACKAGES)
     measurements = []
     with _workplace(folder, keep) as place, Progress() as progress:
         for name in layouts:
@@ -226,19 +222,6 @@ def show(measurement: Measurement) -> None:
     console.print(f"{'processor time':>24}: {cpu:.1f} s", highlight=False)
     weights = f"{measurement.weight_bytes / 1e9:.1f} GB"
     console.print(f"{'weights, not touched':>24}: {weights}\n", highlight=False)
-
-
-def describe_machine() -> dict[str, Any]:
-    """What the figures were measured on, and how busy it was."""
-    return {
-        "cpu": describe_cpu()["name"],
-        "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "load_average": round(os.getloadavg()[0], 2),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def _tell(**values: object) -> None:
     print(json.dumps(values), flush=True)
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """The largest resident memory that this process has had."""
     try:
         # Not getrusage: its figure survives exec, so it counts the parent that forked.
@@ -45,7 +45,7 @@ def main(source: str, output: str, precision: str) -> None:
         started = time.perf_counter()
         exported = export_component(checkpoint, name, precision, weights)
         _tell(component=name, seconds=time.perf_counter() - started, path=exported.path)
-    _tell(peak=_peak_bytes())
+    _tell(peak=peak_bytes())
 
 
 if __name__ == "__main__":

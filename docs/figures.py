@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 __all__ = ["BLOCKS", "Block", "fill"]
@@ -102,6 +103,73 @@ def _demo_training(report: dict[str, Any]) -> str:
     return f"{_table(rows)}\nOn {machine}.\n"
 
 
+def _quantization_quality(report: dict[str, Any]) -> str:
+    """The report of benchmarks/quantization_quality.py as a Markdown table."""
+    rows = [
+        ["against PyTorch float32", "PSNR", "SSIM", "noisiest layer", "colours and shapes right"],
+        ["---", "---:", "---:", "---:", "---:"],
+    ]
+    for name, result in report["precisions"].items():
+        rows.append(
+            [
+                f"`{name}`",
+                f"{median(result['psnr']):.1f} dB (least {min(result['psnr']):.1f})",
+                f"{median(result['ssim']):.3f} (least {min(result['ssim']):.3f})",
+                f"{min(result['sqnr'].values()):.1f} dB",
+                f"{result['objects']:.1%}",
+            ]
+        )
+    rows.append(["PyTorch float32", "", "", "", f"{report['objects_in_pytorch']:.1%}"])
+    return (
+        f"{_table(rows)}\n"
+        f"Medians over {report['pictures']} prompts, each with a seed of its own, with `demo:dev`, "
+        f"{report['steps']} steps,\n{report['width']}x{report['height']} pixels. "
+        "The noisiest layer is the one with the lowest signal-to-quantization-noise\nratio. "
+        "Measured by [benchmarks/quantization_quality.py](benchmarks/quantization_quality.py) on\n"
+        f"{_machine(report['machine'])}.\n"
+    )
+
+
+def _quantize_scale(report: dict[str, Any]) -> str:
+    """The report of benchmarks/quantize_scale.py in words."""
+    killed, whole = report["killed"], report["resumed"]
+    return (
+        f"Quantizing a full-size transformer and conditioner to `{report['precision']}` writes "
+        f"{report['bytes'] / 1e9:.1f} GB in {whole['files']} files, at\n"
+        f"{whole['rate'] / 1e6:.0f} MB/s, hashing included, and holds "
+        f"{_megabytes(whole['peak_bytes'])} of memory at most. Killed after {killed['files']} "
+        f"files,\na second run took {whole['resumed']} of them over. "
+        "Measured by [benchmarks/quantize_scale.py](benchmarks/quantize_scale.py) on\n"
+        f"{_machine(report['machine'])}.\nThe weights are zeros that need no reading from a disk.\n"
+    )
+
+
+def _transformer_step(report: dict[str, Any]) -> str:
+    """The report of benchmarks/transformer_step.py as a Markdown table."""
+    eager = ("PyTorch eager fp32", "PyTorch eager bf16")
+    rows = [["a step", *(f"times faster than {name}" for name in eager)], ["---", "---:", "---:"]]
+    for timing in report["timings"]:
+        name = timing["name"]
+        if name in eager:
+            continue
+        ratios = (report["ratios"][f"{name} over {other}"] for other in eager)
+        rows.append(
+            [
+                f"`{name.removeprefix('fluxdeploy ')}`",
+                *(f"{x['median']:.2f} ({x['min']:.2f} to {x['max']:.2f})" for x in ratios),
+            ]
+        )
+    return (
+        f"{_table(rows)}\n"
+        f"ONNX Runtime on a CPU. FLUX.1's width, {report['double_blocks']} double and "
+        f"{report['single_blocks']} single blocks, {report['image_tokens']} image and "
+        f"{report['text_tokens']} text tokens,\n{report['threads']} threads. Medians of the ratios "
+        "of neighbours in time, with the least and the most.\nMeasured by "
+        "[benchmarks/transformer_step.py](benchmarks/transformer_step.py) on\n"
+        f"{_machine(report['machine'])}.\n"
+    )
+
+
 def _table(rows: Sequence[Sequence[str]]) -> str:
     return "".join("".join(f"| {cell} " if cell else "| " for cell in row) + "|\n" for row in rows)
 
@@ -131,6 +199,11 @@ BLOCKS: Mapping[str, Block] = {
     "export_scale": Block(RESULTS / "export_scale.json", (README,), _export_scale),
     "demo_scores": Block(RESULTS / "demo_scores.json", (README, MODEL_CARD), _demo_scores),
     "demo_training": Block(CHECKPOINTS / "training.json", (MODEL_CARD,), _demo_training),
+    "quantization_quality": Block(
+        RESULTS / "quantization_quality.json", (README,), _quantization_quality
+    ),
+    "quantize_scale": Block(RESULTS / "quantize_scale.json", (README,), _quantize_scale),
+    "transformer_step": Block(RESULTS / "transformer_step.json", (README,), _transformer_step),
 }
 
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines.base import Array, Availability, Binding, Engine, EngineOptions, Runtime
+from engines.gpu import has_nvidia_driver
 from engines.tensors import check_inputs, output_shape
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError
+from fluxdeploy.precision import FLOATS
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -47,13 +49,19 @@ class OnnxRuntime(Runtime):
             return Availability(
                 False, "this onnxruntime has no CUDA provider: install fluxdeploy[gpu]"
             )
-        if target == "cuda" and not _has_nvidia_driver():
+        if target == "cuda" and not has_nvidia_driver():
             return Availability(False, "the CUDA provider is there, but no NVIDIA driver")
         return Availability(True, f"onnxruntime {self.version()}")
 
     def precision(self, target: str, precision: str) -> str:
-        """The CPU provider has no bfloat16 kernels: those components compute in float32 there."""
-        return "fp32" if target == "cpu" and precision == "bf16" else precision
+        """On CPUs bf16 becomes fp32, for want of kernels, and int8 has scales made as it runs."""
+        on_cpu = {"bf16": "fp32", "int8": "int8-dynamic"}
+        return on_cpu.get(precision, precision) if target == "cpu" else precision
+
+    def compute(self, target: str, precision: str) -> str:
+        if precision in FLOATS:
+            return self.precision(target, precision)
+        return "fp32" if target == "cpu" else "bf16"
 
     def open(
         self,
@@ -66,12 +74,8 @@ class OnnxRuntime(Runtime):
         return _OnnxRuntimeEngine(component, record, engine, root / engine.path, options)
 
 
-def _has_nvidia_driver() -> bool:
-    return any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia"))
-
-
 def _session(
-    path: Path, target: str, options: EngineOptions, component: str
+    path: Path, target: str, options: EngineOptions, component: str, precision: str
 ) -> onnxruntime.InferenceSession:
     try:
         import onnxruntime
@@ -81,6 +85,14 @@ def _session(
         ) from error
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
+    if precision.startswith("fp8"):
+        # Its rewriting of quantized products is for integers: it would leave a graph that is
+        # refused. FP8 runs as its emulation, with the same numbers.
+        settings.add_session_config_entry("session.disable_quant_qdq", "1")
+    if precision.startswith("int8"):
+        # Processors without VNNI overflow in products of unsigned and signed bytes; this takes a
+        # slower way around it there, and changes nothing elsewhere.
+        settings.add_session_config_entry("session.x64quantprecision", "1")
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads
     provider: list[Any] = ["CPUExecutionProvider"]
@@ -115,7 +127,7 @@ class _OnnxRuntimeEngine(Engine):
         self.dimensions = engine.dimensions
         self._device = (engine.target, options.device)
         self._session: onnxruntime.InferenceSession | None = _session(
-            path, engine.target, options, component
+            path, engine.target, options, component, record.precision
         )
 
     @property

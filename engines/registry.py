@@ -6,6 +6,7 @@ A runtime joins by a line in `_RUNTIMES`; hosts name it or leave the choice to `
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,23 @@ from fluxdeploy.errors import EngineError, UsageError
 if TYPE_CHECKING:
     from fluxdeploy.bundle import Bundle
 
-__all__ = ["AUTO", "choose_target", "open_engine", "runtime_names", "runtimes"]
+__all__ = [
+    "AUTO",
+    "choose_builder",
+    "choose_target",
+    "open_engine",
+    "runtime_names",
+    "runtimes",
+]
 
 AUTO = "auto"
 
 # Best first; imported when asked for, since each brings its runtime's library.
-_RUNTIMES = {"onnxruntime": ("engines.onnxruntime", "OnnxRuntime")}
+_RUNTIMES = {
+    "tensorrt": ("engines.tensorrt", "TensorRt"),
+    "tensorrt-rtx": ("engines.tensorrt", "TensorRtRtx"),
+    "onnxruntime": ("engines.onnxruntime", "OnnxRuntime"),
+}
 
 
 def runtime_names() -> tuple[str, ...]:
@@ -51,14 +63,50 @@ def choose_target(name: str = AUTO) -> tuple[Runtime, str]:
     Raises `EngineError` where there is none, with each one's reason, and `UsageError` for an
     unknown name.
     """
-    reasons = []
+    reasons: list[tuple[str, str, str]] = []
     for runtime in runtimes(name):
         for target in runtime.targets:
             available = runtime.availability(target)
             if available.ok:
                 return runtime, target
-            reasons.append(f"{runtime.name} on {target}: {available.detail}")
-    raise EngineError("No runtime can run engines on this machine. " + "; ".join(reasons) + ".")
+            reasons.append((runtime.name, target, available.detail))
+    raise EngineError(f"No runtime can run engines on this machine. {_in_words(reasons)}.")
+
+
+def choose_builder(targets: Sequence[str], name: str = AUTO) -> Runtime:
+    """The best runtime that can build for every one of `targets` here; it need not run them.
+
+    Raises `UsageError` where none knows the targets, or the name is unknown, and `EngineError`,
+    with the reasons, where none of those that know them can build here.
+    """
+    known = [r for r in runtimes(name) if targets and set(targets) <= set(r.targets)]
+    if not known:
+        allowed = "; ".join(f"{r.name} has {', '.join(r.targets)}" for r in runtimes(name))
+        raise UsageError(
+            f"No runtime of --runtime {name} builds for {', '.join(targets) or 'nothing'}: "
+            f"{allowed}."
+        )
+    reasons: list[tuple[str, str, str]] = []
+    for runtime in known:
+        problems = [
+            (runtime.name, target, available.detail)
+            for target in targets
+            if not (available := runtime.can_build(target)).ok
+        ]
+        if not problems:
+            return runtime
+        reasons += problems
+    raise EngineError(f"No runtime can build for {', '.join(targets)} here. {_in_words(reasons)}.")
+
+
+def _in_words(reasons: list[tuple[str, str, str]]) -> str:
+    """Why each runtime cannot do each target, with the targets of one reason together."""
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for name, target, detail in reasons:
+        grouped.setdefault((name, detail), []).append(target)
+    return "; ".join(
+        f"{name} on {', '.join(targets)}: {detail}" for (name, detail), targets in grouped.items()
+    )
 
 
 def open_engine(
@@ -78,7 +126,7 @@ def open_engine(
             f"The bundle {bundle.root} has no {component}; it holds "
             f"{', '.join(bundle.manifest.components)}."
         )
-    reasons = []
+    reasons: list[tuple[str, str, str]] = []
     for candidate in runtimes(runtime):
         engines = {e.target: e for e in record.engines if e.runtime == candidate.name}
         for target in candidate.targets:
@@ -89,9 +137,9 @@ def open_engine(
                 return candidate.open(
                     component, record, engines[target], bundle.root, options or EngineOptions()
                 )
-            reasons.append(f"{candidate.name} on {target}: {available.detail}")
+            reasons.append((candidate.name, target, available.detail))
     built = sorted({f"{e.runtime} on {e.target}" for e in record.engines})
-    why = "; ".join(reasons) or f"it has engines for {', '.join(built) or 'nothing'}"
+    why = _in_words(reasons) or f"it has engines for {', '.join(built) or 'nothing'}"
     raise EngineError(
         f"The bundle {bundle.root} has no {component} engine that runs here with --runtime "
         f"{runtime}: {why}."

@@ -2,27 +2,30 @@
 
 A weight whose stored bytes are what the graph computes with stays where it is: the initializer
 points into the checkpoint's file, hard-linked beside the graph. A wider type is reached by a Cast
-in the graph, which is exact. Anything else is converted, streamed into a new safetensors file.
+in the graph, which is exact. Anything else is converted, streamed into new safetensors files. A
+quantized graph takes all of its weights from new files, so that none of it needs the checkpoint's
+much larger ones.
 """
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-import numpy as np
 import onnx_ir as ir
 
 from exporters.chain import Chain
 from exporters.checkpoint.tensors import StoredTensor, Weights, find_tensor
+from exporters.quantize.graph import SCALE_SUFFIX, Packed
+from exporters.written import WrittenTensor, shards, write_tensors
 from fluxdeploy.bundle.files import disk_errors, link_or_copy
-from fluxdeploy.errors import CheckpointError, ExportError
-from fluxdeploy.tensorfile import TensorFileWriter, from_float32, read_header
+from fluxdeploy.errors import ExportError
+from fluxdeploy.tensorfile import read_header
 
-__all__ = ["WeightFolder", "bind", "check_weights"]
+__all__ = ["NO_LEDGER", "Ledger", "WeightFolder", "bind", "check_weights"]
 
 _STORED = {
     "F32": ir.DataType.FLOAT,
@@ -30,9 +33,6 @@ _STORED = {
     "BF16": ir.DataType.BFLOAT16,
 }
 _NAMES = {dtype: name for name, dtype in _STORED.items()}
-_CHUNK = 1 << 24
-"""Elements converted at a time: 64 MB in float32, whatever the size of a tensor."""
-
 OnBytes = Callable[[int], None]
 
 
@@ -91,19 +91,43 @@ def _is_part_folder(folder: Path) -> bool:
     return folder.name in ("transformer", "vae", "text_encoder", "text_encoder_2")
 
 
+class Ledger(Protocol):
+    """Remembers the files of converted weights that are whole, for a build that was stopped."""
+
+    def finished(self, file: str) -> bool:
+        """Whether an earlier run made this file of the weight folder from the same input."""
+
+    def record(self, file: str) -> None:
+        """A file is whole."""
+
+
+class _NoLedger:
+    def finished(self, file: str) -> bool:
+        return False
+
+    def record(self, file: str) -> None:
+        pass
+
+
+NO_LEDGER: Ledger = _NoLedger()
+
+
 def bind(
     model: ir.Model,
     boundary: int,
     weights: Weights,
     folder: WeightFolder,
     converted: str,
+    packed: Mapping[str, Packed] | None = None,
     expect: Callable[[int], OnBytes] = lambda _: _ignore,
+    ledger: Ledger = NO_LEDGER,
 ) -> list[str]:
     """Turn the model's inputs after the first `boundary` into initializers with external data.
 
-    `converted` names the file below the folder for tensors whose bytes have to change. `expect` is
-    told the bytes that are to be linked, copied or converted, if any, and returns what hears of
-    each of them. Returns the names of the weight files that the graph needs.
+    `converted` names the files below the folder for tensors whose bytes have to change, without
+    their suffix. `packed` are the weights that `quantize` wants stored in 8 bits. `expect` is told
+    the bytes that are to be linked, copied or converted, if any, and returns what hears of each of
+    them. Returns the names of the weight files that the graph needs.
 
     Raises `CheckpointError` for a missing tensor, a wrong shape, or a value that the graph's type
     cannot hold.
@@ -113,41 +137,53 @@ def bind(
     del graph.inputs[boundary:]
     # Casts come in between, which leaves the order of these nodes as it is.
     order = {node: place for place, node in enumerate(graph)}
-    kept: list[tuple[ir.Value, StoredTensor]] = []
-    conversions: list[tuple[ir.Value, StoredTensor]] = []
+    packed = packed or {}
+    scales = {f"{name}{SCALE_SUFFIX}": name for name in packed}
+    by_name = {str(value.name): value for value in parameters}
+    linked: list[tuple[ir.Value, StoredTensor]] = []
+    written: list[WrittenTensor] = []
     for value in parameters:
+        name = str(value.name)
+        if name in scales:
+            continue
         assert value.shape is not None
-        stored = find_tensor(weights, str(value.name), value.shape.numpy())
+        if name in packed:
+            rows, columns = value.shape.numpy()[::-1]
+            stored = find_tensor(weights, name, (rows, columns))
+            written.append(WrittenTensor(name, stored, packed[name].dtype, packed[name]))
+            continue
+        stored = find_tensor(weights, name, value.shape.numpy())
         exact = value.dtype in (_STORED.get(stored.dtype), ir.DataType.FLOAT)
-        as_it_is = stored.dtype in _STORED and exact and stored.scale is None
-        (kept if as_it_is else conversions).append((value, stored))
-    total = folder.linked_bytes(kept) + _converted_bytes(conversions)
-    on_bytes = expect(total) if total else _ignore
-    files: dict[str, None] = {}
-    for value, stored in kept:
-        name = folder.link(stored.file, on_bytes)
-        files[name] = None
+        if stored.dtype not in _STORED or not exact or stored.scale is not None:
+            assert value.dtype is not None
+            written.append(WrittenTensor(name, stored, _NAMES[value.dtype]))
+            continue
         dtype = _STORED[stored.dtype]
         if dtype != value.dtype:
             _widen(graph, value, dtype, order)
-        _point(graph, value, folder, name, stored.offset, stored.nbytes)
-    if conversions:
-        folder.reserve(converted)
-        files[converted] = None
-        _convert(conversions, folder.root / converted, on_bytes)
-        entries = read_header(folder.root / converted).tensors
-        for value, _ in conversions:
-            entry = entries[str(value.name)]
-            _point(graph, value, folder, converted, entry.offset, entry.nbytes)
+        if packed:
+            written.append(WrittenTensor(name, stored, stored.dtype))
+        else:
+            linked.append((value, stored))
+    total = folder.linked_bytes(linked) + sum(tensor.nbytes for tensor in written)
+    on_bytes = expect(total) if total else _ignore
+    files: dict[str, None] = {}
+    for value, stored in linked:
+        file = folder.link(stored.file, on_bytes)
+        files[file] = None
+        _point(graph, value, folder, file, stored.offset, stored.nbytes)
+    for file, tensors in shards(converted, written):
+        folder.reserve(file)
+        files[file] = None
+        path = folder.root / file
+        if ledger.finished(file):
+            on_bytes(sum(tensor.nbytes for tensor in tensors))
+        else:
+            write_tensors(path, tensors, on_bytes)
+            ledger.record(file)
+        for name, entry in read_header(path).tensors.items():
+            _point(graph, by_name[name], folder, file, entry.offset, entry.nbytes)
     return list(files)
-
-
-def _converted_bytes(conversions: Iterable[tuple[ir.Value, StoredTensor]]) -> int:
-    total = 0
-    for value, stored in conversions:
-        assert value.dtype is not None
-        total += math.prod(stored.shape) * value.dtype.bitwidth // 8
-    return total
 
 
 def check_weights(chain: Chain, weights: Weights) -> None:
@@ -213,26 +249,3 @@ def _insert_cast(value: ir.Value, to: ir.DataType) -> ir.Node:
     for node, index in users:
         node.replace_input_with(index, cast.outputs[0])
     return cast
-
-
-def _convert(
-    conversions: list[tuple[ir.Value, StoredTensor]], path: Path, on_bytes: OnBytes
-) -> None:
-    """Stream tensors into a new file in the types that the graph asks for."""
-    declared = []
-    for value, stored in conversions:
-        assert value.dtype is not None
-        declared.append((str(value.name), _NAMES[value.dtype], stored.shape))
-    with TensorFileWriter(path, declared) as writer:
-        for (_, dtype, _), (_, stored) in zip(declared, conversions, strict=True):
-            count = math.prod(stored.shape)
-            for start in range(0, count, _CHUNK):
-                values = stored.read(start, min(start + _CHUNK, count))
-                narrow = from_float32(values, dtype)
-                if dtype == "F16" and np.isinf(narrow).any() and np.isfinite(values).all():
-                    raise CheckpointError(
-                        f"Tensor {stored.name} holds values up to {np.abs(values).max():.3g}, "
-                        "past FP16's 65504: build with --precision bf16."
-                    )
-                writer.write(narrow)
-                on_bytes(narrow.nbytes)

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import onnx
 import onnx_ir as ir
 
 from exporters import components
-from exporters.bind import WeightFolder, bind, check_weights
+from exporters.bind import NO_LEDGER, Ledger, WeightFolder, bind, check_weights
 from exporters.chain import Chain
 from exporters.checkpoint import Checkpoint, Weights
+from exporters.quantize.graph import quantize
 from exporters.trace import trace_chain
 from fluxdeploy.bundle.files import write_atomic
 from fluxdeploy.errors import ExportError
+from fluxdeploy.precision import QUANTIZED, check_precision
 from fluxdeploy.progress import Progress
 
-__all__ = ["COMPONENTS", "Exported", "component_precision", "component_source", "export_component"]
+if TYPE_CHECKING:
+    from exporters.quantize.ranges import Ranges
+
+__all__ = ["COMPONENTS", "Exported", "component_source", "export_component"]
 
 COMPONENTS = ("clip", "t5", "conditioner", "transformer", "vae_decoder", "vae_encoder")
 """The components of a bundle, in the order in which a picture passes them."""
-
-# T5 and the VAE overflow FP16; bfloat16 has float32's range.
-_BESIDE_FP16 = {"t5": "bf16", "vae_decoder": "bf16", "vae_encoder": "bf16"}
 
 _INLINE_LIMIT = 1 << 20
 """Bytes of constants in a graph: masks and indices, never weights."""
@@ -32,28 +35,31 @@ _INLINE_LIMIT = 1 << 20
 class Exported:
     """An exported component: its graph, the weight files it needs, and its chain.
 
-    `path` and `weights` are relative to the folder of the export.
+    `path` and `weights` are relative to the folder of the export. `quantized` counts the linears
+    whose weights are in 8 bits, `attentions` the softmaxes, and `weight_bytes` what all weights
+    take in the types that the graph has them in.
     """
 
     chain: Chain
     precision: str
     path: str
     weights: tuple[str, ...]
-
-
-def component_precision(name: str, precision: str) -> str:
-    """The precision of a component where the transformer's is `precision`."""
-    return _BESIDE_FP16.get(name, precision) if precision == "fp16" else precision
+    quantized: int
+    attentions: int
+    weight_bytes: int
 
 
 def component_source(
-    checkpoint: Checkpoint, name: str, precision: str, split: bool = True
+    checkpoint: Checkpoint, name: str, compute: str, split: bool = True
 ) -> tuple[Chain, Weights]:
-    """A component's chain, and the tensors that it takes its weights from."""
-    if precision not in components.PRECISIONS:
+    """A component's chain, and the tensors that it takes its weights from.
+
+    `compute` is what the chain computes in, before anything of it is quantized.
+    """
+    if compute not in components.PRECISIONS:
         allowed = ", ".join(components.PRECISIONS)
-        raise ExportError(f"Precision {precision!r} is not exported; {allowed} are.")
-    how = components.PRECISIONS[precision]
+        raise ExportError(f"Precision {compute!r} is not exported; {allowed} are.")
+    how = components.PRECISIONS[compute]
     if name in ("transformer", "conditioner"):
         build = {
             "conditioner": components.conditioner_chain,
@@ -76,38 +82,56 @@ def export_component(
     name: str,
     precision: str,
     folder: WeightFolder,
+    compute: str = "bf16",
+    ranges: Ranges | None = None,
     split: bool = True,
     progress: Progress | None = None,
+    ledger: Ledger = NO_LEDGER,
 ) -> Exported:
     """Trace a component, bind its weights and write `<name>.onnx` beside the weight folder.
 
-    With `split=False` the transformer is the one-piece model.
+    Where `precision` is a quantized one, `compute` is the type of all that is not quantized, and
+    static scales come from `ranges`. With `split=False` the transformer is the one-piece model.
 
     Raises `CheckpointError` for weights that do not fit, `ExportError` for a graph that fails the
     checks, `BundleError` where the disk refuses.
     """
-    chain, weights = component_source(checkpoint, name, precision, split)
+    check_precision(name, precision)
+    quantization = QUANTIZED.get(precision)
+    chain, weights = component_source(
+        checkpoint, name, compute if quantization else precision, split
+    )
     check_weights(chain, weights)
     folder.make()
     progress = progress or Progress(quiet=True)
     task = progress.task(f"  {name}: tracing ({precision})")
     model = trace_chain(chain)
     task.finish()
-    converted = f"{name}.{precision}.safetensors"
+    boundary = len(chain.inputs)
+    packed = quantize(model, boundary, name, quantization, ranges) if quantization else {}
     files = bind(
         model,
-        len(chain.inputs),
+        boundary,
         weights,
         folder,
-        converted,
+        f"{name}.{precision}",
+        packed,
         lambda total: progress.task(f"  {name}: weights", total).advance,
+        ledger,
     )
     proto = ir.to_proto(model)
     _check(proto, name)
     path = folder.root.parent / f"{name}.onnx"
     write_atomic(path, proto.SerializeToString(deterministic=True))
+    tensors = (value.const_value for value in model.graph.initializers.values())
     return Exported(
-        chain, precision, path.name, tuple(f"{folder.root.name}/{file}" for file in files)
+        chain,
+        precision,
+        path.name,
+        tuple(f"{folder.root.name}/{file}" for file in files),
+        len(packed),
+        sum(node.op_type == "Softmax" for node in model.graph),
+        sum(tensor.nbytes for tensor in tensors if tensor is not None),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from exporters.chain import Chain
 from exporters.checkpoint import Weights
 from exporters.reference import run_reference
-from fluxdeploy.bundle.manifest import LatentSpec, RopeSpec, ScheduleSpec
+from fluxdeploy.bundle.manifest import DimensionRange, LatentSpec, RopeSpec, ScheduleSpec
 from fluxdeploy.rope import joint_ids, rope_tables
 from fluxdeploy.schedule import sigmas
 from fluxdeploy.tensorfile import TensorFileWriter
@@ -20,8 +21,8 @@ __all__ = ["golden_inputs", "write_golden"]
 
 Array = NDArray[np.generic]
 
-# Two rows, so that a mix-up of the batch shows; a picture that is not square, so that rows and
-# columns cannot be swapped unseen.
+# Two rows where an engine takes them, so that a mix-up of the batch shows; a picture that is not
+# square, so that rows and columns cannot be swapped unseen.
 _BATCH, _TEXT, _STEPS, _ROWS, _COLUMNS = 2, 16, 2, 4, 6
 
 
@@ -31,16 +32,20 @@ def golden_inputs(
     latents: LatentSpec,
     rope: RopeSpec,
     schedule: ScheduleSpec,
+    ranges: Mapping[str, DimensionRange],
 ) -> dict[str, Array]:
     """Inputs for a component such as a host would give it: a 64×96 picture, seeded noise.
 
     `vocabulary` bounds the token ids of a text encoder; its last id takes the place of the
-    end-of-text token.
+    end-of-text token. Where `ranges`, the sizes that the engine takes, begin above that picture it
+    is a larger one of the same proportions.
     """
-    tokens = _ROWS * _COLUMNS
-    h, w = _ROWS * latents.patch_size, _COLUMNS * latents.patch_size
+    rows, columns = _grid(latents, ranges)
+    tokens = rows * columns
+    h, w = rows * latents.patch_size, columns * latents.patch_size
+    batch = min(_BATCH, ranges["B"].max) if "B" in ranges else _BATCH
     sizes = {
-        "B": _BATCH,
+        "B": batch,
         "S": _TEXT,
         "N": _STEPS,
         "L": tokens,
@@ -50,12 +55,12 @@ def golden_inputs(
         "W": w * latents.spatial_factor,
     }
     random = np.random.RandomState(0)
-    cos, sin = rope_tables(joint_ids(_TEXT, _ROWS, _COLUMNS), rope)
+    cos, sin = rope_tables(joint_ids(_TEXT, rows, columns), rope)
     given: dict[str, Array] = {
         "rope_cos": cos,
         "rope_sin": sin,
         "timestep": sigmas(schedule, _STEPS, tokens)[:-1],
-        "guidance": np.full(_BATCH, 3.5, np.float32),
+        "guidance": np.full(batch, 3.5, np.float32),
     }
     inputs: dict[str, Array] = {}
     for spec in chain.inputs:
@@ -71,6 +76,20 @@ def golden_inputs(
         else:
             inputs[spec.name] = random.standard_normal(shape).astype(np.float32)
     return inputs
+
+
+def _grid(latents: LatentSpec, ranges: Mapping[str, DimensionRange]) -> tuple[int, int]:
+    """Rows and columns of tokens of the smallest picture of 2:3 that the engine takes."""
+    for factor in itertools.count(1):
+        rows, columns = factor * _ROWS, factor * _COLUMNS
+        least = {
+            "L": rows * columns,
+            "h": rows * latents.patch_size,
+            "H": rows * latents.patch_size * latents.spatial_factor,
+        }
+        if all(size >= ranges[symbol].min for symbol, size in least.items() if symbol in ranges):
+            return rows, columns
+    raise AssertionError
 
 
 def write_golden(

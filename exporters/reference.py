@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from engines.base import Binding, Engine
 from exporters.chain import Chain, Stage
 from exporters.checkpoint.tensors import Weights, find_tensor
 
-__all__ = ["ReferenceEngine", "run_reference"]
+__all__ = ["ReferenceEngine", "run_reference", "run_samples", "watch_linears"]
 
 Array = NDArray[np.generic]
 
@@ -25,34 +27,77 @@ def run_reference(
 ) -> dict[str, Array]:
     """Run a float32 chain with the checkpoint's weights; returns its outputs by name.
 
-    A value is dropped after its last use, so that memory holds one stage and its tensors.
-    Raises `CheckpointError` for missing tensors.
+    `on_stage` hears of every stage that is done. Raises `CheckpointError` for missing tensors.
     """
-    last_use = {name: i for i, stage in enumerate(chain.stages) for name in stage.reads}
-    values = {name: torch.from_numpy(np.array(array)) for name, array in inputs.items()}
-    wanted = {spec.name for spec in chain.outputs}
-    with torch.no_grad():
-        for number, stage in enumerate(chain.stages):
-            result = torch.func.functional_call(
-                stage.piece.module,
-                _parameters(stage, weights),
-                tuple(values[name] for name in stage.reads),
-            )
-            outputs = result if isinstance(result, tuple) else (result,)
-            values.update(zip(stage.writes, outputs, strict=True))
-            for name in stage.reads:
-                if last_use[name] == number and name not in wanted:
+    return run_samples(chain, weights, [inputs], after=on_stage)[0]
+
+
+def run_samples(
+    chain: Chain,
+    weights: Weights,
+    samples: Sequence[Mapping[str, Array]],
+    before: Callable[[Stage], None] = lambda stage: None,
+    after: Callable[[], None] = lambda: None,
+) -> list[dict[str, Array]]:
+    """`run_reference` for several samples at once, reading each stage's weights a single time.
+
+    Samples run one after the other: together they would multiply attention's scores, the largest
+    tensors of all. A value is dropped after its last use, so that memory holds one stage and, of
+    every sample, the values between stages.
+    """
+    last_use = {name: number for number, stage in enumerate(chain.stages) for name in stage.reads}
+    outputs = [spec.name for spec in chain.outputs]
+    held = [
+        {name: torch.from_numpy(np.array(array)) for name, array in sample.items()}
+        for sample in samples
+    ]
+    for number, stage in enumerate(chain.stages):
+        before(stage)
+        _run_stage(stage, weights, held)
+        for name in stage.reads:
+            if last_use[name] == number and name not in outputs:
+                for values in held:
                     values.pop(name, None)
-            on_stage()
-    return {spec.name: values[spec.name].numpy() for spec in chain.outputs}
+        after()
+    return [{name: values[name].numpy() for name in outputs} for values in held]
 
 
-def _parameters(stage: Stage, weights: Weights) -> dict[str, torch.Tensor]:
+@torch.no_grad()
+def _run_stage(stage: Stage, weights: Weights, held: Sequence[dict[str, Tensor]]) -> None:
+    module = stage.piece.module
     parameters = {}
-    for name, parameter in stage.piece.module.named_parameters():
+    for name, parameter in module.named_parameters():
         stored = find_tensor(weights, stage.scope + name, tuple(parameter.shape))
         parameters[name] = torch.from_numpy(stored.read().reshape(stored.shape))
-    return parameters
+    for values in held:
+        inputs = tuple(values[name] for name in stage.reads)
+        result = torch.func.functional_call(module, parameters, inputs)
+        outputs = result if isinstance(result, tuple) else (result,)
+        values.update(zip(stage.writes, outputs, strict=True))
+
+
+def watch_linears(
+    chain: Chain, see: Callable[[str, nn.Linear, Tensor, Tensor], None]
+) -> Callable[[Stage], None]:
+    """Have `see(name, linear, input, output)` called for each linear of a chain as it runs.
+
+    A module stands for many blocks, so that the name takes the stage: returns what `run_samples`
+    is to call before each.
+    """
+    scope = ""
+
+    def enter(stage: Stage) -> None:
+        nonlocal scope
+        scope = stage.scope
+
+    def hook(name: str, linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        see(scope + name, linear, inputs[0], output)
+
+    for piece in chain.pieces:
+        for name, module in piece.module.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(functools.partial(hook, name))
+    return enter
 
 
 class ReferenceEngine(Engine):

@@ -3,62 +3,85 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from engines import EngineOptions, Runtime, choose_target, runtimes
+from engines import (
+    BuildSettings,
+    EngineOptions,
+    EngineSource,
+    Runtime,
+    choose_builder,
+    choose_target,
+)
+from engines.fusion import Expectation, check
 from fluxdeploy import __version__
 from fluxdeploy.bundle import Bundle, open_bundle
+from fluxdeploy.bundle.files import write_atomic
 from fluxdeploy.bundle.manifest import (
     SCHEMA_VERSION,
     ComponentRecord,
     DimensionRange,
     EngineRecord,
+    FileRecord,
     GoldenRecord,
-    LatentSpec,
     Manifest,
     RopeSpec,
-    TensorSpec,
     TokenizerRecord,
 )
 from fluxdeploy.bundle.staging import Staging
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
-from fluxdeploy.errors import BundleError, UsageError
-from fluxdeploy.gate import COMPONENT_GATES, measure_component, require
+from fluxdeploy.errors import BundleError, EngineError, UsageError
+from fluxdeploy.gate import COMPONENT_GATES, QUALITY_GATES, measure_component, require
+from fluxdeploy.machine import available_memory
+from fluxdeploy.pieces import (
+    WeightPieces,
+    digest,
+    exporters_digest,
+    tool_versions,
+    weight_bytes,
+)
+from fluxdeploy.plan import CPU_SESSION, make_plan
+from fluxdeploy.precision import QUANTIZED, check_precision, component_precision, needs_ranges
+from fluxdeploy.profiles import SizeRange, any_size, overall, resolution_buckets
 from fluxdeploy.progress import Progress
-from fluxdeploy.source import check_family, hash_checkpoint, open_source
+from fluxdeploy.source import hash_checkpoint, open_source
 from fluxdeploy.text import TOKENIZER_FILES, load_clip_tokenizer, load_t5_tokenizer
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
+    from exporters.export import Exported
+    from exporters.quantize.ranges import Ranges
 
 __all__ = ["BuildRequest", "build"]
 
-_WEIGHTS_OVERHEAD = 2.5
-"""Memory to reckon with for a CPU session that opens, as a multiple of its float32 weights:
-constants are folded and packed while the originals are still there. A safe estimate."""
-
-_TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
+_CALIBRATION = "calibration.json"
 
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build. `checkpoint` None is the default, `target` None the best one here.
+    """What to build. `checkpoint` None is the default, no `targets` are the best one here.
 
     `precision` is the transformer's and decides the others' (docs/bundle.md);
-    `component_precision` overrides single ones.
+    `component_precision` overrides single ones. `calibration` is a file of prompts, or the
+    calibration.json of another bundle of the same checkpoint, where static scales are needed.
+    `sizes`, `memory_limit` and `weight_streaming` are for runtimes that build engines.
     """
 
     checkpoint: str | None = None
     precision: str = "bf16"
     component_precision: Mapping[str, str] = field(default_factory=dict)
     runtime: str = "auto"
-    target: str | None = None
+    targets: tuple[str, ...] = ()
+    sizes: SizeRange = field(default_factory=SizeRange)
+    calibration: Path | None = None
+    memory_limit: int | None = None
+    weight_streaming: bool = False
 
 
 def build(request: BuildRequest, destination: Path, progress: Progress) -> Bundle:
@@ -67,27 +90,38 @@ def build(request: BuildRequest, destination: Path, progress: Progress) -> Bundl
     A build that was cut off continues where it was: pieces whose inputs have not changed are
     reused. Raises the errors of each step; `destination` then is as it was before.
     """
-    runtime, target = _choose(request)
+    runtime, targets = _choose(request)
     if request.checkpoint is not None:
         _check_apart(Path(request.checkpoint), destination)
+    checkpoint = open_source(request.checkpoint)
+    plan = make_plan(
+        checkpoint,
+        destination,
+        runtime,
+        targets,
+        request.precision,
+        request.component_precision,
+        request.sizes,
+    )
+    plan.require_possible()
+    for warning in plan.warnings:
+        progress.note(f"{warning}.")
     with Staging(destination) as staging:
-        checkpoint = open_source(request.checkpoint)
-        session = _Session(request, runtime, target, checkpoint, staging, progress)
+        session = _Session(request, runtime, targets, checkpoint, staging, progress)
         staging.commit(session.manifest())
     return open_bundle(destination)
 
 
-def _choose(request: BuildRequest) -> tuple[Runtime, str]:
-    """The runtime and target to build for, which need not be able to run here."""
-    if request.target is None:
-        return choose_target(request.runtime)
-    for runtime in runtimes(request.runtime):
-        if request.target in runtime.targets:
-            return runtime, request.target
-    allowed = ", ".join(t for runtime in runtimes(request.runtime) for t in runtime.targets)
-    raise UsageError(
-        f"--target {request.target} is unknown to --runtime {request.runtime}; it takes {allowed}."
-    )
+def _choose(request: BuildRequest) -> tuple[Runtime, tuple[str, ...]]:
+    """The runtime and targets to build for, which need not be able to run here."""
+    if not request.targets:
+        runtime, target = choose_target(request.runtime)
+        return runtime, (target,)
+    targets = tuple(dict.fromkeys(request.targets))
+    runtime = choose_builder(targets, request.runtime)
+    if len(targets) > 1 and not runtime.builds:
+        raise UsageError(f"{runtime.name} takes one --target, not {', '.join(targets)}.")
+    return runtime, targets
 
 
 def _check_apart(checkpoint: Path, destination: Path) -> None:
@@ -108,7 +142,7 @@ class _Session:
         self,
         request: BuildRequest,
         runtime: Runtime,
-        target: str,
+        targets: tuple[str, ...],
         checkpoint: Checkpoint,
         staging: Staging,
         progress: Progress,
@@ -118,32 +152,27 @@ class _Session:
 
         self.request = request
         self.runtime = runtime
-        self.target = target
+        self.targets = targets
         self.checkpoint = checkpoint
         self.staging = staging
         self.progress = progress
         self.components = COMPONENTS
-        self.tools = _tool_versions()
-        self.exporters_digest = _exporters_digest()
-        for name in request.component_precision:
-            if name not in COMPONENTS:
-                raise UsageError(
-                    f"--component-precision names {name!r}; the components are "
-                    f"{', '.join(COMPONENTS)}."
-                )
-        vae, transformer = checkpoint.vae, checkpoint.transformer
-        self.latents = LatentSpec(
-            channels=vae.latent_channels,
-            patch_size=2,
-            spatial_factor=vae.spatial_factor,
-            scaling_factor=vae.scaling_factor,
-            shift_factor=vae.shift_factor,
-        )
-        check_family(checkpoint)
-        self.rope = RopeSpec(transformer.axes_dims, transformer.theta)
+        self.tools = tool_versions()
+        self.exporters_digest = exporters_digest()
+        self.precisions = {name: self._precision(name) for name in COMPONENTS}
+        self.latents = checkpoint.latents
+        self.rope = RopeSpec(checkpoint.transformer.axes_dims, checkpoint.transformer.theta)
         self.weights = WeightFolder(staging.root / "onnx" / "weights")
         hashes = hash_checkpoint(checkpoint, progress)
         self.hashes, self.checkpoint_digest = hashes.files, hashes.digest
+
+    def _precision(self, name: str) -> str:
+        """What a component is built in. Raises `UsageError` where it cannot be."""
+        precision = self.request.component_precision.get(
+            name, component_precision(name, self.request.precision)
+        )
+        check_precision(name, precision)
+        return self.runtime.precision(self.targets[0], precision)
 
     def manifest(self) -> Manifest:
         """Make every piece that is not there yet, and describe them all."""
@@ -168,6 +197,7 @@ class _Session:
             schedule=self.checkpoint.schedule,
             tokenizers=tokenizers,
             defaults=self.checkpoint.defaults,
+            quality=QUALITY_GATES[self.precisions["transformer"]],
             provenance={
                 "checkpoint": {
                     "name": self._checkpoint_name(),
@@ -196,7 +226,7 @@ class _Session:
             recorded = self.checkpoint.settings.get("max_sequence_length", 512)
             length = load_t5_tokenizer(source, recorded).max_length
         piece = f"tokenizer.{name}"
-        key = _digest({file: hashlib.sha256(data).hexdigest() for file, data in contents.items()})
+        key = digest({file: hashlib.sha256(data).hexdigest() for file, data in contents.items()})
         files = self.staging.finished(piece, key)
         if files is None:
             target = self.staging.root / folder
@@ -206,32 +236,61 @@ class _Session:
             files = self.staging.record(piece, key, [target / file for file in contents])
         return TokenizerRecord(folder, length, files)
 
-    def _component(self, name: str) -> ComponentRecord:
-        from exporters.export import component_precision, component_source
+    @cached_property
+    def _ranges(self) -> tuple[Ranges, FileRecord]:
+        """The transformer's activation ranges, read or measured, and their file in the bundle."""
+        from exporters.quantize.calibrate import find_ranges, open_calibration
+        from exporters.quantize.range_file import read_ranges, write_ranges
 
-        asked = self.request.component_precision.get(
-            name, component_precision(name, self.request.precision)
+        checkpoint, known = self.checkpoint, self.checkpoint_digest
+        source = open_calibration(checkpoint, known, self.request.calibration)
+        path = self.staging.root / _CALIBRATION
+        key = digest(
+            {"checkpoint": known, "source": repr(source), "exporters": self.exporters_digest}
         )
-        precision = self.runtime.precision(self.target, asked)
-        chain, weights = component_source(self.checkpoint, name, precision)
-        path = f"onnx/{name}.onnx"
-        golden = f"golden/{name}.safetensors"
-        dimensions = self._dimensions(chain.inputs + chain.outputs)
-        engine = EngineRecord(
-            self.runtime.name, self.runtime.version(), self.target, path, dimensions
+        files = self.staging.finished(_CALIBRATION, key)
+        if files is None:
+            state = self.staging.scratch(_CALIBRATION)
+            write_ranges(find_ranges(source, checkpoint, known, state, self.progress), path)
+            files = self.staging.record(_CALIBRATION, key, [path])
+        return read_ranges(path, checkpoint, known), files[0]
+
+    def _component(self, name: str) -> ComponentRecord:
+        from exporters.export import component_source
+
+        precision = self.precisions[name]
+        compute = self.runtime.compute(self.targets[0], precision)
+        ranges = self._ranges[1] if needs_ranges(precision) else None
+        chain, weights = component_source(self.checkpoint, name, compute)
+        specs = chain.inputs + chain.outputs
+        profiles = self._profiles({d for spec in specs for d in spec.shape if isinstance(d, str)})
+        engines = tuple(
+            EngineRecord(
+                self.runtime.name,
+                self.runtime.version(),
+                target,
+                self._engine_path(name, target),
+                overall(profiles),
+            )
+            for target in self.targets
         )
         max_error, min_cosine = COMPONENT_GATES[precision]
         sources = sorted({os.path.realpath(tensor.file) for tensor in weights.values()})
-        key = _digest(
+        key = digest(
             {
                 "component": name,
                 "precision": precision,
+                "compute": compute,
+                "ranges": ranges.sha256 if ranges else None,
                 "config": repr((self.checkpoint.transformer, self.checkpoint.vae))
                 + json.dumps([dict(p.config) for _, p in sorted(self.checkpoint.parts.items())]),
                 "weights": [self.hashes[Path(source)] for source in sources],
                 "weight_names": sorted({tensor.file.name for tensor in weights.values()}),
                 "constants": repr((self.latents, self.rope, self.checkpoint.schedule)),
-                "engine": asdict(engine),
+                "engines": [asdict(engine) for engine in engines],
+                "settings": repr(
+                    (profiles, self.request.memory_limit, self.request.weight_streaming)
+                ),
                 "tools": self.tools | {"exporters": self.exporters_digest},
             }
         )
@@ -239,26 +298,100 @@ class _Session:
         record = ComponentRecord(
             key=key,
             precision=precision,
+            compute=compute,
             inputs=chain.inputs,
             outputs=chain.outputs,
             files=files or (),
-            engines=(engine,),
-            golden=GoldenRecord(golden, max_error, min_cosine),
+            engines=engines,
+            golden=GoldenRecord(f"golden/{name}.safetensors", max_error, min_cosine),
         )
         if files:
             self.progress.note(f"  {name}: unchanged")
             return record
-        return self._make_component(name, record)
+        return self._make_component(name, record, profiles)
 
-    def _make_component(self, name: str, record: ComponentRecord) -> ComponentRecord:
-        from exporters.export import component_source, export_component
+    def _engine_path(self, name: str, target: str) -> str:
+        if not self.runtime.builds:
+            return f"onnx/{name}.onnx"
+        return f"engines/{self.runtime.name}/{target}/{name}.engine"
+
+    def _profiles(self, symbols: set[str]) -> tuple[Mapping[str, DimensionRange], ...]:
+        defaults = self.checkpoint.defaults
+        if self.runtime.builds:
+            return resolution_buckets(symbols, self.request.sizes, defaults, self.latents)
+        return (any_size(symbols, defaults, self.latents),)
+
+    def _make_component(
+        self,
+        name: str,
+        record: ComponentRecord,
+        profiles: tuple[Mapping[str, DimensionRange], ...],
+    ) -> ComponentRecord:
+        from exporters.export import export_component
+
+        ledger = WeightPieces(self.staging, record.key)
+        exported = export_component(
+            self.checkpoint,
+            name,
+            record.precision,
+            self.weights,
+            compute=record.compute,
+            ranges=self._ranges[0] if needs_ranges(record.precision) else None,
+            progress=self.progress,
+            ledger=ledger,
+        )
+        paths = [f"onnx/{path}" for path in (exported.path, *exported.weights)]
+        if self.runtime.builds:
+            for engine in record.engines:
+                paths += self._build_engine(name, record, engine, exported, profiles)
+        assert record.golden is not None
+        self._write_golden(name, record)
+        self._gate(name, record)
+        paths.append(record.golden.path)
+        known = {
+            f"onnx/weights/{linked}": self.hashes[source]
+            for linked, source in self.weights.sources.items()
+        }
+        known |= ledger.hashes
+        if needs_ranges(record.precision):
+            ranges = self._ranges[1]
+            paths.append(ranges.path)
+            known[ranges.path] = ranges.sha256
+        files = self.staging.record(name, record.key, paths, known)
+        return replace(record, files=files)
+
+    def _build_engine(
+        self,
+        name: str,
+        record: ComponentRecord,
+        engine: EngineRecord,
+        exported: Exported,
+        profiles: tuple[Mapping[str, DimensionRange], ...],
+    ) -> tuple[str, str]:
+        """Build an engine and hold its kernels against what was asked; returns its files.
+
+        Each target has an engine of its own: one that serves several has fewer kernels merged.
+        """
+        root, path = self.staging.root, engine.path
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        source = EngineSource(name, record.precision, root / "onnx" / exported.path, record.inputs)
+        settings = BuildSettings(profiles, self.request.memory_limit, self.request.weight_streaming)
+        built = self.runtime.build(source, (engine.target,), settings, root / path, self.progress)
+        report = f"{path.removesuffix('.engine')}.kernels.json"
+        write_atomic(root / report, built.fusion.as_json())
+        problems = check(built.fusion, _expectation(name, record, exported))
+        if problems:
+            raise EngineError(
+                f"The {name} engine for {engine.target} is not the {record.precision} engine that "
+                f"was asked for: {'; '.join(problems)}. Its kernels are listed in {root / report}."
+            )
+        return path, report
+
+    def _write_golden(self, name: str, record: ComponentRecord) -> None:
+        from exporters.export import component_source
         from exporters.golden import golden_inputs, write_golden
 
-        root = self.staging.root
         reference, weights = component_source(self.checkpoint, name, "fp32")
-        exported = export_component(
-            self.checkpoint, name, record.precision, self.weights, progress=self.progress
-        )
         task = self.progress.task(f"  {name}: PyTorch reference", total=len(reference.stages))
         vocabulary = {"clip": self.checkpoint.clip, "t5": self.checkpoint.t5}.get(name)
         inputs = golden_inputs(
@@ -267,112 +400,43 @@ class _Session:
             self.latents,
             self.rope,
             self.checkpoint.schedule,
+            record.engines[0].dimensions,
         )
         assert record.golden is not None
-        golden = root / record.golden.path
-        write_golden(golden, reference, weights, inputs, task.advance)
-        self._gate(name, record, golden)
-        paths = [f"onnx/{path}" for path in (exported.path, *exported.weights)]
-        known = {
-            f"onnx/weights/{linked}": self.hashes[source]
-            for linked, source in self.weights.sources.items()
-        }
-        files = self.staging.record(name, record.key, [*paths, golden], known)
-        return replace(record, files=files)
+        path = self.staging.root / record.golden.path
+        write_golden(path, reference, weights, inputs, task.advance)
 
-    def _gate(self, name: str, record: ComponentRecord, golden: Path) -> None:
+    def _gate(self, name: str, record: ComponentRecord) -> None:
         """Run the engine on this machine where it can, and hold it against PyTorch."""
-        available = self.runtime.availability(self.target)
-        if not available.ok:
+        for engine in record.engines:
+            available = self.runtime.availability(engine.target)
+            if available.ok:
+                break
+        else:
             self.progress.note(f"  {name}: not checked, since {available.detail}")
             return
-        parameters = _weight_bytes(self.staging.root / "onnx", name)
-        needed, free = parameters * _WEIGHTS_OVERHEAD, _available_memory()
-        if self.target == "cpu" and free is not None and needed > free:
+        root = self.staging.root
+        needed, free = weight_bytes(root / "onnx", name) * CPU_SESSION, available_memory()
+        if engine.target == "cpu" and free is not None and needed > free:
             self.progress.note(
                 f"  {name}: not checked, since its engine needs about {needed / 2**30:.0f} GiB of "
                 f"memory and {free / 2**30:.0f} GiB are free; run `fluxdeploy verify` where it fits"
             )
             return
         assert record.golden is not None
-        with self.runtime.open(
-            name, record, record.engines[0], self.staging.root, EngineOptions()
-        ) as engine:
-            require(name, measure_component(engine, golden), record.golden)
-
-    def _dimensions(self, specs: tuple[TensorSpec, ...]) -> dict[str, DimensionRange]:
-        """What ONNX Runtime takes: any size, up to where attention fills any machine's memory."""
-        defaults, latents = self.checkpoint.defaults, self.latents
-        step = latents.patch_size * latents.spatial_factor
-        rows, columns = defaults.height // step, defaults.width // step
-        text, most_text = defaults.max_sequence_length, 512
-        side = 4096
-        ranges = {
-            "B": DimensionRange(1, 1, 64),
-            "S": DimensionRange(1, text, max(text, most_text)),
-            "L": DimensionRange(1, rows * columns, (side // step) ** 2),
-            "T": DimensionRange(
-                2, text + rows * columns, max(text, most_text) + (side // step) ** 2
-            ),
-            "N": DimensionRange(1, defaults.num_inference_steps, 1000),
-        }
-        for symbol, size in (("H", defaults.height), ("W", defaults.width)):
-            ranges[symbol] = DimensionRange(step, size, side)
-        for symbol, image in (("h", "H"), ("w", "W")):
-            factor = latents.spatial_factor
-            sizes = ranges[image]
-            ranges[symbol] = DimensionRange(
-                sizes.min // factor, sizes.opt // factor, sizes.max // factor
-            )
-        used = {d for spec in specs for d in spec.shape if isinstance(d, str)}
-        return {symbol: ranges[symbol] for symbol in sorted(used)}
+        with self.runtime.open(name, record, engine, root, EngineOptions()) as opened:
+            require(name, measure_component(opened, root / record.golden.path), record.golden)
 
 
-def _digest(value: Any) -> str:
-    """SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _tool_versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in _TOOLS}
-
-
-def _exporters_digest() -> str:
-    """SHA-256 of the exporters' own sources: another exporter makes other pieces.
-
-    The training of the demo checkpoints is no part of an export.
-    """
-    import exporters
-
-    root = Path(next(iter(exporters.__path__)))
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        if path.is_relative_to(root / "training"):
-            continue
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _weight_bytes(folder: Path, name: str) -> int:
-    """Bytes of a component's weights in float32."""
-    import onnx
-
-    graph = onnx.load(folder / f"{name}.onnx", load_external_data=False).graph
-    total = 0
-    for tensor in graph.initializer:
-        count = 4
-        for size in tensor.dims:
-            count *= size
-        total += count
-    return total
-
-
-def _available_memory() -> int | None:
-    """Bytes of memory that a new process can have; None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    value = fields.get("MemAvailable", "").split()
-    return int(value[0]) * 1024 if value else None
+def _expectation(name: str, record: ComponentRecord, exported: Exported) -> Expectation:
+    """What the engine of a component must be made of, going by its precision and its graph."""
+    quantization = QUANTIZED.get(record.precision)
+    gemms: dict[str, int] = {}
+    # The VAE's one attention has a single head as wide as the network, which no kernel fuses.
+    attention = None if name.startswith("vae_") else record.compute
+    if quantization is not None:
+        kind = {"F8_E4M3": "fp8", "I8": "int8"}[quantization.weights]
+        gemms[kind if quantization.activations else f"{kind}-weights"] = exported.quantized
+        if quantization.attention:
+            attention = kind
+    return Expectation(exported.attentions, attention, gemms, record.compute, exported.weight_bytes)

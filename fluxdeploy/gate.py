@@ -11,19 +11,61 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Engine
-from fluxdeploy.bundle.manifest import GoldenRecord
+from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, GoldenRecord, QualityRecord
 from fluxdeploy.errors import BundleError, NumericError
 from fluxdeploy.tensorfile import read_header, read_tensor
 
-__all__ = ["COMPONENT_GATES", "PICTURE_GATES", "Deviation", "measure_component", "require"]
+__all__ = [
+    "COMPONENT_GATES",
+    "OBJECTS_PICTURES",
+    "QUALITY_GATES",
+    "Deviation",
+    "is_emulated",
+    "measure_component",
+    "objects_kept",
+    "require",
+]
 
 Array = NDArray[Any]
 
-COMPONENT_GATES = {"fp32": (1e-3, 0.99999), "fp16": (5e-2, 0.999), "bf16": (1e-1, 0.995)}
+COMPONENT_GATES = {
+    "fp32": (1e-3, 0.99999),
+    "fp16": (5e-2, 0.999),
+    "bf16": (1e-1, 0.995),
+    "fp8": (2.5e-1, 0.99),
+    "fp8-linears": (2.5e-1, 0.99),
+    "fp8-weights": (1e-1, 0.995),
+    "int8": (2.5e-1, 0.99),
+    "int8-dynamic": (1e-1, 0.995),
+    "int8-weights": (1e-1, 0.995),
+}
 """Largest error, relative to the largest output, and smallest cosine, by precision."""
 
-PICTURE_GATES = {"fp32": 45.0, "fp16": 30.0, "bf16": 25.0}
-"""Smallest PSNR of a whole picture against PyTorch float32, in dB, by the MM-DiT's precision."""
+QUALITY_GATES: Mapping[str, QualityRecord] = {
+    "fp32": QualityRecord(45.0, 0.99, None),
+    "fp16": QualityRecord(30.0, 0.9, None),
+    "bf16": QualityRecord(25.0, 0.85, None),
+    "fp8": QualityRecord(24.0, 0.82, 20.0),
+    "fp8-linears": QualityRecord(24.0, 0.82, 20.0),
+    "fp8-weights": QualityRecord(25.0, 0.85, 24.0),
+    "int8": QualityRecord(22.0, 0.8, 12.0),
+    "int8-dynamic": QualityRecord(24.0, 0.82, 15.0),
+    "int8-weights": QualityRecord(25.0, 0.85, 20.0),
+}
+"""What `verify` holds whole pictures and single layers against, by the transformer's precision.
+
+E4M3 rounds by up to 1/16 of a value, whatever its size: the worst linears of the demo checkpoints
+have 30 dB with quantized weights alone and 27 with their inputs, and less means a wrong scale.
+INT8's steps are as wide as the largest value of a tensor demands: 33 dB there, and outliers cost
+20. The demo checkpoints' pictures have 7 dB to spare at least; larger models amplify more, and one
+picture may have to do.
+"""
+
+OBJECTS_PICTURES = 20
+"""How many pictures it takes to compare objects: of fewer, one more or less would decide."""
+
+_OBJECTS_LOST = 0.1
+"""The largest share of pictures that may lose their objects."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +135,21 @@ def require(component: str, deviation: Deviation, golden: GoldenRecord) -> None:
             f"{deviation.cosine:.6f}); allowed are {golden.max_error:g} and "
             f"{golden.min_cosine:g}. Use a wider precision for it."
         )
+
+
+def is_emulated(record: ComponentRecord, engine: EngineRecord) -> bool:
+    """Whether an engine only has the numbers of its precision, and not its speed.
+
+    No CPU multiplies in FP8: there the values are rounded to it, and multiplied in `compute`.
+    """
+    return record.precision.startswith("fp8") and engine.target == "cpu"
+
+
+def objects_kept(share: float, reference: float, pictures: int) -> bool:
+    """Whether a bundle draws the right objects about as often as PyTorch does."""
+    lost = reference - share
+    # The shares are multiples of 1 / pictures, which floats round.
+    return pictures < OBJECTS_PICTURES or lost <= _OBJECTS_LOST + 0.01 / pictures
 
 
 def _read_golden(path: Path) -> tuple[Mapping[str, Array], Mapping[str, Array]]:

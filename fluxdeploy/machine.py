@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe_cpu"]
+__all__ = ["available_memory", "describe_cpu", "describe_machine"]
 
 # As Linux spells them in /proc/cpuinfo: x86-64, then Arm.
 _CPU_FEATURES = (
@@ -43,4 +45,28 @@ def describe_cpu() -> dict[str, Any]:
         "name": facts.get("model name") or platform.processor() or platform.machine(),
         "cores": cores,
         "instruction_sets": [name for name in _CPU_FEATURES if name in flags],
+    }
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that a new process can have; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    value = fields.get("MemAvailable", "").split()
+    return int(value[0]) * 1024 if value else None
+
+
+def describe_machine(packages: Iterable[str]) -> dict[str, Any]:
+    """What figures were measured on, and how busy it was; versions of the packages that count."""
+    return {
+        "cpu": describe_cpu()["name"],
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load_average": round(os.getloadavg()[0], 2),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
     }

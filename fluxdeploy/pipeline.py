@@ -67,19 +67,39 @@ class FluxPipelineOutput:
     seed: int | None
 
 
+@dataclass(frozen=True)
+class _Condition:
+    """What prompts and schedule make of the transformer: N steps, U distinct prompts, B pictures.
+
+    context: float32 [B, S, D]. modulation: float32 [N, U, M, D]. pictures: [B], the prompt of each.
+    """
+
+    context: NDArray[np.float32]
+    modulation: NDArray[np.float32]
+    pictures: NDArray[np.int64]
+
+
 class FluxPipeline:
     """Makes pictures from a bundle. A context manager; `close` frees the engines.
 
-    Engines are opened by the first call and kept. Calls from several threads take turns.
+    Engines are opened by the first call and kept. Calls from several threads take turns. With
+    `low_vram` an engine is open only while it is needed: text encoders and conditioner, then the
+    transformer, then the decoder. Memory then holds the largest of them instead of all, and every
+    call reads the engines again.
     """
 
     def __init__(
-        self, bundle: Bundle, tokenizers: Tokenizers, open_component: Callable[[str], Engine]
+        self,
+        bundle: Bundle,
+        tokenizers: Tokenizers,
+        open_component: Callable[[str], Engine],
+        low_vram: bool = False,
     ) -> None:
         """Use `from_bundle`, unless the components shall run on something else than engines."""
         self._bundle = bundle
         self._tokenizers = tokenizers
         self._open_component = open_component
+        self._low_vram = low_vram
         self._engines: dict[str, Engine] = {}
         # Reentrant: a callback may make another picture, or close the pipeline before it raises.
         self._turn = threading.RLock()
@@ -91,6 +111,7 @@ class FluxPipeline:
         path: str | os.PathLike[str],
         runtime: str = "auto",
         options: EngineOptions | None = None,
+        low_vram: bool = False,
     ) -> FluxPipeline:
         """Open the bundle in the folder `path`, to be run by `runtime`.
 
@@ -98,7 +119,7 @@ class FluxPipeline:
         """
         bundle = open_bundle(Path(path))
         open_component = functools.partial(open_engine, bundle, runtime=runtime, options=options)
-        return cls(bundle, load_tokenizers(bundle), open_component)
+        return cls(bundle, load_tokenizers(bundle), open_component, low_vram)
 
     @property
     def bundle(self) -> Bundle:
@@ -171,7 +192,10 @@ class FluxPipeline:
             else:
                 seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
                 start = self._draw_latents(seed, request)
-            pictures = self._decode(self._denoise(start, request, callback_on_step_end), request)
+            tokens = self._denoise(start, request, callback_on_step_end)
+            self._release("transformer")
+            pictures = self._decode(tokens, request)
+            self._release("vae_decoder")
         return FluxPipelineOutput(pictures if output_type == "np" else to_pil(pictures), seed)
 
     def interrupt(self) -> None:
@@ -207,6 +231,12 @@ class FluxPipeline:
             self._engines[component] = self._open_component(component)
         return self._engines[component]
 
+    def _release(self, *components: str) -> None:
+        """Close engines that this call needs no more, where memory is short."""
+        for component in components:
+            if self._low_vram and component in self._engines:
+                self._engines.pop(component).close()
+
     def _run(self, component: str, output: str, inputs: Mapping[str, Array]) -> NDArray[np.float32]:
         """One output of a component, checked to be finite."""
         values = np.asarray(self._engine(component).run(inputs)[output], np.float32)
@@ -214,9 +244,16 @@ class FluxPipeline:
         return values
 
     def _check_engine_sizes(self, request: GenerationRequest) -> None:
-        """Open every engine and refuse what one of them cannot do, before the long work."""
+        """Refuse what one of the engines cannot do, before the long work.
+
+        All of them are opened here, so that one that is broken is known as early, unless memory is
+        to hold one at a time: then the manifest tells what they can do.
+        """
         for component, symbols in request.engine_sizes(self._manifest).items():
-            ranges = self._engine(component).dimensions
+            if self._low_vram:
+                ranges = self._manifest.components[component].engines[0].dimensions
+            else:
+                ranges = self._engine(component).dimensions
             for symbol, size in symbols.items():
                 allowed = ranges.get(symbol)
                 if allowed is not None and not allowed.min <= size <= allowed.max:
@@ -260,10 +297,13 @@ class FluxPipeline:
         sigmas = schedule.sigmas(manifest.schedule, request.num_inference_steps, rows * columns)
         cos, sin = rope_tables(joint_ids(request.max_sequence_length, rows, columns), manifest.rope)
         rope = {"rope_cos": cos, "rope_sin": sin}
-        velocity = self._bind(request.prompts, request, sigmas[:-1], rope)
-        negative = None
+        condition = self._condition(request.prompts, request, sigmas[:-1])
+        opposite = None
         if request.negative_prompts is not None:
-            negative = self._bind(request.negative_prompts, request, sigmas[:-1], rope)
+            opposite = self._condition(request.negative_prompts, request, sigmas[:-1])
+        self._release("clip", "t5", "conditioner")
+        velocity = self._bind(condition, rope)
+        negative = None if opposite is None else self._bind(opposite, rope)
         sample_euler(
             latents,
             sigmas,
@@ -275,14 +315,13 @@ class FluxPipeline:
         )
         return latents
 
-    def _bind(
+    def _condition(
         self,
         prompts: Sequence[str],
         request: GenerationRequest,
         timesteps: NDArray[np.float32],
-        rope: Mapping[str, Array],
-    ) -> ModulatedTransformer:
-        """Encode prompts for the whole schedule and put what does not change on the device.
+    ) -> _Condition:
+        """Encode prompts for the whole schedule.
 
         A prompt that occurs twice is encoded once: U distinct prompts for B pictures.
         """
@@ -305,9 +344,12 @@ class FluxPipeline:
             [distinct.index(prompt) for prompt in prompts], request.num_images_per_prompt
         )
         context = np.asarray(outputs["context"], np.float32)[pictures]
-        modulation = np.asarray(outputs["modulation"], np.float32)
-        binding = self._engine("transformer").bind({"context": context, **rope})
-        return ModulatedTransformer(binding, modulation, pictures)
+        return _Condition(context, np.asarray(outputs["modulation"], np.float32), pictures)
+
+    def _bind(self, condition: _Condition, rope: Mapping[str, Array]) -> ModulatedTransformer:
+        """The transformer with all that no step changes in place."""
+        binding = self._engine("transformer").bind({"context": condition.context, **rope})
+        return ModulatedTransformer(binding, condition.modulation, condition.pictures)
 
     def _step_callback(
         self, callback: PipelineCallback, sigmas: NDArray[np.float32]

@@ -1,81 +1,83 @@
-"""Verifying: a bundle's files, its engines, and its pictures held against PyTorch float32."""
+"""Verifying: a bundle's files and engines, and its pictures and layers against PyTorch float32."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from engines import Engine, EngineOptions, open_engine
+from engines import EngineOptions, open_engine
 from fluxdeploy.bundle import Bundle, open_bundle
 from fluxdeploy.demo import DEMO_CHECKPOINTS
 from fluxdeploy.errors import UsageError
-from fluxdeploy.gate import PICTURE_GATES, Deviation, measure_component
-from fluxdeploy.pipeline import FluxPipeline
+from fluxdeploy.gate import Deviation, is_emulated, measure_component
 from fluxdeploy.progress import Progress
+from fluxdeploy.quality import (
+    LayersReport,
+    PicturesReport,
+    compare_layers,
+    compare_pictures,
+    plan_pictures,
+    plan_scenes,
+)
 from fluxdeploy.source import hash_checkpoint, open_source
-from fluxdeploy.text import load_tokenizers
 
-__all__ = ["ComponentReport", "PictureReport", "VerifyReport", "verify"]
+if TYPE_CHECKING:
+    from exporters.checkpoint import Checkpoint
 
-_PROMPT = "a red circle above a blue square"
-_SEED = 0
-_STEPS = 4
-_SIDE = 256
-"""The picture compared: small enough for float32 on a CPU, large enough to show a mistake."""
+__all__ = ["ComponentReport", "VerifyReport", "verify"]
 
 
 @dataclass(frozen=True)
 class ComponentReport:
-    """A component's engine against its golden tensors."""
+    """A component's engine against its golden tensors; see `fluxdeploy.gate.is_emulated`."""
 
     name: str
     precision: str
+    emulated: bool
     deviation: Deviation
     passed: bool
 
 
 @dataclass(frozen=True)
-class PictureReport:
-    """A picture of the bundle against the same picture in PyTorch. `max_difference` of 255."""
-
-    psnr: float
-    max_difference: float
-    required_psnr: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the picture is within its gate."""
-        return self.psnr >= self.required_psnr
-
-
-@dataclass(frozen=True)
 class VerifyReport:
-    """All that was compared. `picture` is None where no checkpoint was given."""
+    """All that was compared.
+
+    `pictures` is None where no checkpoint was at hand, `layers` is None there and where the
+    transformer is not quantized.
+    """
 
     bundle_hash: str
     components: tuple[ComponentReport, ...]
-    picture: PictureReport | None
+    pictures: PicturesReport | None
+    layers: LayersReport | None
+
+    @property
+    def emulated(self) -> tuple[str, ...]:
+        """The components that have the numbers of their precision here, but not its speed."""
+        return tuple(report.name for report in self.components if report.emulated)
 
     @property
     def passed(self) -> bool:
         """Whether everything is within its gate."""
-        pictures = () if self.picture is None else (self.picture,)
-        return all(report.passed for report in (*self.components, *pictures))
+        reports = (*self.components, self.pictures, self.layers)
+        return all(report is None or report.passed for report in reports)
 
     def as_json(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
-        picture = self.picture
-        return {
+        """The report as plain JSON values; an infinite ratio, of no noise at all, is null."""
+        report = {
             "bundle_hash": self.bundle_hash,
             "passed": self.passed,
+            "emulated": bool(self.emulated),
             "components": [asdict(component) for component in self.components],
-            "picture": None if picture is None else {**asdict(picture), "passed": picture.passed},
+            "pictures": None if self.pictures is None else self.pictures.as_json(),
+            "layers": None if self.layers is None else self.layers.as_json(),
         }
+        plain = _finite(report)
+        assert isinstance(plain, dict)
+        return plain
 
 
 def verify(
@@ -84,36 +86,70 @@ def verify(
     runtime: str,
     options: EngineOptions,
     progress: Progress,
+    pictures: int | None = None,
 ) -> VerifyReport:
-    """Check every file's hash, each engine against golden tensors, and a picture.
+    """Check every file's hash, each engine against golden tensors, and pictures and layers.
 
-    The picture needs the checkpoint and PyTorch; the package's own checkpoints are at hand. Raises
-    `BundleError` for a broken bundle, `UsageError` for a checkpoint the bundle is not made from.
+    `pictures` are drawn with the bundle and with PyTorch, which takes the checkpoint; the package's
+    own are at hand. None is one picture where that can be had, and none elsewhere. Layers are
+    compared along with them where the transformer is quantized.
+
+    Raises `BundleError` for a broken bundle, `UsageError` for a checkpoint that the bundle is not
+    made from, and for `pictures` without a checkpoint.
     """
     total = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     task = progress.task("Hashing the bundle", total=total)
     bundle = open_bundle(path, check="all", on_bytes=task.advance)
     task.finish()
+    source = _find_checkpoint(bundle, checkpoint, pictures is not None)
+    opened = None if source is None else _open_checkpoint(bundle, source, progress)
     recorded = [n for n, record in bundle.manifest.components.items() if record.golden]
     task = progress.task("Comparing components", total=len(recorded))
     components = []
     for name in recorded:
         components.append(_verify_component(bundle, name, runtime, options))
         task.advance()
-    provenance = bundle.manifest.provenance.get("checkpoint")
-    made_from = provenance if isinstance(provenance, dict) else {}
-    origin = made_from.get("name")
-    if checkpoint is None and isinstance(origin, str) and origin in DEMO_CHECKPOINTS:
-        checkpoint = origin if _can_export() else None
-    picture = None
-    if checkpoint is not None:
-        picture = _verify_picture(bundle, checkpoint, made_from, runtime, options, progress)
-    return VerifyReport(bundle.content_hash, tuple(components), picture)
+    if opened is None:
+        return VerifyReport(bundle.content_hash, tuple(components), None, None)
+    layers = compare_layers(bundle, opened, progress)
+    count = 1 if pictures is None else pictures
+    is_demo = source in DEMO_CHECKPOINTS or _origin(bundle).get("name") in DEMO_CHECKPOINTS
+    plan = plan_scenes(bundle, count) if is_demo else plan_pictures(bundle, count)
+    compared = compare_pictures(bundle, opened, plan, runtime, options, progress)
+    return VerifyReport(bundle.content_hash, tuple(components), compared, layers)
 
 
-def _can_export() -> bool:
-    """Whether PyTorch is here: a deployment machine verifies without it, by golden tensors."""
-    return importlib.util.find_spec("torch") is not None
+def _origin(bundle: Bundle) -> dict[str, Any]:
+    """What the bundle says of the checkpoint that it was made from."""
+    origin = bundle.manifest.provenance.get("checkpoint")
+    return origin if isinstance(origin, dict) else {}
+
+
+def _find_checkpoint(bundle: Bundle, given: str | None, needed: bool) -> str | None:
+    """What pictures are compared with, or None where a deployment machine has only the bundle."""
+    if given is not None:
+        return given
+    name = _origin(bundle).get("name")
+    # Without PyTorch a bundle is verified by its golden tensors.
+    has_torch = importlib.util.find_spec("torch") is not None
+    if isinstance(name, str) and name in DEMO_CHECKPOINTS and has_torch:
+        return name
+    if needed:
+        raise UsageError(
+            "Pictures are compared with PyTorch's, which takes --checkpoint, what the bundle was "
+            "made from, and the packages of fluxdeploy[export]."
+        )
+    return None
+
+
+def _open_checkpoint(bundle: Bundle, name: str, progress: Progress) -> Checkpoint:
+    checkpoint = open_source(name)
+    if hash_checkpoint(checkpoint, progress).digest != _origin(bundle).get("sha256"):
+        raise UsageError(
+            f"{name} is not the checkpoint that {bundle.root} was made from: its weights or "
+            "its layout differ."
+        )
+    return checkpoint
 
 
 def _verify_component(
@@ -123,57 +159,16 @@ def _verify_component(
     assert record.golden is not None
     with open_engine(bundle, name, runtime, options) as engine:
         deviation = measure_component(engine, bundle.path(record.golden.path))
-    return ComponentReport(name, record.precision, deviation, deviation.within(record.golden))
+    # A bundle for a CPU has no engines for anything else.
+    emulated = any(is_emulated(record, built) for built in record.engines)
+    passed = deviation.within(record.golden)
+    return ComponentReport(name, record.precision, emulated, deviation, passed)
 
 
-def _verify_picture(
-    bundle: Bundle,
-    name: str,
-    made_from: dict[str, Any],
-    runtime: str,
-    options: EngineOptions,
-    progress: Progress,
-) -> PictureReport:
-    checkpoint = open_source(name)
-    from exporters.export import component_source
-    from exporters.reference import ReferenceEngine
-
-    def open_reference(component: str) -> Engine:
-        return ReferenceEngine(*component_source(checkpoint, component, "fp32"))
-
-    manifest = bundle.manifest
-    if hash_checkpoint(checkpoint, progress).digest != made_from.get("sha256"):
-        raise UsageError(
-            f"{name} is not the checkpoint that {bundle.root} was made from: its weights or "
-            "its layout differ."
-        )
-    tokenizers = load_tokenizers(bundle)
-    engines = FluxPipeline.from_bundle(bundle.root, runtime, options)
-    reference = FluxPipeline(bundle, tokenizers, open_reference)
-    with engines, reference:
-        ours = _picture(engines, "Drawing with the bundle", progress)
-        theirs = _picture(reference, "Drawing with PyTorch", progress)
-    # The host clips pictures to 0..1 and stops at NaN, so the peak is 1 and all is finite.
-    mse = float(np.square(ours - theirs, dtype=np.float64).mean())
-    return PictureReport(
-        psnr=-10 * float(np.log10(mse)) if mse else float("inf"),
-        max_difference=255 * float(np.abs(ours - theirs).max()),
-        required_psnr=PICTURE_GATES[manifest.components["transformer"].precision],
-    )
-
-
-def _picture(pipe: FluxPipeline, words: str, progress: Progress) -> NDArray[np.float32]:
-    task = progress.task(words, total=_STEPS + 1)
-    result = pipe(
-        _PROMPT,
-        height=_SIDE,
-        width=_SIDE,
-        num_inference_steps=_STEPS,
-        seed=_SEED,
-        output_type="np",
-        callback_on_step_end=lambda *_: task.advance(),
-    )
-    task.advance()
-    images = result.images
-    assert isinstance(images, np.ndarray)
-    return images
+def _finite(value: Any) -> Any:
+    """JSON values with null in place of what JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -60,4 +60,4 @@ def test_verifying_without_torch_checks_files_and_engines(
     report = json.loads(result.stdout)
     assert len(report["components"]) == 6
     assert report["passed"]
-    assert report["picture"] is None
+    assert report["pictures"] is None

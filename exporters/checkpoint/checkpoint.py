@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, T5Config
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.checkpoint.tensors import Weights
 from exporters.checkpoint.text_configs import text_config
-from fluxdeploy.bundle.manifest import Defaults, ScheduleSpec
+from fluxdeploy.bundle.manifest import Defaults, LatentSpec, ScheduleSpec
 from fluxdeploy.bundle.typed_json import load_strict
 from fluxdeploy.errors import CheckpointError
 
@@ -69,6 +69,17 @@ class Checkpoint:
         """Sizes of the VAE."""
         part = self.part("vae")
         return VaeConfig.of(part.weights, part.config)
+
+    @property
+    def latents(self) -> LatentSpec:
+        """Layout and scaling of the latents: the VAE's, in the MM-DiT's patches of 2x2."""
+        return LatentSpec(
+            channels=self.vae.latent_channels,
+            patch_size=2,
+            spatial_factor=self.vae.spatial_factor,
+            scaling_factor=self.vae.scaling_factor,
+            shift_factor=self.vae.shift_factor,
+        )
 
     @functools.cached_property
     def clip(self) -> CLIPTextConfig:

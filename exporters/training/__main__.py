@@ -22,7 +22,7 @@ from exporters.training.networks import TextEncoders, make_transformer
 from fluxdeploy.demo.scenes import caption, sample_scene
 from fluxdeploy.progress import Progress
 
-_STAGES = ("vae", "decoder", "flow", "guidance", "few_steps")
+_STAGES = ("vae", "flow", "guidance", "few_steps")
 _CAPTIONS = 20_000
 
 
@@ -59,12 +59,8 @@ def _train(folder: Path, until: str, seed: int, device: torch.device, progress: 
     coder = vae.make_vae().to(device)
     stage = vae.VaeStage(coder, batch=8, device=device)
     train(vae.RECIPE, stage.networks, stage.loss, *shared)
-    if last == 0:
-        return
-    decoder_stage = vae.DecoderStage(coder, batch=8, device=device)
-    train(vae.DECODER_RECIPE, decoder_stage.networks, decoder_stage.loss, *shared)
     coder.eval().requires_grad_(False)
-    if last == 1:
+    if last == 0:
         return
 
     data, deviation, mean = flow.make_latents(coder, folder, seed, device, progress)
@@ -73,7 +69,7 @@ def _train(folder: Path, until: str, seed: int, device: torch.device, progress: 
     plain = make_transformer(guidance_embedding=False).to(device)
     flow_stage = flow.FlowStage(plain, text, data, batch=48, device=device)
     train(flow.RECIPE, flow_stage.networks, flow_stage.loss, *shared)
-    if last == 2:
+    if last == 1:
         return
 
     dev = guidance.guided_student(plain).to(device)
@@ -81,7 +77,7 @@ def _train(folder: Path, until: str, seed: int, device: torch.device, progress: 
     train(guidance.RECIPE, guidance_stage.networks, guidance_stage.loss, *shared)
     settings = {"num_inference_steps": 28, "guidance_scale": few_steps.GUIDANCE}
     _write(folder, "dev", coder, text, dev, settings)
-    if last == 3:
+    if last == 2:
         return
 
     schnell = few_steps.unguided_student(dev).to(device)

@@ -19,7 +19,7 @@ from fluxdeploy.demo.scenes import (
     sample_scene,
 )
 
-__all__ = ["SIZES", "draw_batch", "draw_size", "draw_windows", "labels", "to_tensor"]
+__all__ = ["SIZES", "draw_batch", "draw_size", "draw_windows", "labels", "pack", "to_tensor"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -55,18 +55,21 @@ def draw_batch(
     return np.stack([draw(drawing) for drawing in drawings]), scenes, drawings
 
 
-def draw_windows(rng: np.random.Generator, count: int) -> Array:
-    """Windows uint8 [2 count, 64, 64, 3], each around one thing of a scene."""
+def draw_windows(rng: np.random.Generator, count: int) -> tuple[Array, Array]:
+    """Windows uint8 [2 count, 64, 64, 3], each around one thing of a scene, with their labels."""
     height, width = draw_size(rng)
-    scenes = [sample_scene(rng) for _ in range(2 * count)]
-    windows = []
-    for scene in scenes:
-        drawing = arrange(scene, height, width, rng)
+    windows, marks = [], []
+    for _ in range(2 * count):
+        drawing = arrange(sample_scene(rng), height, width, rng)
         thing = drawing.things[int(rng.integers(len(drawing.things)))]
         corner = np.array([thing.y, thing.x]) - _WINDOW / 2 + rng.uniform(-20, 20, 2)
-        y, x = np.clip(np.rint(corner).astype(int), 0, (height - _WINDOW, width - _WINDOW))
+        # Whole tokens, so that the labels are those of the scene.
+        y, x = 16 * (np.clip(corner, 0, (height - _WINDOW, width - _WINDOW)) // 16).astype(int)
         windows.append(draw(drawing)[y : y + _WINDOW, x : x + _WINDOW])
-    return np.stack(windows)
+        grid = labels(drawing).reshape(height // 16, width // 16, -1)
+        cut = grid[y // 16 : (y + _WINDOW) // 16, x // 16 : (x + _WINDOW) // 16]
+        marks.append(cut.reshape(-1, grid.shape[-1]))
+    return np.stack(windows), np.stack(marks)
 
 
 def labels(drawing: Drawing) -> Array:
@@ -92,3 +95,10 @@ def labels(drawing: Drawing) -> Array:
 def to_tensor(pictures: Array) -> Tensor:
     """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [-1, 1]."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[B, 16, H/8, W/8] to [B, H/16 * W/16, 64], as the transformer takes them."""
+    b, c, h, w = latents.shape
+    patches = latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(b, h * w // 4, 4 * c)

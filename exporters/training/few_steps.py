@@ -15,7 +15,7 @@ from fluxdeploy.demo.scenes import caption, sample_scene
 
 __all__ = ["GUIDANCE", "RECIPE", "SHIFT", "FewStepsStage", "unguided_student"]
 
-RECIPE = Recipe("few_steps", steps=120, rate=5e-4, matrix_rate=5e-4, warmup=20, ema=0.99)
+RECIPE = Recipe("few_steps", steps=240, rate=5e-4, matrix_rate=5e-4, warmup=20, ema=0.99)
 
 GUIDANCE = 3.0
 """The guidance that the student is born with."""

@@ -12,18 +12,19 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor, nn
 
-from exporters.training.data import SIZES, draw_batch, draw_size, labels
+from exporters.training.data import SIZES, draw_batch, draw_size, labels, pack
 from exporters.training.loop import Draw, Recipe, save
 from exporters.training.networks import TextEncoders, velocity
+from exporters.training.reader import Reader
 from exporters.training.vae import encode
-from fluxdeploy.demo.scenes import COLOURS, SHAPES, Scene, caption
+from fluxdeploy.demo.scenes import Scene, caption
 from fluxdeploy.progress import Progress
 
-__all__ = ["RECIPE", "Batch", "FlowStage", "LatentSet", "make_latents", "noised", "pack"]
+__all__ = ["RECIPE", "Batch", "FlowStage", "LatentSet", "make_latents", "noised"]
 
-RECIPE = Recipe("flow", steps=3000, rate=1e-3, matrix_rate=2e-3)
+RECIPE = Recipe("flow", steps=5600, rate=1e-3, matrix_rate=2e-3)
 
-_SCENES = 24576
+_SCENES = 36864
 _DROPPED_CAPTIONS = 0.1
 _READ_AFTER = 2  # of five single blocks
 _READING = 0.1
@@ -103,13 +104,6 @@ def make_latents(
     return LatentSet(scaled, marks, scenes), deviation, mean
 
 
-def pack(latents: Tensor) -> Tensor:
-    """[B, 16, H/8, W/8] to [B, H/16 * W/16, 64], as the transformer takes them."""
-    b, c, h, w = latents.shape
-    patches = latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(b, h * w // 4, 4 * c)
-
-
 class FlowStage:
     """Rectified flow (X. Liu and others, 2022): x_t = (1 - t) x_0 + t x_1, target x_1 - x_0.
 
@@ -129,7 +123,7 @@ class FlowStage:
         batch: int,
         device: torch.device,
     ) -> None:
-        self.reader = nn.Linear(transformer.inner_dim, 1 + len(SHAPES) + 1 + len(COLOURS) + 4)
+        self.reader = Reader(transformer.inner_dim)
         self.networks = nn.ModuleDict(
             {"transformer": transformer, "text": text, "reader": self.reader.to(device)}
         )
@@ -149,18 +143,8 @@ class FlowStage:
         predicted = velocity(self._transformer, x, t, self._text(prompts), batch.size)
         return {
             "flow": (predicted - (noise - batch.latents)).square().mean(),
-            "reading": _READING * self._reading(batch.labels),
+            "reading": _READING * self.reader.loss(self._middle, batch.labels),
         }
-
-    def _reading(self, marks: Tensor) -> Tensor:
-        kinds = [1 + len(SHAPES), 1 + len(COLOURS), 4]
-        shape, colour, covered = self.reader(self._middle).float().split(kinds, dim=-1)
-        entropy = nn.functional.cross_entropy
-        return (
-            entropy(shape.flatten(0, 1), marks[..., 0].long().flatten())
-            + entropy(colour.flatten(0, 1), marks[..., 1].long().flatten())
-            + nn.functional.binary_cross_entropy_with_logits(covered, marks[..., 2:].float() / 255)
-        )
 
 
 def noised(latents: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:

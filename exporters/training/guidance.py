@@ -12,7 +12,7 @@ from exporters.training.networks import TextEncoders, make_transformer, velocity
 
 __all__ = ["RECIPE", "GuidanceStage", "guided_student"]
 
-RECIPE = Recipe("guidance", steps=300, rate=5e-4, matrix_rate=5e-4, ema=0.995)
+RECIPE = Recipe("guidance", steps=500, rate=5e-4, matrix_rate=5e-4, ema=0.995)
 
 _STRONGEST = 6.0
 

@@ -193,9 +193,8 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
 
 
 def _rate(recipe: Recipe, step: int) -> float:
-    """Share of the full learning rate: a linear warm-up, level, then down over the last 40%."""
-    down = (recipe.steps - step) / (0.4 * recipe.steps)
-    return min((step + 1) / recipe.warmup, down, 1.0)
+    """Share of the full learning rate: a linear warm-up, then linearly down to nothing."""
+    return min((step + 1) / recipe.warmup, 1 - step / recipe.steps)
 
 
 def _forget_after(log: Path, step: int) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "GoldenRecord",
     "LatentSpec",
     "Manifest",
+    "QualityRecord",
     "RopeSpec",
     "ScheduleSpec",
     "TensorSpec",
@@ -36,11 +37,14 @@ __all__ = [
     "to_json",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "fluxdeploy.json"
 
 SYMBOLS = ("B", "S", "L", "T", "N", "H", "W", "h", "w")
 """The symbols that a `Dimension` may be."""
+
+_MAX_DECIBELS = 150
+"""A float32 has about this many between its largest and its smallest digit: no gate needs more."""
 
 Dimension = int | str
 """A fixed size, or the symbol of a dynamic one: B batch, S text tokens, L image tokens, T = S + L
@@ -101,13 +105,17 @@ class GoldenRecord:
 
 @dataclass(frozen=True)
 class ComponentRecord:
-    """One component: its tensors, the precision it computes in, and every file it needs.
+    """One component: its tensors, its precision, and every file it needs.
+
+    `compute` is the type of all that `precision` does not quantize, and `precision` itself where
+    nothing is quantized.
 
     `key` is the content key of what it was built from: a build with an equal key reuses its files.
     """
 
     key: str
     precision: str
+    compute: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     files: tuple[FileRecord, ...]
@@ -169,6 +177,20 @@ class Defaults:
 
 
 @dataclass(frozen=True)
+class QualityRecord:
+    """How near the bundle must come to PyTorch in float32; `verify` holds it against this.
+
+    `min_psnr`, in dB, and `min_ssim` bound the medians over pictures of equal prompts and seeds.
+    `min_sqnr` bounds the signal-to-quantization-noise ratio, in dB, of each quantized linear of the
+    transformer; null where there is none.
+    """
+
+    min_psnr: float
+    min_ssim: float
+    min_sqnr: float | None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A whole bundle. `provenance` is free-form JSON: checkpoint hash, tool versions, requests."""
 
@@ -182,6 +204,7 @@ class Manifest:
     schedule: ScheduleSpec
     tokenizers: Mapping[str, TokenizerRecord]
     defaults: Defaults
+    quality: QualityRecord
     provenance: Mapping[str, object]
 
     def files(self) -> Iterator[tuple[str, FileRecord]]:
@@ -275,6 +298,7 @@ def _check(manifest: Manifest) -> None:
         _check_component(component, f"components.{name}")
     for name, tokenizer in manifest.tokenizers.items():
         _check_tokenizer(tokenizer, f"tokenizers.{name}")
+    _check_quality(manifest.quality)
     _check_constants(manifest)
 
 
@@ -366,6 +390,20 @@ def _check_tokenizer(tokenizer: TokenizerRecord, where: str) -> None:
             f"{where}.files[{index}].path",
             f"is {record.path!r}, which is not in the folder {tokenizer.folder!r}",
         )
+
+
+def _check_quality(quality: QualityRecord) -> None:
+    for name, ratio in (("min_psnr", quality.min_psnr), ("min_sqnr", quality.min_sqnr)):
+        _require(
+            ratio is None or 0 <= ratio <= _MAX_DECIBELS,
+            f"quality.{name}",
+            f"is {ratio}; it must be between 0 and {_MAX_DECIBELS} dB",
+        )
+    _require(
+        0 <= quality.min_ssim <= 1,
+        "quality.min_ssim",
+        f"is {quality.min_ssim}; it must be between 0 and 1",
+    )
 
 
 def _check_constants(manifest: Manifest) -> None:

@@ -43,6 +43,7 @@ __all__ = ["Staging"]
 OnBytes = Callable[[int], None]
 
 _PIECES = ".pieces"
+_SCRATCH = ".scratch"
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,17 @@ class Staging:
             for name, component in manifest.components.items():
                 if name not in self._pieces:
                     self._write_piece(name, _Piece(component.key, component.files))
-        prune(self.root, {*self._piece_files(), *self._piece_records()})
+        scratch = [path for path in files_below(self.root) if path.startswith(f"{_SCRATCH}/")]
+        prune(self.root, {*self._piece_files(), *self._piece_records(), *scratch})
+
+    def scratch(self, name: str) -> Path:
+        """A file for what a piece that is being made knows so far: kept from run to run, and
+        removed by `commit`.
+        """
+        folder = self.root / _SCRATCH
+        with disk_errors("make the folder", folder):
+            folder.mkdir(exist_ok=True)
+        return folder / name
 
     def _read_pieces(self) -> Iterator[tuple[str, _Piece]]:
         for path in sorted((self.root / _PIECES).glob("*.json")):
@@ -227,7 +238,7 @@ class Staging:
         given = Path(path)
         relative = (given.relative_to(self.root) if given.is_absolute() else given).as_posix()
         problem = path_problem(relative)
-        if problem is not None or relative.split("/")[0] in (_PIECES, MANIFEST_NAME):
+        if problem is not None or relative.split("/")[0] in (_PIECES, _SCRATCH, MANIFEST_NAME):
             raise ValueError(f"the path {relative!r} {problem or 'is reserved'}")
         return relative
 

@@ -23,6 +23,7 @@ DEBUG_VARIABLE = "FLUXDEPLOY_DEBUG"
 
 COMMANDS = {
     "build": "Turn a checkpoint into a bundle.",
+    "plan": "Tell what a build will take.",
     "export": "Write only the ONNX files of a checkpoint.",
     "generate": "Make pictures from prompts.",
     "verify": "Compare a bundle with PyTorch.",

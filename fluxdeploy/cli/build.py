@@ -9,7 +9,12 @@ import click
 
 from fluxdeploy.cli.options import (
     AS_JSON,
+    CALIBRATION,
     COMPONENT_PRECISION,
+    MAX_BATCH,
+    MAX_SIZE,
+    MIN_SIZE,
+    OPT_SIZE,
     PRECISION,
     RUNTIME,
     component_precisions,
@@ -21,8 +26,30 @@ from fluxdeploy.progress import Progress
 @click.argument("checkpoint", required=False)
 @PRECISION
 @COMPONENT_PRECISION
+@CALIBRATION
 @RUNTIME
-@click.option("--target", help="The device the engines are for: cpu or cuda.  [default: the best]")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="What the engines are for: cpu, cuda, or a GPU's compute capability such as sm89. May be "
+    "given several times.  [default: the best here]",
+)
+@MIN_SIZE
+@OPT_SIZE
+@MAX_SIZE
+@MAX_BATCH
+@click.option(
+    "--workspace",
+    type=click.IntRange(min=1),
+    metavar="MIB",
+    help="TensorRT: limit of the scratch memory of a kernel.",
+)
+@click.option(
+    "--weight-streaming",
+    is_flag=True,
+    help="TensorRT: engines that can run with weights that do not all fit on the GPU.",
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -34,8 +61,15 @@ def command(
     checkpoint: str | None,
     precision: str,
     component_precision: tuple[str, ...],
+    calibration: Path | None,
     runtime: str,
-    target: str | None,
+    targets: tuple[str, ...],
+    min_size: tuple[int, int] | None,
+    opt_size: tuple[int, int] | None,
+    max_size: tuple[int, int] | None,
+    max_batch: int,
+    workspace: int | None,
+    weight_streaming: bool,
     out: Path,
     as_json: bool,
 ) -> None:
@@ -55,16 +89,22 @@ def command(
       fluxdeploy build demo:schnell --out schnell
       fluxdeploy build ./FLUX.1-dev --out flux-dev
       fluxdeploy build black-forest-labs/FLUX.1-schnell --precision fp16 --out flux-schnell
-      fluxdeploy build flux1-dev.safetensors --component-precision t5=fp32
+      fluxdeploy build flux1-dev.safetensors --component-precision t5=fp8-weights
+      fluxdeploy build ./FLUX.1-dev --precision fp8 --runtime tensorrt-rtx --target sm89
     """
     from fluxdeploy.build import BuildRequest, build
+    from fluxdeploy.profiles import SizeRange
 
     request = BuildRequest(
         checkpoint,
         precision,
         component_precisions(component_precision),
         runtime,
-        target,
+        targets,
+        SizeRange(min_size, opt_size, max_size, max_batch),
+        calibration,
+        None if workspace is None else workspace * 2**20,
+        weight_streaming,
     )
     with Progress(quiet=as_json) as progress:
         bundle = build(request, out, progress)

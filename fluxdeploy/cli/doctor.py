@@ -236,11 +236,14 @@ def _show(report: dict[str, Any]) -> None:
 
     console.print("\n[bold]Runtimes[/bold]")
     runtimes = _make_table()
+    grouped: dict[tuple[str, bool, str], list[str]] = {}
     for runtime in report["runtimes"]:
-        mark = "[green]yes[/green]" if runtime["ok"] else "[yellow]no [/yellow]"
-        runtimes.add_row(
-            f"{mark} {runtime['name']} on {runtime['target']}", escape(runtime["detail"])
-        )
+        kind = runtime["name"], runtime["ok"], runtime["detail"]
+        grouped.setdefault(kind, []).append(runtime["target"])
+    for (name, ok, detail), targets in grouped.items():
+        mark = "[green]yes[/green]" if ok else "[yellow]no [/yellow]"
+        where = targets[0] if len(targets) == 1 else "GPUs"
+        runtimes.add_row(f"{mark} {name} on {where}", escape(detail))
     runtimes.add_row("ONNX Runtime has", ", ".join(report["onnxruntime_providers"]) or "-")
     auto = report["auto"]
     runtimes.add_row(

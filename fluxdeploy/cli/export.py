@@ -7,8 +7,16 @@ from pathlib import Path
 
 import click
 
-from fluxdeploy.cli.options import AS_JSON, COMPONENT_PRECISION, PRECISION, component_precisions
+from fluxdeploy.cli.options import (
+    AS_JSON,
+    CALIBRATION,
+    COMPONENT_PRECISION,
+    PRECISION,
+    component_precisions,
+)
 from fluxdeploy.errors import UsageError
+from fluxdeploy.precision import check_precision, needs_ranges
+from fluxdeploy.precision import component_precision as precision_of
 from fluxdeploy.progress import Progress
 
 
@@ -16,6 +24,7 @@ from fluxdeploy.progress import Progress
 @click.argument("checkpoint", required=False)
 @PRECISION
 @COMPONENT_PRECISION
+@CALIBRATION
 @click.option(
     "--component",
     "components",
@@ -39,6 +48,7 @@ def command(
     checkpoint: str | None,
     precision: str,
     component_precision: tuple[str, ...],
+    calibration: Path | None,
     components: tuple[str, ...],
     no_split: bool,
     out: Path,
@@ -48,7 +58,8 @@ def command(
 
     Writes NAME.onnx for each component, and beside them weights/: hard links to the checkpoint's
     files where the precision allows it, converted tensors otherwise. `build` does this and more.
-    bf16 stays bf16 here, whether this machine can run it or not.
+    bf16 stays bf16 here, whether this machine can run it or not. Precisions with static scales also
+    write calibration.json.
 
     \b
     Examples:
@@ -56,13 +67,14 @@ def command(
       fluxdeploy export ./FLUX.1-dev --precision fp16 --out flux-onnx
       fluxdeploy export flux1-dev.safetensors --component transformer --no-split
     """
-    from fluxdeploy.source import open_source
+    from fluxdeploy.source import hash_checkpoint, open_source
 
     overrides = component_precisions(component_precision)
     source = open_source(checkpoint)
     from exporters.bind import WeightFolder
     from exporters.export import COMPONENTS, export_component
-    from exporters.export import component_precision as usual
+    from exporters.quantize.calibrate import find_ranges, open_calibration
+    from exporters.quantize.range_file import write_ranges
 
     unknown = [name for name in (*components, *overrides) if name not in COMPONENTS]
     if unknown:
@@ -73,15 +85,25 @@ def command(
         raise UsageError("With --no-split the conditioner is a part of the transformer.")
     chosen = [name for name in components or COMPONENTS if not (no_split and name == "conditioner")]
     folder = WeightFolder(out / "weights")
+    precisions = {name: overrides.get(name) or precision_of(name, precision) for name in chosen}
+    for name, asked in precisions.items():
+        check_precision(name, asked)
     files = {}
     with Progress(quiet=as_json) as progress:
+        ranges = None
+        if any(needs_ranges(asked) for asked in precisions.values()):
+            digest = hash_checkpoint(source, progress).digest
+            measured = open_calibration(source, digest, calibration)
+            ranges = find_ranges(measured, source, digest, None, progress)
+            write_ranges(ranges, out / "calibration.json")
         task = progress.task("Exporting", total=len(chosen))
         for name in chosen:
             exported = export_component(
                 source,
                 name,
-                overrides.get(name, usual(name, precision)),
+                precisions[name],
                 folder,
+                ranges=ranges,
                 split=not no_split,
                 progress=progress,
             )

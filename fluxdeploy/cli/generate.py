@@ -56,6 +56,11 @@ if TYPE_CHECKING:
 @RUNTIME
 @THREADS
 @click.option(
+    "--low-vram",
+    is_flag=True,
+    help="Open each engine only while it is needed: less memory, and more time to load.",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     default="image.png",
@@ -81,6 +86,7 @@ def command(
     max_sequence_length: int | None,
     runtime: str,
     threads: int | None,
+    low_vram: bool,
     out: Path,
     sheet: Path | None,
     as_json: bool,
@@ -114,7 +120,7 @@ def command(
     start = time.monotonic()
     options = EngineOptions(threads=threads)
     with (
-        FluxPipeline.from_bundle(bundle, runtime=runtime, options=options) as pipe,
+        FluxPipeline.from_bundle(bundle, runtime, options, low_vram) as pipe,
         Progress(quiet=as_json) as progress,
     ):
         defaults = pipe.bundle.manifest.defaults

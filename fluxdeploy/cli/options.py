@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
 
 from fluxdeploy.errors import UsageError
+from fluxdeploy.precision import PRECISIONS
 
 __all__ = [
     "AS_JSON",
     "BUNDLE",
+    "CALIBRATION",
     "COMPONENT_PRECISION",
+    "MAX_BATCH",
+    "MAX_SIZE",
+    "MIN_SIZE",
+    "OPT_SIZE",
     "PRECISION",
     "RUNTIME",
     "THREADS",
     "component_precisions",
 ]
 
-_PRECISIONS = ("fp32", "bf16", "fp16")
-
 PRECISION = click.option(
     "--precision",
-    type=click.Choice(_PRECISIONS),
+    type=click.Choice(PRECISIONS),
     default="bf16",
     help="What the transformer computes in; the other components follow.",
+)
+
+CALIBRATION = click.option(
+    "--calibration",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="For static scales: a text file with a prompt a line to measure activations with, or the "
+    "calibration.json of an earlier build of the same checkpoint.  [default: prompts of our own]",
 )
 
 BUNDLE = click.option(
@@ -44,6 +56,44 @@ THREADS = click.option(
     "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the runtime's choice]"
 )
 
+
+def _size(value: str) -> tuple[int, int]:
+    """WIDTHxHEIGHT in pixels, as (height, width)."""
+    found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", value)
+    if found is None:
+        raise click.BadParameter(f"{value!r} is not WIDTHxHEIGHT in pixels, such as 1024x768.")
+    return int(found[2]), int(found[1])
+
+
+MIN_SIZE = click.option(
+    "--min-size",
+    type=_size,
+    metavar="WxH",
+    help="TensorRT: the smallest picture.  [default: a quarter of --opt-size each way]",
+)
+
+OPT_SIZE = click.option(
+    "--opt-size",
+    type=_size,
+    metavar="WxH",
+    help="TensorRT: the picture that engines are tuned for.  [default: the checkpoint's]",
+)
+
+MAX_SIZE = click.option(
+    "--max-size",
+    type=_size,
+    metavar="WxH",
+    help="TensorRT: the largest picture. Any proportions with as many pixels will do.  "
+    "[default: twice --opt-size each way]",
+)
+
+MAX_BATCH = click.option(
+    "--max-batch",
+    type=click.IntRange(min=1, max=64),
+    default=1,
+    help="TensorRT: pictures in one call.",
+)
+
 AS_JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object, and no progress."
 )
@@ -61,10 +111,10 @@ def component_precisions(values: tuple[str, ...]) -> dict[str, str]:
     pairs = {}
     for value in values:
         name, separator, precision = value.partition("=")
-        if not separator or precision not in _PRECISIONS:
+        if not separator or precision not in PRECISIONS:
             raise UsageError(
                 f"--component-precision {value!r} is not NAME=PRECISION with one of "
-                f"{', '.join(_PRECISIONS)}."
+                f"{', '.join(PRECISIONS)}."
             )
         pairs[name] = precision
     return pairs

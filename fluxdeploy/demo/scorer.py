@@ -162,7 +162,7 @@ def _in_place(scene: Scene, seen: Seen, sight: Sight) -> bool:
 
 def _sized(scene: Scene, found: list[Seen], sight: Sight) -> bool:
     """Whether things are nearer to the size that they should have than to the other one."""
-    middle = (SIZES["small"][1] + SIZES["large"][0]) / 2 * min(sight.height, sight.width)
+    middle = (SIZES["small"] + SIZES["large"]) / 2 * min(sight.height, sight.width)
     return all(
         thing.size is None or thing.size == ("small" if seen.radius < middle else "large")
         for thing, seen in zip(scene.things, found, strict=True)

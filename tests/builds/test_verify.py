@@ -7,17 +7,34 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from fluxdeploy.build import BuildRequest
 from fluxdeploy.cli import main
 from fluxdeploy.tensorfile import TensorFileWriter, read_header, read_tensor
+from tests.conftest import SharedFolder, build_bundle
+
+if TYPE_CHECKING:
+    from tests.builds.traces import Traces
 
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["verify", *map(str, arguments)])
+
+
+def record_again(bundle: Path, component: str, file: str) -> None:
+    """Give a changed file the size and hash that it now has."""
+    path, manifest = bundle / file, bundle / "fluxdeploy.json"
+    document = json.loads(manifest.read_text())
+    records = document["components"][component]["files"]
+    (record,) = (record for record in records if record["path"] == file)
+    record["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    record["size"] = path.stat().st_size
+    manifest.write_text(json.dumps(document))
 
 
 @pytest.fixture
@@ -35,7 +52,10 @@ def test_the_default_bundle_passes(demo_bundle: Path) -> None:
         *("clip", "t5", "conditioner", "transformer", "vae_decoder", "vae_encoder")
     }
     assert all(row["deviation"]["max_error"] < 1e-3 for row in report["components"])
-    assert report["picture"]["max_difference"] <= 1.0
+    assert report["pictures"]["max_difference"] <= 1.0
+    assert report["pictures"]["ssim"]["min"] > 0.9999
+    assert report["layers"] is None
+    assert report["emulated"] is False
 
 
 @pytest.mark.parametrize(
@@ -61,16 +81,7 @@ def test_an_engine_past_its_gate_fails(bundle: Path) -> None:
     with TensorFileWriter(path, declared) as writer:
         for array in tensors.values():
             writer.write(array)
-    manifest = bundle / "fluxdeploy.json"
-    document = json.loads(manifest.read_text())
-    (record,) = (
-        record
-        for record in document["components"]["vae_decoder"]["files"]
-        if record["path"] == "golden/vae_decoder.safetensors"
-    )
-    record["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    record["size"] = path.stat().st_size
-    manifest.write_text(json.dumps(document))
+    record_again(bundle, "vae_decoder", "golden/vae_decoder.safetensors")
     result = run("--bundle", bundle, "--json")
     assert result.exit_code == 1
     report = json.loads(result.stdout)
@@ -83,3 +94,63 @@ def test_another_checkpoint_is_refused(demo_bundle: Path, checkpoints: Callable[
     result = run("--bundle", demo_bundle, "--checkpoint", checkpoints(scale=0.5))
     assert result.exit_code == 2
     assert "is not the checkpoint" in result.stderr
+
+
+def test_pictures_without_a_checkpoint_are_refused(bundle: Path) -> None:
+    manifest = bundle / "fluxdeploy.json"
+    document = json.loads(manifest.read_text())
+    document["provenance"]["checkpoint"]["name"] = "somebody's"
+    manifest.write_text(json.dumps(document))
+    result = run("--bundle", bundle, "--pictures", 2)
+    assert result.exit_code == 2
+    assert "takes --checkpoint" in result.stderr
+
+
+@pytest.fixture
+def fp8_bundle(shared_folder: SharedFolder, traces: Traces, tmp_path: Path) -> Path:
+    """A copy of the default checkpoint's FP8 bundle, calibrated over one prompt."""
+
+    def make(folder: Path) -> None:
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("a red circle above a blue square\n")
+        build_bundle(BuildRequest(precision="fp8", calibration=prompts), folder)
+
+    bundle = shared_folder.entry("bundle-demo-fp8", make)
+    return Path(shutil.copytree(bundle, tmp_path / "fp8"))
+
+
+def test_fp8_passes_on_a_cpu_as_an_emulation(fp8_bundle: Path) -> None:
+    result = run("--bundle", fp8_bundle, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["emulated"] is True
+    emulated = {row["name"] for row in report["components"] if row["emulated"]}
+    assert emulated == {"conditioner", "transformer"}
+    layers = report["layers"]
+    assert next(iter(layers["sqnr"])) == "transformer_blocks.0.attn.to_q"
+    assert layers["min_sqnr"] < min(layers["sqnr"].values()) == layers["sqnr"][layers["worst"]]
+    assert report["pictures"]["psnr"]["median"] < 100
+
+
+def test_an_input_scale_that_is_too_small_fails(fp8_bundle: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    path = fp8_bundle / "onnx" / "transformer.onnx"
+    model = onnx.load(path, load_external_data=False)
+    scales = {
+        node.input[1]
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear" and "transformer_blocks.1." in node.name
+    }
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    for name in scales:
+        changed = onnx.numpy_helper.to_array(initializers[name]) / 16
+        initializers[name].CopyFrom(onnx.numpy_helper.from_array(changed, name))
+    path.write_bytes(model.SerializeToString())
+    record_again(fp8_bundle, "transformer", "onnx/transformer.onnx")
+    result = run("--bundle", fp8_bundle, "--json")
+    assert result.exit_code == 1, result.output
+    report = json.loads(result.stdout)
+    assert not report["layers"]["passed"]
+    assert "transformer_blocks.1." in report["layers"]["worst"]
+    failed = [row["name"] for row in report["components"] if not row["passed"]]
+    assert failed == ["transformer"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fluxdeploy.bundle.manifest import (
+    SCHEMA_VERSION,
     ComponentRecord,
     Defaults,
     DimensionRange,
@@ -17,6 +18,7 @@ from fluxdeploy.bundle.manifest import (
     GoldenRecord,
     LatentSpec,
     Manifest,
+    QualityRecord,
     RopeSpec,
     ScheduleSpec,
     TensorSpec,
@@ -48,6 +50,7 @@ def manifest(files: dict[str, bytes]) -> Manifest:
     component = ComponentRecord(
         key="t5 from somewhere",
         precision="bf16",
+        compute="bf16",
         inputs=(TensorSpec("input_ids", "int32", ("B", "S")),),
         outputs=(TensorSpec("text_embeddings", "float32", ("B", "S", 4096)),),
         files=tuple(records.values()),
@@ -63,7 +66,7 @@ def manifest(files: dict[str, bytes]) -> Manifest:
         golden=GoldenRecord("golden/t5.safetensors", 1e-3, 0.9999),
     )
     return Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         family="flux",
         variant="dev",
         guidance_embedding=True,
@@ -73,6 +76,7 @@ def manifest(files: dict[str, bytes]) -> Manifest:
         schedule=ScheduleSpec(3.0, True, "exponential", 0.5, 1.15, 256, 4096, None),
         tokenizers={"tokenizer": TokenizerRecord("tokenizer", 77, (vocabulary,))},
         defaults=Defaults(1024, 1024, 28, 3.5, 512),
+        quality=QualityRecord(20.0, 0.75, 12.5),
         provenance={"checkpoint": "0" * 64, "tools": {"torch": "2.13.0", "onnx": None}, "é": [1.5]},
     )
 

@@ -18,11 +18,13 @@ from pathlib import Path
 from fluxdeploy.bundle import open_bundle, staging
 from fluxdeploy.bundle.files import link_or_copy
 from fluxdeploy.bundle.manifest import (
+    SCHEMA_VERSION,
     ComponentRecord,
     Defaults,
     FileRecord,
     LatentSpec,
     Manifest,
+    QualityRecord,
     RopeSpec,
     ScheduleSpec,
     TokenizerRecord,
@@ -35,7 +37,7 @@ SHARED = "onnx/weights/shared.safetensors"
 
 def describe(components: dict[str, ComponentRecord], files: tuple[FileRecord, ...]) -> Manifest:
     return Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         family="flux",
         variant="tiny",
         guidance_embedding=False,
@@ -45,6 +47,7 @@ def describe(components: dict[str, ComponentRecord], files: tuple[FileRecord, ..
         schedule=ScheduleSpec(3.0, True, "exponential", 0.5, 1.15, 256, 4096, None),
         tokenizers={"tokenizer": TokenizerRecord("tokenizer", 77, files)},
         defaults=Defaults(512, 512, 4, 3.5, 256),
+        quality=QualityRecord(20.0, 0.75, None),
         provenance={},
     )
 
@@ -61,7 +64,7 @@ def build(destination: Path, checkpoint: Path, version: str, pause: float = 0.0)
                 write(stage.root / path, key.encode() * 50, pause)
                 link_or_copy(checkpoint, stage.root / SHARED)
                 files = stage.record(name, key, [path, stage.root / SHARED])
-            components[name] = ComponentRecord(key, "fp32", (), (), files, (), None)
+            components[name] = ComponentRecord(key, "fp32", "fp32", (), (), files, (), None)
         tokenizer = stage.finished("the tokenizer/1", version)
         if tokenizer is None:
             write(stage.root / "tokenizer/vocab.json", version.encode(), pause)

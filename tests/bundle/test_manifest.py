@@ -29,7 +29,7 @@ def test_round_trip_gives_an_equal_manifest(manifest: Manifest) -> None:
     assert from_json(text, "here") == manifest
     assert to_json(from_json(text, "here")) == text
     assert text.endswith("}\n")
-    assert '  "schema_version": 1,\n  "family": "flux",' in text
+    assert f'  "schema_version": {SCHEMA_VERSION},\n  "family": "flux",' in text
     assert '"é"' in text
 
 
@@ -130,6 +130,13 @@ ENGINE = "components.t5.engines[0]"
         ("defaults.height", 1000, "a multiple of 16"),
         ("defaults.num_inference_steps", 0, "must be positive"),
         ("defaults.guidance_scale", -1, "is negative"),
+        ("quality.min_psnr", -1, "between 0 and 150 dB"),
+        ("quality.min_psnr", 1e300, "between 0 and 150 dB"),
+        ("quality.min_psnr", None, "must be a number, not null"),
+        ("quality.min_ssim", 1.5, "between 0 and 1"),
+        ("quality.min_ssim", -0.5, "between 0 and 1"),
+        ("quality.min_sqnr", -1, "between 0 and 150 dB"),
+        ("quality.min_sqnr", "15", "must be a number or null"),
     ],
 )
 def test_refusal_names_the_place_and_what_to_do(
@@ -171,7 +178,9 @@ def test_unknown_schema_version_says_which_one_is_read(
     manifest: Manifest, version: int, advice: str
 ) -> None:
     refusal = _refusal(manifest, "schema_version", version)
-    assert f"has schema version {version}, and this program reads version 1" in refusal
+    assert (
+        f"has schema version {version}, and this program reads version {SCHEMA_VERSION}" in refusal
+    )
     assert advice in refusal
 
 

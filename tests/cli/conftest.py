@@ -17,6 +17,7 @@ from fluxdeploy.bundle.manifest import (
     FileRecord,
     LatentSpec,
     Manifest,
+    QualityRecord,
     RopeSpec,
     ScheduleSpec,
     TensorSpec,
@@ -46,6 +47,7 @@ def bundle(tmp_path: Path) -> Path:
         components={
             "vae_decoder": ComponentRecord(
                 precision="bf16",
+                compute="bf16",
                 inputs=(TensorSpec("latents", "float32", tensors),),
                 outputs=(TensorSpec("images", "float32", tensors),),
                 files=(decoder,),
@@ -71,6 +73,7 @@ def bundle(tmp_path: Path) -> Path:
         schedule=ScheduleSpec(3.0, True, "exponential", 0.5, 1.15, 256, 4096, None),
         tokenizers={"clip": TokenizerRecord("tokenizer", 77, (tokenizer,))},
         defaults=Defaults(64, 128, 4, 3.5, 256),
+        quality=QualityRecord(20.0, 0.75, None),
         provenance={"checkpoint": "a [bold]checkpoint[/bold] :smile:", "tools": {"torch": "2.13"}},
     )
     (root / MANIFEST_NAME).write_text(to_json(manifest), encoding="utf-8")

@@ -128,15 +128,16 @@ def test_the_conditioner_takes_the_share_that_the_readme_says() -> None:
 
 
 def test_the_memory_that_a_session_takes_is_what_the_build_plans_with() -> None:
-    from fluxdeploy import build
+    from fluxdeploy.plan import CPU_SESSION
 
     (said,) = re.findall(r"about ([\d.]+) times its float32 weights", README.read_text())
-    assert float(said) == build._WEIGHTS_OVERHEAD
+    assert float(said) == CPU_SESSION
 
 
 def test_the_precisions_are_those_that_a_build_chooses() -> None:
     pytest.importorskip("torch")
-    from exporters.export import COMPONENTS, component_precision
+    from exporters.export import COMPONENTS
+    from fluxdeploy.precision import component_precision
     from tests.docs.pages import section, tables
 
     table = tables(section(README, "## What runs where"))[1]

@@ -50,7 +50,16 @@ def arrays(batch: int = 2, tokens: int = 3, seed: int = 0) -> dict[str, Any]:
 
 def record(*engines: EngineRecord) -> ComponentRecord:
     file = FileRecord("tiny.onnx", 0, "0" * 64)
-    return ComponentRecord("0" * 64, "fp32", INPUTS, OUTPUTS, (file,), engines, None)
+    return ComponentRecord(
+        key="0" * 64,
+        precision="fp32",
+        compute="fp32",
+        inputs=INPUTS,
+        outputs=OUTPUTS,
+        files=(file,),
+        engines=engines,
+        golden=None,
+    )
 
 
 def engine_record(runtime: str = "onnxruntime", target: str = "cpu") -> EngineRecord:

@@ -49,7 +49,7 @@ def bound(
     save_file({"layer.weight": stored}, source / name)
     model = graph_of_one_weight(TYPES[precision], tuple(stored.shape))
     weights = read_tensors([source / name])
-    bind(model, 1, weights, WeightFolder(root / "weights"), f"part.{precision}.safetensors")
+    bind(model, 1, weights, WeightFolder(root / "weights"), f"part.{precision}")
     tensor = model.graph.initializers["layer.weight"].const_value
     assert isinstance(tensor, ir.ExternalTensor)
     return model, tensor
@@ -129,7 +129,7 @@ def test_scaled_weights_are_never_linked(tmp_path: Path) -> None:
     )
     model = graph_of_one_weight(ir.DataType.FLOAT, (4,))
     weights = read_tensors([tmp_path / "model.safetensors"])
-    bind(model, 1, weights, WeightFolder(tmp_path / "weights"), "part.fp32.safetensors")
+    bind(model, 1, weights, WeightFolder(tmp_path / "weights"), "part.fp32")
     tensor = model.graph.initializers["layer.weight"].const_value
     assert tensor is not None
     assert (tensor.numpy() == 0.25).all()

@@ -17,6 +17,7 @@ from fluxdeploy.bundle.manifest import (
     DimensionRange,
     LatentSpec,
     Manifest,
+    QualityRecord,
     RopeSpec,
     ScheduleSpec,
     TokenizerRecord,
@@ -77,6 +78,7 @@ def manifest(latent_spec: LatentSpec, rope_spec: RopeSpec, schedule_spec: Schedu
             guidance_scale=3.5,
             max_sequence_length=512,
         ),
+        quality=QualityRecord(min_psnr=20.0, min_ssim=0.75, min_sqnr=None),
         provenance={},
     )
 

@@ -5,17 +5,25 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from engines.base import Array
-from fluxdeploy.bundle.manifest import DimensionRange, Manifest, TokenizerRecord
+from fluxdeploy.bundle.manifest import (
+    ComponentRecord,
+    DimensionRange,
+    EngineRecord,
+    Manifest,
+    TokenizerRecord,
+)
 from fluxdeploy.errors import Cancelled, NumericError, UsageError
 from fluxdeploy.latents import pack
 from fluxdeploy.noise import standard_normal
 from fluxdeploy.pipeline import FluxPipeline
+from tests.host.conftest import COMPONENTS, MemoryEngine
 
 Engines = dict[str, Any]
 
@@ -361,3 +369,52 @@ def test_closing_frees_every_engine(pipe: FluxPipeline, engines: Engines) -> Non
         picture(pipe)
     assert all(engine.closed for engine in engines.values())
     pipe.close()
+
+
+def frugal(pipe: FluxPipeline, manifest: Manifest) -> tuple[FluxPipeline, list[str]]:
+    """The pipeline with low_vram, on engines of its own; and what is opened and closed."""
+    events: list[str] = []
+
+    def open_component(name: str) -> MemoryEngine:
+        engine = MemoryEngine(name, COMPONENTS[name])
+        close = engine.close
+
+        def closing() -> None:
+            events.append(f"-{name}")
+            close()
+
+        engine.close = closing  # type: ignore[method-assign]
+        events.append(f"+{name}")
+        return engine
+
+    sizes = {"S": DimensionRange(1, 16, 64)}
+    records = {
+        name: ComponentRecord(
+            "", "fp32", "fp32", (), (), (), (EngineRecord("memory", "1", "cpu", "", sizes),), None
+        )
+        for name in COMPONENTS
+    }
+    bundle = SimpleNamespace(
+        manifest=dataclasses.replace(manifest, components=records), root=None, content_hash=""
+    )
+    return FluxPipeline(bundle, pipe._tokenizers, open_component, low_vram=True), events  # type: ignore[arg-type]
+
+
+def test_low_vram_opens_engines_one_after_the_other(pipe: FluxPipeline, manifest: Manifest) -> None:
+    sparing, events = frugal(pipe, manifest)
+    options = {"negative_prompt": "a hen", "true_cfg_scale": 2.0}
+    expected = picture(pipe, **options)
+    np.testing.assert_array_equal(picture(sparing, **options), expected)
+    assert events == [
+        *("+clip", "+t5", "+conditioner", "-clip", "-t5", "-conditioner"),
+        *("+transformer", "-transformer", "+vae_decoder", "-vae_decoder"),
+    ]
+
+
+def test_low_vram_refuses_sizes_before_it_opens_anything(
+    pipe: FluxPipeline, manifest: Manifest
+) -> None:
+    sparing, events = frugal(pipe, manifest)
+    with pytest.raises(UsageError, match=r"takes 1 to 64 text tokens"):
+        picture(sparing, max_sequence_length=65)
+    assert events == []

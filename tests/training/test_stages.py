@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from exporters.checkpoint import open_checkpoint
 from exporters.small_tokenizers import TokenizerSizes, write_tokenizers
 from exporters.training import few_steps, flow, guidance, vae
 from exporters.training.checkpoint import write_checkpoint
-from exporters.training.data import draw_batch, labels, to_tensor
+from exporters.training.data import draw_batch, draw_windows, labels, to_tensor
+from exporters.training.data import pack as pack_latents
 from exporters.training.loop import Draw
 from exporters.training.networks import TEXT_LENGTH, TextEncoders, make_transformer, velocity
 from fluxdeploy.bundle.manifest import LatentSpec
@@ -125,20 +127,68 @@ def test_a_step_of_the_vae_teaches_encoder_and_decoder() -> None:
     torch.manual_seed(0)
     stage = vae.VaeStage(vae.make_vae(), batch=2, device=CPU)
     terms = stage.loss(step())
-    assert set(terms) == {"difference", "square", "divergence"}
+    assert set(terms) == {"difference", "square", "divergence", "reading"}
     learnt = learns(stage.networks, terms)
     names = {name for name, _ in stage.networks.named_parameters()}
     # A softmax does not see the bias of its keys.
     assert all("to_k.bias" in name for name in names - learnt)
 
 
-def test_a_step_of_the_decoder_leaves_the_encoder_alone() -> None:
-    torch.manual_seed(0)
-    coder = vae.make_vae()
-    stage = vae.DecoderStage(coder, batch=2, device=CPU)
-    learnt = learns(stage.networks, stage.loss(step()))
-    assert any("conv_out" in name for name in learnt)
-    assert all(parameter.grad is None for parameter in coder.encoder.parameters())
+def test_the_decoder_of_the_vae_sees_noise_as_strong_as_the_latents_ask_for() -> None:
+    """Twice the latents get twice the noise, so that strength alone does not drown it."""
+    strengths = []
+    for factor in (1.0, 2.0):
+        coder = Coder(factor)
+        stage = vae.VaeStage(coder, batch=4, device=CPU)  # type: ignore[arg-type]
+        stage.loss(step())
+        strengths.append((coder.decoded - coder.mean).std())
+    torch.testing.assert_close(strengths[1], 2 * strengths[0], rtol=0.01, atol=0)
+    assert 0.15 < strengths[0] < 0.45
+
+
+class Coder(nn.Module):
+    """Stands for an autoencoder: latents of a known strength, and almost no spread of its own."""
+
+    config = SimpleNamespace(latent_channels=16)
+
+    def __init__(self, strength: float) -> None:
+        super().__init__()
+        self.strength = strength
+
+    def encode(self, images: Tensor) -> Any:
+        b, _, height, width = images.shape
+        generator = torch.Generator().manual_seed(0)
+        self.mean = self.strength * torch.randn(b, 16, height // 8, width // 8, generator=generator)
+        logvar = torch.full_like(self.mean, -30)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=self.mean, logvar=logvar))
+
+    def decode(self, latents: Tensor) -> Any:
+        self.decoded = latents
+        return SimpleNamespace(
+            sample=torch.zeros(len(latents), 3, *(8 * s for s in latents.shape[2:]))
+        )
+
+
+def test_windows_have_the_labels_of_their_place() -> None:
+    rng = np.random.default_rng(2)
+    windows, marks = draw_windows(rng, 8)
+    assert windows.shape == (16, 64, 64, 3)
+    assert marks.shape == (16, 16, 6)
+    colours = np.array(list(COLOURS.values()))
+    covered, flat = 0, list[bool]()
+    for window, found in zip(windows, marks, strict=True):
+        quarters = window.reshape(4, 2, 8, 4, 2, 8, 3).transpose(0, 3, 1, 4, 2, 5, 6)
+        quarters = quarters.reshape(16, 4, 64, 3)
+        for token, (_, colour, *shares) in zip(quarters, found, strict=True):
+            for quarter, share in zip(token, shares, strict=True):
+                if share == 255:
+                    assert (quarter == colours[int(colour) - 1]).all()
+                    covered += 1
+        empty = quarters[found[:, 0] == 0].reshape(-1, 256, 3)
+        flat += [bool((token == token[0]).all()) for token in empty]
+    assert covered > 20
+    # A thing may cover a fiftieth of a token that has no label.
+    assert np.mean(flat) > 0.75
 
 
 def test_a_step_of_the_flow_teaches_the_transformer_and_both_text_encoders(
@@ -172,13 +222,14 @@ def test_the_reader_is_asked_what_lies_where(text: TextEncoders, data: flow.Late
     """A reader whose biases give the true answers for a picture of one kind has no loss."""
     empty = flow.LatentSet(data.latents, {SIZE: torch.zeros_like(data.labels[SIZE])}, data.scenes)
     stage = flow.FlowStage(Answer(0.0), text, empty, batch=2, device=CPU)
-    nn.init.zeros_(stage.reader.weight)
+    linear = stage.reader.linear
+    nn.init.zeros_(linear.weight)
     with torch.no_grad():
-        stage.reader.bias.fill_(-20)
-        stage.reader.bias[[0, 1 + len(SHAPES)]] = 20
+        linear.bias.fill_(-20)
+        linear.bias[[0, 1 + len(SHAPES)]] = 20
     assert stage.loss(step())["reading"] < 1e-6
     with torch.no_grad():
-        stage.reader.bias[1] = 60
+        linear.bias[1] = 60
     assert stage.loss(step())["reading"] > 1
 
 
@@ -294,7 +345,7 @@ def test_training_never_draws_what_is_held_out() -> None:
 
 def test_packing_is_the_hosts() -> None:
     latents = np.random.default_rng(0).standard_normal((2, 16, 12, 8), dtype=np.float32)
-    packed = flow.pack(torch.from_numpy(latents)).numpy()
+    packed = pack_latents(torch.from_numpy(latents)).numpy()
     spec = LatentSpec(16, 2, 8, scaling_factor=1.0, shift_factor=0.0)
     np.testing.assert_array_equal(packed, pack(latents, spec))
 

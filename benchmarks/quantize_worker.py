@@ -1,0 +1,78 @@
+"""Quantizes the MM-DiT of a checkpoint; `quantize_scale.py` measures this process, and kills it.
+
+    python quantize_worker.py CHECKPOINT OUTPUT PRECISION
+
+Works as a build does, with finished weight files remembered in a staging folder. Prints a JSON
+object a line: one for each weight file, with whether an earlier run had made it, then the totals.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+from export_worker import peak_bytes
+
+from exporters.bind import WeightFolder
+from exporters.checkpoint import open_checkpoint
+from exporters.export import component_source, export_component
+from exporters.quantize.ranges import Ranges, attentions, linears
+from exporters.quantize.trajectory import default_calibration
+from fluxdeploy.bundle.staging import Staging
+from fluxdeploy.pieces import WeightPieces
+from fluxdeploy.precision import component_precision
+
+
+class Telling(WeightPieces):
+    """Pieces that are told of as they come."""
+
+    def finished(self, file: str) -> bool:
+        found = super().finished(file)
+        if found:
+            _tell(file=file, resumed=True)
+        return found
+
+    def record(self, file: str) -> None:
+        super().record(file)
+        _tell(file=file, resumed=False)
+
+
+def _tell(**values: object) -> None:
+    print(json.dumps(values), flush=True)
+
+
+def main(source: str, output: str, precision: str) -> None:
+    """Quantize the conditioner and the transformer of `source` into the staging folder."""
+    checkpoint = open_checkpoint(source)
+    chain, _ = component_source(checkpoint, "transformer", "fp32")
+    # A sparse checkpoint's activations are all the same: 1 stands for each of them.
+    ranges = Ranges(
+        "",
+        default_calibration(checkpoint),
+        dict.fromkeys(linears(chain), 1.0),
+        *(dict.fromkeys(attentions(chain), 1.0) for _ in range(3)),
+    )
+    with Staging(output) as staging:
+        weights = WeightFolder(staging.root / "onnx" / "weights")
+        for name in ("conditioner", "transformer"):
+            started = time.perf_counter()
+            exported = export_component(
+                checkpoint,
+                name,
+                component_precision(name, precision),
+                weights,
+                ranges=ranges,
+                ledger=Telling(staging, f"{source} {precision} {name}"),
+            )
+            _tell(
+                component=name,
+                seconds=time.perf_counter() - started,
+                weight_bytes=exported.weight_bytes,
+                quantized=exported.quantized,
+            )
+    _tell(peak=peak_bytes())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,20 @@
+"""What a build will take, and what it cannot do: worked out from headers, before any long work.
+
+Nothing is written, and no weight is read.
+"""
+
+from fluxdeploy.plan.activations import Workload
+from fluxdeploy.plan.figures import ComponentPlan, DiskPlan, Phase, Plan, RunMemory
+from fluxdeploy.plan.planner import CPU_SESSION, choose_runtime, make_plan
+
+__all__ = [
+    "CPU_SESSION",
+    "ComponentPlan",
+    "DiskPlan",
+    "Phase",
+    "Plan",
+    "RunMemory",
+    "Workload",
+    "choose_runtime",
+    "make_plan",
+]

@@ -1,0 +1,435 @@
+"""Working a plan out: from a checkpoint's headers, what a build of it takes and cannot do."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engines import AUTO, Runtime, choose_target, runtimes
+from fluxdeploy.bundle.manifest import (
+    MANIFEST_NAME,
+    DimensionRange,
+    LatentSpec,
+    Manifest,
+    from_json,
+)
+from fluxdeploy.errors import BundleError, UsageError
+from fluxdeploy.machine import available_memory
+from fluxdeploy.plan.activations import Workload, activation_bytes
+from fluxdeploy.plan.figures import ComponentPlan, DiskPlan, Phase, Plan, RunMemory
+from fluxdeploy.plan.footprint import (
+    WIDTHS,
+    Footprint,
+    can_link,
+    count_elements,
+    existing_folder,
+    staged_bytes,
+    weigh,
+)
+from fluxdeploy.precision import check_precision, component_precision, needs_ranges
+from fluxdeploy.profiles import SizeRange, overall, resolution_buckets
+from fluxdeploy.source import check_family
+from fluxdeploy.text import TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from exporters.checkpoint import Checkpoint
+
+__all__ = ["CPU_SESSION", "choose_runtime", "make_plan"]
+
+CPU_SESSION = 2.5
+"""Memory of a CPU session while it opens, as a multiple of its float32 weights: constants are
+folded and packed while the originals are still there. A safe estimate."""
+
+_PROCESS = 800_000_000
+"""Bytes of a build's process itself: PyTorch, and the traced graph of a full-size transformer."""
+
+_QUANTIZING = 8
+"""Bytes for each element of the tensor that is quantized: as it is stored, in float32, and twice
+in 8 bits, as it is and transposed."""
+
+_ENGINE_BUILD = 3
+"""Memory of TensorRT's builder as a multiple of the weights it is given, as measured."""
+_ENGINE_OVERHEAD = 300_000_000
+"""Bytes of the builder without any weights."""
+_ENGINE_FILE = 12_000_000
+"""Bytes of an engine besides its weights, at most: kernels, tactics, names."""
+
+_GRAPH, _STAGE = 100_000, 35_000
+"""Bytes of an ONNX file, and of each of its stages."""
+
+_GROUPS = (("clip", "t5", "conditioner"), ("transformer",), ("vae_decoder",))
+"""What `--low-vram` has open at a time. The VAE's encoder is not run."""
+
+# What `exporters.golden` makes: a 64x96 picture, two prompts of 16 tokens, two steps.
+_GOLDEN = {"B": 2, "S": 16, "N": 2, "L": 24, "T": 40, "h": 8, "w": 12, "H": 64, "W": 96}
+
+
+def choose_runtime(
+    name: str = AUTO, targets: tuple[str, ...] = ()
+) -> tuple[Runtime, tuple[str, ...]]:
+    """The runtime to plan for, which need not be installed here; without targets, the best here.
+
+    Raises `UsageError` where no runtime has the targets, and `EngineError` where none was named
+    and nothing runs here.
+    """
+    if not targets:
+        runtime, target = choose_target(name)
+        return runtime, (target,)
+    unique = tuple(dict.fromkeys(targets))
+    known = [runtime for runtime in runtimes(name) if set(unique) <= set(runtime.targets)]
+    if not known:
+        allowed = "; ".join(f"{r.name} has {', '.join(r.targets)}" for r in runtimes(name))
+        raise UsageError(
+            f"No runtime of --runtime {name} has the targets {', '.join(unique)}: {allowed}."
+        )
+    for runtime in known:
+        if all(runtime.can_build(target).ok for target in unique):
+            return runtime, unique
+    return known[0], unique
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    destination: Path,
+    runtime: Runtime,
+    targets: tuple[str, ...],
+    precision: str = "bf16",
+    component_precisions: Mapping[str, str] | None = None,
+    sizes: SizeRange | None = None,
+) -> Plan:
+    """Plan the build of `checkpoint` at `destination`, for `targets` of `runtime`.
+
+    What cannot be is in the plan's `problems`; `require_possible` raises it. Raises `UsageError`
+    for names, precisions and sizes that do not exist, and `CheckpointError` for a checkpoint that
+    is incomplete.
+    """
+    return _Planner(
+        checkpoint, destination, runtime, targets, precision, component_precisions or {}, sizes
+    ).plan()
+
+
+class _Planner:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        destination: Path,
+        runtime: Runtime,
+        targets: tuple[str, ...],
+        precision: str,
+        overrides: Mapping[str, str],
+        sizes: SizeRange | None,
+    ) -> None:
+        from exporters.export import COMPONENTS
+
+        check_family(checkpoint)
+        for name in overrides:
+            if name not in COMPONENTS:
+                raise UsageError(
+                    f"--component-precision names {name!r}; the components are "
+                    f"{', '.join(COMPONENTS)}."
+                )
+        self.checkpoint = checkpoint
+        self.destination = destination
+        self.runtime = runtime
+        self.targets = targets
+        self.precisions = {}
+        for name in COMPONENTS:
+            asked = overrides.get(name, component_precision(name, precision))
+            check_precision(name, asked)
+            self.precisions[name] = runtime.precision(targets[0], asked)
+        self.compute = {
+            name: runtime.compute(targets[0], used) for name, used in self.precisions.items()
+        }
+        self.on_cpu = targets[0] == "cpu"
+        self.ranges = self._ranges(sizes or SizeRange())
+        self.usual, self.largest = self._workloads()
+
+    def plan(self) -> Plan:
+        parts = {
+            name: weigh(self.checkpoint, name, precision, self.compute[name])
+            for name, precision in self.precisions.items()
+        }
+        components = {name: self._component(name, part) for name, part in parts.items()}
+        disk, reusable = self._disk(parts, components)
+        build = tuple(self._phases(parts))
+        run = self._run(components, largest=False)
+        largest_run = self._run(components, largest=True)
+        free = available_memory()
+        shortages, warnings = _judge(disk, reusable, build, free, self.destination)
+        warnings += self._remarks(run, free)
+        return Plan(
+            runtime=self.runtime.name,
+            targets=self.targets,
+            components=tuple(components.values()),
+            disk=disk,
+            build=build,
+            free_memory=free,
+            usual=self.usual,
+            largest=self.largest,
+            run=run,
+            largest_run=largest_run,
+            impossible=tuple(self._impossible()),
+            shortages=tuple(shortages),
+            warnings=tuple(warnings),
+        )
+
+    def _ranges(self, sizes: SizeRange) -> Mapping[str, DimensionRange]:
+        """The sizes that the engines are to take, by symbol."""
+        vae = self.checkpoint.vae
+        latents = LatentSpec(
+            channels=vae.latent_channels,
+            patch_size=2,
+            spatial_factor=vae.spatial_factor,
+            scaling_factor=vae.scaling_factor,
+            shift_factor=vae.shift_factor,
+        )
+        symbols = set(_GOLDEN)
+        return overall(resolution_buckets(symbols, sizes, self.checkpoint.defaults, latents))
+
+    def _workloads(self) -> tuple[Workload, Workload]:
+        """The usual one is one picture of the checkpoint's own size."""
+        defaults, pixels = self.checkpoint.defaults, 2 * self.checkpoint.vae.spatial_factor
+        image = (defaults.height // pixels) * (defaults.width // pixels)
+        recorded = self.checkpoint.settings.get("max_sequence_length", 512)
+        text, steps = defaults.max_sequence_length, defaults.num_inference_steps
+        most = max(text, min(recorded, self.ranges["S"].max))
+        return (
+            Workload(1, text, image, steps),
+            Workload(self.ranges["B"].max, most, self.ranges["L"].max, steps),
+        )
+
+    def _resident(self, name: str, part: Footprint) -> int:
+        """Bytes of a component's weights where it runs.
+
+        ONNX Runtime has integer products of its own, and widens all other quantized weights.
+        """
+        if self.runtime.builds or self.precisions[name] == "int8-dynamic":
+            return part.graph
+        return part.graph + WIDTHS[self.compute[name]] * part.quantized
+
+    def _component(self, name: str, part: Footprint) -> ComponentPlan:
+        return ComponentPlan(
+            name=name,
+            precision=self.precisions[name],
+            compute=self.compute[name],
+            parameters=part.parameters,
+            linked=part.linked,
+            written=part.written,
+            engine=part.graph + _ENGINE_FILE if self.runtime.builds else 0,
+            resident=self._resident(name, part),
+            activations=self._activations(name, self.usual),
+            largest_activations=self._activations(name, self.largest),
+        )
+
+    def _activations(self, name: str, workload: Workload) -> int:
+        return activation_bytes(
+            self.checkpoint, name, workload, self.runtime.builds, WIDTHS[self.compute[name]]
+        )
+
+    def _disk(
+        self, parts: Mapping[str, Footprint], components: Mapping[str, ComponentPlan]
+    ) -> tuple[DiskPlan, int]:
+        """The disk, and how many bytes of an earlier bundle the build will probably reuse."""
+        folder = existing_folder(self.destination)
+        files = {file for part in parts.values() for file in part.sources}
+        copied = sum(file.stat().st_size for file in files if not can_link(file, folder))
+        tokenizers = sum(
+            (self.checkpoint.tokenizer(name) / file).stat().st_size
+            for name in ("clip", "t5")
+            for file in TOKENIZER_FILES
+            if (self.checkpoint.tokenizer(name) / file).is_file()
+        )
+        graphs = sum(_GRAPH + _STAGE * len(part.chain.stages) for part in parts.values())
+        disk = DiskPlan(
+            written=sum(component.written for component in components.values()),
+            copied=copied,
+            engines=sum(component.engine for component in components.values()),
+            other=tokenizers + graphs + sum(map(self._golden_bytes, parts.values())),
+            free=shutil.disk_usage(folder).free + staged_bytes(self.destination),
+        )
+        earlier = _earlier_manifest(self.destination)
+        reusable = sum(
+            component.written + component.engine
+            for component in components.values()
+            if earlier is not None and self._is_like(component, earlier)
+        )
+        return disk, reusable
+
+    def _is_like(self, component: ComponentPlan, earlier: Manifest) -> bool:
+        """Whether an earlier bundle has the component as it is to be built now."""
+        record = earlier.components.get(component.name)
+        return record is not None and (
+            record.precision == component.precision
+            and record.compute == component.compute
+            and {(engine.runtime, engine.target) for engine in record.engines}
+            == {(self.runtime.name, target) for target in self.targets}
+        )
+
+    def _golden_bytes(self, part: Footprint) -> int:
+        """The golden tensors' bytes; all are of 4 bytes an element."""
+        least = {symbol: span.min for symbol, span in self.ranges.items()}
+        if not self.runtime.builds:
+            least = {}
+        sizes = {symbol: max(size, least.get(symbol, 1)) for symbol, size in _GOLDEN.items()}
+        return sum(
+            4 * count_elements(sizes[d] if isinstance(d, str) else d for d in spec.shape)
+            for spec in part.chain.inputs + part.chain.outputs
+        )
+
+    def _phases(self, parts: Mapping[str, Footprint]) -> Iterator[Phase]:
+        """The phases of the build, each for the component that takes most."""
+        yield Phase("export", "transformer", _PROCESS)
+        quantized = {
+            name: part.largest_packed for name, part in parts.items() if part.largest_packed
+        }
+        if quantized:
+            name = max(quantized, key=quantized.__getitem__)
+            yield Phase("quantization", name, _PROCESS + _QUANTIZING * quantized[name])
+        name, part = max(parts.items(), key=lambda item: item[1].largest_stage)
+        stage = _PROCESS + part.largest_stage
+        if any(needs_ranges(precision) for precision in self.precisions.values()):
+            yield Phase("calibration", "transformer", stage + self._calibration())
+        yield Phase("PyTorch reference", name, stage)
+        name, part = max(parts.items(), key=lambda item: item[1].graph)
+        if self.runtime.builds:
+            needed = _PROCESS + _ENGINE_OVERHEAD + _ENGINE_BUILD * part.graph
+            yield Phase("engine", name, needed)
+        if self.on_cpu and self.runtime.availability(self.targets[0]).ok:
+            name, part = max(parts.items(), key=lambda item: item[1].parameters)
+            yield Phase("check", name, int(CPU_SESSION * 4 * part.parameters))
+
+    def _calibration(self) -> int:
+        """What the measuring of ranges holds besides a stage: what that computes, and of every
+        sample the streams between stages and the modulation of all steps.
+        """
+        from exporters.quantize.trajectory import default_calibration
+
+        calibration, config = default_calibration(self.checkpoint), self.checkpoint.transformer
+        pixels = 2 * self.checkpoint.vae.spatial_factor
+        image = max((h // pixels) * (w // pixels) for h, w in calibration.sizes)
+        workload = Workload(1, self.usual.text, image, calibration.steps)
+        running = activation_bytes(self.checkpoint, "transformer", workload, False, 4)
+        rows = 2 * (workload.text + image) + calibration.steps * config.modulation_rows
+        samples = len(calibration.prompts) * len(calibration.sizes)
+        return running + samples * 4 * rows * config.width
+
+    def _run(self, components: Mapping[str, ComponentPlan], largest: bool) -> RunMemory:
+        def activations(name: str) -> int:
+            component = components[name]
+            return component.largest_activations if largest else component.activations
+
+        def together(names: tuple[str, ...]) -> int:
+            # TensorRT's engines take turns with one block; ONNX Runtime's sessions keep their own.
+            scratch = [activations(name) for name in names]
+            weights = sum(components[name].resident for name in names)
+            return weights + (max(scratch) if self.runtime.builds else sum(scratch))
+
+        return RunMemory(
+            all_open=together(tuple(itertools.chain(*_GROUPS))),
+            low_vram=max(together(group) for group in _GROUPS),
+        )
+
+    def _impossible(self) -> Iterator[str]:
+        """What a target has not, each once, with the components that would need it."""
+        names: dict[str, list[str]] = {}
+        for name, precision in self.precisions.items():
+            for target in self.targets:
+                # What an engine computes in is one for all its targets, the first one's.
+                for needed in (precision, self.compute[name]):
+                    problem = self.runtime.precision_problem(target, needed)
+                    if problem is not None:
+                        names.setdefault(problem, []).append(name)
+                        break
+        for problem, who in names.items():
+            yield f"{', '.join(who)}: {problem}"
+        if len(self.targets) > 1 and not self.runtime.builds:
+            yield f"{self.runtime.name} takes one target, not {', '.join(self.targets)}"
+
+    def _remarks(self, usual: RunMemory, free: int | None) -> list[str]:
+        remarks: list[str] = []
+        told: dict[str, list[str]] = {}
+        for target in self.targets:
+            building, running = self.runtime.can_build(target), self.runtime.availability(target)
+            if not building.ok:
+                told.setdefault(f"cannot be built here: {building.detail}", []).append(target)
+            elif not running.ok:
+                told.setdefault(f"will not be checked here: {running.detail}", []).append(target)
+        for why, targets in told.items():
+            remarks.append(f"{self.runtime.name} engines for {', '.join(targets)} {why}")
+        emulated = [name for name, used in self.precisions.items() if used.startswith("fp8")]
+        if self.on_cpu and emulated:
+            remarks.append(
+                f"{', '.join(emulated)}: a CPU has no FP8; it is emulated, with the same numbers "
+                "and neither faster nor smaller in memory"
+            )
+        if self.on_cpu and free is not None and usual.all_open > free:
+            advice = (
+                "run it with --low-vram"
+                if usual.low_vram <= free
+                else "even --low-vram is too much"
+            )
+            remarks.append(
+                f"a picture of the usual size takes {_gib(usual.all_open)} of memory, "
+                f"{_gib(usual.low_vram)} with --low-vram, and {_gib(free)} are free: {advice}"
+            )
+        return remarks
+
+
+def _judge(
+    disk: DiskPlan, reusable: int, build: tuple[Phase, ...], free: int | None, destination: Path
+) -> tuple[list[str], list[str]]:
+    """What is too small for the build, and what may be."""
+    shortages, warnings = [], []
+    if disk.needed > disk.free:
+        lack = (
+            f"the build writes {_gib(disk.needed)} to the disk of {destination}, and "
+            f"{_gib(disk.free)} are free"
+        )
+        if disk.needed - reusable > disk.free:
+            shortages.append(f"{lack}: free some space, or choose another --out")
+        else:
+            warnings.append(f"{lack}: it fits only where the earlier bundle there is reused")
+    total = _total_memory()
+    for phase in build:
+        if free is None or phase.bytes <= free:
+            continue
+        needs = (
+            f"{_gib(phase.bytes)} of memory for {phase.component} ({phase.name}), and "
+            f"{_gib(free)} are free"
+        )
+        if phase.name == "check":
+            warnings.append(
+                f"not every engine will be checked: that needs {needs}; run `fluxdeploy verify` "
+                "where it fits"
+            )
+        elif total is not None and phase.bytes > total:
+            shortages.append(f"the build needs {needs}: build on a machine with more memory")
+        else:
+            warnings.append(f"the build needs {needs}: close other programs first")
+    return shortages, warnings
+
+
+def _earlier_manifest(destination: Path) -> Manifest | None:
+    path = destination / MANIFEST_NAME
+    try:
+        return from_json(path.read_text("utf-8"), str(path))
+    except (OSError, ValueError, BundleError):
+        return None
+
+
+def _total_memory() -> int | None:
+    """Bytes of memory and swap together; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    sizes = [fields.get(name, "").split() for name in ("MemTotal", "SwapTotal")]
+    return sum(int(size[0]) * 1024 for size in sizes if size) or None
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.0f} MiB"

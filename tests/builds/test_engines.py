@@ -1,0 +1,211 @@
+"""Bundles with TensorRT-RTX engines, really built, for GPUs that are not here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+from dataclasses import replace
+
+from transformers import CLIPTextConfig, T5Config
+
+from engines.fusion import FusionReport
+from exporters.checkpoint.config import VaeConfig
+from exporters.sparse_checkpoint import FLUX_DEV, Sizes, write_sparse_checkpoint
+from fluxdeploy.build import BuildRequest, build
+from fluxdeploy.bundle import open_bundle
+from fluxdeploy.errors import EngineError, UsageError
+from fluxdeploy.pipeline import FluxPipeline
+from fluxdeploy.profiles import SizeRange
+from fluxdeploy.progress import Progress
+from fluxdeploy.tensorfile import read_header
+from tests.conftest import SharedFolder
+
+QUIET = Progress(quiet=True)
+BLOCKS, DOUBLE = 7, 2
+LINEARS = 12 * DOUBLE + 5 * (BLOCKS - DOUBLE)
+
+
+def report(bundle: Path, target: str, component: str) -> FusionReport:
+    path = bundle / "engines" / "tensorrt-rtx" / target / f"{component}.kernels.json"
+    return FusionReport.from_json(path.read_text())
+
+
+@pytest.fixture(scope="session")
+def built(shared_folder: SharedFolder) -> Callable[[str], Path]:
+    """`built(precision)`: the default model with engines for an Ada and a Blackwell GPU."""
+
+    def make(precision: str) -> Path:
+        request = BuildRequest(
+            precision=precision,
+            runtime="tensorrt-rtx",
+            targets=("sm89", "sm120"),
+            sizes=SizeRange((256, 256), (512, 512), (2048, 2048)),
+        )
+        return shared_folder.entry(f"rtx-{precision}", lambda folder: build(request, folder, QUIET))
+
+    return make
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp16", "bf16"])
+def test_every_component_has_engines_of_the_precision_asked_for(
+    built: Callable[[str], Path], precision: str
+) -> None:
+    root = built(precision)
+    bundle = open_bundle(root, check="all")
+    for name, record in bundle.manifest.components.items():
+        assert [engine.target for engine in record.engines] == ["sm89", "sm120"], name
+        assert len({engine.path for engine in record.engines}) == 2
+    assert bundle.manifest.components["transformer"].precision == precision
+    sizes = bundle.manifest.components["transformer"].engines[0].dimensions
+    assert (sizes["L"].min, sizes["L"].max) == (256, 16384)
+    for target in ("sm89", "sm120"):
+        found = report(root, target, "transformer")
+        assert found.fused_attentions == {precision: BLOCKS}
+        assert found.materialized == ()
+        others = {"fp8": LINEARS, "bf16": 2} if precision == "fp8" else {precision: LINEARS + 2}
+        assert found.gemms == others
+
+
+def test_fp8_weights_of_the_conditioner_stay_in_8_bits(built: Callable[[str], Path]) -> None:
+    found = report(built("fp8"), "sm89", "conditioner")
+    assert found.gemms["fp8-weights"] == 2 * DOUBLE + (BLOCKS - DOUBLE)
+
+
+def test_engines_are_refused_in_words_where_there_is_no_gpu(built: Callable[[str], Path]) -> None:
+    with (
+        FluxPipeline.from_bundle(built("fp8")) as pipe,
+        pytest.raises(EngineError, match=r"tensorrt-rtx on sm120, sm89: .*no NVIDIA driver"),
+    ):
+        pipe("a red circle", num_inference_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("precision", "targets", "words"),
+    [
+        ("fp8", ("sm86",), "FP8"),
+        ("fp8", ("sm89", "sm80"), "FP8"),
+        ("bf16", ("sm75",), "bfloat16"),
+        ("bf16", ("sm42",), "sm42"),
+        ("bf16", ("sm89", "cpu"), "sm89, cpu"),
+    ],
+)
+def test_impossible_pairs_are_refused_before_any_work(
+    tmp_path: Path, precision: str, targets: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        build(BuildRequest(precision=precision, targets=targets), tmp_path / "bundle", QUIET)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_of_another_kind_fails_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Q, K and V without the softmax in 8 bits leave attention in pieces."""
+    from exporters.quantize import graph
+
+    whole = graph._Rewrite._through_8_bits
+
+    def forgetful(self: Any, value: Any, largest: float) -> Any:
+        return value if largest == 1.0 else whole(self, value, largest)
+
+    monkeypatch.setattr(graph._Rewrite, "_through_8_bits", forgetful)
+    request = BuildRequest(precision="fp8", runtime="tensorrt-rtx", targets=("sm89",))
+    with pytest.raises(EngineError, match=r"transformer engine for sm89 is not the fp8 engine"):
+        build(request, tmp_path / "bundle", QUIET)
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.fixture(scope="session")
+def full_width(shared_folder: SharedFolder) -> Path:
+    """FLUX.1's width and heads, one block of each kind, and the smallest of all else."""
+
+    def make(folder: Path) -> None:
+        sizes = Sizes(
+            replace(FLUX_DEV.transformer, double_blocks=1, single_blocks=1),
+            VaeConfig(16, (8, 8), 1, 4, 0.3611, 0.1159),
+            CLIPTextConfig(
+                vocab_size=49408,
+                hidden_size=768,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=12,
+                eos_token_id=2,
+            ),
+            T5Config(
+                vocab_size=32128,
+                d_model=4096,
+                d_kv=64,
+                d_ff=64,
+                num_layers=1,
+                num_heads=2,
+                feed_forward_proj="gated-gelu",
+            ),
+        )
+        write_sparse_checkpoint(folder, sizes)
+        file = read_header(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+        random = np.random.default_rng(0)
+        # Any bytes will do that are no huge numbers: an exponent of 2^-7 to 2^-4, any sign.
+        with file.path.open("r+b") as output:
+            for entry in file.tensors.values():
+                bits = random.integers(0, 2**16, entry.nbytes // 2, np.uint16)
+                output.seek(entry.offset)
+                output.write(((bits & 0x81FF) | 0x3C00).tobytes())
+
+    return shared_folder.entry("full-width", make)
+
+
+def test_full_width_in_fp8_is_about_half_of_bf16(full_width: Path, tmp_path: Path) -> None:
+    """One fused FP8 attention a block, FP8 products, and an engine of 0.55 of bf16's at most."""
+    from engines import BuildSettings, EngineSource, runtimes
+    from engines.fusion import Expectation, check
+    from exporters.bind import WeightFolder
+    from exporters.checkpoint import open_checkpoint
+    from exporters.export import export_component
+    from exporters.quantize.ranges import Ranges, attentions, linears
+    from exporters.quantize.trajectory import default_calibration
+    from fluxdeploy.bundle.manifest import Defaults, LatentSpec
+    from fluxdeploy.profiles import resolution_buckets
+
+    checkpoint = open_checkpoint(str(full_width))
+    profiles = resolution_buckets(
+        {"B", "L", "S", "T"},
+        SizeRange(),
+        Defaults(1024, 1024, 28, 3.5, 512),
+        LatentSpec(16, 2, 8, 0.3611, 0.1159),
+    )
+    assert [profile["L"].max for profile in profiles] == [1024, 4096, 16384]
+    (runtime,) = runtimes("tensorrt-rtx")
+    sizes = {}
+    for precision in ("bf16", "fp8"):
+        folder = tmp_path / precision
+        chain = None
+        from exporters.export import component_source
+
+        chain, _ = component_source(checkpoint, "transformer", "bf16")
+        ranges = Ranges(
+            "",
+            default_calibration(checkpoint),
+            dict.fromkeys(linears(chain), 8.0),
+            *(dict.fromkeys(attentions(chain), 8.0) for _ in range(3)),
+        )
+        exported = export_component(
+            checkpoint, "transformer", precision, WeightFolder(folder / "weights"), ranges=ranges
+        )
+        source = EngineSource("transformer", precision, folder / exported.path, chain.inputs)
+        built = runtime.build(
+            source, ("sm89",), BuildSettings(profiles), folder / "transformer.engine", QUIET
+        )
+        gemms = {"fp8": 17} if precision == "fp8" else {"bf16": 19}
+        expected = Expectation(2, precision, gemms, "bf16", exported.weight_bytes)
+        assert check(built.fusion, expected) == []
+        sizes[precision] = built.engine_bytes
+    assert sizes["fp8"] <= 0.55 * sizes["bf16"], json.dumps(sizes)

@@ -1,0 +1,73 @@
+"""`fluxdeploy plan`: figures before any work, and its exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+pytest.importorskip("torch")
+
+from fluxdeploy.cli import main
+from fluxdeploy.plan import planner
+
+
+def run(folder: Path, *args: str) -> Result:
+    return CliRunner().invoke(
+        main,
+        ["plan", *args, "--out", str(folder / "bundle")],
+        prog_name="fluxdeploy",
+        env={"COLUMNS": "220"},
+    )
+
+
+def test_without_options_it_plans_the_default_model(tmp_path: Path) -> None:
+    result = run(tmp_path)
+    assert result.exit_code == 0, result.output
+    for name in ("clip", "t5", "conditioner", "transformer", "vae_decoder", "vae_encoder"):
+        assert f"{name} " in result.stdout
+    for heading in ("disk", "memory to build", "memory to run", "--low-vram"):
+        assert heading in result.stdout
+    assert list(tmp_path.iterdir()) == [], "nothing is written"
+
+
+def test_json_is_one_object(tmp_path: Path) -> None:
+    result = run(
+        tmp_path, "--json", "--runtime", "tensorrt-rtx", "--target", "sm89", "--precision", "fp8",
+        "--max-size", "512x256", "--max-batch", "3",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert (report["runtime"], report["targets"]) == ("tensorrt-rtx", ["sm89"])
+    disk = report["disk"]
+    parts = disk["written"] + disk["copied"] + disk["engines"] + disk["other"]
+    assert disk["needed"] == parts < disk["free"]
+    assert report["largest"] == {"batch": 3, "text": 20, "image": 512, "steps": 28}
+    transformer = next(c for c in report["components"] if c["name"] == "transformer")
+    assert (transformer["precision"], transformer["compute"]) == ("fp8", "bf16")
+    assert transformer["engine"] > transformer["written"] > 4e6
+    assert report["problems"] == []
+
+
+def test_the_impossible_is_told_with_exit_code_1(tmp_path: Path) -> None:
+    options = ("--runtime", "tensorrt-rtx", "--target", "sm86", "--precision", "fp8")
+    result = run(tmp_path, *options)
+    assert result.exit_code == 1
+    assert "Cannot be built: conditioner, transformer: sm86 (Ampere) has no FP8" in result.stdout
+    report = json.loads(run(tmp_path, *options, "--json").stdout)
+    assert "no FP8" in report["problems"][0]
+
+
+def test_little_memory_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "available_memory", lambda: 100 << 20)
+    result = run(tmp_path)
+    assert result.exit_code == 0
+    assert "Note: the build needs" in result.stdout
+
+
+def test_unknown_targets_are_usage_errors(tmp_path: Path) -> None:
+    result = run(tmp_path, "--target", "sm99")
+    assert result.exit_code == 2
+    assert "sm99" in result.stderr

@@ -1,0 +1,279 @@
+"""Each linear's noise ratio, read back from exported files, and what it tells of broken ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from exporters.checkpoint import Checkpoint
+from exporters.export import component_source
+from exporters.quantize.fidelity import LIMIT, measure_fidelity, read_linears
+from exporters.quantize.ranges import Ranges, linears
+from exporters.quantize.trajectory import start_samples, take_step
+from exporters.reference import watch_linears
+from fluxdeploy.errors import ExportError
+from fluxdeploy.precision import QUANTIZED
+from fluxdeploy.progress import Progress
+from tests.quantize.conftest import LINEARS, SHORT, ExportInto, Quantized, open_short
+from tests.quantize.test_emulation import to_dynamic, to_fp8, to_int8
+
+QUIET = Progress(quiet=True)
+LAST = "single_transformer_blocks.1.proj_out"
+Change = Callable[[onnx.GraphProto], object]
+
+
+def measure(checkpoint: Checkpoint, path: Path) -> dict[str, float]:
+    return measure_fidelity(checkpoint, path, SHORT, QUIET)
+
+
+@pytest.fixture(scope="module")
+def inputs(opened: Checkpoint) -> dict[str, tuple[list[Tensor], Tensor]]:
+    """What each linear is fed in the float32 network, and its weight."""
+    chain, weights = component_source(opened, "transformer", "fp32")
+    found: dict[str, tuple[list[Tensor], Tensor]] = {}
+
+    def see(name: str, linear: nn.Linear, x: Tensor, output: Tensor) -> None:
+        found.setdefault(name, ([], linear.weight.detach()))[0].append(x)
+
+    samples = start_samples(opened, SHORT, QUIET)
+    take_step(chain, weights, samples, 0, watch_linears(chain, see))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("precision", "compute"), [("fp8", "bf16"), ("int8", "fp32"), ("int8-dynamic", "fp32")]
+)
+def test_ratios_are_those_of_the_rounding(
+    quantized: Quantized,
+    opened: Checkpoint,
+    ranges: Ranges,
+    inputs: dict[str, tuple[list[Tensor], Tensor]],
+    precision: str,
+    compute: str,
+) -> None:
+    found = measure(opened, quantized(precision, compute))
+    assert list(found) == list(linears(component_source(opened, "transformer", "fp32")[0]))
+    assert found.keys() == LINEARS
+    how = QUANTIZED[precision]
+    narrow, end, headroom = {"F8_E4M3": (to_fp8, 448, 2.0), "I8": (to_int8, 127, 1.2)}[how.weights]
+    for name, ratio in found.items():
+        samples, weight = inputs[name]
+        scale = headroom * ranges.inputs[name] / end
+        rounded = narrow(weight, weight.abs().amax(1, keepdim=True) / end)
+        signal = noise = 0.0
+        for x in samples:
+            y = to_dynamic(x) if how.activations == "dynamic" else narrow(x, scale)
+            signal += float((x @ weight.T).square().sum())
+            noise += float((y @ rounded.T - x @ weight.T).square().sum())
+        # bfloat16 scales are off by up to 1/512.
+        assert ratio == pytest.approx(10 * math.log10(signal / noise), abs=0.5)
+        assert ratio > 25, name
+
+
+def test_weights_alone_are_better_than_with_inputs(
+    quantized: Quantized, opened: Checkpoint
+) -> None:
+    alone = measure(opened, quantized("fp8-weights"))
+    both = measure(opened, quantized("fp8-linears"))
+    assert all(both[name] < ratio < LIMIT for name, ratio in alone.items())
+
+
+@pytest.fixture
+def copy(quantized: Quantized, tmp_path: Path) -> Path:
+    """An export to break."""
+    folder = shutil.copytree(quantized("fp8", "bf16").parent, tmp_path / "copy")
+    return Path(folder) / "transformer.onnx"
+
+
+def edit(path: Path, change: Change) -> None:
+    model = onnx.load(path, load_external_data=False)
+    change(model.graph)
+    path.write_bytes(model.SerializeToString())
+
+
+def scale_input(graph: onnx.GraphProto, linear: str, factor: float) -> None:
+    """Change the static scale of a linear's input, and of those that share it."""
+    (reader,) = (node for node in graph.node if f"{linear}.weight" in node.input)
+    (product,) = (node for node in graph.node if reader.output[0] in node.input)
+    (wide,) = (node for node in graph.node if product.input[0] in node.output)
+    (scale,) = (tensor for tensor in graph.initializer if tensor.name == wide.input[1])
+    changed = onnx.numpy_helper.to_array(scale) * np.float32(factor)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(scale.data_type)
+    scale.CopyFrom(onnx.numpy_helper.from_array(changed.astype(dtype), scale.name))
+
+
+def scale_weight(path: Path, linear: str, factor: float) -> None:
+    """Change the scales of a linear's weight in its file."""
+    scales = read_linears(path)[linear].scales
+    place = {entry.key: entry.value for entry in scales.external_data}
+    file, offset = path.parent / place["location"], int(place["offset"])
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(scales.data_type)
+    values = np.fromfile(file, np.uint8, int(place["length"]), offset=offset).view(dtype)
+    with file.open("r+b") as raw:
+        raw.seek(offset)
+        raw.write((values * np.asarray(factor, dtype)).astype(dtype).tobytes())
+
+
+def test_wrong_scales_show_in_their_own_layers(
+    quantized: Quantized, opened: Checkpoint, copy: Path
+) -> None:
+    before = measure(opened, quantized("fp8", "bf16"))
+    double, single = "transformer_blocks.0.", "single_transformer_blocks.1."
+    scale_weight(copy, f"{double}ff.net.2", 16)
+    scale_weight(copy, f"{double}attn.to_out.0", 1 / 16)
+    swapped = [f"{single}attn.to_q", f"{single}attn.to_v"]
+
+    def change(graph: onnx.GraphProto) -> None:
+        scale_input(graph, f"{single}proj_out", 1 / 16)
+        scale_input(graph, f"{double}ff.net.0.proj", 0)
+        scale_input(graph, f"{double}ff_context.net.2", math.nan)
+        readers = [n for n in graph.node if n.input[0] in [f"{name}.weight" for name in swapped]]
+        first, second = readers
+        first.input[1], second.input[1] = second.input[1], first.input[1]
+
+    edit(copy, change)
+    found = measure(opened, copy)
+    broken = {f"{double}{n}" for n in ("ff.net.2", "attn.to_out.0", "ff.net.0.proj")}
+    broken |= {f"{double}ff_context.net.2", f"{single}proj_out", *swapped}
+    assert {name for name, ratio in found.items() if ratio < 15} == broken
+    assert {n: r for n, r in found.items() if n not in broken} == {
+        n: r for n, r in before.items() if n not in broken
+    }
+    assert all(math.isfinite(ratio) for ratio in found.values())
+    assert found[f"{double}ff_context.net.2"] == -LIMIT
+
+
+@pytest.mark.parametrize(
+    ("replaced", "by", "message"),
+    [
+        ("|proj_out)", "|proj_out)|proj_out", "proj_out is quantized, which must not be"),
+        ("(0.proj|2)", "(2)", r"transformer_blocks\.0\.ff\.net\.0\.proj is not quantized"),
+    ],
+)
+def test_other_linears_than_the_policys_are_refused(
+    export_into: ExportInto,
+    opened: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    replaced: str,
+    by: str,
+    message: str,
+) -> None:
+    from exporters.quantize import policy
+
+    pattern = policy._PATTERNS["transformer"].pattern.replace("0\\.proj", "0.proj")
+    changed = re.compile(pattern.replace(replaced, by))
+    assert changed.pattern != pattern
+    monkeypatch.setitem(policy._PATTERNS, "transformer", changed)
+    path = export_into(tmp_path, "fp8-weights")
+    with pytest.raises(ExportError, match=message):
+        measure(opened, path)
+
+
+def test_graphs_of_another_checkpoint_are_refused(
+    checkpoint: Callable[..., Path], quantized: Quantized
+) -> None:
+    graph = quantized("fp8-weights")
+    schnell = checkpoint("schnell")
+    with pytest.raises(ExportError, match="does not fit this checkpoint"):
+        measure(open_short(schnell), graph)
+
+
+def test_weights_of_another_shape_are_refused(copy: Path, opened: Checkpoint) -> None:
+    def change(graph: onnx.GraphProto) -> None:
+        (weight,) = (t for t in graph.initializer if t.name == f"{LAST}.weight")
+        weight.dims[:] = [weight.dims[0] // 2, weight.dims[1] * 2]
+
+    edit(copy, change)
+    with pytest.raises(ExportError, match=f"does not fit this checkpoint: {LAST} is not 96x480"):
+        measure(opened, copy)
+
+
+def rewire(graph: onnx.GraphProto) -> None:
+    """Let nothing read the scales of a weight that is still there."""
+    (reader,) = (n for n in graph.node if "transformer_blocks.0.ff.net.2.weight" in n.input)
+    reader.input[1] = "hidden_states"
+
+
+def duplicate(graph: onnx.GraphProto) -> None:
+    (reader,) = (n for n in graph.node if "transformer_blocks.0.ff.net.2.weight" in n.input)
+    graph.node.add().CopyFrom(reader)
+
+
+@pytest.mark.parametrize("change", [rewire, duplicate])
+def test_graphs_in_another_form_are_refused(copy: Path, change: Change) -> None:
+    edit(copy, change)
+    with pytest.raises(ExportError, match=r"transformer_blocks\.0\.ff\.net\.2\.weight is not as"):
+        read_linears(copy)
+
+
+def test_broken_files_are_refused(copy: Path, opened: Checkpoint) -> None:
+    linear = read_linears(copy)[LAST]
+    (weights,) = (copy.parent / "weights").iterdir()
+    whole = weights.read_bytes()
+    place = {entry.key: entry.value for entry in linear.weight.external_data}
+    weights.write_bytes(whole[: int(place["offset"]) + 100])
+    with pytest.raises(ExportError, match="was cut off"):
+        linear.dequantized()
+    weights.unlink()
+    with pytest.raises(ExportError, match="No such file"):
+        measure(opened, copy)
+    copy.write_bytes(b"no graph")
+    with pytest.raises(ExportError, match="cannot be read as an ONNX file"):
+        measure(opened, copy)
+    copy.unlink()
+    with pytest.raises(ExportError, match="cannot be read"):
+        measure(opened, copy)
+
+
+def test_unquantized_graphs_are_refused(
+    opened: Checkpoint, traced: Callable[[str], Any], tmp_path: Path
+) -> None:
+    import onnx_ir as ir
+
+    ir.save(traced("fp32"), tmp_path / "transformer.onnx")
+    with pytest.raises(ExportError, match="is not quantized"):
+        measure(opened, tmp_path / "transformer.onnx")
+
+
+def test_the_middle_of_the_schedule_is_measured(
+    opened: Checkpoint, quantized: Quantized, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    watched: list[int] = []
+
+    def step(*arguments: Any, **named: Any) -> None:
+        steps.append(arguments[3])
+        take_step(*arguments, **named)
+
+    def watch(*arguments: Any) -> Any:
+        watched.append(len(steps))
+        return watch_linears(*arguments)
+
+    monkeypatch.setattr("exporters.quantize.fidelity.take_step", step)
+    monkeypatch.setattr("exporters.quantize.fidelity.watch_linears", watch)
+    calibration = dataclasses.replace(SHORT, steps=3, prompts=("",), sizes=((16, 32),))
+    measure_fidelity(opened, quantized("fp8-weights"), calibration, QUIET)
+    assert steps == [0, 1]
+    assert watched == [1]
+
+
+def test_calibration_and_one_sample_are_independent(opened: Checkpoint) -> None:
+    """A sample's way does not depend on the ones beside it."""
+    chain, weights = component_source(opened, "transformer", "fp32")
+    together = start_samples(opened, SHORT, QUIET)
+    take_step(chain, weights, together, 0)
+    alone = start_samples(opened, SHORT, QUIET)[:1]
+    take_step(chain, weights, alone, 0)
+    assert torch.equal(torch.from_numpy(alone[0].latents), torch.from_numpy(together[0].latents))

@@ -1,0 +1,246 @@
+"""The weight files of a quantized export: their names and sizes, reruns, and memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from exporters.bind import Ledger
+from exporters.checkpoint import Checkpoint
+from exporters.checkpoint.tensors import StoredTensor, read_tensors
+from exporters.quantize.fidelity import read_linears
+from exporters.quantize.graph import Packed
+from exporters.written import WrittenTensor, shards, write_tensors
+from fluxdeploy.errors import CheckpointError
+from fluxdeploy.tensorfile import DTYPE_BITS, read_header
+from tests.quantize.conftest import LINEARS, ExportInto, Quantized, open_short
+
+TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
+
+
+class Finished(Ledger):
+    """A ledger in memory."""
+
+    def __init__(self) -> None:
+        self.files: list[str] = []
+
+    def finished(self, file: str) -> bool:
+        return file in self.files
+
+    def record(self, file: str) -> None:
+        self.files.append(file)
+
+
+def tensor_bytes(path: Path) -> int:
+    """What the tensors beside a graph take."""
+    files = (path.parent / "weights").iterdir()
+    return sum(e.nbytes for file in files for e in read_header(file).tensors.values())
+
+
+def test_files_are_of_moderate_size(
+    export_into: ExportInto, quantized: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = quantized("fp8-weights", "bf16")
+    shard = 100_000
+    monkeypatch.setattr("exporters.written._SHARD", shard)
+    split = export_into(tmp_path, "fp8-weights", "bf16")
+    names = sorted(file.name for file in (tmp_path / "weights").iterdir())
+    count = len(names)
+    assert count > 5
+    assert names == [
+        f"transformer.fp8-weights-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)
+    ]
+    sizes: list[int] = []
+    tensors: dict[str, torch.Tensor] = {}
+    for name in names:
+        entries = read_header(tmp_path / "weights" / name).tensors
+        sizes.append(sum(entry.nbytes for entry in entries.values()))
+        tensors |= load_file(tmp_path / "weights" / name)
+        assert sizes[-1] - max(entry.nbytes for entry in entries.values()) < 1.01 * shard
+    assert min(sizes[:-1]) >= shard
+    (whole,) = (graph.parent / "weights").iterdir()
+    assert whole.name == "transformer.fp8-weights.safetensors"
+    expected = load_file(whole)
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor.view(torch.uint8), expected[name].view(torch.uint8)), name
+    found, same = read_linears(split), read_linears(graph)
+    assert all(torch.equal(found[n].dequantized(), same[n].dequantized()) for n in LINEARS)
+
+
+class Killed(Exception):
+    """Takes the place of a signal."""
+
+
+def test_a_rerun_keeps_the_files_that_are_whole(
+    export_into: ExportInto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exporters.written._SHARD", 200_000)
+    ledger = Finished()
+    written: list[str] = []
+
+    def write(path: Path, *arguments: object) -> None:
+        if len(written) == 2:
+            raise Killed
+        written.append(path.name)
+        write_tensors(path, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("exporters.bind.write_tensors", write)
+        with pytest.raises(Killed):
+            export_into(tmp_path / "killed", "fp8-weights", ledger=ledger)
+    assert ledger.files == written
+    weights = tmp_path / "killed" / "weights"
+    before = {file.name: file.stat() for file in weights.iterdir()}
+    assert sorted(before) == written
+
+    path = export_into(tmp_path / "killed", "fp8-weights", ledger=ledger)
+    for name, status in before.items():
+        after = (weights / name).stat()
+        assert (after.st_ino, after.st_mtime_ns) == (status.st_ino, status.st_mtime_ns)
+    assert len(ledger.files) == len(set(ledger.files)) > 2
+    fresh = export_into(tmp_path / "fresh", "fp8-weights")
+    assert path.read_bytes() == fresh.read_bytes()
+    files = sorted(p.name for p in weights.iterdir())
+    assert files == sorted(ledger.files)
+    for name in files:
+        assert (weights / name).read_bytes() == (fresh.parent / "weights" / name).read_bytes()
+
+
+def test_a_quantized_export_is_half_as_large_and_links_nothing(
+    quantized: Quantized, opened: Checkpoint
+) -> None:
+    path = quantized("fp8", "bf16")
+    sources = {file.stat().st_ino for file in opened.files}
+    for file in (path.parent / "weights").iterdir():
+        assert file.stat().st_nlink == 1
+        assert file.stat().st_ino not in sources
+    stored = opened.part("transformer").weights
+    in_bf16 = in_fp8 = 0
+    elsewhere = ("time_text_embed", "context_embedder", "norm_out")
+    for name, tensor in stored.items():
+        if name.startswith(elsewhere) or ("norm" in name and ".linear." in name):
+            continue
+        count = int(np.prod(tensor.shape))
+        linear = name.removesuffix(".weight") in LINEARS
+        in_bf16 += 2 * count
+        # A byte each, and a scale a row.
+        in_fp8 += count + 2 * tensor.shape[0] if linear else 2 * count
+    assert tensor_bytes(path) == in_fp8 < 0.55 * in_bf16
+
+
+def test_weights_that_stay_keep_their_stored_type(
+    export_into: ExportInto, source: Path, tmp_path: Path
+) -> None:
+    """A bfloat16 checkpoint around which the graph computes in float32."""
+    folder = Path(shutil.copytree(source, tmp_path / "checkpoint"))
+    tensors = {name: t.bfloat16() for name, t in load_file(folder / TRANSFORMER).items()}
+    (folder / TRANSFORMER).unlink()
+    save_file(tensors, folder / TRANSFORMER)
+    path = export_into(tmp_path / "out", "int8-weights", checkpoint=open_short(folder))
+    (file,) = (path.parent / "weights").iterdir()
+    found = read_header(file).tensors
+    assert found["x_embedder.weight"].dtype == "BF16"
+    assert found["transformer_blocks.0.attn.to_q.weight"].dtype == "I8"
+    assert found["transformer_blocks.0.attn.to_q.weight.scale"].dtype == "F32"
+
+
+def test_scaled_fp8_checkpoints_are_quantized_anew(
+    export_into: ExportInto, source: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "checkpoint"))
+    tensors = load_file(folder / TRANSFORMER)
+    for linear in LINEARS:
+        weight = tensors[f"{linear}.weight"]
+        scale = weight.abs().max() / 448
+        tensors[f"{linear}.weight"] = (weight / scale).to(torch.float8_e4m3fn)
+        tensors[f"{linear}.scale_weight"] = scale
+    (folder / TRANSFORMER).unlink()
+    save_file(tensors, folder / TRANSFORMER)
+    path = export_into(tmp_path / "out", "int8-weights", checkpoint=open_short(folder))
+    found = read_linears(path)
+    for linear in LINEARS:
+        weight = tensors[f"{linear}.weight"].float() * tensors[f"{linear}.scale_weight"]
+        error = (found[linear].dequantized().T - weight).abs()
+        assert (error <= 0.501 * weight.abs().amax(1, keepdim=True) / 127).all()
+
+
+def stored_tensors(folder: Path, count: int, rows: int, columns: int) -> list[StoredTensor]:
+    tensors = {f"layer.{i}": torch.randn(rows, columns) for i in range(count)}
+    save_file(tensors, folder / "source.safetensors")
+    return list(read_tensors([folder / "source.safetensors"]).values())
+
+
+def peak_memory(path: Path, tensors: list[WrittenTensor]) -> int:
+    """Bytes that NumPy had at once while a file was written."""
+    tracemalloc.start()
+    write_tensors(path, tensors, lambda _: None)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = stored_tensors(tmp_path, 6, 512, 1024)
+    packed = Packed("I8", ir.DataType.BFLOAT16)
+    quantized = [WrittenTensor(tensor.name, tensor, "I8", packed) for tensor in stored]
+    size = stored[0].nbytes
+    assert peak_memory(tmp_path / "quantized.safetensors", quantized) < 1.5 * size
+    # Of what is only converted it is a part of one.
+    monkeypatch.setattr("exporters.written._CHUNK", 1 << 14)
+    converted = [WrittenTensor(tensor.name, tensor, "BF16") for tensor in stored]
+    assert peak_memory(tmp_path / "converted.safetensors", converted) < 0.3 * size
+    found = load_file(tmp_path / "converted.safetensors")
+    expected = load_file(tmp_path / "source.safetensors")
+    assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in expected.items())
+
+
+def test_progress_hears_of_every_byte(tmp_path: Path) -> None:
+    stored = stored_tensors(tmp_path, 3, 8, 16)
+    tensors = [
+        WrittenTensor("layer.0", stored[0], "F8_E4M3", Packed("F8_E4M3", ir.DataType.FLOAT)),
+        WrittenTensor("layer.1", stored[1], "BF16"),
+        WrittenTensor("layer.2", stored[2], "F32"),
+    ]
+    heard: list[int] = []
+    write_tensors(tmp_path / "out.safetensors", tensors, heard.append)
+    sizes = [8 * 16 + 8 * 4, 8 * 16 * 2, 8 * 16 * 4]
+    assert [tensor.nbytes for tensor in tensors] == sizes
+    assert sum(heard) == sum(sizes)
+    entries = read_header(tmp_path / "out.safetensors").tensors
+    assert {name: (e.dtype, e.shape) for name, e in entries.items()} == {
+        "layer.0": ("F8_E4M3", (16, 8)),
+        "layer.0.scale": ("F32", (8,)),
+        "layer.1": ("BF16", (8, 16)),
+        "layer.2": ("F32", (8, 16)),
+    }
+    assert all(e.nbytes == np.prod(e.shape) * DTYPE_BITS[e.dtype] // 8 for e in entries.values())
+
+
+def test_no_tensors_make_no_file() -> None:
+    assert list(shards("part", [])) == []
+
+
+def test_a_damaged_weight_leaves_no_file(tmp_path: Path) -> None:
+    (stored,) = stored_tensors(tmp_path, 1, 8, 16)
+    tensors = load_file(tmp_path / "source.safetensors")
+    tensors["layer.0"][3, 5] = torch.nan
+    save_file(tensors, tmp_path / "damaged.safetensors")
+    damaged = dataclasses.replace(stored, file=tmp_path / "damaged.safetensors")
+    packed = Packed("I8", ir.DataType.FLOAT)
+    with pytest.raises(CheckpointError, match=r"layer\.0 holds NaN"):
+        write_tensors(
+            tmp_path / "out.safetensors",
+            [WrittenTensor("layer.0", damaged, "I8", packed)],
+            lambda _: None,
+        )
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"source.safetensors", "damaged.safetensors"}
