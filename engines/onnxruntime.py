@@ -15,6 +15,7 @@ from engines.gpu import has_nvidia_driver
 from engines.tensors import check_inputs, output_shape
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError
+from fluxdeploy.machine import describe_cpu
 from fluxdeploy.precision import FLOATS
 
 if TYPE_CHECKING:
@@ -74,6 +75,12 @@ class OnnxRuntime(Runtime):
         return _OnnxRuntimeEngine(component, record, engine, root / engine.path, options)
 
 
+def _has_vnni() -> bool:
+    sets = describe_cpu()["instruction_sets"]
+    # Other processors than x86-64 do not overflow; their lists have no AVX2 either.
+    return "avx2" not in sets or any(name.endswith("_vnni") for name in sets)
+
+
 def _session(
     path: Path, target: str, options: EngineOptions, component: str, precision: str
 ) -> onnxruntime.InferenceSession:
@@ -89,9 +96,8 @@ def _session(
         # Its rewriting of quantized products is for integers: it would leave a graph that is
         # refused. FP8 runs as its emulation, with the same numbers.
         settings.add_session_config_entry("session.disable_quant_qdq", "1")
-    if precision.startswith("int8"):
-        # Processors without VNNI overflow in products of unsigned and signed bytes; this takes a
-        # slower way around it there, and changes nothing elsewhere.
+    if precision == "int8-dynamic" and not _has_vnni():
+        # Without it, products of unsigned and signed bytes overflow; this is a slower way around.
         settings.add_session_config_entry("session.x64quantprecision", "1")
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads

@@ -49,8 +49,8 @@ class FakePipeline:
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakePipeline]:
-    def from_bundle(path: Path, runtime: str, options: Any) -> FakePipeline:
-        FakePipeline.opened.append((path, runtime, options.threads))
+    def from_bundle(path: Path, runtime: str, options: Any, low_vram: bool) -> FakePipeline:
+        FakePipeline.opened.append((path, runtime, options.threads, low_vram))
         return FakePipeline(path)
 
     FakePipeline.opened, FakePipeline.calls, FakePipeline.error = [], [], None
@@ -66,11 +66,12 @@ def test_every_option_reaches_the_pipeline(bundle: Path, tmp_path: Path) -> None
     out = tmp_path / "fox.png"
     options = (
         "--negative-prompt blur --true-cfg-scale 2 --width 32 --height 48 --steps 3 --guidance 4.5 "
-        "--seed 7 --num-images 2 --max-sequence-length 128 --runtime onnxruntime --threads 2"
+        "--seed 7 --num-images 2 --max-sequence-length 128 --runtime onnxruntime --threads 2 "
+        "--low-vram"
     )
     result = run("a fox", "--bundle", bundle, "--out", out, *options.split())
     assert result.exit_code == 0, result.stderr
-    assert FakePipeline.opened == [(bundle, "onnxruntime", 2)]
+    assert FakePipeline.opened == [(bundle, "onnxruntime", 2, True)]
     (call,) = FakePipeline.calls
     del call["callback_on_step_end"]
     assert call == {

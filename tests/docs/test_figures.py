@@ -49,7 +49,17 @@ EXPORT_SCALE = {
 }
 
 
-@pytest.mark.parametrize("name", ["export_scale", "demo_scores", "demo_training"])
+BLOCKS = (
+    "export_scale",
+    "demo_scores",
+    "demo_training",
+    "quantization_quality",
+    "quantize_scale",
+    "transformer_step",
+)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
 def test_the_measured_figures_are_those_of_the_results(figures: ModuleType, name: str) -> None:
     block = figures.BLOCKS[name]
     text = block.render(json.loads(block.results.read_text()))
@@ -59,7 +69,7 @@ def test_the_measured_figures_are_those_of_the_results(figures: ModuleType, name
 
 
 def test_every_block_is_checked_here(figures: ModuleType) -> None:
-    assert set(figures.BLOCKS) == {"export_scale", "demo_scores", "demo_training"}
+    assert set(figures.BLOCKS) == set(BLOCKS)
 
 
 def test_a_report_becomes_a_table(figures: ModuleType) -> None:
