@@ -252,4 +252,4 @@ def test_a_folder_called_demo_is_not_taken_for_the_default(
     with Progress(quiet=True) as progress:
         report = verify(tmp_path / "bundle", None, "auto", EngineOptions(), progress)
     assert report.passed
-    assert report.picture is None
+    assert report.pictures is None

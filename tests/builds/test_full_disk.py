@@ -39,9 +39,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.parametrize("planned", [True, False], ids=["foreseen", "in the middle"])
 def test_a_full_disk(
-    small_disk: Path, demo_bundle: Path, checkpoints: Callable[..., Path], traces: Traces
+    small_disk: Path,
+    demo_bundle: Path,
+    checkpoints: Callable[..., Path],
+    traces: Traces,
+    monkeypatch: pytest.MonkeyPatch,
+    planned: bool,
 ) -> None:
+    if not planned:
+        # Another program may take the room that was there when the build began.
+        monkeypatch.setattr("fluxdeploy.plan.Plan.require_possible", lambda plan: None)
     bundle = small_disk / "bundle"
     shutil.copytree(demo_bundle, bundle)
     before = tree(bundle)
@@ -54,7 +63,10 @@ def test_a_full_disk(
         assert result.exit_code == 1, result.output
         message = result.stderr.splitlines()[-1]
         assert message.startswith("Error: ")
-        assert "No space left on device" in message or "disk is full" in message
+        if planned:
+            assert "are free: free some space" in message
+        else:
+            assert "No space left on device" in message or "disk is full" in message
         assert "bug" not in message
         assert tree(bundle) == before
         open_bundle(bundle, check="all")

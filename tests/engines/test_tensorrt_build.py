@@ -145,8 +145,13 @@ def test_ctrl_c_stops_a_build(build: Build, tmp_path: Path) -> None:
     hit, main = threading.Event(), threading.get_ident()
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("Ctrl-C reaches the main thread alone")
-    with pytest.raises(KeyboardInterrupt):
-        build(progress=Interrupted(quiet=True))
+    # Workers of a parallel test run ignore the signal.
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            build(progress=Interrupted(quiet=True))
+    finally:
+        signal.signal(signal.SIGINT, usual)
     assert hit.is_set()
     assert not (tmp_path / "block.plan").exists()
 
