@@ -47,7 +47,7 @@ from fluxdeploy.pieces import (
     weight_bytes,
 )
 from fluxdeploy.plan import CPU_SESSION, make_plan
-from fluxdeploy.precision import QUANTIZED, check_precision, component_precision, needs_ranges
+from fluxdeploy.precision import QUANTIZED, component_precision, needs_ranges
 from fluxdeploy.profiles import SizeRange, any_size, overall, resolution_buckets
 from fluxdeploy.progress import Progress
 from fluxdeploy.source import hash_checkpoint, open_source
@@ -167,11 +167,10 @@ class _Session:
         self.hashes, self.checkpoint_digest = hashes.files, hashes.digest
 
     def _precision(self, name: str) -> str:
-        """What a component is built in. Raises `UsageError` where it cannot be."""
+        """What a component is built in; the plan has held it against what is possible."""
         precision = self.request.component_precision.get(
             name, component_precision(name, self.request.precision)
         )
-        check_precision(name, precision)
         return self.runtime.precision(self.targets[0], precision)
 
     def manifest(self) -> Manifest:

@@ -17,6 +17,7 @@ from fluxdeploy.cli.options import (
     OPT_SIZE,
     PRECISION,
     RUNTIME,
+    TARGETS,
     component_precisions,
 )
 from fluxdeploy.progress import Progress
@@ -28,13 +29,7 @@ from fluxdeploy.progress import Progress
 @COMPONENT_PRECISION
 @CALIBRATION
 @RUNTIME
-@click.option(
-    "--target",
-    "targets",
-    multiple=True,
-    help="What the engines are for: cpu, cuda, or a GPU's compute capability such as sm89. May be "
-    "given several times.  [default: the best here]",
-)
+@TARGETS
 @MIN_SIZE
 @OPT_SIZE
 @MAX_SIZE

@@ -21,6 +21,7 @@ __all__ = [
     "OPT_SIZE",
     "PRECISION",
     "RUNTIME",
+    "TARGETS",
     "THREADS",
     "component_precisions",
 ]
@@ -50,6 +51,14 @@ RUNTIME = click.option(
     "--runtime",
     default="auto",
     help="What runs the engines; `doctor` lists what this machine has.",
+)
+
+TARGETS = click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="What the engines are for: cpu, cuda, or a GPU's compute capability such as sm89. May be "
+    "given several times.  [default: the best here]",
 )
 
 THREADS = click.option(
