@@ -15,14 +15,14 @@ import transformers
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from exporters.small_tokenizers import TokenizerSizes, write_tokenizers
-from exporters.training import few_steps, flow, guidance, vae
+from exporters.training import few_steps, flow, guidance, text, vae
 from exporters.training.checkpoint import write_checkpoint
 from exporters.training.loop import plot_losses, train, write_record
 from exporters.training.networks import TextEncoders, make_transformer
 from fluxdeploy.demo.scenes import caption, sample_scene
 from fluxdeploy.progress import Progress
 
-_STAGES = ("vae", "flow", "guidance", "few_steps")
+_STAGES = ("vae", "text", "flow", "guidance", "few_steps")
 _CAPTIONS = 20_000
 
 
@@ -63,27 +63,32 @@ def _train(folder: Path, until: str, seed: int, device: torch.device, progress: 
     if last == 0:
         return
 
-    data, deviation, mean = flow.make_latents(coder, folder, seed, device, progress)
-    coder.register_to_config(scaling_factor=1 / deviation, shift_factor=mean)
-    text = TextEncoders(folder, _write_tokenizers(folder, seed)).to(device)
-    plain = make_transformer(guidance_embedding=False).to(device)
-    flow_stage = flow.FlowStage(plain, text, data, batch=48, device=device)
-    train(flow.RECIPE, flow_stage.networks, flow_stage.loss, *shared)
+    encoders = TextEncoders(folder, _write_tokenizers(folder, seed)).to(device)
+    text_stage = text.TextStage(encoders, batch=64, device=device)
+    train(text.RECIPE, text_stage.networks, text_stage.loss, *shared)
     if last == 1:
         return
 
-    dev = guidance.guided_student(plain).to(device)
-    guidance_stage = guidance.GuidanceStage(dev, plain, text, data, batch=48, device=device)
-    train(guidance.RECIPE, guidance_stage.networks, guidance_stage.loss, *shared)
-    settings = {"num_inference_steps": 28, "guidance_scale": few_steps.GUIDANCE}
-    _write(folder, "dev", coder, text, dev, settings)
+    data, deviation, mean = flow.make_latents(coder, folder, seed, device, progress)
+    coder.register_to_config(scaling_factor=1 / deviation, shift_factor=mean)
+    plain = make_transformer(guidance_embedding=False).to(device)
+    flow_stage = flow.FlowStage(plain, encoders, text_stage.reader, data, batch=48, device=device)
+    train(flow.RECIPE, flow_stage.networks, flow_stage.loss, *shared)
     if last == 2:
         return
 
+    dev = guidance.guided_student(plain).to(device)
+    guidance_stage = guidance.GuidanceStage(dev, plain, encoders, data, batch=48, device=device)
+    train(guidance.RECIPE, guidance_stage.networks, guidance_stage.loss, *shared)
+    settings = {"num_inference_steps": 28, "guidance_scale": few_steps.GUIDANCE}
+    _write(folder, "dev", coder, encoders, dev, settings)
+    if last == 3:
+        return
+
     schnell = few_steps.unguided_student(dev).to(device)
-    few_stage = few_steps.FewStepsStage(schnell, dev, text, batch=24, device=device)
+    few_stage = few_steps.FewStepsStage(schnell, dev, encoders, batch=24, device=device)
     train(few_steps.RECIPE, few_stage.networks, few_stage.loss, *shared)
-    _write(folder, "schnell", coder, text, schnell, {"num_inference_steps": 4})
+    _write(folder, "schnell", coder, encoders, schnell, {"num_inference_steps": 4})
 
 
 def _write_tokenizers(folder: Path, seed: int) -> TokenizerSizes:

@@ -16,6 +16,7 @@ from exporters.training.data import SIZES, draw_batch, draw_size, labels, pack
 from exporters.training.loop import Draw, Recipe, save
 from exporters.training.networks import TextEncoders, velocity
 from exporters.training.reader import Reader
+from exporters.training.text import CaptionReader, drop_captions, facts
 from exporters.training.vae import encode
 from fluxdeploy.demo.scenes import Scene, caption
 from fluxdeploy.progress import Progress
@@ -25,22 +26,22 @@ __all__ = ["RECIPE", "Batch", "FlowStage", "LatentSet", "make_latents", "noised"
 RECIPE = Recipe("flow", steps=5600, rate=1e-3, matrix_rate=2e-3)
 
 _SCENES = 36864
-_DROPPED_CAPTIONS = 0.1
 _READ_AFTER = 2  # of five single blocks
 _READING = 0.1
-
+_FACTS = 0.1
 
 Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents [B, L, 64] and labels [B, L, 6] of one picture size, with B captions."""
+    """Latents [B, L, 64] and labels [B, L, 6] of one picture size, B captions and their facts."""
 
     size: Size
     latents: Tensor
     labels: Tensor
     captions: list[str]
+    facts: Tensor
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,12 @@ class LatentSet:
         """A batch of one size, with freshly worded captions."""
         size = draw_size(draw.scenes)
         chosen = draw.scenes.integers(len(self.scenes[size]), size=count)
-        captions = [caption(self.scenes[size][index], draw.scenes) for index in chosen]
+        scenes = [self.scenes[size][index] for index in chosen]
+        captions = [caption(scene, draw.scenes) for scene in scenes]
+        said = torch.from_numpy(np.stack([facts(scene) for scene in scenes]))
         rows = torch.from_numpy(chosen)
         latents = self.latents[size][rows].float().to(device)
-        return Batch(size, latents, self.labels[size][rows].to(device), captions)
+        return Batch(size, latents, self.labels[size][rows].to(device), captions, said)
 
 
 def make_latents(
@@ -112,21 +115,29 @@ class FlowStage:
 
     The middle of the transformer also has to tell what lies where, which `reader` reads from it
     (after S. Yu and others, "Representation Alignment for Generation", 2024, with the scenes' own
-    labels in the place of another network's features). Its loss shows how well the model sees.
+    labels in the place of another network's features). Its loss shows how well the model sees. The
+    text encoders go on learning, and `captions` sees that they forget nothing.
     """
 
     def __init__(
         self,
         transformer: FluxTransformer2DModel,
         text: TextEncoders,
+        captions: CaptionReader,
         data: LatentSet,
         batch: int,
         device: torch.device,
     ) -> None:
-        self.reader = Reader(transformer.inner_dim)
+        self.reader = Reader(transformer.inner_dim).to(device)
         self.networks = nn.ModuleDict(
-            {"transformer": transformer, "text": text, "reader": self.reader.to(device)}
+            {
+                "transformer": transformer,
+                "text": text,
+                "captions": captions,
+                "reader": self.reader,
+            }
         )
+        self._captions = captions
         self._transformer, self._text, self._data = transformer, text, data
         self._batch, self._device = batch, device
         self._middle = torch.empty(0)
@@ -137,13 +148,14 @@ class FlowStage:
 
     def loss(self, draw: Draw) -> dict[str, Tensor]:
         batch = self._data.batch(draw, self._batch, self._device)
-        dropped = draw.scenes.random(self._batch) < _DROPPED_CAPTIONS
-        prompts = ["" if drop else text for text, drop in zip(batch.captions, dropped, strict=True)]
+        prompts, said = drop_captions(batch.captions, batch.facts, draw)
         t, noise, x = noised(batch.latents, draw)
-        predicted = velocity(self._transformer, x, t, self._text(prompts), batch.size)
+        text = self._text(prompts)
+        predicted = velocity(self._transformer, x, t, text, batch.size)
         return {
             "flow": (predicted - (noise - batch.latents)).square().mean(),
             "reading": _READING * self.reader.loss(self._middle, batch.labels),
+            "facts": _FACTS * self._captions.loss(text, said.to(self._device)),
         }
 
 

@@ -30,6 +30,7 @@ __all__ = ["Draw", "Recipe", "plot_losses", "save", "train", "write_record"]
 
 _SAVE_EVERY = 180.0
 _LOG_EVERY = 20
+_INNER = ("transformer_blocks.", ".SelfAttention.", ".DenseReluDense.", ".self_attn.", ".mlp.")
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def _optimizers(recipe: Recipe, networks: nn.Module) -> list[torch.optim.Optimiz
     for name, parameter in networks.named_parameters():
         if not parameter.requires_grad:
             continue
-        inner = "transformer_blocks." in name and ".norm" not in name
+        inner = any(part in name for part in _INNER) and ".norm" not in name
         (matrices if parameter.ndim == 2 and inner else others).append(parameter)
     made: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(others, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0)

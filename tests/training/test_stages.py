@@ -21,12 +21,15 @@ from exporters.training.data import draw_batch, draw_windows, labels, to_tensor
 from exporters.training.data import pack as pack_latents
 from exporters.training.loop import Draw
 from exporters.training.networks import TEXT_LENGTH, TextEncoders, make_transformer, velocity
+from exporters.training.text import CaptionReader, TextStage, facts
 from fluxdeploy.bundle.manifest import LatentSpec
 from fluxdeploy.demo.scenes import (
     COLOURS,
+    RELATIONS,
     SHAPES,
     Drawing,
     Placed,
+    Scene,
     Thing,
     arrange,
     caption,
@@ -52,6 +55,11 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tokenize
 def text(tokenizers: tuple[Path, TokenizerSizes]) -> TextEncoders:
     torch.manual_seed(0)
     return TextEncoders(*tokenizers)
+
+
+@pytest.fixture
+def reader(text: TextEncoders) -> CaptionReader:
+    return CaptionReader(text)
 
 
 @pytest.fixture
@@ -192,18 +200,20 @@ def test_windows_have_the_labels_of_their_place() -> None:
 
 
 def test_a_step_of_the_flow_teaches_the_transformer_and_both_text_encoders(
-    transformer: Any, text: TextEncoders, data: flow.LatentSet
+    transformer: Any, text: TextEncoders, reader: CaptionReader, data: flow.LatentSet
 ) -> None:
-    stage = flow.FlowStage(transformer, text, data, batch=4, device=CPU)
+    stage = flow.FlowStage(transformer, text, reader, data, batch=4, device=CPU)
     learnt = learns(stage.networks, stage.loss(step()))
     for part in ("transformer.proj_out", "transformer.x_embedder", "text.t5.shared", "text.clip"):
         assert any(name.startswith(part) for name in learnt), part
 
 
-def test_the_flow_aims_from_data_to_noise(text: TextEncoders, data: flow.LatentSet) -> None:
+def test_the_flow_aims_from_data_to_noise(
+    text: TextEncoders, reader: CaptionReader, data: flow.LatentSet
+) -> None:
     """The target is x_1 - x_0, and the transformer sees (1 - t) x_0 + t x_1."""
     answer = Answer(0.7)
-    loss = flow.FlowStage(answer, text, data, batch=4, device=CPU).loss(step())["flow"]
+    loss = flow.FlowStage(answer, text, reader, data, batch=4, device=CPU).loss(step())["flow"]
     again = step()
     batch = data.batch(again, 4, CPU)
     again.scenes.random(4)
@@ -218,10 +228,12 @@ def test_the_flow_aims_from_data_to_noise(text: TextEncoders, data: flow.LatentS
     assert batch.size == SIZE
 
 
-def test_the_reader_is_asked_what_lies_where(text: TextEncoders, data: flow.LatentSet) -> None:
+def test_the_reader_is_asked_what_lies_where(
+    text: TextEncoders, reader: CaptionReader, data: flow.LatentSet
+) -> None:
     """A reader whose biases give the true answers for a picture of one kind has no loss."""
     empty = flow.LatentSet(data.latents, {SIZE: torch.zeros_like(data.labels[SIZE])}, data.scenes)
-    stage = flow.FlowStage(Answer(0.0), text, empty, batch=2, device=CPU)
+    stage = flow.FlowStage(Answer(0.0), text, reader, empty, batch=2, device=CPU)
     linear = stage.reader.linear
     nn.init.zeros_(linear.weight)
     with torch.no_grad():
@@ -250,18 +262,55 @@ def test_labels_say_what_lies_in_each_token() -> None:
     assert (drawn.ravel() >= (found[:, 0] > 0)).all()
 
 
-def test_captions_are_dropped_now_and_then(text: TextEncoders, data: flow.LatentSet) -> None:
+def test_captions_are_dropped_now_and_then_with_all_that_they_say(
+    text: TextEncoders, data: flow.LatentSet
+) -> None:
     prompts: list[str] = []
+    asked: list[Tensor] = []
 
     class Listening(nn.Module):
         def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
             prompts.extend(texts)
             return torch.zeros(len(texts), TEXT_LENGTH, 128), torch.zeros(len(texts), 96)
 
-    stage = flow.FlowStage(Answer(0.0), Listening(), data, batch=400, device=CPU)  # type: ignore[arg-type]
+    class Asking(nn.Module):
+        def loss(self, states: tuple[Tensor, Tensor], said: Tensor) -> Tensor:
+            asked.append(said)
+            return torch.zeros(())
+
+    stage = flow.FlowStage(Answer(0.0), Listening(), Asking(), data, batch=400, device=CPU)  # type: ignore[arg-type]
     stage.loss(step())
     assert 20 < prompts.count("") < 65
     assert len(set(prompts)) > 10
+    assert [not said.any() for said in asked[0]] == [not prompt for prompt in prompts]
+
+
+def test_facts_are_in_the_order_of_the_words_and_in_that_of_the_picture() -> None:
+    star, ring = Thing("pink", "star", "large"), Thing("red", "ring")
+    said_star = [1 + list(COLOURS).index("pink"), 1 + SHAPES.index("star"), 2]
+    said_ring = [1 + list(COLOURS).index("red"), 1 + SHAPES.index("ring"), 0]
+    for relation, swapped in (("above", 0), ("below", 1), ("left of", 0), ("right of", 1)):
+        found = facts(Scene((star, ring), relation, background="black")).tolist()
+        assert found[:6] == said_star + said_ring
+        assert found[6:12] == (said_ring + said_star if swapped else said_star + said_ring)
+        assert found[12:] == [1 + list(RELATIONS).index(relation), 0, 3]
+    assert facts(Scene((star, ring))).tolist()[6:] == [*said_star, *said_ring, 0, 0, 0]
+    alone = facts(Scene((ring,), place="at the bottom")).tolist()
+    assert alone == [*said_ring, 0, 0, 0, *said_ring, 0, 0, 0, 0, 3, 0]
+
+
+def test_the_text_stage_teaches_every_state_the_facts(text: TextEncoders) -> None:
+    stage = TextStage(text, batch=8, device=CPU)
+    learnt = learns(stage.networks, stage.loss(step()))
+    for part in ("text.t5.shared", "text.clip", "reader.states", "reader.pooled"):
+        assert any(name.startswith(part) for name in learnt), part
+    scenes = [sample_scene(np.random.default_rng(seed)) for seed in range(4)]
+    said = torch.from_numpy(np.stack([facts(scene) for scene in scenes]))
+    states, pooled = text([caption(scene) for scene in scenes])
+    whole = stage.reader.loss((states, pooled), said)
+    last = torch.cat([torch.zeros_like(states[:, :-1]), states[:, -1:]], 1)
+    assert stage.reader.loss((last, pooled), said) != whole
+    assert stage.reader.loss((states, 0 * pooled), said) != whole
 
 
 def test_a_new_guidance_embedding_changes_nothing(
