@@ -102,9 +102,11 @@ def main(json_file: Path | None, folder: Path, number: int | None) -> None:
         click.echo(json.dumps(measure[case.runtime](_graph(folder, case), case)))
         return
     from exporters.checkpoint import open_checkpoint
+    from exporters.sparse_checkpoint import write_random_checkpoint
 
     if not (folder / "checkpoint").exists():
-        _write_checkpoint(folder / "checkpoint", middling())
+        # Random weights: equal ones would be stored once in an engine.
+        write_random_checkpoint(folder / "checkpoint", middling())
     checkpoint = open_checkpoint(folder / "checkpoint")
     for case in cases:
         _export(checkpoint, folder, case)
@@ -157,22 +159,6 @@ def middling() -> Sizes:
             feed_forward_proj="gated-gelu",
         ),
     )
-
-
-def _write_checkpoint(folder: Path, sizes: Sizes) -> None:
-    """A checkpoint with random weights: equal ones would be stored once in an engine."""
-    from exporters.sparse_checkpoint import write_sparse_checkpoint
-    from fluxdeploy.tensorfile import from_float32, read_header
-
-    write_sparse_checkpoint(folder, sizes)
-    random = np.random.default_rng(0)
-    for path in sorted(folder.rglob("*.safetensors")):
-        header = read_header(path)
-        with path.open("r+b") as file:
-            for entry in header.tensors.values():
-                values = random.standard_normal(entry.nbytes // 2, np.float32) * 0.03
-                file.seek(entry.offset)
-                file.write(from_float32(values, "BF16").tobytes())
 
 
 def _graph(folder: Path, case: Case) -> Path:

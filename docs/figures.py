@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 __all__ = ["BLOCKS", "Block", "fill"]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,30 +146,64 @@ def _quantize_scale(report: dict[str, Any]) -> str:
     )
 
 
-def _transformer_step(report: dict[str, Any]) -> str:
-    """The report of benchmarks/transformer_step.py as a Markdown table."""
-    eager = ("PyTorch eager fp32", "PyTorch eager bf16")
-    rows = [["a step", *(f"times faster than {name}" for name in eager)], ["---", "---:", "---:"]]
-    for timing in report["timings"]:
-        name = timing["name"]
-        if name in eager:
-            continue
-        ratios = (report["ratios"][f"{name} over {other}"] for other in eager)
-        rows.append(
-            [
-                f"`{name.removeprefix('fluxdeploy ')}`",
-                *(f"{x['median']:.2f} ({x['min']:.2f} to {x['max']:.2f})" for x in ratios),
-            ]
-        )
+def _latency(report: dict[str, Any]) -> str:
+    """The report of benchmarks/latency.py as two Markdown tables."""
+    demo, width = report["demo"], report["width"]
+    load, noise = demo["workload"], demo["noise"]
+    quantities = ("step", "picture", "cold start")
+    rows = [
+        ["`demo:dev`", "a step", "a picture", "start to saved picture", "memory"],
+        ["---", *["---:"] * 4],
+    ]
+    for each in demo["contenders"]:
+        found = (each["timings"][quantity]["ratio"] for quantity in quantities)
+        memory = _megabytes(each["memory"])
+        rows.append([_NAMES.get(each["name"], each["name"]), *map(_times, found), memory])
+    steps = [
+        ["FLUX.1's width", "PyTorch eager fp32 = 1", "PyTorch eager bf16 = 1"],
+        ["---", "---:", "---:"],
+    ]
+    rounds = {e["name"]: e["timings"]["step"]["rounds"] for e in width["contenders"]}
+    for name, own in rounds.items():
+        cells = [_times(_ratio(rounds[peer], own)) for peer in ("eager", "eager-bf16")]
+        steps.append([_NAMES.get(name, name), *cells])
+    tokens = width["workload"]["width"] * width["workload"]["height"] // 256
     return (
         f"{_table(rows)}\n"
-        f"ONNX Runtime on a CPU. FLUX.1's width, {report['double_blocks']} double and "
-        f"{report['single_blocks']} single blocks, {report['image_tokens']} image and "
-        f"{report['text_tokens']} text tokens,\n{report['threads']} threads. Medians of the ratios "
-        "of neighbours in time, with the least and the most.\nMeasured by "
-        "[benchmarks/transformer_step.py](benchmarks/transformer_step.py) on\n"
-        f"{_machine(report['machine'])}.\n"
+        "Times faster than PyTorch eager fp32 (diffusers): "
+        f"{load['width']}x{load['height']} pixels, {load['steps']} steps, "
+        f"{load['threads']} threads. Medians of {demo['rounds']} rounds with their middle 80%. "
+        "Eager fp32 against itself: "
+        f"{_times(noise['step'])} a step, {_times(noise['picture'])} a picture.\n\n"
+        f"{_table(steps)}\n"
+        f"A step with {report['double_blocks']} double and {report['single_blocks']} single "
+        f"blocks, {tokens} image and {width['workload']['tokens']} text tokens, random weights, "
+        f"{width['workload']['threads']} threads, {width['rounds']} rounds.\nMeasured by "
+        "[benchmarks/latency.py](benchmarks/latency.py) on\n"
+        f"{_machine(demo['machine'])}, "
+        f"ONNX Runtime {demo['machine']['packages']['onnxruntime']}, "
+        f"OpenVINO {demo['machine']['packages']['openvino']}.\n"
     )
+
+
+_NAMES = {
+    "eager": "PyTorch eager fp32",
+    "eager-bf16": "PyTorch eager bf16",
+    "compile": "torch.compile fp32",
+    "compile-bf16": "torch.compile bf16",
+    "openvino": "OpenVINO fp32, our graph",
+    "openvino-bf16": "OpenVINO bf16, our graph",
+}
+
+
+def _ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
+    """How many times faster, round by round: the median and the middle 80%."""
+    low, median, high = np.quantile(np.divide(slow, fast), (0.1, 0.5, 0.9))
+    return {"median": float(median), "low": float(low), "high": float(high)}
+
+
+def _times(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -203,7 +239,7 @@ BLOCKS: Mapping[str, Block] = {
         RESULTS / "quantization_quality.json", (README,), _quantization_quality
     ),
     "quantize_scale": Block(RESULTS / "quantize_scale.json", (README,), _quantize_scale),
-    "transformer_step": Block(RESULTS / "transformer_step.json", (README,), _transformer_step),
+    "latency": Block(RESULTS / "latency.json", (README,), _latency),
 }
 
 

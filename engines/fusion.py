@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from fluxdeploy.errors import EngineError
@@ -24,7 +24,7 @@ _TYPES = {
     "BFloat16": "bf16",
     "FP8": "fp8",
     "Int8": "int8",
-    "FP4": "fp4",
+    "FP4E2M1": "fp4",
     "Int4": "int4",
 }
 _WIDTHS = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "fp4": 0.5, "int4": 0.5}
@@ -35,6 +35,8 @@ _TENSORS = re.compile(
     r"Outputs: \[(?P<outputs>.*?)\], TacticName"
 )
 _DATATYPE = re.compile(r"Datatype: (\w+)")
+_FACTOR = re.compile(r"\{ Name: \S*_(?:alpha|beta)_myl\d+, [^{}]*\}")
+"""A product's constant factor, which is no operand."""
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _GENERATED = re.compile(r"__myl_(?P<before>\w*?)(?:Fc|Corr)")
 _WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
@@ -178,7 +180,10 @@ def read_report(lines: Iterable[str], products: Products, engine_bytes: int) -> 
     widened: list[str] = []
     for node in sorted(products.linears):
         made = [(_product_type(kernel), kernel) for kernel in _product_kernels(homes[node])]
-        linears[node] = max((kind for kind, _ in made), key=_width)
+        linears[node] = _stored_type(
+            max((kind for kind, _ in made), key=_width),
+            homes.get(f"{node}/weight/DequantizeLinear", []),
+        )
         if any(kind in ("fp8", "int8", "fp4") and "fp32" in k.outputs for kind, k in made):
             widened.append(node)
     attentions: dict[str, str] = {}
@@ -206,7 +211,10 @@ def _read_kernel(line: str) -> tuple[Kernel, set[str]] | None:
     if found is None or tensors is None:
         return None
     types = (
-        tuple(_TYPES.get(t, t.lower()) for t in _DATATYPE.findall(tensors[place] or ""))
+        tuple(
+            _TYPES.get(t, t.lower())
+            for t in _DATATYPE.findall(_FACTOR.sub("", tensors[place] or ""))
+        )
         for place in _PLACES
     )
     kernel = Kernel(found["name"], found["kind"], *types)
@@ -238,13 +246,21 @@ def _product_type(kernel: Kernel) -> str:
     return max(activation, weight, key=_width)
 
 
+def _stored_type(kind: str, dequantizers: Iterable[Kernel]) -> str:
+    """The type of a product of 16 bits whose weights a kernel of its own widens before it."""
+    stored = _narrowest([t for kernel in dequantizers for t in kernel.constants])
+    if stored is None or _width(stored) >= 2 or _width(kind) < 2:
+        return kind
+    return f"{stored}-weights"
+
+
 def _attention_type(kernel: Kernel) -> str:
     """The widest type of Q, K and V; a float32 input beside 16-bit ones is a bias."""
     narrow = [t for t in kernel.inputs if t != "fp32"]
     return max(narrow, key=_width) if narrow else "fp32"
 
 
-def _narrowest(types: tuple[str, ...]) -> str | None:
+def _narrowest(types: Sequence[str]) -> str | None:
     return min((t for t in types if t in _WIDTHS), key=_width, default=None)
 
 

@@ -64,6 +64,12 @@ class OnnxRuntime(Runtime):
             return self.precision(target, precision)
         return "fp32" if target == "cpu" else "bf16"
 
+    def precision_problem(self, target: str, precision: str) -> str | None:
+        """FP4 takes an operator of TensorRT's own, and the products of a GPU that has them."""
+        if precision.partition("-")[0] == "fp4":
+            return "ONNX Runtime has no FP4, which is for TensorRT and TensorRT-RTX; use fp8"
+        return None
+
     def open(
         self,
         component: str,

@@ -32,6 +32,7 @@ _RUNTIMES = {
     "tensorrt": ("engines.tensorrt", "TensorRt"),
     "tensorrt-rtx": ("engines.tensorrt", "TensorRtRtx"),
     "onnxruntime": ("engines.onnxruntime", "OnnxRuntime"),
+    "openvino": ("engines.openvino", "OpenVino"),
 }
 
 
@@ -57,10 +58,11 @@ def runtimes(name: str = AUTO) -> tuple[Runtime, ...]:
     return (_runtime(name),)
 
 
-def choose_target(name: str = AUTO) -> tuple[Runtime, str]:
+def choose_target(name: str = AUTO, precision: str | None = None) -> tuple[Runtime, str]:
     """The best runtime and target that can run engines on this machine.
 
-    Raises `EngineError` where there is none, with each one's reason, and `UsageError` for an
+    Raises `EngineError` where there is none, with each one's reason and with the targets that can
+    be built for here all the same, in `precision` where that is given, and `UsageError` for an
     unknown name.
     """
     reasons: list[tuple[str, str, str]] = []
@@ -70,7 +72,29 @@ def choose_target(name: str = AUTO) -> tuple[Runtime, str]:
             if available.ok:
                 return runtime, target
             reasons.append((runtime.name, target, available.detail))
-    raise EngineError(f"No runtime can run engines on this machine. {_in_words(reasons)}.")
+    others = _possible_elsewhere(name, precision)
+    advice = f" To build for another machine, name its --target: {others}." if others else ""
+    raise EngineError(f"No runtime can run engines on this machine. {_in_words(reasons)}.{advice}")
+
+
+def _possible_elsewhere(name: str, precision: str | None) -> str:
+    """The targets that each runtime can build for here, in words; empty where there are none."""
+    possible = {
+        runtime.name: [
+            target
+            for target in runtime.targets
+            if runtime.builds
+            and runtime.can_build(target).ok
+            and (precision is None or runtime.precision_problem(target, precision) is None)
+        ]
+        for runtime in runtimes(name)
+    }
+    what = "" if precision is None else f" in {precision}"
+    return "; ".join(
+        f"{name} builds{what} for {', '.join(targets)}"
+        for name, targets in possible.items()
+        if targets
+    )
 
 
 def choose_builder(targets: Sequence[str], name: str = AUTO) -> Runtime:

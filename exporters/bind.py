@@ -19,8 +19,8 @@ import onnx_ir as ir
 
 from exporters.chain import Chain
 from exporters.checkpoint.tensors import StoredTensor, Weights, find_tensor
-from exporters.quantize.graph import SCALE_SUFFIX, Packed
-from exporters.written import WrittenTensor, shards, write_tensors
+from exporters.quantize.storage import GLOBAL_SCALE_SUFFIX, SCALE_SUFFIX, Packed
+from exporters.written import Group, WrittenTensor, shards, write_tensors
 from fluxdeploy.bundle.files import disk_errors, link_or_copy
 from fluxdeploy.errors import ExportError
 from fluxdeploy.tensorfile import read_header
@@ -125,9 +125,9 @@ def bind(
     """Turn the model's inputs after the first `boundary` into initializers with external data.
 
     `converted` names the files below the folder for tensors whose bytes have to change, without
-    their suffix. `packed` are the weights that `quantize` wants stored in 8 bits. `expect` is told
-    the bytes that are to be linked, copied or converted, if any, and returns what hears of each of
-    them. Returns the names of the weight files that the graph needs.
+    their suffix. `packed` are the weights that `quantize` wants stored in fewer bits. `expect` is
+    told the bytes that are to be linked, copied or converted, if any, and returns what hears of
+    each of them. Returns the names of the weight files that the graph needs.
 
     Raises `CheckpointError` for a missing tensor, a wrong shape, or a value that the graph's type
     cannot hold.
@@ -138,10 +138,11 @@ def bind(
     # Casts come in between, which leaves the order of these nodes as it is.
     order = {node: place for place, node in enumerate(graph)}
     packed = packed or {}
-    scales = {f"{name}{SCALE_SUFFIX}": name for name in packed}
+    scales = {name + suffix for name in packed for suffix in (SCALE_SUFFIX, GLOBAL_SCALE_SUFFIX)}
     by_name = {str(value.name): value for value in parameters}
     linked: list[tuple[ir.Value, StoredTensor]] = []
     written: list[WrittenTensor] = []
+    groups: dict[str, Group] = {}
     for value in parameters:
         name = str(value.name)
         if name in scales:
@@ -150,7 +151,11 @@ def bind(
         if name in packed:
             rows, columns = value.shape.numpy()[::-1]
             stored = find_tensor(weights, name, (rows, columns))
-            written.append(WrittenTensor(name, stored, packed[name].dtype, packed[name]))
+            how = packed[name]
+            group = groups.setdefault(how.group, Group()) if how.group else None
+            if group is not None:
+                group.members.append(stored)
+            written.append(WrittenTensor(name, stored, how.dtype, how, group))
             continue
         stored = find_tensor(weights, name, value.shape.numpy())
         exact = value.dtype in (_STORED.get(stored.dtype), ir.DataType.FLOAT)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from engines.base import Binding, Engine
 from exporters.chain import Chain, Stage
 from exporters.checkpoint.tensors import Weights, find_tensor
 
-__all__ = ["ReferenceEngine", "run_reference", "run_samples", "watch_linears"]
+__all__ = ["ReferenceEngine", "WatchAttention", "run_reference", "run_samples", "watch_linears"]
 
 Array = NDArray[np.generic]
 
@@ -98,6 +100,38 @@ def watch_linears(
             if isinstance(module, nn.Linear):
                 module.register_forward_hook(functools.partial(hook, name))
     return enter
+
+
+_PRODUCTS = (torch.Tensor.matmul, torch.Tensor.__matmul__)
+
+
+class WatchAttention(TorchFunctionMode):
+    """While it is entered, `see(query, key, value, output)` is called for each attention that runs.
+
+    All are [B, heads, tokens, head_dim], as softmax(Q Kᵀ) V multiplies them. Its two products are
+    the only ones of such tensors with each other.
+    """
+
+    def __init__(self, see: Callable[[Tensor, Tensor, Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self._see = see
+        self._scored: tuple[Tensor, Tensor] | None = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS and all(tensor.dim() == 4 for tensor in args):
+            if self._scored is None:
+                self._scored = args[0], args[1].mT
+            else:
+                (query, key), self._scored = self._scored, None
+                self._see(query, key, args[1], output)
+        return output
 
 
 class ReferenceEngine(Engine):

@@ -1,4 +1,4 @@
-"""Checkpoints of any size that take no room on the disk: real headers, and zeros.
+"""Checkpoints of any size without training: zeros that take no room on the disk, or random weights.
 
 Names and shapes come from the exported networks themselves, so a checkpoint written here has
 exactly the tensors that FLUX.1's have, in diffusers layout.
@@ -7,11 +7,13 @@ exactly the tensors that FLUX.1's have, in diffusers layout.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import CLIPTextConfig, T5Config
 
 from exporters import components
@@ -19,9 +21,17 @@ from exporters.chain import Chain
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.small_tokenizers import write_tokenizers
 from fluxdeploy.bundle.files import write_atomic
-from fluxdeploy.tensorfile import write_sparse
+from fluxdeploy.tensorfile import from_float32, read_header, write_sparse
 
-__all__ = ["FLUX_DEV", "MODEL_INDEX", "Sizes", "declare_tensors", "write_sparse_checkpoint"]
+__all__ = [
+    "FLUX_DEV",
+    "MODEL_INDEX",
+    "Sizes",
+    "declare_tensors",
+    "flux_of_depth",
+    "write_random_checkpoint",
+    "write_sparse_checkpoint",
+]
 
 Declaration = tuple[str, str, tuple[int, ...]]
 
@@ -98,6 +108,61 @@ _PARTS = {
     "clip": "text_encoder/model.safetensors",
     "t5": "text_encoder_2/model.safetensors",
 }
+
+
+def flux_of_depth(double_blocks: int, single_blocks: int) -> Sizes:
+    """FLUX.1-dev's width and heads with fewer blocks, and the smallest networks around them."""
+    return Sizes(
+        replace(FLUX_DEV.transformer, double_blocks=double_blocks, single_blocks=single_blocks),
+        VaeConfig(
+            latent_channels=16,
+            channels=(8, 8),
+            layers=1,
+            groups=4,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+        ),
+        CLIPTextConfig(
+            vocab_size=1000,
+            hidden_size=768,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=12,
+            eos_token_id=2,
+        ),
+        T5Config(
+            vocab_size=1000,
+            d_model=4096,
+            d_kv=64,
+            d_ff=64,
+            num_layers=1,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+        ),
+    )
+
+
+def write_random_checkpoint(folder: Path, sizes: Sizes) -> None:
+    """Write a checkpoint whose weights are as large as a trained one's, always the same ones.
+
+    Linears and convolutions keep the variance of what they take, norms are near 1. AdaLN's linears
+    are a tenth of that: a trained model's gates are small, and large ones amplify every rounding.
+    """
+    write_sparse_checkpoint(folder, sizes)
+    random = np.random.default_rng(0)
+    for path in _PARTS.values():
+        file = read_header(folder / path)
+        with file.path.open("r+b") as output:
+            for name, entry in file.tensors.items():
+                values = random.standard_normal(entry.shape, dtype=np.float32)
+                if len(entry.shape) > 1:
+                    values /= math.sqrt(math.prod(entry.shape[1:]))
+                    values *= 0.1 if ".norm" in name else 1.0
+                else:
+                    values *= 0.02
+                    values += 1.0 if "norm" in name and name.endswith(".weight") else 0.0
+                output.seek(entry.offset)
+                output.write(from_float32(values, "BF16").tobytes())
 
 
 def write_sparse_checkpoint(folder: Path, sizes: Sizes) -> None:

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
+from numpy.typing import NDArray
 
 from exporters.checkpoint.tensors import StoredTensor
-from exporters.quantize.graph import SCALE_SUFFIX, Packed
+from exporters.quantize.storage import Packed
 from exporters.quantize.weights import pack_weight
 from fluxdeploy.errors import CheckpointError
 from fluxdeploy.tensorfile import DTYPE_BITS, TensorFileWriter, from_float32
 
-__all__ = ["WrittenTensor", "shards", "write_tensors"]
+__all__ = ["Group", "WrittenTensor", "shards", "write_tensors"]
 
 _CHUNK = 1 << 24
 """Elements converted at a time: 64 MB in float32, whatever the size of a tensor."""
@@ -28,20 +29,37 @@ _CHUNK = 1 << 24
 _SHARD = 1 << 29
 """Bytes after which a file is full."""
 
-_SCALES = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16"}
+
+@dataclass(eq=False)
+class Group:
+    """Weights that are quantized with one scale, for which all of them have to be looked at."""
+
+    members: list[StoredTensor] = field(default_factory=list)
+
+    @cached_property
+    def largest(self) -> float | None:
+        """The largest magnitude in them; None of one alone, which needs no look beforehand.
+
+        Every weight is read for it once, a part at a time.
+        """
+        if len(self.members) == 1:
+            return None
+        return max(float(np.abs(part).max()) for stored in self.members for part in _read(stored))
 
 
 @dataclass(frozen=True)
 class WrittenTensor:
     """A tensor of a new file: `dtype` is its safetensors type there.
 
-    With `packed` it is a linear's weight [out, in], stored transposed, with its scales after it.
+    With `packed` it is a linear's weight [out, in], stored transposed, with its scales after it;
+    `group` are the weights that it shares a scale with, itself among them.
     """
 
     name: str
     stored: StoredTensor
     dtype: str
     packed: Packed | None = None
+    group: Group | None = None
 
     @property
     def declarations(self) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -49,8 +67,7 @@ class WrittenTensor:
         if self.packed is None:
             return [(self.name, self.dtype, self.stored.shape)]
         rows, columns = self.stored.shape
-        scales = f"{self.name}{SCALE_SUFFIX}", _SCALES[self.packed.scales], (rows,)
-        return [(self.name, self.dtype, (columns, rows)), scales]
+        return self.packed.declarations(self.name, rows, columns)
 
     @property
     def nbytes(self) -> int:
@@ -97,11 +114,11 @@ def write_tensors(
 def _parts(tensor: WrittenTensor) -> Iterator[np.ndarray]:
     stored = tensor.stored
     if tensor.packed is not None:
-        yield from pack_weight(stored.read().reshape(stored.shape), tensor.packed, stored.name)
+        largest = None if tensor.group is None else tensor.group.largest
+        weight = stored.read().reshape(stored.shape)
+        yield from pack_weight(weight, tensor.packed, stored.name, largest)
         return
-    count = math.prod(stored.shape)
-    for start in range(0, count, _CHUNK):
-        values = stored.read(start, min(start + _CHUNK, count))
+    for values in _read(stored):
         narrow = from_float32(values, tensor.dtype)
         if tensor.dtype == "F16" and np.isinf(narrow).any() and np.isfinite(values).all():
             raise CheckpointError(
@@ -109,3 +126,10 @@ def _parts(tensor: WrittenTensor) -> Iterator[np.ndarray]:
                 "65504: build with --precision bf16."
             )
         yield narrow
+
+
+def _read(stored: StoredTensor) -> Iterator[NDArray[np.float32]]:
+    """A tensor's numbers in order, a part at a time."""
+    count = math.prod(stored.shape)
+    for start in range(0, count, _CHUNK):
+        yield stored.read(start, min(start + _CHUNK, count))

@@ -115,7 +115,7 @@ def build(request: BuildRequest, destination: Path, progress: Progress) -> Bundl
 def _choose(request: BuildRequest) -> tuple[Runtime, tuple[str, ...]]:
     """The runtime and targets to build for, which need not be able to run here."""
     if not request.targets:
-        runtime, target = choose_target(request.runtime)
+        runtime, target = choose_target(request.runtime, request.precision)
         return runtime, (target,)
     targets = tuple(dict.fromkeys(request.targets))
     runtime = choose_builder(targets, request.runtime)
@@ -434,8 +434,9 @@ def _expectation(name: str, record: ComponentRecord, exported: Exported) -> Expe
     # The VAE's one attention has a single head as wide as the network, which no kernel fuses.
     attention = None if name.startswith("vae_") else record.compute
     if quantization is not None:
-        kind = {"F8_E4M3": "fp8", "I8": "int8"}[quantization.weights]
+        kinds = {"F8_E4M3": "fp8", "I8": "int8", "F4": "fp4"}
+        kind = kinds[quantization.weights]
         gemms[kind if quantization.activations else f"{kind}-weights"] = exported.quantized
         if quantization.attention:
-            attention = kind
+            attention = kinds[quantization.eight_bits]
     return Expectation(exported.attentions, attention, gemms, record.compute, exported.weight_bytes)

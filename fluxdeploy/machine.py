@@ -60,9 +60,14 @@ def available_memory() -> int | None:
 
 
 def describe_machine(packages: Iterable[str]) -> dict[str, Any]:
-    """What figures were measured on, and how busy it was; versions of the packages that count."""
+    """What figures were measured on, and how busy it was; versions of the packages that count.
+
+    Raises `importlib.metadata.PackageNotFoundError` for a package that is not installed.
+    """
+    cpu = describe_cpu()
     return {
-        "cpu": describe_cpu()["name"],
+        "cpu": cpu["name"],
+        "instruction_sets": cpu["instruction_sets"],
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_average": round(os.getloadavg()[0], 2),

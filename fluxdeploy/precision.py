@@ -29,15 +29,23 @@ FLOATS = ("fp32", "bf16", "fp16")
 class Quantization:
     """What is quantized: the weights of the large linears, perhaps their inputs, and attention.
 
-    `weights` is the safetensors name of the type that they are stored in, one scale a row.
+    `weights` is the safetensors name of the type that they are stored in. 8-bit types have one
+    scale a row. F4 is NVFP4: E2M1 numbers with an E4M3 scale for every 16 along a row, and one
+    float32 scale for all of those.
     `activations` says whether a linear's input gets a scale that was measured before (static), one
-    that is computed every time (dynamic), or stays as it is (None). With `attention` its Q, K, V
-    and softmax output are in the same 8-bit type.
+    that is computed every time (dynamic), or stays as it is (None). For F4 the measured scale is
+    the one for all blocks, and that of a block is computed every time.
+    With `attention` its Q, K, V and softmax output are in `eight_bits`.
     """
 
-    weights: Literal["F8_E4M3", "I8"]
+    weights: Literal["F8_E4M3", "I8", "F4"]
     activations: Literal["static", "dynamic"] | None = None
     attention: bool = False
+
+    @property
+    def eight_bits(self) -> Literal["F8_E4M3", "I8"]:
+        """The 8-bit type that goes with `weights`: E4M3 with E2M1, else the same."""
+        return "F8_E4M3" if self.weights == "F4" else self.weights
 
 
 QUANTIZED: Mapping[str, Quantization] = {
@@ -47,6 +55,7 @@ QUANTIZED: Mapping[str, Quantization] = {
     "int8": Quantization("I8", "static"),
     "int8-dynamic": Quantization("I8", "dynamic"),
     "int8-weights": Quantization("I8"),
+    "fp4": Quantization("F4", "static", attention=True),
 }
 
 PRECISIONS = (*FLOATS, *QUANTIZED)
@@ -57,6 +66,7 @@ _OTHERS: Mapping[str, Mapping[str, str]] = {
     "fp16": {"t5": "bf16", "vae_decoder": "bf16", "vae_encoder": "bf16"},
     "fp8": {"conditioner": "fp8-weights"},
     "int8": {"conditioner": "int8-weights", "t5": "int8-weights"},
+    "fp4": {"conditioner": "fp8-weights", "t5": "fp8-weights"},
 }
 _ALLOWED: Mapping[str, tuple[str, ...]] = {
     "transformer": PRECISIONS,

@@ -143,9 +143,10 @@ class PicturesReport:
 
 @dataclass(frozen=True)
 class LayersReport:
-    """Signal-to-quantization-noise ratios, in dB, of the transformer's quantized linears.
+    """Signal-to-quantization-noise ratios, in dB, of the transformer's quantized layers.
 
-    They are in the network's order. `min_sqnr` None is no gate.
+    These are its linears and, where attention is quantized, Q, K, V and the output of each block's,
+    in the network's order. `min_sqnr` None is no gate.
     """
 
     sqnr: Mapping[str, float]

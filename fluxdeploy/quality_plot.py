@@ -115,7 +115,7 @@ def _plot_layers(axes: Any, report: LayersReport) -> None:
     )
     axes.set_xlim(-1, len(heights))
     axes.set_ylabel("SQNR in dB")
-    axes.set_xlabel("quantized linears of the transformer, in its order")
+    axes.set_xlabel("quantized layers of the transformer, in its order")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
 

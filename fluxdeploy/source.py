@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fluxdeploy.bundle.files import HashCache
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
@@ -16,8 +16,16 @@ from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
+    from fluxdeploy.bundle import Bundle
 
-__all__ = ["CheckpointHashes", "check_family", "hash_checkpoint", "open_source"]
+__all__ = [
+    "CheckpointHashes",
+    "check_family",
+    "checkpoint_record",
+    "hash_checkpoint",
+    "open_recorded",
+    "open_source",
+]
 
 
 def open_source(checkpoint: str | None) -> Checkpoint:
@@ -59,6 +67,26 @@ def hash_checkpoint(checkpoint: Checkpoint, progress: Progress) -> CheckpointHas
     files = {Path(os.path.realpath(file)): digest for file, digest in hashes.items()}
     whole = hashlib.sha256("\n".join(sorted(files.values())).encode())
     return CheckpointHashes(files, whole.hexdigest())
+
+
+def checkpoint_record(bundle: Bundle) -> dict[str, Any]:
+    """What a bundle says of the checkpoint that it was made from; empty where it does not."""
+    origin = bundle.manifest.provenance.get("checkpoint")
+    return origin if isinstance(origin, dict) else {}
+
+
+def open_recorded(bundle: Bundle, name: str, progress: Progress) -> Checkpoint:
+    """Open the checkpoint that a bundle was made from, where it lies now.
+
+    Raises `UsageError` for another one, and what `open_source` raises.
+    """
+    checkpoint = open_source(name)
+    if hash_checkpoint(checkpoint, progress).digest != checkpoint_record(bundle).get("sha256"):
+        raise UsageError(
+            f"{name} is not the checkpoint that {bundle.root} was made from: its weights or its "
+            "layout differ."
+        )
+    return checkpoint
 
 
 def check_family(checkpoint: Checkpoint) -> None:

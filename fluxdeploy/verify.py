@@ -22,10 +22,10 @@ from fluxdeploy.quality import (
     plan_pictures,
     plan_scenes,
 )
-from fluxdeploy.source import hash_checkpoint, open_source
+from fluxdeploy.source import checkpoint_record, open_recorded
 
 if TYPE_CHECKING:
-    from exporters.checkpoint import Checkpoint
+    pass
 
 __all__ = ["ComponentReport", "VerifyReport", "verify"]
 
@@ -102,7 +102,7 @@ def verify(
     bundle = open_bundle(path, check="all", on_bytes=task.advance)
     task.finish()
     source = _find_checkpoint(bundle, checkpoint, pictures is not None)
-    opened = None if source is None else _open_checkpoint(bundle, source, progress)
+    opened = None if source is None else open_recorded(bundle, source, progress)
     recorded = [n for n, record in bundle.manifest.components.items() if record.golden]
     task = progress.task("Comparing components", total=len(recorded))
     components = []
@@ -113,23 +113,19 @@ def verify(
         return VerifyReport(bundle.content_hash, tuple(components), None, None)
     layers = compare_layers(bundle, opened, progress)
     count = 1 if pictures is None else pictures
-    is_demo = source in DEMO_CHECKPOINTS or _origin(bundle).get("name") in DEMO_CHECKPOINTS
+    is_demo = (
+        source in DEMO_CHECKPOINTS or checkpoint_record(bundle).get("name") in DEMO_CHECKPOINTS
+    )
     plan = plan_scenes(bundle, count) if is_demo else plan_pictures(bundle, count)
     compared = compare_pictures(bundle, opened, plan, runtime, options, progress)
     return VerifyReport(bundle.content_hash, tuple(components), compared, layers)
-
-
-def _origin(bundle: Bundle) -> dict[str, Any]:
-    """What the bundle says of the checkpoint that it was made from."""
-    origin = bundle.manifest.provenance.get("checkpoint")
-    return origin if isinstance(origin, dict) else {}
 
 
 def _find_checkpoint(bundle: Bundle, given: str | None, needed: bool) -> str | None:
     """What pictures are compared with, or None where a deployment machine has only the bundle."""
     if given is not None:
         return given
-    name = _origin(bundle).get("name")
+    name = checkpoint_record(bundle).get("name")
     # Without PyTorch a bundle is verified by its golden tensors.
     has_torch = importlib.util.find_spec("torch") is not None
     if isinstance(name, str) and name in DEMO_CHECKPOINTS and has_torch:
@@ -140,16 +136,6 @@ def _find_checkpoint(bundle: Bundle, given: str | None, needed: bool) -> str | N
             "made from, and the packages of fluxdeploy[export]."
         )
     return None
-
-
-def _open_checkpoint(bundle: Bundle, name: str, progress: Progress) -> Checkpoint:
-    checkpoint = open_source(name)
-    if hash_checkpoint(checkpoint, progress).digest != _origin(bundle).get("sha256"):
-        raise UsageError(
-            f"{name} is not the checkpoint that {bundle.root} was made from: its weights or "
-            "its layout differ."
-        )
-    return checkpoint
 
 
 def _verify_component(

@@ -1,39 +1,52 @@
-"""The graph pass: quantized weights, and scales around the products that are to run in 8 bits.
+"""The graph pass: quantized weights, and scales around the products that are to run in few bits.
 
-Standard ONNX operators only, in the forms that TensorRT fuses and ONNX Runtime reads. A scale has
+Standard ONNX operators in the forms that TensorRT fuses and ONNX Runtime reads. An 8-bit scale has
 the type that the product computes in: with float32 scales in a 16-bit graph TensorRT keeps the
 16-bit kernels.
+
+FP4 takes one operator that is TensorRT's own, since ONNX has none that makes the scales of blocks:
+TRT_FP4DynamicQuantize(x, g) gives E2M1 numbers q and E4M3 block scales s with x = q · s · g.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from exporters.quantize.fp4 import BLOCK, LARGEST_PRODUCT
 from exporters.quantize.policy import is_quantized
+from exporters.quantize.storage import GLOBAL_SCALE_SUFFIX, SCALE_SUFFIX, Packed
 from fluxdeploy.errors import ExportError
 from fluxdeploy.precision import Quantization
 
 if TYPE_CHECKING:
     from exporters.quantize.ranges import Ranges
 
-__all__ = ["LARGEST", "QUANTIZED_TYPES", "SCALE_SUFFIX", "Packed", "quantize"]
+__all__ = ["LARGEST", "QUANTIZED_TYPES", "quantize"]
 
-QUANTIZED_TYPES = {"F8_E4M3": ir.DataType.FLOAT8E4M3FN, "I8": ir.DataType.INT8}
+QUANTIZED_TYPES = {
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
+    "I8": ir.DataType.INT8,
+    "F4": ir.DataType.FLOAT4E2M1,
+}
 LARGEST = {"F8_E4M3": 448.0, "I8": 127.0}
-"""The largest value of each type. Of INT8 the symmetric range is used."""
+"""The largest value of each 8-bit type. Of INT8 the symmetric range is used."""
 
-SCALE_SUFFIX = ".scale"
+_TENSORRT = "trt"
+"""The domain of TensorRT's own operators."""
+
+_FP4_OPSET, _FP4_IR = 23, 11
+"""The first ONNX with E2M1. Of opset 22's operators it only widens the types."""
 
 # Inputs were measured over a few prompts, and others go further: over other prompts and seeds by up
 # to 1.4 times in single layers, mostly by less than 1.2. E4M3 is a floating-point type: a scale
-# twice as large costs it nothing but its very smallest values. INT8 pays for headroom with accuracy
-# everywhere, more than it gains by sparing the few largest values of those layers.
+# twice as large costs it nothing but its very smallest values; so for E2M1, whose block scales are
+# E4M3. INT8 pays for headroom with accuracy everywhere, more than it gains by sparing the few
+# largest values of those layers.
 _HEADROOM = {"F8_E4M3": 2.0, "I8": 1.2}
 
 _NUMPY = {
@@ -41,18 +54,6 @@ _NUMPY = {
     ir.DataType.FLOAT16: np.dtype(np.float16),
     ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
 }
-
-
-@dataclass(frozen=True)
-class Packed:
-    """How a weight [out, in] is stored: `dtype` [in, out], and scales [out] of type `scales`.
-
-    Both are parameters of the graph: the weight under its own name, its scales with the suffix
-    `SCALE_SUFFIX`.
-    """
-
-    dtype: str
-    scales: ir.DataType
 
 
 def quantize(
@@ -76,6 +77,9 @@ def quantize(
     if quantization.attention:
         for node in [node for node in model.graph if node.op_type == "Softmax"]:
             rewrite.attention(node)
+    if quantization.weights == "F4":
+        model.graph.opset_imports.update({"": _FP4_OPSET, _TENSORRT: 1})
+        model.ir_version = _FP4_IR
     return rewrite.packed
 
 
@@ -93,6 +97,7 @@ class _Rewrite:
         self._how = quantization
         self._ranges = ranges
         self._type = QUANTIZED_TYPES[quantization.weights]
+        self._eight_bits = quantization.eight_bits
         # Linears that read the same value share its scale, so that an engine can merge them.
         self._inputs: dict[ir.Value, ir.Value] = {}
         self._dynamic: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
@@ -115,12 +120,11 @@ class _Rewrite:
         # The stored bytes are those of the transposed matrix: the product takes them as they are.
         weight.type = ir.TensorType(self._type)
         weight.shape = ir.Shape((shape[1], shape[0]))
-        scales = ir.Value(
-            name=f"{weight.name}{SCALE_SUFFIX}",
-            shape=ir.Shape((shape[0],)),
-            type=ir.TensorType(compute),
-        )
-        self._graph.inputs.append(scales)
+        if self._how.weights == "F4":
+            self._fp4_product(product, weight, linear)
+            self._graph.remove(transpose, safe=True)
+            return
+        scales = self._parameter(f"{weight.name}{SCALE_SUFFIX}", (shape[0],), compute)
         self.packed[str(weight.name)] = Packed(self._how.weights, compute)
         if self._how.activations == "dynamic":
             self._integer_product(product, weight, scales)
@@ -148,7 +152,7 @@ class _Rewrite:
             (scores, 0, ranges.queries),
             (scores, 1, ranges.keys),
             (mixed, 0, {scope: 1.0}),
-            (mixed, 1, {s: _HEADROOM[self._how.weights] * v for s, v in ranges.values.items()}),
+            (mixed, 1, {s: _HEADROOM[self._eight_bits] * v for s, v in ranges.values.items()}),
         ):
             if scope not in largest:
                 raise ExportError(f"The activation ranges lack {scope}: measure them again.")
@@ -170,7 +174,8 @@ class _Rewrite:
             largest = self._required().inputs.get(linear)
             if largest is None:
                 raise ExportError(f"The activation ranges lack {linear}: measure them again.")
-            self._inputs[x] = self._through_8_bits(x, _HEADROOM[self._how.weights] * largest)
+            narrow = self._through_4_bits if self._how.weights == "F4" else self._through_8_bits
+            self._inputs[x] = narrow(x, _HEADROOM[self._eight_bits] * largest)
         return self._inputs[x]
 
     def _through_8_bits(self, value: ir.Value, largest: float) -> ir.Value:
@@ -179,22 +184,15 @@ class _Rewrite:
         assert compute is not None
         # A scale that FP16 would round to 0 divides by it.
         least = float(ml_dtypes.finfo(_NUMPY[compute]).smallest_normal)  # type: ignore[no-untyped-call]
-        step = max((largest or 1.0) / LARGEST[self._how.weights], least)
-        scale = np.asarray(step, _NUMPY[compute])
-        name = f"{value.name}{SCALE_SUFFIX}"
-        constant = ir.Value(
-            name=name,
-            shape=ir.Shape(()),
-            type=ir.TensorType(compute),
-            const_value=ir.Tensor(scale, dtype=compute, name=name),
-        )
-        self._graph.register_initializer(constant)
+        step = max((largest or 1.0) / LARGEST[self._eight_bits], least)
+        constant = self._constant(f"{value.name}{SCALE_SUFFIX}", step, compute)
+        kind = QUANTIZED_TYPES[self._eight_bits]
         narrow = ir.Node(
             "",
             "QuantizeLinear",
             [value, constant],
-            attributes=[ir.AttrInt64("output_dtype", self._type.value)],
-            outputs=[ir.Value(name=f"{value.name}.narrow", type=ir.TensorType(self._type))],
+            attributes=[ir.AttrInt64("output_dtype", kind.value)],
+            outputs=[ir.Value(name=f"{value.name}.narrow", type=ir.TensorType(kind))],
             name=f"{value.name}/QuantizeLinear",
         )
         wide = ir.Node(
@@ -206,6 +204,98 @@ class _Rewrite:
         )
         self._insert_after(value, narrow, wide)
         return wide.outputs[0]
+
+    def _fp4_product(self, product: ir.Node, weight: ir.Value, linear: str) -> None:
+        """x · W with both in blocks of E2M1; `weight` [in, out] has its new type."""
+        compute, shape = product.outputs[0].dtype, weight.shape
+        assert compute is not None
+        assert shape is not None
+        columns, rows = shape.numpy()
+        if columns % BLOCK or rows % 2:
+            raise ExportError(
+                f"{self._component}: {linear} takes {columns} numbers and gives {rows}; FP4 needs "
+                f"multiples of {BLOCK} and 2. Use fp8."
+            )
+        eight, single = ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT
+        scales = self._parameter(f"{weight.name}{SCALE_SUFFIX}", (columns // BLOCK, rows), eight)
+        one = self._parameter(f"{weight.name}{GLOBAL_SCALE_SUFFIX}", (), single)
+        x = product.inputs[0]
+        assert x is not None
+        self.packed[str(weight.name)] = Packed("F4", eight, str(x.name))
+        steps = self._node(product, "DequantizeLinear", [scales, one], single, "scales")
+        if compute != single:
+            to = {"to": compute.value}
+            steps = self._node(product, "Cast", [steps], compute, "scales", to)
+        blocks = {"axis": 0, "block_size": BLOCK}
+        wide = self._node(product, "DequantizeLinear", [weight, steps], compute, "weight", blocks)
+        product.replace_input_with(1, wide)
+        product.replace_input_with(0, self._scaled_input(product, linear))
+
+    def _through_4_bits(self, value: ir.Value, largest: float) -> ir.Value:
+        """`value` in blocks of E2M1 and back. `largest` maps to the largest number with a scale.
+
+        What is larger is cut off.
+        """
+        compute, single = value.dtype, ir.DataType.FLOAT
+        assert compute is not None
+        least = float(np.finfo(np.float32).smallest_normal)
+        step = max((largest or 1.0) / LARGEST_PRODUCT, least)
+        constant = self._constant(f"{value.name}{GLOBAL_SCALE_SUFFIX}", step, single)
+        outputs = [
+            ir.Value(name=f"{value.name}.{part}", type=ir.TensorType(kind))
+            for part, kind in (
+                ("narrow", ir.DataType.FLOAT4E2M1),
+                ("scales", ir.DataType.FLOAT8E4M3FN),
+            )
+        ]
+        blocks = {"axis": -1, "block_size": BLOCK}
+        scale_type = {"scale_type": ir.DataType.FLOAT8E4M3FN.value}
+        nodes = [
+            ir.Node(
+                _TENSORRT,
+                "TRT_FP4DynamicQuantize",
+                [value, constant],
+                attributes=_integers(blocks | scale_type),
+                outputs=outputs,
+                name=f"{value.name}/TRT_FP4DynamicQuantize",
+            )
+        ]
+
+        def then(
+            op_type: str, inputs: list[ir.Value], kind: ir.DataType, attributes: Mapping[str, int]
+        ) -> ir.Value:
+            name = f"{value.name}.{len(nodes)}"
+            made = ir.Value(name=name, type=ir.TensorType(kind))
+            nodes.append(
+                ir.Node("", op_type, inputs, _integers(attributes), outputs=[made], name=name)
+            )
+            return made
+
+        steps = then("DequantizeLinear", [outputs[1], constant], single, {})
+        if compute != single:
+            steps = then("Cast", [steps], compute, {"to": compute.value})
+        wide = then("DequantizeLinear", [outputs[0], steps], compute, blocks)
+        self._insert_after(value, *nodes)
+        return wide
+
+    def _parameter(
+        self, name: str, shape: tuple[int | ir.SymbolicDim, ...], dtype: ir.DataType
+    ) -> ir.Value:
+        """A new parameter of the graph."""
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        self._graph.inputs.append(value)
+        return value
+
+    def _constant(self, name: str, number: float, dtype: ir.DataType) -> ir.Value:
+        """A new scalar in the graph."""
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape(()),
+            type=ir.TensorType(dtype),
+            const_value=ir.Tensor(np.asarray(number, _NUMPY[dtype]), dtype=dtype, name=name),
+        )
+        self._graph.register_initializer(value)
+        return value
 
     def _integer_product(self, product: ir.Node, weight: ir.Value, scales: ir.Value) -> None:
         """x · W in INT8 with the scale of x computed every time."""
@@ -272,12 +362,16 @@ class _Rewrite:
             "",
             op_type,
             inputs,
-            attributes=[ir.AttrInt64(key, value) for key, value in (attributes or {}).items()],
+            attributes=_integers(attributes or {}),
             outputs=[ir.Value(name=full, type=ir.TensorType(dtype))],
             name=full,
         )
         self._graph.insert_before(before, node)
         return node.outputs[0]
+
+
+def _integers(attributes: Mapping[str, int]) -> list[ir.Attr]:
+    return [ir.AttrInt64(key, value) for key, value in attributes.items()]
 
 
 def _producer_of(value: ir.Value | None) -> ir.Node | None:

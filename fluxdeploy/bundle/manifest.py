@@ -181,8 +181,8 @@ class QualityRecord:
     """How near the bundle must come to PyTorch in float32; `verify` holds it against this.
 
     `min_psnr`, in dB, and `min_ssim` bound the medians over pictures of equal prompts and seeds.
-    `min_sqnr` bounds the signal-to-quantization-noise ratio, in dB, of each quantized linear of the
-    transformer; null where there is none.
+    `min_sqnr` bounds the signal-to-quantization-noise ratio, in dB, of each quantized linear and
+    attention of the transformer; null where there is none.
     """
 
     min_psnr: float

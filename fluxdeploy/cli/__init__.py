@@ -27,11 +27,14 @@ COMMANDS = {
     "export": "Write only the ONNX files of a checkpoint.",
     "generate": "Make pictures from prompts.",
     "verify": "Compare a bundle with PyTorch.",
+    "bench": "Time bundles, and other ways to run the model.",
     "inspect": "Show what a bundle or a picture holds.",
     "doctor": "Show what this machine can run.",
 }
 """Each command's name and short help, here so that `fluxdeploy --help` imports no command. The
 module of a command has the same name and holds it as `command`."""
+
+_RESUMABLE = ("build", "export")
 
 
 class _Failure(click.ClickException):
@@ -77,7 +80,9 @@ class _CommandGroup(click.Group):
             raise  # click has its own ways with these
         except KeyboardInterrupt as error:
             click.echo(err=True)  # the terminal has printed ^C on this line
-            message = "Interrupted; run the same command again to resume."
+            resumes = ctx.invoked_subcommand in _RESUMABLE
+            then = "; run the same command again to resume" if resumes else ""
+            message = f"Interrupted{then}."
             raise _failure(error, message, _Interruption) from None
         except UsageError as error:
             raise _failure(error, str(error), _UsageFailure) from None

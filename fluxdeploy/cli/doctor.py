@@ -43,6 +43,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "torch",
         "transformers",
     ),
+    "openvino": ("openvino",),
     "gpu": ("onnxruntime-gpu",),
     "tensorrt": ("cuda-python", "tensorrt"),
     "rtx": ("cuda-python", "tensorrt-rtx"),
@@ -52,6 +53,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 _PURPOSES = {
     BASE: "generate, inspect, doctor",
     "export": "build, export, verify",
+    "openvino": "OpenVINO on CPUs",
     "gpu": "ONNX Runtime on NVIDIA GPUs",
     "tensorrt": "TensorRT",
     "rtx": "TensorRT-RTX",

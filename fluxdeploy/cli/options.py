@@ -66,7 +66,7 @@ THREADS = click.option(
 )
 
 
-def _size(value: str) -> tuple[int, int]:
+def parse_size(value: str) -> tuple[int, int]:
     """WIDTHxHEIGHT in pixels, as (height, width)."""
     found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", value)
     if found is None:
@@ -76,21 +76,21 @@ def _size(value: str) -> tuple[int, int]:
 
 MIN_SIZE = click.option(
     "--min-size",
-    type=_size,
+    type=parse_size,
     metavar="WxH",
     help="TensorRT: the smallest picture.  [default: a quarter of --opt-size each way]",
 )
 
 OPT_SIZE = click.option(
     "--opt-size",
-    type=_size,
+    type=parse_size,
     metavar="WxH",
     help="TensorRT: the picture that engines are tuned for.  [default: the checkpoint's]",
 )
 
 MAX_SIZE = click.option(
     "--max-size",
-    type=_size,
+    type=parse_size,
     metavar="WxH",
     help="TensorRT: the largest picture. Any proportions with as many pixels will do.  "
     "[default: twice --opt-size each way]",

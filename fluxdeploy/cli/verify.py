@@ -127,8 +127,8 @@ def _tables(report: VerifyReport) -> Iterator[Table]:
 def _layers_table(report: LayersReport) -> Table:
     from rich.table import Table
 
-    title = f"The worst of {len(report.sqnr)} quantized linears"
-    table = Table("linear", "SQNR", "required", "gate", title=title, title_justify="left")
+    title = f"The worst of {len(report.sqnr)} quantized layers"
+    table = Table("layer", "SQNR", "required", "gate", title=title, title_justify="left")
     required = "" if report.min_sqnr is None else f"{report.min_sqnr:g} dB"
     for name, ratio in report.worst(_WORST):
         passed = report.min_sqnr is None or ratio >= report.min_sqnr

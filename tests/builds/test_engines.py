@@ -7,26 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
-from dataclasses import replace
-
-from transformers import CLIPTextConfig, T5Config
-
 from engines.fusion import FusionReport
-from exporters.checkpoint.config import VaeConfig
-from exporters.sparse_checkpoint import FLUX_DEV, Sizes, write_sparse_checkpoint
+from exporters.sparse_checkpoint import flux_of_depth, write_random_checkpoint
 from fluxdeploy.build import BuildRequest, build
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.errors import EngineError, UsageError
 from fluxdeploy.pipeline import FluxPipeline
 from fluxdeploy.profiles import SizeRange
 from fluxdeploy.progress import Progress
-from fluxdeploy.tensorfile import read_header
 from tests.conftest import SharedFolder
 
 QUIET = Progress(quiet=True)
@@ -106,6 +99,13 @@ def test_impossible_pairs_are_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_target_has_to_be_named_where_there_is_no_gpu(tmp_path: Path) -> None:
+    request = BuildRequest(precision="fp8", runtime="tensorrt-rtx")
+    with pytest.raises(EngineError, match="--target: tensorrt-rtx builds in fp8 for sm121, sm120,"):
+        build(request, tmp_path / "bundle", QUIET)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_engine_of_another_kind_fails_the_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,39 +128,9 @@ def test_an_engine_of_another_kind_fails_the_build(
 def full_width(shared_folder: SharedFolder) -> Path:
     """FLUX.1's width and heads, one block of each kind, and the smallest of all else."""
 
-    def make(folder: Path) -> None:
-        sizes = Sizes(
-            replace(FLUX_DEV.transformer, double_blocks=1, single_blocks=1),
-            VaeConfig(16, (8, 8), 1, 4, 0.3611, 0.1159),
-            CLIPTextConfig(
-                vocab_size=49408,
-                hidden_size=768,
-                intermediate_size=64,
-                num_hidden_layers=1,
-                num_attention_heads=12,
-                eos_token_id=2,
-            ),
-            T5Config(
-                vocab_size=32128,
-                d_model=4096,
-                d_kv=64,
-                d_ff=64,
-                num_layers=1,
-                num_heads=2,
-                feed_forward_proj="gated-gelu",
-            ),
-        )
-        write_sparse_checkpoint(folder, sizes)
-        file = read_header(folder / "transformer" / "diffusion_pytorch_model.safetensors")
-        random = np.random.default_rng(0)
-        # Any bytes will do that are no huge numbers: an exponent of 2^-7 to 2^-4, any sign.
-        with file.path.open("r+b") as output:
-            for entry in file.tensors.values():
-                bits = random.integers(0, 2**16, entry.nbytes // 2, np.uint16)
-                output.seek(entry.offset)
-                output.write(((bits & 0x81FF) | 0x3C00).tobytes())
-
-    return shared_folder.entry("full-width", make)
+    return shared_folder.entry(
+        "full-width", lambda folder: write_random_checkpoint(folder, flux_of_depth(1, 1))
+    )
 
 
 def test_full_width_in_fp8_is_about_half_of_bf16(full_width: Path, tmp_path: Path) -> None:

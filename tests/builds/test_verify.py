@@ -13,10 +13,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+pytest.importorskip("torch")
+
+import onnx
+
 from fluxdeploy.build import BuildRequest
 from fluxdeploy.cli import main
 from fluxdeploy.tensorfile import TensorFileWriter, read_header, read_tensor
 from tests.conftest import SharedFolder, build_bundle
+from tests.quantize.test_quantized_graphs import Graph
 
 if TYPE_CHECKING:
     from tests.builds.traces import Traces
@@ -132,21 +137,42 @@ def test_fp8_passes_on_a_cpu_as_an_emulation(fp8_bundle: Path) -> None:
     assert report["pictures"]["psnr"]["median"] < 100
 
 
-def test_an_input_scale_that_is_too_small_fails(fp8_bundle: Path) -> None:
-    onnx = pytest.importorskip("onnx")
-    path = fp8_bundle / "onnx" / "transformer.onnx"
-    model = onnx.load(path, load_external_data=False)
-    scales = {
-        node.input[1]
-        for node in model.graph.node
-        if node.op_type == "QuantizeLinear" and "transformer_blocks.1." in node.name
-    }
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    for name in scales:
-        changed = onnx.numpy_helper.to_array(initializers[name]) / 16
-        initializers[name].CopyFrom(onnx.numpy_helper.from_array(changed, name))
-    path.write_bytes(model.SerializeToString())
-    record_again(fp8_bundle, "transformer", "onnx/transformer.onnx")
+def scale(bundle: Path, factor: float, wanted: Callable[[Graph, onnx.NodeProto], bool]) -> None:
+    """Change the scales of those QuantizeLinear nodes of the transformer that are wanted."""
+    graph = Graph(bundle / "onnx" / "transformer.onnx")
+    for node in graph.nodes:
+        if node.op_type == "QuantizeLinear" and wanted(graph, node):
+            tensor = graph.initializers[node.input[1]]
+            changed = onnx.numpy_helper.to_array(tensor) * np.float32(factor)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(changed, tensor.name))
+    (bundle / "onnx" / "transformer.onnx").write_bytes(graph.model.SerializeToString())
+    record_again(bundle, "transformer", "onnx/transformer.onnx")
+
+
+def is_value(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether a node narrows V in the third single-stream block."""
+    parts = graph.attention(graph.softmaxes["single_transformer_blocks.2.attn"])
+    return graph.quantizer(parts["values"]) == node
+
+
+def test_a_scale_of_v_in_one_block_that_is_too_small_fails(fp8_bundle: Path) -> None:
+    scale(fp8_bundle, 1 / 16, is_value)
+    result = run("--bundle", fp8_bundle, "--json")
+    assert result.exit_code == 1, result.output
+    layers = json.loads(result.stdout)["layers"]
+    failed = {name for name, ratio in layers["sqnr"].items() if ratio < layers["min_sqnr"]}
+    assert failed == {f"single_transformer_blocks.2.attn.{part}" for part in ("value", "output")}
+
+
+def test_a_scale_of_v_in_one_block_that_is_too_large_is_refused(fp8_bundle: Path) -> None:
+    scale(fp8_bundle, 16, is_value)
+    result = run("--bundle", fp8_bundle)
+    assert result.exit_code == 1, result.output
+    assert "scale of single_transformer_blocks.2.attn.value" in result.stderr
+
+
+def test_scales_of_a_block_that_are_too_small_fail(fp8_bundle: Path) -> None:
+    scale(fp8_bundle, 1 / 16, lambda graph, node: "transformer_blocks.1." in node.name)
     result = run("--bundle", fp8_bundle, "--json")
     assert result.exit_code == 1, result.output
     report = json.loads(result.stdout)

@@ -55,7 +55,7 @@ BLOCKS = (
     "demo_training",
     "quantization_quality",
     "quantize_scale",
-    "transformer_step",
+    "latency",
 )
 
 

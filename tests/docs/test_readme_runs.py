@@ -21,7 +21,10 @@ CHECKPOINTS = {
 }
 """The README's checkpoints, by the name of one that comes with the package."""
 
-SMALL = {"generate": ["--width", "64", "--height", "48", "--steps", "2"]}
+SMALL = {
+    "generate": ["--width", "64", "--height", "48", "--steps", "2"],
+    "bench": "--size 64x48 --steps 1 --rounds 1 --warmup 0 --cold-starts 0".split(),
+}
 """Options added to a command, so that it takes seconds; the last one of a kind counts."""
 
 NOT_RUN = ("build",)

@@ -1,7 +1,8 @@
 """A transformer block as an ONNX file: attention with two heads of 128, an MLP, a projection.
 
 The pieces are the product's: linears between Q/DQ in the type that the block computes in, E4M3
-weights with a scale for each column, Q/DQ on q, k, softmax output and v.
+weights with a scale for each column, Q/DQ on q, k, softmax output and v. In FP4, linears have
+blocks of 16 on both sides, and attention is in E4M3.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ LINEARS = ("q", "k", "v", "out", "up", "down")
 
 _KINDS = {"bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16, "fp32": TensorProto.FLOAT}
 _NARROW = {"fp8": TensorProto.FLOAT8E4M3FN, "int8": TensorProto.INT8}
+_NARROW |= {"fp4": TensorProto.FLOAT8E4M3FN}  # what is not in blocks
+_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ class _Writer:
             [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", "L", OUT])],
             self.weights,
         )
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
+        opsets = [helper.make_opsetid("", 23), helper.make_opsetid("trt", 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=11)
 
     def node(self, kind: str, inputs: list[str], name: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
@@ -109,6 +113,8 @@ class _Writer:
         """`x` rounded to 8 bits and back, where activations are quantized at all."""
         if not self.block.activations:
             return x
+        if place == "linear" and self.block.narrow == "fp4":
+            return self.in_blocks(x, name)
         scales = getattr(self.block, f"{place}_scales") or self.block.compute
         scale = self.tensor(f"{name}_scale", np.array(0.01), _KINDS[scales])
         narrow = _NARROW[self.block.narrow]
@@ -120,6 +126,29 @@ class _Writer:
             else self.node("Cast", [wide], f"{name}_cast", to=self.kind)
         )
 
+    def in_blocks(self, x: str, name: str) -> str:
+        """`x` rounded to FP4 and back."""
+        scale = self.tensor(f"{name}_scale", np.array(0.01), TensorProto.FLOAT)
+        kept, steps = f"{name}_kept", f"{name}_steps"
+        quantizer = helper.make_node(
+            "TRT_FP4DynamicQuantize",
+            [x, scale],
+            [kept, steps],
+            name=kept,
+            domain="trt",
+            axis=-1,
+            block_size=_BLOCK,
+            scale_type=TensorProto.FLOAT8E4M3FN,
+        )
+        self.nodes.append(quantizer)
+        return self.from_blocks(kept, steps, scale, name, -1)
+
+    def from_blocks(self, kept: str, steps: str, scale: str, name: str, axis: int) -> str:
+        steps = self.node("DequantizeLinear", [steps, scale], f"{name}_steps_single")
+        steps = self.node("Cast", [steps], f"{name}_steps_wide", to=self.kind)
+        blocks = {"axis": axis, "block_size": _BLOCK}
+        return self.node("DequantizeLinear", [kept, steps], f"{name}_wide", **blocks)
+
     def quantized(self, name: str, x: str, fan_in: int, fan_out: int) -> str:
         scaled = self.scaled(x, f"{name}_in", "linear") if name in self.block.linears else x
         return self.linear(name, x, scaled, fan_in, fan_out)
@@ -127,7 +156,18 @@ class _Writer:
     def linear(self, name: str, x: str, scaled: str, fan_in: int, fan_out: int) -> str:
         weight = self.random.standard_normal((fan_in, fan_out)) / 16
         bias = self.tensor(f"{name}_bias", np.zeros(fan_out), self.kind)
-        if name in self.block.linears:
+        if name in self.block.linears and self.block.narrow == "fp4":
+            x = scaled
+            steps = np.abs(weight).reshape(-1, _BLOCK, fan_out).max(1) / 6
+            kept = weight / steps.repeat(_BLOCK, 0)
+            wide = self.from_blocks(
+                self.tensor(f"{name}_weight", kept, TensorProto.FLOAT4E2M1),
+                self.tensor(f"{name}_scales", 1024 * steps, TensorProto.FLOAT8E4M3FN),
+                self.tensor(f"{name}_scale", np.array(1 / 1024), TensorProto.FLOAT),
+                name,
+                0,
+            )
+        elif name in self.block.linears:
             x = scaled
             limit = {"fp8": 448, "int8": 127}[self.block.narrow]
             scales = np.abs(weight).max(0) / limit
@@ -147,5 +187,8 @@ class _Writer:
             values = np.clip(np.round(array), -127, 127).astype(np.int8)
         else:
             values = array.astype(helper.tensor_dtype_to_np_dtype(kind))
+        if kind == TensorProto.FLOAT4E2M1:
+            codes = values.view(np.uint8).reshape(-1, 2)
+            values = codes[:, 0] | codes[:, 1] << 4
         self.weights.append(helper.make_tensor(name, kind, array.shape, values.tobytes(), raw=True))
         return name

@@ -88,6 +88,8 @@ def test_the_widest_profile_counts() -> None:
         ("__myl_FcAddCast_myl0_1", "runtime_fusion", "Half", "Half Half", "fp16"),
         ("out_myl0_1", "gemm", "Half", "Int8 Float Float", "int8-weights"),
         ("out_myl0_1", "gemm", "Int8", "Int8 Float Float", "int8"),
+        ("out_myl0_1", "gemm", "FP4E2M1 FP8", "FP4E2M1 Float Float FP8", "fp4"),
+        ("out_myl0_1", "gemm", "BFloat16", "FP4E2M1 Float Float FP8", "fp4-weights"),
         ("out_myl0_1", "gemm", "Float", "Float Float Float", "fp32"),
         ("out_myl0_1", "correlation", "BFloat16 BFloat16", "BFloat16 Float Float", "bf16"),
         ("__myl_CorrCast_myl0_1", "runtime_fusion", "BFloat16", "BFloat16", "bf16"),
@@ -172,6 +174,32 @@ class TestRealEngines:
         assert report.gemms == {"bf16": 1, "fp8": 6}
         assert report.fused_attentions == {"fp8": 1}
         assert check(report, self.expectation()) == []
+
+    def in_fp4(self, narrow: int = 6) -> Expectation:
+        from tests.engines.block import HIDDEN, WIDTH
+
+        eight_bits = self.expectation()
+        weights = 4 * WIDTH * WIDTH + 2 * WIDTH * HIDDEN
+        fewer = weights // 2 - weights // 16
+        gemms = {"fp4": narrow, "bf16": 1}
+        return Expectation(1, "fp8", gemms, "bf16", eight_bits.weight_bytes - fewer)
+
+    def test_fp4(self, tmp_path: Path) -> None:
+        report = self.build(tmp_path, ("sm120", "sm121"), buckets=2, narrow="fp4")
+        assert report.gemms == {"bf16": 1, "fp4": 6}
+        assert report.fused_attentions == {"fp8": 1}
+        assert check(report, self.in_fp4()) == []
+
+    def test_fp8_is_not_fp4(self, tmp_path: Path) -> None:
+        problems = " ".join(check(self.build(tmp_path, ("sm120",)), self.in_fp4()))
+        assert "0 linears run in fp4 where 6 were asked; the others run in bf16, fp8" in problems
+        assert "6 linears run in fp8, more than the 0 that were asked" in problems
+        assert "stored in a wider type" in problems
+
+    def test_inputs_that_are_not_in_fp4(self, tmp_path: Path) -> None:
+        how = {"narrow": "fp4", "activations": False, "attention": ()}
+        problems = " ".join(check(self.build(tmp_path, ("sm120",), **how), self.in_fp4()))
+        assert "0 linears run in fp4 where 6 were asked" in problems
 
     def test_bf16_is_not_fp8(self, tmp_path: Path) -> None:
         report = self.build(tmp_path, ("sm80",), linears=(), attention=())

@@ -108,6 +108,21 @@ def test_reasons_are_given_once_for_all_targets(pretend: Pretend) -> None:
     assert str(e.value).count("no NVIDIA driver") == 1
 
 
+def test_where_nothing_runs_the_targets_that_can_be_built_for_are_named(pretend: Pretend) -> None:
+    pretend(driver=False)
+    for precision, targets in (
+        ("fp8", "in fp8 for sm121, sm120, sm89"),
+        ("int8", "in int8 for sm121, sm120, sm89, sm86, sm80, sm75"),
+        (None, "for sm121, sm120, sm89, sm86, sm80, sm75"),
+    ):
+        words = f"name its --target: tensorrt-rtx builds {targets}"
+        with pytest.raises(EngineError, match=rf"{words}\.$"):
+            choose_target("tensorrt-rtx", precision)
+    # TensorRT builds for the GPU it has, so that no target would help.
+    with pytest.raises(EngineError, match=r"no NVIDIA driver\.$"):
+        choose_target("tensorrt", "fp8")
+
+
 def test_types_around_quantized_layers() -> None:
     runtime = TensorRtRtx()
     assert runtime.compute("sm89", "fp8") == "bf16"

@@ -91,6 +91,23 @@ def test_fp8_halves_the_transformer(flux_dev: Checkpoint, out: Path) -> None:
     assert narrow["t5"].linked == wide["t5"].linked
 
 
+def test_fp4_takes_nine_sixteenths_of_a_byte(flux_dev: Checkpoint, out: Path) -> None:
+    fp8, fp4 = (by_name(rtx(flux_dev, out, p, "sm120")) for p in ("fp8", "fp4"))
+    assert fp4["transformer"].compute == "bf16"
+    assert fp4["transformer"].written == pytest.approx(
+        9 / 16 * fp8["transformer"].written, rel=0.02
+    )
+    assert fp4["transformer"].engine < 0.6 * fp8["transformer"].engine
+    assert fp4["conditioner"] == fp8["conditioner"]
+    assert fp4["t5"].precision == "fp8-weights"
+
+
+def test_fp4_is_not_for_onnx_runtime(demo: Checkpoint, out: Path) -> None:
+    plan = make_plan(demo, out, runtime("onnxruntime"), CPU, "fp4")
+    with pytest.raises(UsageError, match=r"^transformer: ONNX Runtime has no FP4.*; use fp8\.$"):
+        plan.require_possible()
+
+
 def test_memory_grows_with_the_picture_and_low_vram_takes_less(
     flux_dev: Checkpoint, out: Path
 ) -> None:
@@ -123,6 +140,7 @@ def test_cpu_sessions_hold_float32_and_the_scores(flux_dev: Checkpoint, out: Pat
         ("fp8", ("sm86",), "conditioner, transformer: sm86 (Ampere) has no FP8"),
         ("bf16", ("sm75",), "no bfloat16"),
         ("fp8", ("sm120", "sm80"), "no FP8"),
+        ("fp4", ("sm120", "sm89"), "transformer: sm89 (Ada) has no FP4 here"),
         # Around int8 an Ada GPU computes in bfloat16, and one engine serves both.
         ("int8", ("sm89", "sm75"), "no bfloat16"),
     ],
@@ -141,6 +159,8 @@ def test_possible_plans_pass(demo: Checkpoint, out: Path) -> None:
         make_plan(
             demo, out, runtime("tensorrt-rtx"), ("sm89", "sm120"), precision
         ).require_possible()
+    blackwell = "sm120", "sm121"
+    make_plan(demo, out, runtime("tensorrt-rtx"), blackwell, "fp4").require_possible()
     with pytest.raises(UsageError, match="one target"):
         make_plan(demo, out, runtime("onnxruntime"), ("cpu", "cuda")).require_possible()
 

@@ -16,20 +16,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from exporters.chain import Stage
 from exporters.checkpoint import Checkpoint
 from exporters.export import component_source
-from exporters.quantize.fidelity import LIMIT, measure_fidelity, read_linears
+from exporters.quantize.fidelity import LIMIT, measure_fidelity
 from exporters.quantize.ranges import Ranges, linears
+from exporters.quantize.readback import read_attentions, read_linears
 from exporters.quantize.trajectory import start_samples, take_step
-from exporters.reference import watch_linears
-from fluxdeploy.errors import ExportError
+from exporters.reference import WatchAttention, watch_linears
+from fluxdeploy.errors import ExportError, NumericError
+from fluxdeploy.gate import QUALITY_GATES
 from fluxdeploy.precision import QUANTIZED
 from fluxdeploy.progress import Progress
-from tests.quantize.conftest import LINEARS, SHORT, ExportInto, Quantized, open_short
+from tests.quantize.conftest import ATTENTIONS, LINEARS, SHORT, ExportInto, Quantized, open_short
 from tests.quantize.test_emulation import to_dynamic, to_fp8, to_int8
+from tests.quantize.test_quantized_graphs import Graph
 
 QUIET = Progress(quiet=True)
 LAST = "single_transformer_blocks.1.proj_out"
+PARTS = ("query", "key", "value", "output")
+ATTENTION_LAYERS = {f"{attention}.{part}" for attention in ATTENTIONS for part in PARTS}
 Change = Callable[[onnx.GraphProto], object]
 
 
@@ -63,9 +69,10 @@ def test_ratios_are_those_of_the_rounding(
     compute: str,
 ) -> None:
     found = measure(opened, quantized(precision, compute))
-    assert list(found) == list(linears(component_source(opened, "transformer", "fp32")[0]))
-    assert found.keys() == LINEARS
     how = QUANTIZED[precision]
+    assert found.keys() == LINEARS | (ATTENTION_LAYERS if how.attention else set())
+    found = {name: ratio for name, ratio in found.items() if name in LINEARS}
+    assert list(found) == list(linears(component_source(opened, "transformer", "fp32")[0]))
     narrow, end, headroom = {"F8_E4M3": (to_fp8, 448, 2.0), "I8": (to_int8, 127, 1.2)}[how.weights]
     for name, ratio in found.items():
         samples, weight = inputs[name]
@@ -79,6 +86,79 @@ def test_ratios_are_those_of_the_rounding(
         # bfloat16 scales are off by up to 1/512.
         assert ratio == pytest.approx(10 * math.log10(signal / noise), abs=0.5)
         assert ratio > 25, name
+
+
+def test_ratios_of_attention_are_those_of_the_rounding(
+    quantized: Quantized, opened: Checkpoint, ranges: Ranges
+) -> None:
+    """Against the network's own linears and norms, and against attention written out in float64."""
+    chain, weights = component_source(opened, "transformer", "fp32")
+    scope = ""
+    power: dict[str, list[float]] = {}
+    merged: dict[str, list[Tensor]] = {}
+
+    def enter(stage: Stage) -> None:
+        nonlocal scope
+        scope = stage.scope
+        watch(stage)
+
+    def see_linear(name: str, linear: nn.Linear, x: Tensor, output: Tensor) -> None:
+        if name.endswith((".attn.to_v", ".attn.to_out.0", "transformer_blocks.1.proj_out")):
+            merged.setdefault(name, []).append(output if name.endswith("to_v") else x)
+
+    def see(query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
+        name = f"{scope}attn"
+        merged.setdefault(f"{name}.value", []).append(value.transpose(1, 2).flatten(2))
+        merged.setdefault(f"{name}.output", []).append(output.transpose(1, 2).flatten(2))
+        exact = dict(zip(PARTS, (query, key, value, output), strict=True))
+        rounded = {
+            "query": to_fp8(query, ranges.queries[name] / 448),
+            "key": to_fp8(key, ranges.keys[name] / 448),
+            "value": to_fp8(value, 2 * ranges.values[name] / 448),
+        }
+        scores = rounded["query"].double() @ rounded["key"].double().transpose(2, 3)
+        shares = to_fp8(torch.softmax(scores, -1).float(), 1 / 448)
+        rounded["output"] = shares @ rounded["value"]
+        for part, x in exact.items():
+            sums = power.setdefault(f"{name}.{part}", [0.0, 0.0])
+            sums[0] += float(x.square().sum())
+            sums[1] += float((rounded[part] - x).square().sum())
+
+    watch = watch_linears(chain, see_linear)
+    samples = start_samples(opened, SHORT, QUIET)
+    with WatchAttention(see):
+        take_step(chain, weights, samples, 0, enter)
+    # Nearly equal shares of a row round the same way, which a scale in bfloat16 would change.
+    found = measure(opened, quantized("fp8", "fp32"))
+    assert power.keys() == ATTENTION_LAYERS
+    for name, (signal, noise) in power.items():
+        assert found[name] == pytest.approx(10 * math.log10(signal / noise), abs=0.2), name
+        assert found[name] > (20 if name.endswith("output") else 30), name
+    for single in ("single_transformer_blocks.0", "single_transformer_blocks.1"):
+        for linear, seen in zip(
+            merged[f"{single}.attn.to_v"], merged[f"{single}.attn.value"], strict=True
+        ):
+            assert torch.equal(linear, seen)
+    for x, seen in zip(
+        merged[LAST], merged["single_transformer_blocks.1.attn.output"], strict=True
+    ):
+        assert torch.equal(x[..., : seen.shape[-1]], seen)
+    double = "transformer_blocks.0.attn"
+    for x, seen in zip(merged[f"{double}.to_out.0"], merged[f"{double}.output"], strict=True):
+        assert torch.equal(x, seen[:, -x.shape[1] :])
+
+
+def test_attention_comes_after_the_linears_that_feed_it(
+    quantized: Quantized, opened: Checkpoint
+) -> None:
+    names = list(measure(opened, quantized("fp8", "bf16")))
+    for block, before, after in (
+        ("transformer_blocks.1.", "attn.add_v_proj", "attn.to_out.0"),
+        ("single_transformer_blocks.0.", "attn.to_v", "proj_mlp"),
+    ):
+        place = names.index(f"{block}{before}") + 1
+        between = [f"{block}attn.{part}" for part in PARTS]
+        assert names[place : place + 5] == [*between, f"{block}{after}"]
 
 
 def test_weights_alone_are_better_than_with_inputs(
@@ -111,6 +191,19 @@ def scale_input(graph: onnx.GraphProto, linear: str, factor: float) -> None:
     changed = onnx.numpy_helper.to_array(scale) * np.float32(factor)
     dtype = onnx.helper.tensor_dtype_to_np_dtype(scale.data_type)
     scale.CopyFrom(onnx.numpy_helper.from_array(changed.astype(dtype), scale.name))
+
+
+def scale_attention(path: Path, factors: dict[tuple[str, str], float]) -> None:
+    """Change static scales of attentions: of their "queries", "keys", "softmax" or "values"."""
+    graph = Graph(path)
+    for (attention, part), factor in factors.items():
+        quantizer = graph.quantizer(graph.attention(graph.softmaxes[attention])[part])
+        assert quantizer is not None
+        scale = graph.initializers[quantizer.input[1]]
+        changed = onnx.numpy_helper.to_array(scale) * np.float32(factor)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(scale.data_type)
+        scale.CopyFrom(onnx.numpy_helper.from_array(changed.astype(dtype), scale.name))
+    path.write_bytes(graph.model.SerializeToString())
 
 
 def scale_weight(path: Path, linear: str, factor: float) -> None:
@@ -152,6 +245,77 @@ def test_wrong_scales_show_in_their_own_layers(
     }
     assert all(math.isfinite(ratio) for ratio in found.values())
     assert found[f"{double}ff_context.net.2"] == -LIMIT
+
+
+def test_too_small_scales_of_attention_show_in_their_own_block(
+    quantized: Quantized, opened: Checkpoint, copy: Path
+) -> None:
+    before = measure(opened, quantized("fp8", "bf16"))
+    double, single = "transformer_blocks.1.attn", "single_transformer_blocks.0.attn"
+    other, last = "transformer_blocks.0.attn", "single_transformer_blocks.1.attn"
+    broken = {(double, "values"), (single, "queries"), (other, "keys"), (last, "softmax")}
+    scale_attention(copy, dict.fromkeys(broken, 1 / 16))
+    found = measure(opened, copy)
+    gate = QUALITY_GATES["fp8"].min_sqnr
+    assert gate is not None
+    failed = {name for name, ratio in found.items() if ratio < gate - 5}
+    assert failed == {
+        *(f"{double}.value", f"{single}.query", f"{other}.key"),
+        *(f"{attention}.output" for attention in (double, single, other, last)),
+    }
+    assert {n: r for n, r in found.items() if n not in failed} == {
+        n: r for n, r in before.items() if n not in failed
+    }
+
+
+@pytest.mark.parametrize("part", ["queries", "keys", "values"])
+def test_too_large_scales_of_attention_are_refused(
+    opened: Checkpoint, copy: Path, part: str
+) -> None:
+    attention = "single_transformer_blocks.1.attn"
+    scale_attention(copy, {(attention, part): 16})
+    named = {"queries": "query", "keys": "key", "values": "value"}[part]
+    with pytest.raises(NumericError, match=rf"scale of {attention}\.{named} .* at most 16 times"):
+        measure(opened, copy)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("queries", "Q of"),
+        ("keys", "K of"),
+        ("softmax", "the softmax output of"),
+        ("values", "V of"),
+    ],
+)
+def test_attention_that_is_quantized_in_part_is_refused(
+    copy: Path, part: str, message: str
+) -> None:
+    graph = Graph(copy)
+    attention = "transformer_blocks.0.attn"
+    softmax = graph.softmaxes[attention]
+    wide = graph.attention(softmax)[part]
+    product = graph.through_casts(softmax, forwards=part in ("softmax", "values"))
+    (place,) = (i for i, name in enumerate(product.input) if name == wide)
+    product.input[place] = graph.unrounded(wide)
+    quantizer = graph.quantizer(wide)
+    assert quantizer is not None
+    graph.nodes.remove(graph.producers[wide])
+    graph.nodes.remove(quantizer)
+    copy.write_bytes(graph.model.SerializeToString())
+    with pytest.raises(ExportError, match=rf"{message} {attention} is not quantized"):
+        read_attentions(copy)
+
+
+def test_attention_with_two_scales_is_refused(copy: Path) -> None:
+    graph = Graph(copy)
+    attention = "single_transformer_blocks.0.attn"
+    parts = graph.attention(graph.softmaxes[attention])
+    wide = graph.producers[parts["values"]]
+    wide.input[1] = graph.producers[parts["keys"]].input[1]
+    copy.write_bytes(graph.model.SerializeToString())
+    with pytest.raises(ExportError, match=f"{attention} is not as expected"):
+        read_attentions(copy)
 
 
 @pytest.mark.parametrize(
@@ -243,6 +407,7 @@ def test_unquantized_graphs_are_refused(
     import onnx_ir as ir
 
     ir.save(traced("fp32"), tmp_path / "transformer.onnx")
+    assert read_attentions(tmp_path / "transformer.onnx") == {}
     with pytest.raises(ExportError, match="is not quantized"):
         measure(opened, tmp_path / "transformer.onnx")
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from exporters.quantize.graph import Packed
+from exporters.quantize.storage import Packed
 from exporters.quantize.weights import pack_weight
 from fluxdeploy.errors import CheckpointError
 

@@ -22,7 +22,8 @@ from tests.quantize.conftest import ATTENTIONS, JOINT, LINEARS, ExportInto, Quan
 
 COMPUTE = {"fp32": TensorProto.FLOAT, "bf16": TensorProto.BFLOAT16}
 NARROW = {"F8_E4M3": TensorProto.FLOAT8E4M3FN, "I8": TensorProto.INT8}
-GRAPHS = [(precision, compute) for precision in QUANTIZED for compute in COMPUTE]
+EIGHT_BITS = [precision for precision, how in QUANTIZED.items() if how.weights in NARROW]
+GRAPHS = [(precision, compute) for precision in EIGHT_BITS for compute in COMPUTE]
 
 graphs = pytest.mark.parametrize(("precision", "compute"), GRAPHS)
 
@@ -195,10 +196,11 @@ def test_linears_that_share_an_input_share_its_scale(
 
 
 @pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("precision", ["fp8", "fp4"])
 def test_attention_has_scales_in_all_four_places(
-    quantized: Quantized, ranges: Ranges, compute: str
+    quantized: Quantized, ranges: Ranges, precision: str, compute: str
 ) -> None:
-    graph = Graph(quantized("fp8", compute))
+    graph = Graph(quantized(precision, compute))
     assert graph.softmaxes.keys() == ATTENTIONS
     for attention, softmax in graph.softmaxes.items():
         expected = {
@@ -214,7 +216,7 @@ def test_attention_has_scales_in_all_four_places(
             assert graph.initializers[quantizer.input[1]].data_type == COMPUTE[compute]
 
 
-@pytest.mark.parametrize("precision", sorted(QUANTIZED.keys() - {"fp8"}))
+@pytest.mark.parametrize("precision", sorted(QUANTIZED.keys() - {"fp8", "fp4"}))
 def test_attention_is_left_alone_by_the_others(quantized: Quantized, precision: str) -> None:
     graph = Graph(quantized(precision, "bf16"))
     assert graph.softmaxes.keys() == ATTENTIONS

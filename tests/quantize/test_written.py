@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from exporters.bind import Ledger
 from exporters.checkpoint import Checkpoint
 from exporters.checkpoint.tensors import StoredTensor, read_tensors
-from exporters.quantize.fidelity import read_linears
-from exporters.quantize.graph import Packed
+from exporters.quantize.readback import read_linears
+from exporters.quantize.storage import Packed
 from exporters.written import WrittenTensor, shards, write_tensors
 from fluxdeploy.errors import CheckpointError
 from fluxdeploy.tensorfile import DTYPE_BITS, read_header

@@ -1,4 +1,4 @@
-"""The ONNX Runtime engine: bindings, resident inputs, closing, options and broken files."""
+"""The engines for CPUs: bindings, resident inputs, closing, options and broken files."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ import pytest
 
 from engines import Engine, EngineOptions, open_engine
 from engines.onnxruntime import OnnxRuntime
+from engines.openvino import OpenVino
 from fluxdeploy.errors import EngineError
 from tests.engines.conftest import Make, arrays, engine_record, expected, record
 
+RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+
+@pytest.fixture(params=RUNTIMES)
+def runtime(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    pytest.importorskip(name)
+    return name
+
 
 @pytest.fixture
-def engine(bundle: Make) -> Engine:
-    return open_engine(bundle(), "tiny")
+def engine(bundle: Make, runtime: str) -> Engine:
+    return open_engine(bundle(engine_record(runtime)), "tiny", runtime)
 
 
 def split(inputs: dict[str, Any], *resident: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -38,7 +48,7 @@ def test_outputs_of_a_binding_are_reused_and_those_of_a_run_are_not(engine: Engi
     first = binding.run(changing)["y"]
     before = first.copy()
     second = binding.run({"x": changing["x"] + 1})["y"]
-    assert second is first
+    assert np.shares_memory(second, first)
     assert (second != before).any()
     one, other = (engine.run(arrays())["y"] for _ in range(2))
     assert not np.shares_memory(one, other)
@@ -107,20 +117,25 @@ def test_closed_engine(engine: Engine) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads(bundle: Make, threads: int) -> None:
-    engine: Any = open_engine(bundle(), "tiny", options=EngineOptions(threads=threads))
+    options = EngineOptions(threads=threads)
+    engine: Any = open_engine(bundle(), "tiny", options=options)
     assert engine.session.get_session_options().intra_op_num_threads == threads
+    pytest.importorskip("openvino")
+    engine = open_engine(bundle(engine_record("openvino")), "tiny", options=options)
+    assert engine.model().get_property("INFERENCE_NUM_THREADS") == threads
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph" * 50, None])
-def test_broken_file(bundle: Make, content: bytes | None) -> None:
-    made = bundle()
+def test_broken_file(bundle: Make, runtime: str, content: bytes | None) -> None:
+    made = bundle(engine_record(runtime))
     path = made.root / "tiny.onnx"
     if content is None:
         path.unlink()
     else:
         path.write_bytes(content)
-    with pytest.raises(EngineError, match=r"ONNX Runtime cannot open tiny \(.*tiny.onnx\)"):
-        open_engine(made, "tiny")
+    words = rf"{RUNTIMES[runtime]} cannot open tiny \(.*tiny.onnx\)"
+    with pytest.raises(EngineError, match=words):
+        open_engine(made, "tiny", runtime)
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
@@ -141,3 +156,16 @@ def test_bfloat16_becomes_float32_on_the_cpu_alone() -> None:
     assert runtime.precision("cpu", "fp16") == "fp16"
     assert runtime.precision("cuda", "bf16") == "bf16"
     assert runtime.version()
+
+
+def test_openvino_keeps_bfloat16_and_takes_no_fp8() -> None:
+    runtime = OpenVino()
+    assert [runtime.precision("cpu", name) for name in ("fp32", "bf16", "int8")] == [
+        "fp32",
+        "bf16",
+        "int8",
+    ]
+    assert runtime.compute("cpu", "int8") == "bf16"
+    assert runtime.precision_problem("cpu", "int8") is None
+    for name in ("fp8", "fp16", "int8-dynamic"):
+        assert f"no {name} on CPUs; use fp32" in str(runtime.precision_problem("cpu", name))

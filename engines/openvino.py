@@ -1,0 +1,160 @@
+"""OpenVINO on CPUs: bfloat16 products where the processor has them, and 8-bit ones."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engines.base import Array, Availability, Binding, Engine, EngineOptions, Runtime
+from engines.tensors import check_inputs
+from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
+from fluxdeploy.errors import EngineError, MissingDependencyError
+from fluxdeploy.precision import FLOATS
+
+if TYPE_CHECKING:
+    import openvino
+
+__all__ = ["OpenVino"]
+
+_INSTALL = "pip install 'fluxdeploy[openvino]'"
+_PRECISIONS = ("fp32", "bf16", "int8", "int8-weights")
+
+
+class OpenVino(Runtime):
+    """Opens a component's ONNX file itself: there is nothing to build."""
+
+    name = "openvino"
+    targets = ("cpu",)
+
+    def version(self) -> str:
+        try:
+            return importlib.metadata.version("openvino")
+        except importlib.metadata.PackageNotFoundError:
+            return ""
+
+    def availability(self, target: str) -> Availability:
+        if importlib.util.find_spec("openvino") is None:
+            return Availability(False, f"not installed: {_INSTALL}")
+        return Availability(True, f"openvino {self.version()}")
+
+    def precision(self, target: str, precision: str) -> str:
+        return precision
+
+    def compute(self, target: str, precision: str) -> str:
+        """A processor without bfloat16 computes such graphs in float32, from the same bytes."""
+        return precision if precision in FLOATS else "bf16"
+
+    def precision_problem(self, target: str, precision: str) -> str | None:
+        if precision in _PRECISIONS:
+            return None
+        return f"OpenVINO has no {precision} on CPUs; use {', '.join(_PRECISIONS[:-1])}"
+
+    def open(
+        self,
+        component: str,
+        record: ComponentRecord,
+        engine: EngineRecord,
+        root: Path,
+        options: EngineOptions,
+    ) -> Engine:
+        return _OpenVinoEngine(component, record, engine, root / engine.path, options)
+
+
+@cache
+def _core() -> openvino.Core:
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingDependencyError(f"OpenVINO is not installed: {_INSTALL}.") from error
+    return openvino.Core()
+
+
+def _compile(
+    path: Path, compute: str, options: EngineOptions, component: str
+) -> openvino.CompiledModel:
+    core = _core()
+    has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    settings: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": "bf16" if compute == "bf16" and has_bf16 else "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        # 8-bit inputs of linears whose weights alone are quantized would be another precision.
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+    }
+    if options.threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = options.threads
+    try:
+        return core.compile_model(core.read_model(path), "CPU", settings)
+    except Exception as error:  # the runtime raises RuntimeError and classes of its own
+        raise EngineError(f"OpenVINO cannot open {component} ({path}): {error}") from error
+
+
+class _OpenVinoEngine(Engine):
+    def __init__(
+        self,
+        component: str,
+        record: ComponentRecord,
+        engine: EngineRecord,
+        path: Path,
+        options: EngineOptions,
+    ) -> None:
+        self.component = component
+        self.inputs = record.inputs
+        self.outputs = record.outputs
+        self.dimensions = engine.dimensions
+        self._model: openvino.CompiledModel | None = _compile(
+            path, record.compute, options, component
+        )
+
+    def model(self) -> openvino.CompiledModel:
+        """The compiled model. Raises `EngineError` once the engine was closed."""
+        if self._model is None:
+            raise EngineError(f"{self.component}: the engine was closed.")
+        return self._model
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return {name: array.copy() for name, array in self.bind({}).run(inputs).items()}
+
+    def bind(self, resident: Mapping[str, Array]) -> Binding:
+        return _OpenVinoBinding(self, resident)
+
+    def close(self) -> None:
+        self._model = None
+
+
+class _OpenVinoBinding(Binding):
+    """A request of its own, whose tensors are the arrays' memory."""
+
+    def __init__(self, engine: _OpenVinoEngine, resident: Mapping[str, Array]) -> None:
+        self._engine = engine
+        placed = tuple(spec for spec in engine.inputs if spec.name in resident)
+        self._changing = tuple(spec for spec in engine.inputs if spec.name not in resident)
+        self._request = engine.model().create_infer_request()
+        self._sizes = check_inputs(engine.component, placed, engine.dimensions, resident)
+        # A copy, so that the caller may reuse the array, and kept, since a request does not own it.
+        self._resident = {spec.name: np.array(resident[spec.name], order="C") for spec in placed}
+        self._place(self._resident)
+
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        engine = self._engine
+        engine.model()  # A request would go on working with a closed engine.
+        check_inputs(engine.component, self._changing, engine.dimensions, inputs, self._sizes)
+        # Held until the run is over.
+        arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        self._place(arrays)
+        try:
+            self._request.infer(share_outputs=True)
+        except Exception as error:
+            raise EngineError(f"{engine.component} failed in OpenVINO: {error}") from error
+        return {spec.name: self._request.get_tensor(spec.name).data for spec in engine.outputs}
+
+    def _place(self, arrays: Mapping[str, Array]) -> None:
+        import openvino
+
+        for name, array in arrays.items():
+            self._request.set_tensor(name, openvino.Tensor(array, shared_memory=True))

@@ -1,0 +1,137 @@
+"""Contenders that are bundles: our host over the bundle's own engines, or over OpenVINO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engines import EngineOptions, open_engine
+from engines.base import Array, Binding, Engine
+from fluxdeploy.bench.job import PEERS, Job
+from fluxdeploy.bench.stopwatch import Stopwatch
+from fluxdeploy.bundle import Bundle, open_bundle
+from fluxdeploy.pipeline import FluxPipeline
+from fluxdeploy.text import load_tokenizers
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["HostedContender"]
+
+
+class HostedContender:
+    """`FluxPipeline`, with a stopwatch between it and its engines."""
+
+    def __init__(self, job: Job, watch: Stopwatch) -> None:
+        self._job = job
+        self._watch = watch
+        self._velocity: Array | None = None
+        with watch.component("load"):
+            bundle = open_bundle(Path(job.bundle))
+            self._pipe = FluxPipeline(bundle, load_tokenizers(bundle), self._opener(bundle))
+
+    def draw(self) -> list[Image]:
+        """The job's pictures."""
+        job = self._job
+        self._velocity = None
+        images = self._pipe(
+            job.prompt,
+            height=job.height,
+            width=job.width,
+            num_inference_steps=job.steps,
+            guidance_scale=job.guidance,
+            num_images_per_prompt=job.batch,
+            max_sequence_length=job.text_tokens,
+            seed=job.seed,
+            callback_on_step_end=lambda *_: self._watch.end_step(),
+        ).images
+        assert isinstance(images, list)  # output_type is "pil"
+        return images
+
+    @property
+    def velocity(self) -> Array:
+        """What the transformer gave in the first step of the last picture: float32 [B, L, C]."""
+        assert self._velocity is not None, "no picture was drawn"
+        return self._velocity
+
+    def _opener(self, bundle: Bundle) -> Callable[[str], Engine]:
+        open_plain = self._plain_opener(bundle)
+
+        def open_timed(component: str) -> Engine:
+            with self._watch.component("load"):
+                engine = open_plain(component)
+            return _TimedEngine(engine, self._watch, self._keep)
+
+        return open_timed
+
+    def _plain_opener(self, bundle: Bundle) -> Callable[[str], Engine]:
+        job = self._job
+        if job.contender == "bundle":
+            options = EngineOptions(threads=job.threads)
+            return lambda component: open_engine(bundle, component, job.runtime, options)
+        precision = PEERS[job.contender].precision
+        return lambda component: _open_openvino(bundle, component, precision, job.threads)
+
+    def _keep(self, outputs: Mapping[str, Array]) -> None:
+        if self._velocity is None and "velocity" in outputs:
+            self._velocity = np.array(outputs["velocity"], np.float32)
+
+
+def _open_openvino(bundle: Bundle, component: str, precision: str, threads: int) -> Engine:
+    """A component's own graph in OpenVINO, computing in `precision`."""
+    from engines.openvino import OpenVino
+
+    record = bundle.manifest.components[component]
+    runtime = OpenVino()
+    engine = replace(record.engines[0], runtime=runtime.name, runtime_version=runtime.version())
+    options = EngineOptions(threads=threads)
+    return runtime.open(component, replace(record, compute=precision), engine, bundle.root, options)
+
+
+class _TimedEngine(Engine):
+    """An engine whose calls are timed under its component's name."""
+
+    def __init__(
+        self, engine: Engine, watch: Stopwatch, keep: Callable[[Mapping[str, Array]], None]
+    ) -> None:
+        self.component = engine.component
+        self.inputs = engine.inputs
+        self.outputs = engine.outputs
+        self.dimensions = engine.dimensions
+        self._engine = engine
+        self._watch = watch
+        self._keep = keep
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        with self._watch.component(self.component):
+            return self._engine.run(inputs)
+
+    def bind(self, resident: Mapping[str, Array]) -> Binding:
+        return _TimedBinding(self._engine.bind(resident), self.component, self._watch, self._keep)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+class _TimedBinding(Binding):
+    def __init__(
+        self,
+        binding: Binding,
+        component: str,
+        watch: Stopwatch,
+        keep: Callable[[Mapping[str, Array]], None],
+    ) -> None:
+        self._binding = binding
+        self._component = component
+        self._watch = watch
+        self._keep = keep
+
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        with self._watch.component(self._component):
+            outputs: Mapping[str, Any] = self._binding.run(inputs)
+        self._keep(outputs)
+        return outputs

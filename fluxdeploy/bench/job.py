@@ -1,0 +1,65 @@
+"""What a contender is to do: the same words for the command and for the contender's own process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["PEERS", "Job", "Peer"]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Something else that runs the same model.
+
+    precision: what it computes in. packages: what must be installed, by import name and by what
+    `pip` calls it. needs: "checkpoint" where it reads the original weights, "bundle" where it runs
+    our graphs.
+    """
+
+    title: str
+    precision: str
+    packages: tuple[tuple[str, str], ...]
+    needs: str
+
+
+_DIFFUSERS = (("torch", "torch"), ("transformers", "transformers"), ("diffusers", "diffusers"))
+_OPTIMUM = (*_DIFFUSERS, ("optimum.onnxruntime", "optimum-onnx[onnxruntime]"))
+_OPENVINO = (("openvino", "openvino"),)
+
+PEERS = {
+    "eager": Peer("PyTorch eager", "fp32", _DIFFUSERS, "checkpoint"),
+    "eager-bf16": Peer("PyTorch eager", "bf16", _DIFFUSERS, "checkpoint"),
+    "compile": Peer("torch.compile", "fp32", _DIFFUSERS, "checkpoint"),
+    "compile-bf16": Peer("torch.compile", "bf16", _DIFFUSERS, "checkpoint"),
+    "openvino": Peer("OpenVINO, our graphs", "fp32", _OPENVINO, "bundle"),
+    "openvino-bf16": Peer("OpenVINO, our graphs", "bf16", _OPENVINO, "bundle"),
+    "optimum": Peer("optimum-onnx", "fp32", _OPTIMUM, "checkpoint"),
+}
+"""What `--against` takes."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A picture to make again and again: everything that all contenders must agree on.
+
+    contender: a name of `PEERS`, or "bundle". bundle, checkpoint, folder: paths; `checkpoint` is
+    empty where none is needed, `folder` is where the process may write. latents: a file with the
+    noise to begin with, float32 [B, L, C], packed; a bundle draws the same from `seed`.
+    """
+
+    contender: str
+    bundle: str
+    checkpoint: str
+    folder: str
+    latents: str
+    runtime: str
+    device: str
+    threads: int
+    prompt: str
+    seed: int
+    height: int
+    width: int
+    steps: int
+    guidance: float
+    batch: int
+    text_tokens: int

@@ -1,0 +1,224 @@
+"""`fluxdeploy bench` from the outside: real contenders, and what is refused before they start."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from fluxdeploy.bench.job import PEERS
+from fluxdeploy.bench.report import BenchReport, from_json
+from fluxdeploy.bundle.manifest import MANIFEST_NAME
+from fluxdeploy.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+QUICK = ("--rounds", 1, "--warmup", 0, "--steps", 2, "--threads", 1)
+SMALL = (*QUICK, "--size", "48x32")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "150"}).invoke(main, ["bench", *map(str, arguments)])
+
+
+def measure(file: Path, *arguments: object) -> BenchReport:
+    result = run(*arguments, "--json", file)
+    assert result.exit_code == 0, result.output
+    return from_json(file.read_text())
+
+
+def test_a_bundle_is_timed_in_all_its_parts(demo_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    page, plot = tmp_path / "bench.html", tmp_path / "bench.png"
+    files = ("--html", page, "--plot", plot)
+    arguments = ("--bundle", demo_bundle, *QUICK, "--size", "96x64", "--batch", 2)
+    report = measure(tmp_path / "bench.json", *arguments, "--cold-starts", 1, *files)
+    (contender,) = report.contenders
+    assert report.baseline == contender.name == str(demo_bundle)
+    assert (report.workload.width, report.workload.height, report.workload.batch) == (96, 64, 2)
+    counts = {name: timing.count for name, timing in contender.timings.items()}
+    assert counts == {
+        "picture": 1,
+        "step": 2,
+        "transformer": 2,
+        "host": 2,
+        "clip": 1,
+        "t5": 1,
+        "conditioner": 1,
+        "vae_decoder": 1,
+        "cold start": 1,
+    }
+    parts = contender.parts(report.workload.steps)
+    assert sum(parts.values()) >= contender.timings["picture"].p50
+    assert all(value >= 0 for value in parts.values())
+    assert 0 < contender.timings["host"].p50 < contender.timings["step"].p50
+    assert contender.load < contender.timings["cold start"].p50
+    assert contender.memory is None or contender.memory > 50 << 20
+    assert contender.timings["picture"].ratio is not None
+    assert contender.timings["picture"].ratio.median == 1.0
+    assert set(report.noise) == set(counts) - {"cold start"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "bench.html",
+        "bench.json",
+        "bench.png",
+    ]
+
+
+@pytest.mark.parametrize("peer", ["eager", "openvino"])
+def test_peers_draw_what_the_bundle_draws(peer: str, demo_bundle: Path, tmp_path: Path) -> None:
+    for module, _ in PEERS[peer].packages:
+        pytest.importorskip(module)
+    arguments = ("--bundle", demo_bundle, "--against", peer, *SMALL, "--cold-starts", 0)
+    report = measure(tmp_path / "bench.json", *arguments)
+    own, other = report.contenders
+    assert report.baseline == other.name == peer
+    assert other.agreement.velocity_error < 2e-5
+    assert other.agreement.psnr is None or other.agreement.psnr > 60
+    assert ("conditioner" in other.timings) == (PEERS[peer].needs == "bundle")
+    for name in ("picture", "step", "transformer", "clip", "t5", "vae_decoder"):
+        assert own.timings[name].ratio is not None
+        assert other.timings[name].count == own.timings[name].count
+
+
+def test_another_network_is_not_timed(
+    demo_bundle: Path, bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    result = run(
+        *("--bundle", demo_bundle, "--bundle", bundle("dev"), *SMALL),
+        *("--json", tmp_path / "bench.json"),
+    )
+    assert result.exit_code == 1
+    assert "draws something else than" in result.stderr
+    assert "Nothing was timed" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def without_torch(tmp_path: Path) -> Iterator[Path]:
+    """A folder for PYTHONPATH in which importing what only peers need fails."""
+    folder = tmp_path / "without"
+    folder.mkdir()
+    for name in ("torch", "transformers", "diffusers", "onnx", "onnx_ir"):
+        (folder / f"{name}.py").write_text("raise ImportError('not here')\n")
+    yield folder
+    shutil.rmtree(folder)
+
+
+def start(*arguments: object, cwd: Path, path: Path | None = None) -> subprocess.Popen[str]:
+    paths = [str(ROOT), *([] if path is None else [str(path)])]
+    return subprocess.Popen(
+        [sys.executable, "-m", "fluxdeploy", "bench", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_bundles_are_timed_without_torch(
+    demo_bundle: Path, without_torch: Path, tmp_path: Path
+) -> None:
+    arguments = ("--bundle", demo_bundle, *QUICK, "--size", "96x96", "--cold-starts", 0)
+    with start(*arguments, cwd=tmp_path, path=without_torch) as process:
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "A picture of 96x96 in 2 steps" in output
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="it looks for processes in /proc")
+def test_ctrl_c_leaves_no_file_and_no_process(demo_bundle: Path, tmp_path: Path) -> None:
+    files = ("--json", "bench.json", "--html", "bench.html")
+    arguments = ("--bundle", demo_bundle, *QUICK, "--rounds", 10_000, *files)
+    with start(*arguments, cwd=tmp_path) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("Starting contenders")
+        children = children_of(process.pid)
+        assert len(children) == 1
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+    assert [child for child in children if Path(f"/proc/{child}").exists()] == []
+
+
+def children_of(parent: int) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            text = status.read_text()
+        except OSError:  # it has ended
+            continue
+        if re.search(rf"^PPid:\t{parent}$", text, re.MULTILINE):
+            found.append(int(status.parent.name))
+    return found
+
+
+def test_an_unknown_peer_is_told_the_known_ones(demo_bundle: Path) -> None:
+    result = run("--bundle", demo_bundle, "--against", "eager,tensorflow")
+    assert result.exit_code == 2
+    assert "no peer tensorflow" in result.stderr
+    for name in PEERS:
+        assert name in result.stderr
+
+
+def test_a_missing_package_is_named_with_its_command(
+    demo_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    result = run("--bundle", demo_bundle, "--against", "openvino")
+    assert result.exit_code == 1
+    assert "pip install openvino" in result.stderr
+
+
+def test_a_bundle_of_an_unnamed_checkpoint_needs_it(bundle: Callable[..., Path]) -> None:
+    result = run("--bundle", bundle("dev"), "--against", "eager")
+    assert result.exit_code == 2
+    assert "need --checkpoint" in result.stderr
+
+
+def test_another_checkpoint_is_refused(
+    bundle: Callable[..., Path], checkpoint: Callable[..., Path]
+) -> None:
+    arguments = ("--bundle", bundle("dev"), "--against", "eager")
+    result = run(*arguments, "--checkpoint", checkpoint("constant"))
+    assert result.exit_code == 2
+    assert "is not the checkpoint" in result.stderr
+    result = run(*arguments, "--checkpoint", checkpoint("dev", "bfl"))
+    assert result.exit_code == 2
+    assert "not in diffusers layout" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--size", "100x96"), "multiples of 16"),
+        (("--size", "big"), "WIDTHxHEIGHT"),
+        (("--runtime", "tensorrt"), "no engine for --runtime tensorrt"),
+        (("--json", "missing/bench.json"), "a folder that exists"),
+        (("--html", "missing/bench.html"), "a folder that exists"),
+        (("--rounds", "0"), "--rounds"),
+        (("--against", ""), "The peers are"),
+    ],
+)
+def test_wrong_usage_is_refused_before_the_work(
+    arguments: tuple[str, str], words: str, demo_bundle: Path
+) -> None:
+    result = run("--bundle", demo_bundle, *arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
+def test_a_folder_without_a_bundle_is_refused(tmp_path: Path) -> None:
+    result = run("--bundle", tmp_path / "nothing")
+    assert result.exit_code == 1
+    assert MANIFEST_NAME in result.stderr
