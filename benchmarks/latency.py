@@ -84,7 +84,12 @@ TARGETS = (
     type=click.Path(path_type=Path, file_okay=False),
     help="Keep checkpoint and bundles here, and take over those that are there.",
 )
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write this file.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path),
+    help="Write this file; with one --model, what it holds of the other stays.",
+)
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the demo model's parts.")
 def main(
     double_blocks: int,
@@ -128,14 +133,22 @@ def main(
         show(name, report)
     missed = check_targets(reports)
     if json_file is not None:
-        written: dict[str, Any] = {n: json.loads(to_json(r)) for n, r in reports.items()}
-        written |= {"double_blocks": double_blocks, "single_blocks": single_blocks}
+        written: dict[str, Any] = {}
+        if json_file.exists():
+            written = json.loads(json_file.read_text(encoding="utf-8"))
+        written |= {name: json.loads(to_json(report)) for name, report in reports.items()}
         if "width" in reports:
             network = flux_of_depth(double_blocks, single_blocks).transformer
             work = count_step(network, (size // 16) ** 2, reports["width"].workload.tokens)
             peaks = measure_peaks("cpu")
             shares = roofline_shares(reports["width"], work, peaks)
-            written |= {"work": vars(work), "peaks": vars(peaks), "share_of_roofline": shares}
+            written |= {
+                "double_blocks": double_blocks,
+                "single_blocks": single_blocks,
+                "work": vars(work),
+                "peaks": vars(peaks),
+                "share_of_roofline": shares,
+            }
         json_file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     if plot is not None:
         plot_bench(reports["demo"], plot)

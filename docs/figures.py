@@ -147,8 +147,20 @@ def _quantize_scale(report: dict[str, Any]) -> str:
 
 
 def _latency(report: dict[str, Any]) -> str:
-    """The report of benchmarks/latency.py as two Markdown tables."""
-    demo, width = report["demo"], report["width"]
+    """The report of benchmarks/latency.py as Markdown tables, one for each model that it timed."""
+    parts = [
+        make(report) for model, make in (("demo", _demo), ("width", _width)) if model in report
+    ]
+    machine = report["demo"]["machine"]
+    return (
+        "\n".join(parts) + "Measured by [benchmarks/latency.py](benchmarks/latency.py) on\n"
+        f"{_machine(machine)}, ONNX Runtime {machine['packages']['onnxruntime']}, "
+        f"OpenVINO {machine['packages']['openvino']}.\n"
+    )
+
+
+def _demo(report: dict[str, Any]) -> str:
+    demo = report["demo"]
     load, noise = demo["workload"], demo["noise"]
     quantities = ("step", "picture", "cold start")
     rows = [
@@ -159,30 +171,32 @@ def _latency(report: dict[str, Any]) -> str:
         found = (each["timings"][quantity]["ratio"] for quantity in quantities)
         memory = _megabytes(each["memory"])
         rows.append([_NAMES.get(each["name"], each["name"]), *map(_times, found), memory])
-    steps = [
-        ["FLUX.1's width", "PyTorch eager fp32 = 1", "PyTorch eager bf16 = 1"],
-        ["---", "---:", "---:"],
-    ]
-    rounds = {e["name"]: e["timings"]["step"]["rounds"] for e in width["contenders"]}
-    for name, own in rounds.items():
-        cells = [_times(_ratio(rounds[peer], own)) for peer in ("eager", "eager-bf16")]
-        steps.append([_NAMES.get(name, name), *cells])
-    tokens = width["workload"]["width"] * width["workload"]["height"] // 256
     return (
         f"{_table(rows)}\n"
         "Times faster than PyTorch eager fp32 (diffusers): "
         f"{load['width']}x{load['height']} pixels, {load['steps']} steps, "
         f"{load['threads']} threads. Medians of {demo['rounds']} rounds with their middle 80%. "
         "Eager fp32 against itself: "
-        f"{_times(noise['step'])} a step, {_times(noise['picture'])} a picture.\n\n"
-        f"{_table(steps)}\n"
+        f"{_times(noise['step'])} a step, {_times(noise['picture'])} a picture.\n"
+    )
+
+
+def _width(report: dict[str, Any]) -> str:
+    width = report["width"]
+    rows = [
+        ["FLUX.1's width", "PyTorch eager fp32 = 1", "PyTorch eager bf16 = 1"],
+        ["---", "---:", "---:"],
+    ]
+    rounds = {e["name"]: e["timings"]["step"]["rounds"] for e in width["contenders"]}
+    for name, own in rounds.items():
+        cells = [_times(_ratio(rounds[peer], own)) for peer in ("eager", "eager-bf16")]
+        rows.append([_NAMES.get(name, name), *cells])
+    load = width["workload"]
+    return (
+        f"{_table(rows)}\n"
         f"A step with {report['double_blocks']} double and {report['single_blocks']} single "
-        f"blocks, {tokens} image and {width['workload']['tokens']} text tokens, random weights, "
-        f"{width['workload']['threads']} threads, {width['rounds']} rounds.\nMeasured by "
-        "[benchmarks/latency.py](benchmarks/latency.py) on\n"
-        f"{_machine(demo['machine'])}, "
-        f"ONNX Runtime {demo['machine']['packages']['onnxruntime']}, "
-        f"OpenVINO {demo['machine']['packages']['openvino']}.\n"
+        f"blocks, {load['width'] * load['height'] // 256} image and {load['tokens']} text tokens, "
+        f"random weights, {load['threads']} threads, {width['rounds']} rounds.\n"
     )
 
 

@@ -118,7 +118,7 @@ def test_wrong_usage_exits_with_2(args: list[str]) -> None:
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), 1, "Error: No such file: x"),
         (OSError("odd"), 1, "Error: odd."),
         (MemoryError(), 1, "Memory ran out"),
-        (KeyboardInterrupt(), 130, "run the same command again"),
+        (KeyboardInterrupt(), 130, "Error: Interrupted."),
         (ZeroDivisionError("division by zero"), 1, "bug in fluxdeploy (ZeroDivisionError: div"),
     ],
 )
