@@ -8,6 +8,7 @@ precision, and compares; measures the noise of every quantized layer; and lets
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 PACKAGES = ("torch", "onnx", "onnxruntime", "numpy")
 PRECISIONS = ("fp8-weights", "fp8-linears", "fp8", "int8-dynamic")
+
+_ATTENTION = re.compile(r"\.(query|key|value|output)$")
 
 
 @click.command()
@@ -126,7 +129,8 @@ def plot_report(report: Mapping[str, Any], path: Path) -> None:
         axis.set_ylabel(f"{label}, against PyTorch float32")
         axis.tick_params(axis="x", rotation=30)
     for name, result in zip(names, results, strict=True):
-        axes[2].plot(list(result["sqnr"].values()), ".-", label=name, linewidth=0.8)
+        linears = [ratio for layer, ratio in result["sqnr"].items() if not _ATTENTION.search(layer)]
+        axes[2].plot(linears, ".-", label=name, linewidth=0.8)
     axes[2].set_xlabel("quantized linear, in the network's order")
     axes[2].set_ylabel("signal to quantization noise, dB")
     axes[2].legend()

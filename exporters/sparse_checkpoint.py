@@ -116,7 +116,7 @@ def flux_of_depth(double_blocks: int, single_blocks: int) -> Sizes:
         replace(FLUX_DEV.transformer, double_blocks=double_blocks, single_blocks=single_blocks),
         VaeConfig(
             latent_channels=16,
-            channels=(8, 8),
+            channels=(8, 8, 8, 8),
             layers=1,
             groups=4,
             scaling_factor=0.3611,
