@@ -23,7 +23,18 @@ CHECKPOINTS = {
 
 SMALL = {
     "generate": ["--width", "64", "--height", "48", "--steps", "2"],
-    "bench": ["--size", "64x48", "--steps", "1", "--rounds", "1", "--warmup", "0", "--cold-starts", "0"],
+    "bench": [
+        "--size",
+        "64x48",
+        "--steps",
+        "1",
+        "--rounds",
+        "1",
+        "--warmup",
+        "0",
+        "--cold-starts",
+        "0",
+    ],
 }
 """Options added to a command, so that it takes seconds; the last one of a kind counts."""
 
