@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +18,14 @@ from fluxdeploy.bundle.manifest import (
     EngineRecord,
     TensorSpec,
 )
-from fluxdeploy.errors import UsageError
+from fluxdeploy.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
     from engines.fusion import FusionReport
     from fluxdeploy.progress import Progress
 
 Array = NDArray[np.generic]
+_Held = TypeVar("_Held")
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,17 @@ class Engine(ABC):
     not in it has no limit.
     """
 
-    component: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    dimensions: Mapping[str, DimensionRange]
+    def __init__(
+        self,
+        component: str,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        dimensions: Mapping[str, DimensionRange],
+    ) -> None:
+        self.component = component
+        self.inputs = inputs
+        self.outputs = outputs
+        self.dimensions = dimensions
 
     @abstractmethod
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -83,6 +91,12 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Free the engine. Calling it twice is harmless."""
+
+    def _while_open(self, held: _Held | None) -> _Held:
+        """What the engine runs with. Raises `EngineError` for None, which closing leaves."""
+        if held is None:
+            raise EngineError(f"{self.component}: the engine was closed.")
+        return held
 
     def __enter__(self) -> Engine:
         return self

@@ -12,7 +12,7 @@ import numpy as np
 
 from engines.base import Array, Availability, Binding, Engine, EngineOptions, Runtime
 from engines.gpu import has_nvidia_driver
-from engines.tensors import check_inputs, output_shape
+from engines.tensors import BoundInputs, check_inputs, output_shape
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError
 from fluxdeploy.machine import describe_cpu
@@ -133,10 +133,7 @@ class _OnnxRuntimeEngine(Engine):
         path: Path,
         options: EngineOptions,
     ) -> None:
-        self.component = component
-        self.inputs = record.inputs
-        self.outputs = record.outputs
-        self.dimensions = engine.dimensions
+        super().__init__(component, record.inputs, record.outputs, engine.dimensions)
         self._device = (engine.target, options.device)
         self._session: onnxruntime.InferenceSession | None = _session(
             path, engine.target, options, component, record.precision
@@ -144,9 +141,7 @@ class _OnnxRuntimeEngine(Engine):
 
     @property
     def session(self) -> onnxruntime.InferenceSession:
-        if self._session is None:
-            raise EngineError(f"{self.component}: the engine was closed.")
-        return self._session
+        return self._while_open(self._session)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         check_inputs(self.component, self.inputs, self.dimensions, inputs)
@@ -176,23 +171,21 @@ class _OnnxRuntimeBinding(Binding):
 
         self._engine = engine
         self._binding = engine.session.io_binding()
-        placed = tuple(spec for spec in engine.inputs if spec.name in resident)
-        self._changing = tuple(spec for spec in engine.inputs if spec.name not in resident)
-        self._sizes = check_inputs(engine.component, placed, engine.dimensions, resident)
+        self._inputs = BoundInputs(engine, resident)
         self._outputs: dict[str, Array] = {}
         self._output_sizes: dict[str, int] | None = None
         # On the CPU a bound value is the array's own memory: a copy, so that the caller may reuse
         # the array there as on a GPU, and kept, since the binding does not own it.
-        self._resident = [np.array(resident[spec.name], order="C") for spec in placed]
-        for spec, array in zip(placed, self._resident, strict=True):
+        self._resident = {
+            spec.name: np.array(resident[spec.name], order="C") for spec in self._inputs.resident
+        }
+        for name, array in self._resident.items():
             value = onnxruntime.OrtValue.ortvalue_from_numpy(array, *device)
-            self._binding.bind_ortvalue_input(spec.name, value)
+            self._binding.bind_ortvalue_input(name, value)
 
     def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         engine = self._engine
-        sizes = check_inputs(
-            engine.component, self._changing, engine.dimensions, inputs, self._sizes
-        )
+        sizes = self._inputs.check(inputs)
         if sizes != self._output_sizes:
             self._bind_outputs(sizes)
         # Held until the run is over.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines.base import Array, Availability, Binding, Engine, EngineOptions, Runtime
-from engines.tensors import check_inputs
+from engines.tensors import BoundInputs
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError
 from fluxdeploy.precision import FLOATS
@@ -109,19 +109,14 @@ class _OpenVinoEngine(Engine):
         path: Path,
         options: EngineOptions,
     ) -> None:
-        self.component = component
-        self.inputs = record.inputs
-        self.outputs = record.outputs
-        self.dimensions = engine.dimensions
+        super().__init__(component, record.inputs, record.outputs, engine.dimensions)
         self._model: openvino.CompiledModel | None = _compile(
             path, record.compute, options, component
         )
 
     def model(self) -> openvino.CompiledModel:
         """The compiled model. Raises `EngineError` once the engine was closed."""
-        if self._model is None:
-            raise EngineError(f"{self.component}: the engine was closed.")
-        return self._model
+        return self._while_open(self._model)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         return {name: array.copy() for name, array in self.bind({}).run(inputs).items()}
@@ -138,18 +133,18 @@ class _OpenVinoBinding(Binding):
 
     def __init__(self, engine: _OpenVinoEngine, resident: Mapping[str, Array]) -> None:
         self._engine = engine
-        placed = tuple(spec for spec in engine.inputs if spec.name in resident)
-        self._changing = tuple(spec for spec in engine.inputs if spec.name not in resident)
         self._request = engine.model().create_infer_request()
-        self._sizes = check_inputs(engine.component, placed, engine.dimensions, resident)
+        self._inputs = BoundInputs(engine, resident)
         # A copy, so that the caller may reuse the array, and kept, since a request does not own it.
-        self._resident = {spec.name: np.array(resident[spec.name], order="C") for spec in placed}
+        self._resident = {
+            spec.name: np.array(resident[spec.name], order="C") for spec in self._inputs.resident
+        }
         self._place(self._resident)
 
     def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         engine = self._engine
         engine.model()  # A request would go on working with a closed engine.
-        check_inputs(engine.component, self._changing, engine.dimensions, inputs, self._sizes)
+        self._inputs.check(inputs)
         # Held until the run is over.
         arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         self._place(arrays)

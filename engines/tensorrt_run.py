@@ -17,7 +17,7 @@ import numpy as np
 from engines.base import Array, Binding, Engine, EngineOptions
 from engines.cuda import Cuda, pinned_array
 from engines.tensorrt_plan import Plan, Profile, Shape
-from engines.tensors import check_inputs, output_shape
+from engines.tensors import BoundInputs, output_shape
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, TensorSpec
 from fluxdeploy.errors import EngineError
 
@@ -78,10 +78,7 @@ class TensorRtEngine(Engine):
         scratch: Scratch,
         options: EngineOptions,
     ) -> None:
-        self.component = component
-        self.inputs = record.inputs
-        self.outputs = record.outputs
-        self.dimensions = engine.dimensions
+        super().__init__(component, record.inputs, record.outputs, engine.dimensions)
         self.cuda = cuda
         self.scratch = scratch
         self.graphs = options.cuda_graphs and not plan.records_graphs
@@ -109,9 +106,7 @@ class TensorRtEngine(Engine):
 
     @property
     def plan(self) -> Plan:
-        if self._plan is None:
-            raise EngineError(f"{self.component}: the engine was closed.")
-        return self._plan
+        return self._while_open(self._plan)
 
     def use_device(self) -> None:
         """CUDA's current device is a matter of the thread."""
@@ -194,10 +189,8 @@ class _TensorRtBinding(Binding):
     """Resident inputs lie on the device; buffers for the others stay while shapes do."""
 
     def __init__(self, engine: TensorRtEngine, resident: Mapping[str, Array]) -> None:
-        placed = tuple(spec for spec in engine.inputs if spec.name in resident)
         self._engine = engine
-        self._changing = tuple(spec for spec in engine.inputs if spec.name not in resident)
-        self._resident_sizes = check_inputs(engine.component, placed, engine.dimensions, resident)
+        self._inputs = BoundInputs(engine, resident)
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
         self._staging: dict[str, Array] = {}
@@ -212,7 +205,7 @@ class _TensorRtBinding(Binding):
         with engine.scratch.lock:
             engine.adopt(self)
             engine.use_device()
-            for spec in placed:
+            for spec in self._inputs.resident:
                 array = np.ascontiguousarray(resident[spec.name])
                 self._shapes[spec.name] = array.shape
                 self._addresses[spec.name] = engine.cuda.allocate(array.nbytes)
@@ -223,9 +216,7 @@ class _TensorRtBinding(Binding):
 
     def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         engine = self._engine
-        sizes = check_inputs(
-            engine.component, self._changing, engine.dimensions, inputs, self._resident_sizes
-        )
+        sizes = self._inputs.check(inputs)
         with engine.scratch.lock:
             plan = engine.plan  # only now: another thread may have closed it
             engine.use_device()
@@ -254,12 +245,12 @@ class _TensorRtBinding(Binding):
         profile = engine.choose_profile(ordered)
         self._sizes = None  # half made, should anything below fail
         self._forget()
-        for spec in (*self._changing, *engine.outputs):
+        for spec in (*self._inputs.changing, *engine.outputs):
             if (address := self._addresses.pop(spec.name, 0)) != 0:
                 engine.cuda.free(address)
         self._shapes, self._profile = ordered, profile
         self._apply_shapes(engine.plan)
-        for spec in self._changing:
+        for spec in self._inputs.changing:
             self._staging[spec.name] = self._buffer(spec, ordered[spec.name])
         # New arrays, not the old ones resized: the caller may still look at those.
         self._outputs = {

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.base import Engine
 from fluxdeploy.bundle.manifest import DimensionRange, TensorSpec
 from fluxdeploy.errors import EngineError
 
-__all__ = ["check_inputs", "output_shape"]
+__all__ = ["BoundInputs", "check_inputs", "output_shape"]
 
 
 def check_inputs(
@@ -62,3 +63,24 @@ def output_shape(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...] 
     """The shape of an output, or None where a symbol of it is not one of the inputs'."""
     shape = [sizes.get(d) if isinstance(d, str) else d for d in spec.shape]
     return None if None in shape else tuple(d for d in shape if d is not None)
+
+
+class BoundInputs:
+    """A binding's inputs: `resident` are in place, `changing` come with every call.
+
+    Raises `EngineError` where the tensors to put in place do not fit the engine.
+    """
+
+    def __init__(self, engine: Engine, resident: Mapping[str, NDArray[Any]]) -> None:
+        self.resident = tuple(spec for spec in engine.inputs if spec.name in resident)
+        self.changing = tuple(spec for spec in engine.inputs if spec.name not in resident)
+        self._component = engine.component
+        self._dimensions = engine.dimensions
+        self._sizes = check_inputs(self._component, self.resident, self._dimensions, resident)
+
+    def check(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+        """Hold a call's tensors against `changing`; returns the size of every symbol.
+
+        Raises `EngineError` as `check_inputs` does.
+        """
+        return check_inputs(self._component, self.changing, self._dimensions, inputs, self._sizes)

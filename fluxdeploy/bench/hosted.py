@@ -98,10 +98,7 @@ class _TimedEngine(Engine):
     def __init__(
         self, engine: Engine, watch: Stopwatch, keep: Callable[[Mapping[str, Array]], None]
     ) -> None:
-        self.component = engine.component
-        self.inputs = engine.inputs
-        self.outputs = engine.outputs
-        self.dimensions = engine.dimensions
+        super().__init__(engine.component, engine.inputs, engine.outputs, engine.dimensions)
         self._engine = engine
         self._watch = watch
         self._keep = keep
