@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engines.base import Array
 from fluxdeploy.bench.job import PEERS, Job
+from fluxdeploy.bench.opened import OpenedContender
 from fluxdeploy.bench.optimum import optimum_loader
 from fluxdeploy.bench.stopwatch import Stopwatch
 
@@ -18,15 +18,13 @@ if TYPE_CHECKING:
 __all__ = ["DiffusersContender"]
 
 
-class DiffusersContender:
+class DiffusersContender(OpenedContender):
     """diffusers' `FluxPipeline`, with a stopwatch around its networks."""
 
     def __init__(self, job: Job, watch: Stopwatch) -> None:
         import torch
 
-        self._job = job
-        self._watch = watch
-        self._velocity: Array | None = None
+        super().__init__(job, watch)
         torch.set_num_threads(job.threads)
         load = optimum_loader(job) if job.contender == "optimum" else _eager_loader(job)
         with watch.component("load"):
@@ -38,12 +36,8 @@ class DiffusersContender:
             transformer.forward = torch.compile(transformer.forward)
         self._watch_parts()
 
-    def draw(self) -> list[Image]:
-        """The job's pictures."""
+    def _call(self, **arguments: Any) -> list[Image]:
         import torch
-
-        job = self._job
-        self._velocity = None
 
         def on_step_end(pipe: Any, step: int, timestep: Any, state: dict[str, Any]) -> Any:
             self._watch.end_step()
@@ -51,23 +45,11 @@ class DiffusersContender:
 
         with torch.inference_mode():
             images: list[Image] = self._pipe(
-                job.prompt,
-                height=job.height,
-                width=job.width,
-                num_inference_steps=job.steps,
-                guidance_scale=job.guidance,
-                num_images_per_prompt=job.batch,
-                max_sequence_length=job.text_tokens,
+                **arguments,
                 latents=self._latents,
                 callback_on_step_end=on_step_end,
             ).images
         return images
-
-    @property
-    def velocity(self) -> Array:
-        """What the transformer gave in the first step of the last picture: float32 [B, L, C]."""
-        assert self._velocity is not None, "no picture was drawn"
-        return self._velocity
 
     def _watch_parts(self) -> None:
         """Time the networks, by our names for them.
@@ -82,8 +64,7 @@ class DiffusersContender:
 
         def forward(*arguments: Any, **named: Any) -> Any:
             output = step(*arguments, **named)
-            if self._velocity is None:
-                self._velocity = np.array(output[0].float().cpu())
+            self._keep_first(lambda: output[0].float().cpu())
             return output
 
         pipe.transformer.forward = forward

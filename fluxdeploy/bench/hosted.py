@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from engines import EngineOptions, open_engine
 from engines.base import Array, Binding, Engine
 from fluxdeploy.bench.job import PEERS, Job
+from fluxdeploy.bench.opened import OpenedContender
 from fluxdeploy.bench.stopwatch import Stopwatch
 from fluxdeploy.bundle import Bundle, open_bundle
 from fluxdeploy.pipeline import FluxPipeline
@@ -23,40 +22,23 @@ if TYPE_CHECKING:
 __all__ = ["HostedContender"]
 
 
-class HostedContender:
+class HostedContender(OpenedContender):
     """`FluxPipeline`, with a stopwatch between it and its engines."""
 
     def __init__(self, job: Job, watch: Stopwatch) -> None:
-        self._job = job
-        self._watch = watch
-        self._velocity: Array | None = None
+        super().__init__(job, watch)
         with watch.component("load"):
             bundle = open_bundle(Path(job.bundle))
             self._pipe = FluxPipeline(bundle, load_tokenizers(bundle), self._opener(bundle))
 
-    def draw(self) -> list[Image]:
-        """The job's pictures."""
-        job = self._job
-        self._velocity = None
+    def _call(self, **arguments: Any) -> list[Image]:
         images = self._pipe(
-            job.prompt,
-            height=job.height,
-            width=job.width,
-            num_inference_steps=job.steps,
-            guidance_scale=job.guidance,
-            num_images_per_prompt=job.batch,
-            max_sequence_length=job.text_tokens,
-            seed=job.seed,
+            **arguments,
+            seed=self._job.seed,
             callback_on_step_end=lambda *_: self._watch.end_step(),
         ).images
         assert isinstance(images, list)  # output_type is "pil"
         return images
-
-    @property
-    def velocity(self) -> Array:
-        """What the transformer gave in the first step of the last picture: float32 [B, L, C]."""
-        assert self._velocity is not None, "no picture was drawn"
-        return self._velocity
 
     def _opener(self, bundle: Bundle) -> Callable[[str], Engine]:
         open_plain = self._plain_opener(bundle)
@@ -77,19 +59,17 @@ class HostedContender:
         return lambda component: _open_openvino(bundle, component, precision, job.threads)
 
     def _keep(self, outputs: Mapping[str, Array]) -> None:
-        if self._velocity is None and "velocity" in outputs:
-            self._velocity = np.array(outputs["velocity"], np.float32)
+        if "velocity" in outputs:
+            self._keep_first(lambda: outputs["velocity"])
 
 
 def _open_openvino(bundle: Bundle, component: str, precision: str, threads: int) -> Engine:
     """A component's own graph in OpenVINO, computing in `precision`."""
     from engines.openvino import OpenVino
 
-    record = bundle.manifest.components[component]
-    runtime = OpenVino()
-    engine = replace(record.engines[0], runtime=runtime.name, runtime_version=runtime.version())
+    record = replace(bundle.manifest.components[component], compute=precision)
     options = EngineOptions(threads=threads)
-    return runtime.open(component, replace(record, compute=precision), engine, bundle.root, options)
+    return OpenVino().open(component, record, record.engines[0], bundle.root, options)
 
 
 class _TimedEngine(Engine):

@@ -13,26 +13,20 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from engines.base import Array
     from fluxdeploy.bench.job import Job
+    from fluxdeploy.bench.opened import OpenedContender
     from fluxdeploy.bench.stopwatch import Stopwatch
 
 __all__ = ["PICTURES", "VELOCITY", "main"]
 
 PICTURES, VELOCITY = "pictures.npy", "velocity.npy"
 """The files of `keep`: uint8 [B, H, W, 3], and float32 [B, L, C] of the first step."""
-
-
-class _Contender(Protocol):
-    def draw(self) -> list[Image]: ...
-
-    @property
-    def velocity(self) -> Array: ...
 
 
 def main(argument: str) -> None:
@@ -84,7 +78,7 @@ def _make_watch(job: Job) -> Stopwatch:
     return Stopwatch(torch.cuda.synchronize)
 
 
-def _open(job: Job, watch: Stopwatch) -> _Contender:
+def _open(job: Job, watch: Stopwatch) -> OpenedContender:
     from fluxdeploy.bench.job import PEERS
 
     if job.contender == "bundle" or PEERS[job.contender].needs == "bundle":
@@ -96,7 +90,7 @@ def _open(job: Job, watch: Stopwatch) -> _Contender:
     return DiffusersContender(job, watch)
 
 
-def _draw(contender: _Contender, watch: Stopwatch) -> tuple[list[Image], Mapping[str, Any]]:
+def _draw(contender: OpenedContender, watch: Stopwatch) -> tuple[list[Image], Mapping[str, Any]]:
     watch.clear()
     with watch.component("picture"):
         images = contender.draw()
