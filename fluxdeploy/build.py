@@ -38,7 +38,7 @@ from fluxdeploy.bundle.staging import Staging
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from fluxdeploy.errors import BundleError, EngineError, UsageError
 from fluxdeploy.gate import COMPONENT_GATES, QUALITY_GATES, measure_component, require
-from fluxdeploy.machine import available_memory
+from fluxdeploy.machine import read_memory
 from fluxdeploy.pieces import (
     WeightPieces,
     digest,
@@ -415,7 +415,7 @@ class _Session:
             self.progress.note(f"  {name}: not checked, since {available.detail}")
             return
         root = self.staging.root
-        needed, free = weight_bytes(root / "onnx", name) * CPU_SESSION, available_memory()
+        needed, free = weight_bytes(root / "onnx", name) * CPU_SESSION, read_memory().available
         if engine.target == "cpu" and free is not None and needed > free:
             self.progress.note(
                 f"  {name}: not checked, since its engine needs about {needed / 2**30:.0f} GiB of "

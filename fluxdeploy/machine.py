@@ -6,11 +6,15 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["available_memory", "describe_cpu", "describe_machine"]
+__all__ = ["Memory", "describe_cpu", "describe_machine", "peak_memory", "read_memory"]
+
+_PROC = Path("/proc")
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 # As Linux spells them in /proc/cpuinfo: x86-64, then Arm.
 _CPU_FEATURES = (
@@ -48,15 +52,92 @@ def describe_cpu() -> dict[str, Any]:
     }
 
 
-def available_memory() -> int | None:
-    """Bytes of memory that a new process can have; None where the system does not tell."""
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of memory that processes here may have; None where the system does not tell.
+
+    total: all of it, or a container's limit. available: what a new process can have of it.
+    swap: what there is besides, on disks.
+    """
+
+    total: int | None
+    available: int | None
+    swap: int | None
+
+    @property
+    def with_swap(self) -> int | None:
+        """The most that can be had, slowly."""
+        return None if self.total is None else self.total + (self.swap or 0)
+
+
+def read_memory() -> Memory:
+    """The memory of this machine, as far as the limits of a container allow it."""
+    machine = _read_sizes(_PROC / "meminfo")
+    total, available = [_physical_memory()], [machine.get("MemAvailable")]
+    swap = [machine.get("SwapTotal")]
+    for group in _control_groups():
+        limit = _read_size(group / "memory.max")
+        if limit is not None:
+            # Pages of files that nobody has used for long are freed where they are in the way.
+            kept = _read_sizes(group / "memory.stat").get("inactive_file", 0)
+            used = (_read_size(group / "memory.current") or 0) - kept
+            total.append(limit)
+            available.append(max(limit - used, 0))
+        swap.append(_read_size(group / "memory.swap.max"))
+    return Memory(_least(total), _least(available), _least(swap))
+
+
+def peak_memory() -> int | None:
+    """The most bytes of memory that this process has had; None where the system does not tell."""
+    return _read_sizes(_PROC / "self" / "status").get("VmHWM")
+
+
+def _physical_memory() -> int | None:
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _control_groups() -> Iterator[Path]:
+    """The folders of this process's control group and of those around it, in version 2.
+
+    Inside a container the outermost one is the container's own.
+    """
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (_PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        if line.startswith("0::/"):
+            own = _CONTROL_GROUPS / line.removeprefix("0::/")
+            yield from (own, *(g for g in own.parents if g.is_relative_to(_CONTROL_GROUPS)))
+
+
+def _read_size(path: Path) -> int | None:
+    """The number that a file holds: None where there is none, or "max"."""
+    try:
+        text = path.read_text().strip()
     except OSError:
         return None
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    value = fields.get("MemAvailable", "").split()
-    return int(value[0]) * 1024 if value else None
+    return int(text) if text.isdigit() else None
+
+
+def _read_sizes(path: Path) -> dict[str, int]:
+    """The sizes in a file of the kernel, one a line, in bytes."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return {}
+    sizes = {}
+    for line in lines:
+        name, value, *unit = [*line.replace(":", " ").split(), "", ""][:3]
+        if value.isdigit():
+            sizes[name] = int(value) * (1024 if unit == ["kB"] else 1)
+    return sizes
+
+
+def _least(sizes: Iterable[int | None]) -> int | None:
+    return min((size for size in sizes if size is not None), default=None)
 
 
 def describe_machine(packages: Iterable[str]) -> dict[str, Any]:
@@ -69,7 +150,7 @@ def describe_machine(packages: Iterable[str]) -> dict[str, Any]:
         "cpu": cpu["name"],
         "instruction_sets": cpu["instruction_sets"],
         "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": read_memory().total,
         "load_average": round(os.getloadavg()[0], 2),
         "system": platform.system(),
         "python": platform.python_version(),

@@ -52,20 +52,21 @@ def main(argument: str) -> None:
 
 def _serve(argument: str, answer: Any) -> None:
     from fluxdeploy.bench.job import Job
+    from fluxdeploy.machine import peak_memory
 
     job = Job(**json.loads(argument))
     watch = _make_watch(job)
     contender = _open(job, watch)
     images = contender.draw()
     images[0].save(Path(job.folder) / "first.png")
-    answer({"laps": watch.laps(), "memory": _peak_memory()})
+    answer({"laps": watch.laps(), "memory": peak_memory()})
     for line in sys.stdin:
         if line.strip() == "keep":
             _keep(images, contender.velocity, Path(job.folder))
             answer({})
         else:
             images, laps = _draw(contender, watch)
-            answer({"laps": laps, "memory": _peak_memory()})
+            answer({"laps": laps, "memory": peak_memory()})
 
 
 def _make_watch(job: Job) -> Stopwatch:
@@ -102,17 +103,6 @@ def _keep(images: list[Image], velocity: Array, folder: Path) -> None:
 
     np.save(folder / PICTURES, np.stack([np.asarray(image.convert("RGB")) for image in images]))
     np.save(folder / VELOCITY, velocity)
-
-
-def _peak_memory() -> int | None:
-    """The most bytes of memory that this process has had; None where the system does not tell."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    value = fields.get("VmHWM", "").split()
-    return int(value[0]) * 1024 if value else None
 
 
 if __name__ == "__main__":

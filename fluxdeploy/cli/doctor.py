@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ import click
 
 from fluxdeploy import __version__
 from fluxdeploy.errors import EngineError
-from fluxdeploy.machine import describe_cpu
+from fluxdeploy.machine import describe_cpu, read_memory
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,12 +83,13 @@ def command(as_json: bool) -> None:
 
 
 def _make_report() -> dict[str, Any]:
+    memory = read_memory()
     return {
         "fluxdeploy": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": describe_cpu(),
-        "memory": _describe_memory(),
+        "memory": {"total": memory.total, "available": memory.available},
         "disk": {"folder": str(Path.cwd()), "free": shutil.disk_usage(".").free},
         "gpus": _list_gpus(),
         "packages": {
@@ -99,24 +99,6 @@ def _make_report() -> dict[str, Any]:
         **_describe_runtimes(),
         "notes": _find_conflicts(),
     }
-
-
-def _describe_memory() -> dict[str, int | None]:
-    """Bytes of memory that this process may use; null where the system does not say."""
-    total: int | None = None
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    available: int | None = None
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    limit = Path("/sys/fs/cgroup/memory.max")  # a container's; "max" where there is none
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        total = min(int(text), total or int(text))
-        available = min(int(text), available or int(text))
-    return {"total": total, "available": available}
 
 
 def _list_gpus() -> list[dict[str, Any]]:

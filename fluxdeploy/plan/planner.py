@@ -17,7 +17,7 @@ from fluxdeploy.bundle.manifest import (
     from_json,
 )
 from fluxdeploy.errors import BundleError, UsageError
-from fluxdeploy.machine import available_memory
+from fluxdeploy.machine import Memory, read_memory
 from fluxdeploy.plan.activations import Workload, activation_bytes
 from fluxdeploy.plan.figures import ComponentPlan, DiskPlan, Phase, Plan, RunMemory
 from fluxdeploy.plan.footprint import (
@@ -157,16 +157,16 @@ class _Planner:
         build = tuple(self._phases(parts))
         run = self._run(components, largest=False)
         largest_run = self._run(components, largest=True)
-        free = available_memory()
-        shortages, warnings = _judge(disk, reusable, build, free, self.destination)
-        warnings += self._remarks(run, free)
+        memory = read_memory()
+        shortages, warnings = _judge(disk, reusable, build, memory, self.destination)
+        warnings += self._remarks(run, memory.available)
         return Plan(
             runtime=self.runtime.name,
             targets=self.targets,
             components=tuple(components.values()),
             disk=disk,
             build=build,
-            free_memory=free,
+            free_memory=memory.available,
             usual=self.usual,
             largest=self.largest,
             run=run,
@@ -379,7 +379,7 @@ class _Planner:
 
 
 def _judge(
-    disk: DiskPlan, reusable: int, build: tuple[Phase, ...], free: int | None, destination: Path
+    disk: DiskPlan, reusable: int, build: tuple[Phase, ...], memory: Memory, destination: Path
 ) -> tuple[list[str], list[str]]:
     """What is too small for the build, and what may be."""
     shortages, warnings = [], []
@@ -392,7 +392,7 @@ def _judge(
             shortages.append(f"{lack}: free some space, or choose another --out")
         else:
             warnings.append(f"{lack}: it fits only where the earlier bundle there is reused")
-    total = _total_memory()
+    free, total = memory.available, memory.with_swap
     for phase in build:
         if free is None or phase.bytes <= free:
             continue
@@ -418,17 +418,6 @@ def _earlier_manifest(destination: Path) -> Manifest | None:
         return from_json(path.read_text("utf-8"), str(path))
     except (OSError, ValueError, BundleError):
         return None
-
-
-def _total_memory() -> int | None:
-    """Bytes of memory and swap together; None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    sizes = [fields.get(name, "").split() for name in ("MemTotal", "SwapTotal")]
-    return sum(int(size[0]) * 1024 for size in sizes if size) or None
 
 
 def _gib(size: int) -> str:

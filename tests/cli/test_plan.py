@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 pytest.importorskip("torch")
 
 from fluxdeploy.cli import main
+from fluxdeploy.machine import Memory
 from fluxdeploy.plan import planner
 
 
@@ -61,7 +62,7 @@ def test_the_impossible_is_told_with_exit_code_1(tmp_path: Path) -> None:
 
 
 def test_little_memory_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "available_memory", lambda: 100 << 20)
+    monkeypatch.setattr(planner, "read_memory", lambda: Memory(64 << 30, 100 << 20, 0))
     result = run(tmp_path)
     assert result.exit_code == 0
     assert "Note: the build needs" in result.stdout

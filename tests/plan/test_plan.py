@@ -15,6 +15,7 @@ from exporters.checkpoint import Checkpoint
 from exporters.export import export_component
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.errors import BundleError, UsageError
+from fluxdeploy.machine import Memory
 from fluxdeploy.plan import ComponentPlan, Plan, choose_runtime, make_plan, planner
 from fluxdeploy.profiles import SizeRange
 from fluxdeploy.tensorfile import read_header
@@ -220,15 +221,14 @@ def test_files_of_another_disk_are_copied_once(
 def test_little_memory_is_told(
     flux_dev: Checkpoint, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planner, "available_memory", lambda: 8 << 30)
-    monkeypatch.setattr(planner, "_total_memory", lambda: 64 << 30)
+    monkeypatch.setattr(planner, "read_memory", lambda: Memory(56 << 30, 8 << 30, 8 << 30))
     cpu = make_plan(flux_dev, out, runtime("onnxruntime"), CPU)
     assert not cpu.shortages
     assert any("not every engine will be checked" in line for line in cpu.warnings)
     assert any("--low-vram" in line for line in cpu.warnings)
     engines = rtx(flux_dev, out, "bf16", "sm89")
     assert any("(engine)" in line and "close other programs" in line for line in engines.warnings)
-    monkeypatch.setattr(planner, "_total_memory", lambda: 16 << 30)
+    monkeypatch.setattr(planner, "read_memory", lambda: Memory(12 << 30, 8 << 30, 4 << 30))
     with pytest.raises(BundleError, match="more memory"):
         rtx(flux_dev, out, "bf16", "sm89").require_possible()
 
