@@ -14,6 +14,7 @@ from engines.base import (
 from engines.registry import (
     AUTO,
     choose_builder,
+    choose_runtime,
     choose_target,
     open_engine,
     runtime_names,
@@ -33,6 +34,7 @@ __all__ = [
     "EngineSource",
     "Runtime",
     "choose_builder",
+    "choose_runtime",
     "choose_target",
     "open_engine",
     "precision_problem",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AUTO",
     "choose_builder",
+    "choose_runtime",
     "choose_target",
     "open_engine",
     "runtime_names",
@@ -97,30 +98,62 @@ def _possible_elsewhere(name: str, precision: str | None) -> str:
     )
 
 
-def choose_builder(targets: Sequence[str], name: str = AUTO) -> Runtime:
-    """The best runtime that can build for every one of `targets` here; it need not run them.
+def choose_runtime(
+    name: str = AUTO, targets: Sequence[str] = (), precision: str | None = None
+) -> tuple[Runtime, tuple[str, ...]]:
+    """The best runtime that has every one of `targets`, and each of those once.
 
-    Raises `UsageError` where none knows the targets, or the name is unknown, and `EngineError`,
-    with the reasons, where none of those that know them can build here.
+    Runtimes that can build for them here come first, but one that cannot, or is not installed,
+    is better than none: see `choose_builder`. Without targets, what `choose_target` takes.
+
+    Raises `UsageError` where no runtime has the targets, or the name is unknown, and without
+    targets what `choose_target` does.
     """
-    known = [r for r in runtimes(name) if targets and set(targets) <= set(r.targets)]
+    if not targets:
+        runtime, target = choose_target(name, precision)
+        return runtime, (target,)
+    unique = tuple(dict.fromkeys(targets))
+    known = _runtimes_with(unique, name)
+    return next((r for r in known if not _build_problems(r, unique)), known[0]), unique
+
+
+def choose_builder(
+    name: str = AUTO, targets: Sequence[str] = (), precision: str | None = None
+) -> tuple[Runtime, tuple[str, ...]]:
+    """As `choose_runtime`, but it can build here; it need not run what it builds.
+
+    Also raises `EngineError`, with the reasons, where no runtime that has the targets can build.
+    """
+    runtime, unique = choose_runtime(name, targets, precision)
+    if _build_problems(runtime, unique):
+        reasons = [
+            reason
+            for known in _runtimes_with(unique, name)
+            for reason in _build_problems(known, unique)
+        ]
+        raise EngineError(
+            f"No runtime can build for {', '.join(unique)} here. {_in_words(reasons)}."
+        )
+    return runtime, unique
+
+
+def _runtimes_with(targets: Sequence[str], name: str) -> tuple[Runtime, ...]:
+    known = tuple(r for r in runtimes(name) if set(targets) <= set(r.targets))
     if not known:
         allowed = "; ".join(f"{r.name} has {', '.join(r.targets)}" for r in runtimes(name))
         raise UsageError(
-            f"No runtime of --runtime {name} builds for {', '.join(targets) or 'nothing'}: "
-            f"{allowed}."
+            f"No runtime of --runtime {name} has the targets {', '.join(targets)}: {allowed}."
         )
-    reasons: list[tuple[str, str, str]] = []
-    for runtime in known:
-        problems = [
-            (runtime.name, target, available.detail)
-            for target in targets
-            if not (available := runtime.can_build(target)).ok
-        ]
-        if not problems:
-            return runtime
-        reasons += problems
-    raise EngineError(f"No runtime can build for {', '.join(targets)} here. {_in_words(reasons)}.")
+    return known
+
+
+def _build_problems(runtime: Runtime, targets: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Why a runtime cannot build here, for each of the targets that it cannot build for."""
+    return [
+        (runtime.name, target, available.detail)
+        for target in targets
+        if not (available := runtime.can_build(target)).ok
+    ]
 
 
 def _in_words(reasons: list[tuple[str, str, str]]) -> str:

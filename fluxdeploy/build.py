@@ -17,7 +17,6 @@ from engines import (
     EngineSource,
     Runtime,
     choose_builder,
-    choose_target,
 )
 from engines.fusion import Expectation, check
 from fluxdeploy import __version__
@@ -36,7 +35,7 @@ from fluxdeploy.bundle.manifest import (
 )
 from fluxdeploy.bundle.staging import Staging
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
-from fluxdeploy.errors import BundleError, EngineError, UsageError
+from fluxdeploy.errors import BundleError, EngineError
 from fluxdeploy.gate import COMPONENT_GATES, QUALITY_GATES, measure_component, require
 from fluxdeploy.machine import read_memory
 from fluxdeploy.pieces import (
@@ -90,7 +89,7 @@ def build(request: BuildRequest, destination: Path, progress: Progress) -> Bundl
     A build that was cut off continues where it was: pieces whose inputs have not changed are
     reused. Raises the errors of each step; `destination` then is as it was before.
     """
-    runtime, targets = _choose(request)
+    runtime, targets = choose_builder(request.runtime, request.targets, request.precision)
     if request.checkpoint is not None:
         _check_apart(Path(request.checkpoint), destination)
     checkpoint = open_source(request.checkpoint)
@@ -110,18 +109,6 @@ def build(request: BuildRequest, destination: Path, progress: Progress) -> Bundl
         session = _Session(request, runtime, targets, checkpoint, staging, progress)
         staging.commit(session.manifest())
     return open_bundle(destination)
-
-
-def _choose(request: BuildRequest) -> tuple[Runtime, tuple[str, ...]]:
-    """The runtime and targets to build for, which need not be able to run here."""
-    if not request.targets:
-        runtime, target = choose_target(request.runtime, request.precision)
-        return runtime, (target,)
-    targets = tuple(dict.fromkeys(request.targets))
-    runtime = choose_builder(targets, request.runtime)
-    if len(targets) > 1 and not runtime.builds:
-        raise UsageError(f"{runtime.name} takes one --target, not {', '.join(targets)}.")
-    return runtime, targets
 
 
 def _check_apart(checkpoint: Path, destination: Path) -> None:

@@ -71,11 +71,12 @@ def command(
       fluxdeploy plan ./FLUX.1-dev --max-size 2048x2048 --max-batch 4
       fluxdeploy plan --json | jq .disk
     """
-    from fluxdeploy.plan import choose_runtime, make_plan
+    from engines import choose_runtime
+    from fluxdeploy.plan import make_plan
     from fluxdeploy.profiles import SizeRange
     from fluxdeploy.source import open_source
 
-    chosen, devices = choose_runtime(runtime, targets)
+    chosen, devices = choose_runtime(runtime, targets, precision)
     plan = make_plan(
         open_source(checkpoint),
         out,

@@ -5,7 +5,7 @@ Nothing is written, and no weight is read.
 
 from fluxdeploy.plan.activations import Workload
 from fluxdeploy.plan.figures import ComponentPlan, DiskPlan, Phase, Plan, RunMemory
-from fluxdeploy.plan.planner import CPU_SESSION, choose_runtime, make_plan
+from fluxdeploy.plan.planner import CPU_SESSION, make_plan
 
 __all__ = [
     "CPU_SESSION",
@@ -15,6 +15,5 @@ __all__ = [
     "Plan",
     "RunMemory",
     "Workload",
-    "choose_runtime",
     "make_plan",
 ]

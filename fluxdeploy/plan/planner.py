@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines import AUTO, Runtime, choose_target, runtimes
+from engines import Runtime
 from fluxdeploy.bundle.manifest import (
     MANIFEST_NAME,
     DimensionRange,
@@ -37,7 +37,7 @@ from fluxdeploy.text import TOKENIZER_FILES
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
 
-__all__ = ["CPU_SESSION", "choose_runtime", "make_plan"]
+__all__ = ["CPU_SESSION", "make_plan"]
 
 CPU_SESSION = 2.5
 """Memory of a CPU session while it opens, as a multiple of its float32 weights: constants are
@@ -65,30 +65,6 @@ _GROUPS = (("clip", "t5", "conditioner"), ("transformer",), ("vae_decoder",))
 
 # What `exporters.golden` makes: a 64x96 picture, two prompts of 16 tokens, two steps.
 _GOLDEN = {"B": 2, "S": 16, "N": 2, "L": 24, "T": 40, "h": 8, "w": 12, "H": 64, "W": 96}
-
-
-def choose_runtime(
-    name: str = AUTO, targets: tuple[str, ...] = ()
-) -> tuple[Runtime, tuple[str, ...]]:
-    """The runtime to plan for, which need not be installed here; without targets, the best here.
-
-    Raises `UsageError` where no runtime has the targets, and `EngineError` where none was named
-    and nothing runs here.
-    """
-    if not targets:
-        runtime, target = choose_target(name)
-        return runtime, (target,)
-    unique = tuple(dict.fromkeys(targets))
-    known = [runtime for runtime in runtimes(name) if set(unique) <= set(runtime.targets)]
-    if not known:
-        allowed = "; ".join(f"{r.name} has {', '.join(r.targets)}" for r in runtimes(name))
-        raise UsageError(
-            f"No runtime of --runtime {name} has the targets {', '.join(unique)}: {allowed}."
-        )
-    for runtime in known:
-        if all(runtime.can_build(target).ok for target in unique):
-            return runtime, unique
-    return known[0], unique
 
 
 def make_plan(
@@ -346,7 +322,7 @@ class _Planner:
         for problem, who in names.items():
             yield f"{', '.join(who)}: {problem}"
         if len(self.targets) > 1 and not self.runtime.builds:
-            yield f"{self.runtime.name} takes one target, not {', '.join(self.targets)}"
+            yield f"{self.runtime.name} takes one --target, not {', '.join(self.targets)}"
 
     def _remarks(self, usual: RunMemory, free: int | None) -> list[str]:
         remarks: list[str] = []

@@ -5,10 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from engines import BuildSettings, EngineOptions, EngineSource, choose_builder, choose_target
+from engines import (
+    AUTO,
+    BuildSettings,
+    EngineOptions,
+    EngineSource,
+    choose_builder,
+    choose_runtime,
+    choose_target,
+)
 from engines import tensorrt as module
 from engines.tensorrt import TensorRt, TensorRtRtx
 from fluxdeploy.bundle.manifest import DimensionRange, EngineRecord
@@ -79,17 +88,33 @@ def test_building_for_other_gpus_is_for_rtx_alone(pretend: Pretend) -> None:
     assert TensorRt().can_build("sm90").ok
     assert not TensorRt().can_build("sm89").ok
     assert TensorRtRtx().can_build("sm89").ok
-    assert choose_builder(["sm90"]).name == "tensorrt"
-    assert choose_builder(["sm89", "sm120"]).name == "tensorrt-rtx"
-    assert choose_builder(["cuda"]).name == "onnxruntime"
+    assert chosen(choose_builder, "sm90") == ("tensorrt", "sm90")
+    assert chosen(choose_builder, "sm89", "sm120", "sm89") == ("tensorrt-rtx", "sm89", "sm120")
+    assert chosen(choose_builder, "cuda") == ("onnxruntime", "cuda")
+    assert chosen(choose_builder) == ("tensorrt", "sm90")
     pretend(driver=False)
-    assert choose_builder(["sm89"]).name == "tensorrt-rtx"
+    assert chosen(choose_builder, "sm89") == ("tensorrt-rtx", "sm89")
     with pytest.raises(EngineError, match="tensorrt on sm90: TensorRT builds for the GPU it has"):
-        choose_builder(["sm90"])
-    with pytest.raises(UsageError, match=r"builds for sm99: tensorrt has sm121, .*onnxruntime has"):
-        choose_builder(["sm99"])
-    with pytest.raises(UsageError, match="builds for sm89, cpu"):
-        choose_builder(["sm89", "cpu"])
+        choose_builder(targets=["sm90"])
+    with pytest.raises(UsageError, match=r"targets sm99: tensorrt has sm121, .*onnxruntime has"):
+        choose_builder(targets=["sm99"])
+    with pytest.raises(UsageError, match="has the targets sm89, cpu"):
+        choose_builder(targets=["sm89", "cpu"])
+
+
+def chosen(choose: Callable[..., Any], *targets: str) -> tuple[str, ...]:
+    runtime, found = choose(AUTO, targets)
+    return (runtime.name, *found)
+
+
+def test_a_runtime_that_cannot_build_here_is_chosen_where_there_is_no_other(
+    pretend: Pretend,
+) -> None:
+    pretend(driver=False)
+    assert chosen(choose_runtime, "sm89") == ("tensorrt-rtx", "sm89")
+    assert chosen(choose_runtime, "sm90", "sm90") == ("tensorrt", "sm90")
+    with pytest.raises(UsageError, match="sm99"):
+        choose_runtime("tensorrt-rtx", ["sm99"])
 
 
 def test_auto_takes_tensorrt_first_then_rtx(pretend: Pretend) -> None:
