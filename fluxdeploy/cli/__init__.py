@@ -34,7 +34,8 @@ COMMANDS = {
 """Each command's name and short help, here so that `fluxdeploy --help` imports no command. The
 module of a command has the same name and holds it as `command`."""
 
-_RESUMABLE = ("build", "export")
+_RESUMABLE = ("build",)
+"""Commands that keep what they have finished; the others begin anew."""
 
 
 class _Failure(click.ClickException):

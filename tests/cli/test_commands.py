@@ -28,17 +28,19 @@ def run(*args: str) -> Result:
     return CliRunner().invoke(main, list(args), prog_name="fluxdeploy")
 
 
-def run_failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Result:
-    """Run `fluxdeploy doctor` with a command in its place that raises."""
+def run_failing(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, name: str = "doctor"
+) -> Result:
+    """Run `fluxdeploy NAME` with a command in its place that raises."""
 
     @click.command()
     def command() -> None:
         raise error
 
-    module = ModuleType("fluxdeploy.cli.doctor")
+    module = ModuleType(f"fluxdeploy.cli.{name}")
     module.command = command  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fluxdeploy.cli.doctor", module)
-    return run("doctor")
+    monkeypatch.setitem(sys.modules, f"fluxdeploy.cli.{name}", module)
+    return run(name)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -130,6 +132,15 @@ def test_failures_end_in_one_message(
     assert words in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_ctrl_c_promises_to_resume_only_where_that_is_so(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    result = run_failing(monkeypatch, KeyboardInterrupt(), name)
+    then = "; run the same command again to resume" if name == "build" else ""
+    assert result.stderr.strip() == f"Error: Interrupted{then}."
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), BundleError("No bundle.")])
