@@ -9,15 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines import Runtime
-from fluxdeploy.bundle.manifest import (
-    MANIFEST_NAME,
-    DimensionRange,
-    LatentSpec,
-    Manifest,
-    from_json,
-)
+from fluxdeploy.bundle.manifest import MANIFEST_NAME, DimensionRange, Manifest, from_json
 from fluxdeploy.errors import BundleError, UsageError
-from fluxdeploy.machine import Memory, read_memory
+from fluxdeploy.machine import read_memory
 from fluxdeploy.plan.activations import Workload, activation_bytes
 from fluxdeploy.plan.figures import ComponentPlan, DiskPlan, Phase, Plan, RunMemory
 from fluxdeploy.plan.footprint import (
@@ -29,6 +23,7 @@ from fluxdeploy.plan.footprint import (
     staged_bytes,
     weigh,
 )
+from fluxdeploy.plan.objections import find_impossible, find_remarks, find_shortages
 from fluxdeploy.precision import check_precision, component_precision, needs_ranges
 from fluxdeploy.profiles import SizeRange, overall, resolution_buckets
 from fluxdeploy.source import check_family
@@ -119,7 +114,6 @@ class _Planner:
         self.compute = {
             name: runtime.compute(targets[0], used) for name, used in self.precisions.items()
         }
-        self.on_cpu = targets[0] == "cpu"
         self.ranges = self._ranges(sizes or SizeRange())
         self.usual, self.largest = self._workloads()
 
@@ -134,8 +128,9 @@ class _Planner:
         run = self._run(components, largest=False)
         largest_run = self._run(components, largest=True)
         memory = read_memory()
-        shortages, warnings = _judge(disk, reusable, build, memory, self.destination)
-        warnings += self._remarks(run, memory.available)
+        shortages, warnings = find_shortages(disk, reusable, build, memory, self.destination)
+        warnings += find_remarks(self.runtime, self.targets, self.precisions, run, memory.available)
+        impossible = find_impossible(self.runtime, self.targets, self.precisions, self.compute)
         return Plan(
             runtime=self.runtime.name,
             targets=self.targets,
@@ -147,23 +142,15 @@ class _Planner:
             largest=self.largest,
             run=run,
             largest_run=largest_run,
-            impossible=tuple(self._impossible()),
+            impossible=tuple(impossible),
             shortages=tuple(shortages),
             warnings=tuple(warnings),
         )
 
     def _ranges(self, sizes: SizeRange) -> Mapping[str, DimensionRange]:
         """The sizes that the engines are to take, by symbol."""
-        vae = self.checkpoint.vae
-        latents = LatentSpec(
-            channels=vae.latent_channels,
-            patch_size=2,
-            spatial_factor=vae.spatial_factor,
-            scaling_factor=vae.scaling_factor,
-            shift_factor=vae.shift_factor,
-        )
-        symbols = set(_GOLDEN)
-        return overall(resolution_buckets(symbols, sizes, self.checkpoint.defaults, latents))
+        defaults, latents = self.checkpoint.defaults, self.checkpoint.latents
+        return overall(resolution_buckets(set(_GOLDEN), sizes, defaults, latents))
 
     def _workloads(self) -> tuple[Workload, Workload]:
         """The usual one is one picture of the checkpoint's own size."""
@@ -273,7 +260,7 @@ class _Planner:
         if self.runtime.builds:
             needed = _PROCESS + _ENGINE_OVERHEAD + _ENGINE_BUILD * part.graph
             yield Phase("engine", name, needed)
-        if self.on_cpu and self.runtime.availability(self.targets[0]).ok:
+        if self.targets[0] == "cpu" and self.runtime.availability("cpu").ok:
             name, part = max(parts.items(), key=lambda item: item[1].parameters)
             yield Phase("check", name, int(CPU_SESSION * 4 * part.parameters))
 
@@ -308,85 +295,6 @@ class _Planner:
             low_vram=max(together(group) for group in _GROUPS),
         )
 
-    def _impossible(self) -> Iterator[str]:
-        """What a target has not, each once, with the components that would need it."""
-        names: dict[str, list[str]] = {}
-        for name, precision in self.precisions.items():
-            for target in self.targets:
-                # What an engine computes in is one for all its targets, the first one's.
-                for needed in (precision, self.compute[name]):
-                    problem = self.runtime.precision_problem(target, needed)
-                    if problem is not None:
-                        names.setdefault(problem, []).append(name)
-                        break
-        for problem, who in names.items():
-            yield f"{', '.join(who)}: {problem}"
-        if len(self.targets) > 1 and not self.runtime.builds:
-            yield f"{self.runtime.name} takes one --target, not {', '.join(self.targets)}"
-
-    def _remarks(self, usual: RunMemory, free: int | None) -> list[str]:
-        remarks: list[str] = []
-        told: dict[str, list[str]] = {}
-        for target in self.targets:
-            building, running = self.runtime.can_build(target), self.runtime.availability(target)
-            if not building.ok:
-                told.setdefault(f"cannot be built here: {building.detail}", []).append(target)
-            elif not running.ok:
-                told.setdefault(f"will not be checked here: {running.detail}", []).append(target)
-        for why, targets in told.items():
-            remarks.append(f"{self.runtime.name} engines for {', '.join(targets)} {why}")
-        emulated = [name for name, used in self.precisions.items() if used.startswith("fp8")]
-        if self.on_cpu and emulated:
-            remarks.append(
-                f"{', '.join(emulated)}: a CPU has no FP8; it is emulated, with the same numbers "
-                "and neither faster nor smaller in memory"
-            )
-        if self.on_cpu and free is not None and usual.all_open > free:
-            advice = (
-                "run it with --low-vram"
-                if usual.low_vram <= free
-                else "even --low-vram is too much"
-            )
-            remarks.append(
-                f"a picture of the usual size takes {_gib(usual.all_open)} of memory, "
-                f"{_gib(usual.low_vram)} with --low-vram, and {_gib(free)} are free: {advice}"
-            )
-        return remarks
-
-
-def _judge(
-    disk: DiskPlan, reusable: int, build: tuple[Phase, ...], memory: Memory, destination: Path
-) -> tuple[list[str], list[str]]:
-    """What is too small for the build, and what may be."""
-    shortages, warnings = [], []
-    if disk.needed > disk.free:
-        lack = (
-            f"the build writes {_gib(disk.needed)} to the disk of {destination}, and "
-            f"{_gib(disk.free)} are free"
-        )
-        if disk.needed - reusable > disk.free:
-            shortages.append(f"{lack}: free some space, or choose another --out")
-        else:
-            warnings.append(f"{lack}: it fits only where the earlier bundle there is reused")
-    free, total = memory.available, memory.with_swap
-    for phase in build:
-        if free is None or phase.bytes <= free:
-            continue
-        needs = (
-            f"{_gib(phase.bytes)} of memory for {phase.component} ({phase.name}), and "
-            f"{_gib(free)} are free"
-        )
-        if phase.name == "check":
-            warnings.append(
-                f"not every engine will be checked: that needs {needs}; run `fluxdeploy verify` "
-                "where it fits"
-            )
-        elif total is not None and phase.bytes > total:
-            shortages.append(f"the build needs {needs}: build on a machine with more memory")
-        else:
-            warnings.append(f"the build needs {needs}: close other programs first")
-    return shortages, warnings
-
 
 def _earlier_manifest(destination: Path) -> Manifest | None:
     path = destination / MANIFEST_NAME
@@ -394,7 +302,3 @@ def _earlier_manifest(destination: Path) -> Manifest | None:
         return from_json(path.read_text("utf-8"), str(path))
     except (OSError, ValueError, BundleError):
         return None
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.0f} MiB"
