@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -101,12 +100,7 @@ class Engine(ABC):
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -184,6 +178,10 @@ class Runtime(ABC):
     @abstractmethod
     def compute(self, target: str, precision: str) -> str:
         """The type that everything which `precision` does not quantize computes in."""
+
+    def fuses_attention(self, target: str) -> bool:
+        """Whether attention for `target` is ONNX Runtime's own operator (`exporters/fuse.py`)."""
+        return False
 
     def precision_problem(self, target: str, precision: str) -> str | None:
         """Why engines for `target` cannot have `precision`, or None where they can."""

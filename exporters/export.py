@@ -12,6 +12,7 @@ from exporters import components
 from exporters.bind import NO_LEDGER, Ledger, WeightFolder, bind, check_weights
 from exporters.chain import Chain
 from exporters.checkpoint import Checkpoint, Weights
+from exporters.fuse import fuse_attention
 from exporters.quantize.graph import quantize
 from exporters.trace import trace_chain
 from fluxdeploy.bundle.files import write_atomic
@@ -85,6 +86,7 @@ def export_component(
     compute: str = "bf16",
     ranges: Ranges | None = None,
     split: bool = True,
+    fused: bool = False,
     progress: Progress | None = None,
     ledger: Ledger = NO_LEDGER,
 ) -> Exported:
@@ -92,6 +94,7 @@ def export_component(
 
     Where `precision` is a quantized one, `compute` is the type of all that is not quantized, and
     static scales come from `ranges`. With `split=False` the transformer is the one-piece model.
+    With `fused` its attention is ONNX Runtime's own operator where it can be.
 
     Raises `CheckpointError` for weights that do not fit, `ExportError` for a graph that fails the
     checks, `BundleError` where the disk refuses.
@@ -109,6 +112,8 @@ def export_component(
     task.finish()
     boundary = len(chain.inputs)
     packed = quantize(model, boundary, name, quantization, ranges) if quantization else {}
+    if fused:
+        fuse_attention(model)
     files = bind(
         model,
         boundary,

@@ -58,7 +58,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.float()
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight.float()
+        return x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight.float()
 
 
 class GeluProjection(nn.Module):
@@ -86,23 +86,25 @@ class FeedForward(nn.Module):
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
-    """[B,T,D] to [B,heads,T,head_dim]."""
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """[B,heads,T,head_dim] to [B,T,D]."""
-    return x.transpose(1, 2).flatten(2)
+    """[B,T,D] to [B,T,heads,head_dim]."""
+    return x.unflatten(-1, (-1, head_dim))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on interleaved channel pairs: x [B,heads,T,head_dim], tables [T,head_dim].
+    """RoPE on interleaved channel pairs: x [B,T,heads,head_dim], tables [T,head_dim].
 
     Each pair (a, b) becomes (a·cos − b·sin, b·cos + a·sin); both channels of a pair hold the same
     angle in the tables.
     """
     a, b = x.unflatten(-1, (-1, 2)).split(1, dim=-1)
-    return x * cos + torch.cat((-b, a), -1).flatten(-2) * sin
+    turned = torch.cat((-b, a), -1).flatten(-2)
+    return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+
+
+def joint_attention(query: Tensor, key: Tensor, value: Tensor, head_dim: int) -> Tensor:
+    """Attention of Q, K, V [B,T,heads,head_dim]; returns [B,T,D]."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return attention(query, key, value, head_dim**-0.5).transpose(1, 2).flatten(2)
 
 
 def add_gated(residual: Tensor, gate: Tensor, update: Tensor) -> Tensor:
@@ -137,18 +139,18 @@ class JointAttention(nn.Module):
                 self.norm_added_q(heads(self.add_q_proj(context))),
                 self.norm_q(heads(self.to_q(hidden))),
             ),
-            dim=2,
+            dim=1,
         )
         key = torch.cat(
             (
                 self.norm_added_k(heads(self.add_k_proj(context))),
                 self.norm_k(heads(self.to_k(hidden))),
             ),
-            dim=2,
+            dim=1,
         )
-        value = torch.cat((heads(self.add_v_proj(context)), heads(self.to_v(hidden))), dim=2)
+        value = torch.cat((heads(self.add_v_proj(context)), heads(self.to_v(hidden))), dim=1)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        joint = merge_heads(attention(query, key, value, self.head_dim**-0.5))
+        joint = joint_attention(query, key, value, self.head_dim)
         text_tokens = context.shape[1]
         return (
             self.to_out[0](joint[:, text_tokens:]),
@@ -202,7 +204,7 @@ class SelfAttention(nn.Module):
         )
         query = rotate(self.norm_q(query), cos, sin)
         key = rotate(self.norm_k(key), cos, sin)
-        return merge_heads(attention(query, key, value, self.head_dim**-0.5))
+        return joint_attention(query, key, value, self.head_dim)
 
 
 class SingleBlock(nn.Module):

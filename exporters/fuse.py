@@ -1,0 +1,204 @@
+"""Attention and RoPE as ONNX Runtime's own operators, for its CPU provider.
+
+The standard form of attention writes the scores [heads, tokens, tokens] to memory, 2 GB for a block
+of FLUX.1 at 1024x1024, and their softmax as much again. `MultiHeadAttention` computes them in tiles
+that stay in the cache (T. Dao and others, "FlashAttention", 2022). It takes Q, K and V with all
+heads side by side, as the linears leave them, and so does `RotaryEmbedding`: the transpositions go
+too.
+
+RMSNorm, LayerNorm and GELU need nothing here: ONNX Runtime merges them when it opens a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+__all__ = ["fuse_attention"]
+
+_DOMAIN = "com.microsoft"
+_HEADS_FIRST = (0, 2, 1, 3)
+_HEADS_FIRST_TURNED = (0, 2, 3, 1)
+
+
+def fuse_attention(model: ir.Model) -> int:
+    """Rewrite every softmax(scale · Q Kᵀ) V in float32 whose Q and K are rotated.
+
+    Returns how many there were. Attention in another form, with Q/DQ around its products or with a
+    bias, stays as it is.
+    """
+    fusion = _Fusion(model.graph)
+    softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
+    count = sum(fusion.fuse(softmax) for softmax in softmaxes)
+    if count:
+        model.graph.opset_imports[_DOMAIN] = 1
+        RemoveUnusedNodesPass()(model)
+    return count
+
+
+@dataclass(frozen=True)
+class _Rotation:
+    """A RoPE: `x` [B,T,heads,head_dim], and its tables [T,head_dim]."""
+
+    x: ir.Value
+    cos: ir.Value
+    sin: ir.Value
+    heads: int
+
+
+@dataclass
+class _Fusion:
+    graph: ir.Graph
+    # Half tables by the whole ones: all blocks read the same two.
+    tables: dict[ir.Value, ir.Value] = field(default_factory=dict)
+
+    def fuse(self, softmax: ir.Node) -> bool:
+        """Rewrite the attention around a softmax, if it has the form for it."""
+        scores = _made_by(softmax.inputs[0], "MatMul")
+        mixed = _read_by(softmax.outputs[0], "MatMul")
+        if scores is None or mixed is None or softmax.outputs[0].dtype != ir.DataType.FLOAT:
+            return False
+        scaled = _made_by(scores.inputs[0], "Mul")
+        merged = _read_by(mixed.outputs[0], "Transpose")
+        flat = None if merged is None else _read_by(merged.outputs[0], "Reshape")
+        scale = None if scaled is None else _number(scaled.inputs[1])
+        if scaled is None or flat is None or scale is None:
+            return False
+        query = _rotation(_turned(scaled.inputs[0], _HEADS_FIRST))
+        key = _rotation(_turned(scores.inputs[1], _HEADS_FIRST_TURNED))
+        value = _turned(mixed.inputs[1], _HEADS_FIRST)
+        if query is None or key is None or value is None:
+            return False
+        name = str(flat.outputs[0].name)
+        inputs = [
+            self._rotated(query, flat, f"{name}.query"),
+            self._rotated(key, flat, f"{name}.key"),
+            self._side_by_side(value, flat, f"{name}.value"),
+        ]
+        attributes = [ir.AttrInt64("num_heads", query.heads), ir.AttrFloat32("scale", scale)]
+        fused = self._node(flat, "MultiHeadAttention", inputs, name, attributes, _DOMAIN)
+        ir.convenience.replace_all_uses_with(flat.outputs[0], fused)
+        return True
+
+    def _rotated(self, rotation: _Rotation, before: ir.Node, name: str) -> ir.Value:
+        inputs = [
+            self._side_by_side(rotation.x, before, f"{name}.flat"),
+            self._every_position(),
+            self._half_table(rotation.cos),
+            self._half_table(rotation.sin),
+        ]
+        interleaved = [ir.AttrInt64("interleaved", 1)]
+        return self._node(before, "RotaryEmbedding", inputs, name, interleaved, _DOMAIN)
+
+    def _side_by_side(self, value: ir.Value, before: ir.Node, name: str) -> ir.Value:
+        """[B,T,heads,head_dim] to [B,T,D]."""
+        shape = self._constant("side_by_side.shape", [0, 0, -1])
+        return self._node(before, "Reshape", [value, shape], name)
+
+    def _half_table(self, table: ir.Value) -> ir.Value:
+        """A table with one column for each pair of channels: both of a pair have the same angle."""
+        if table not in self.tables:
+            bounds = [
+                self._constant(f"half_table.{name}", [number])
+                for name, number in (
+                    ("starts", 0),
+                    ("ends", np.iinfo(np.int64).max),
+                    ("axes", 1),
+                    ("steps", 2),
+                )
+            ]
+            # Before everything: the tables are inputs of the graph.
+            self.tables[table] = self._node(
+                self.graph[0], "Slice", [table, *bounds], f"{table.name}.half"
+            )
+        return self.tables[table]
+
+    def _every_position(self) -> ir.Value:
+        """Token t has row t of the tables: an offset of 0."""
+        return self._constant("rope.first_position", [0])
+
+    def _constant(self, name: str, numbers: Sequence[int]) -> ir.Value:
+        if name not in self.graph.initializers:
+            value = ir.Value(
+                name=name,
+                shape=ir.Shape((len(numbers),)),
+                type=ir.TensorType(ir.DataType.INT64),
+                const_value=ir.tensor(np.array(numbers, np.int64), name=name),
+            )
+            self.graph.register_initializer(value)
+        return self.graph.initializers[name]
+
+    def _node(
+        self,
+        before: ir.Node,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        name: str,
+        attributes: Sequence[ir.Attr] = (),
+        domain: str = "",
+    ) -> ir.Value:
+        value = ir.Value(name=f"{name}/{op_type}", type=ir.TensorType(ir.DataType.FLOAT))
+        node = ir.Node(domain, op_type, inputs, attributes, outputs=[value], name=value.name)
+        self.graph.insert_before(before, node)
+        return value
+
+
+def _rotation(value: ir.Value | None) -> _Rotation | None:
+    """x · cos + (−b, a of each pair of x) · sin, as `mmdit.rotate` has it."""
+    total = _made_by(value, "Add")
+    parts = [] if total is None else [_made_by(part, "Mul") for part in total.inputs]
+    if len(parts) != 2 or parts[0] is None or parts[1] is None:
+        return None
+    (x, cos), (turned, sin) = parts[0].inputs, parts[1].inputs
+    flat = _made_by(turned, "Reshape")
+    joined = None if flat is None else _made_by(flat.inputs[0], "Concat")
+    heads = None if flat is None else _target(flat)[2:3]
+    tables = [_table(cos), _table(sin)]
+    if x is None or joined is None or not heads or tables[0] is None or tables[1] is None:
+        return None
+    return _Rotation(x, tables[0], tables[1], heads[0])
+
+
+def _table(value: ir.Value | None) -> ir.Value | None:
+    """The table [T,head_dim] that [T,1,head_dim] was made from."""
+    node = _made_by(value, "Unsqueeze", shared=True)
+    return None if node is None else node.inputs[0]
+
+
+def _turned(value: ir.Value | None, permutation: Sequence[int]) -> ir.Value | None:
+    """What a transposition takes, if it is this one."""
+    node = _made_by(value, "Transpose", shared=True)
+    if node is None or tuple(node.attributes["perm"].as_ints()) != tuple(permutation):
+        return None
+    return node.inputs[0]
+
+
+def _made_by(value: ir.Value | None, op_type: str, shared: bool = False) -> ir.Node | None:
+    """The node that makes a value, if it is of a kind, for one reader unless `shared`."""
+    node = None if value is None else value.producer()
+    if value is None or node is None or node.op_type != op_type:
+        return None
+    return node if shared or len(list(value.uses())) == 1 else None
+
+
+def _read_by(value: ir.Value, op_type: str) -> ir.Node | None:
+    """The one node that reads a value, if it is of a kind."""
+    readers = [node for node, _ in value.uses()]
+    return readers[0] if len(readers) == 1 and readers[0].op_type == op_type else None
+
+
+def _number(value: ir.Value | None) -> float | None:
+    """A constant scalar."""
+    tensor = None if value is None else value.const_value
+    return float(tensor.numpy()) if tensor is not None and tensor.size == 1 else None
+
+
+def _target(reshape: ir.Node) -> list[int]:
+    """The constant shape that a Reshape gives, [] where it is none."""
+    shape = reshape.inputs[1]
+    tensor = None if shape is None else shape.const_value
+    return [] if tensor is None else [int(size) for size in tensor.numpy()]

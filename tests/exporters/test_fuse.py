@@ -1,0 +1,105 @@
+"""Attention as ONNX Runtime's own operator: where it comes, and what it computes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from exporters.bind import WeightFolder
+from exporters.checkpoint import Checkpoint
+from exporters.export import COMPONENTS, component_source, export_component
+from exporters.reference import run_reference
+from tests.exporters.numbers import SIZES, error, make_inputs, run
+from tests.support.checkpoints import SHAPES
+
+BLOCKS = SHAPES["dev"].double + SHAPES["dev"].single
+NORMS = 4 * SHAPES["dev"].double + 2 * SHAPES["dev"].single
+
+Fused = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="session")
+def fused(shared_folder: Any, opened: Checkpoint) -> Fused:
+    """`fused(component, precision)`: the ONNX file for ONNX Runtime on a CPU."""
+
+    def make(component: str, precision: str) -> Path:
+        folder = shared_folder.entry(
+            f"fused-{component}-{precision}",
+            lambda target: export_component(
+                opened,
+                component,
+                precision,
+                WeightFolder(target / "weights"),
+                compute="fp32",
+                fused=True,
+            ),
+        )
+        return Path(folder) / f"{component}.onnx"
+
+    return make
+
+
+def operators(path: Path) -> Counter[tuple[str, str]]:
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    return Counter((node.domain, node.op_type) for node in nodes)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_fused_attention_equals_pytorch(
+    fused: Fused, opened: Checkpoint, size: tuple[int, ...]
+) -> None:
+    chain, weights = component_source(opened, "transformer", "fp32")
+    inputs = make_inputs(opened, "transformer", size)
+    expected = run_reference(chain, weights, inputs)["velocity"]
+    assert error(run(fused("transformer", "fp32"), inputs)["velocity"], expected) < 2e-5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8-dynamic"])
+def test_every_block_has_one_attention_and_no_transposition(fused: Fused, precision: str) -> None:
+    path = fused("transformer", precision)
+    found = operators(path)
+    assert found["com.microsoft", "MultiHeadAttention"] == BLOCKS
+    assert found["com.microsoft", "RotaryEmbedding"] == 2 * BLOCKS
+    assert not found["", "Softmax"]
+    model = onnx.load(path, load_external_data=False)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    weights |= {n.output[0] for n in model.graph.node if set(n.input) & weights}
+    turned = [node for node in model.graph.node if node.op_type == "Transpose"]
+    assert {node.input[0] for node in turned} <= weights
+    read = {name for node in model.graph.node for name in node.input} | {"velocity"}
+    assert all(set(node.output) & read for node in model.graph.node), "a result nobody reads"
+
+
+def test_fused_int8_computes_what_the_standard_graph_does(
+    fused: Fused, opened: Checkpoint, tmp_path: Path
+) -> None:
+    weights = WeightFolder(tmp_path / "weights")
+    export_component(opened, "transformer", "int8-dynamic", weights, compute="fp32")
+    inputs = make_inputs(opened, "transformer", SIZES[1])
+    expected = run(tmp_path / "transformer.onnx", inputs)["velocity"]
+    found = run(fused("transformer", "int8-dynamic"), inputs)["velocity"]
+    # A number that rounds the other way moves by a step of 8 bits.
+    assert np.linalg.norm(found - expected) < 5e-3 * np.linalg.norm(expected)
+
+
+def test_onnx_runtime_merges_the_norms_itself(fused: Fused, tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(fused("transformer", "fp32"), options)
+    found = operators(tmp_path / "optimized.onnx")
+    assert found["", "SimplifiedLayerNormalization"] == NORMS
+    assert not found["", "ReduceMean"]
+
+
+def test_16_bits_and_other_components_stay_standard(fused: Fused) -> None:
+    graphs = [("transformer", "fp16"), *((name, "fp32") for name in COMPONENTS)]
+    graphs.remove(("transformer", "fp32"))
+    for component, precision in graphs:
+        assert {domain for domain, _ in operators(fused(component, precision))} == {""}
