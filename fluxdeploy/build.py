@@ -11,22 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines import (
-    BuildSettings,
-    EngineOptions,
-    EngineSource,
-    Runtime,
-    choose_builder,
-)
-from engines.fusion import Expectation, check
+from engines import BuildSettings, Runtime, choose_builder
 from fluxdeploy import __version__
 from fluxdeploy.bundle import Bundle, open_bundle
-from fluxdeploy.bundle.files import write_atomic
 from fluxdeploy.bundle.manifest import (
     SCHEMA_VERSION,
     ComponentRecord,
     DimensionRange,
-    EngineRecord,
     FileRecord,
     GoldenRecord,
     Manifest,
@@ -34,19 +25,13 @@ from fluxdeploy.bundle.manifest import (
     TokenizerRecord,
 )
 from fluxdeploy.bundle.staging import Staging
+from fluxdeploy.component_engines import build_engines, check_engine, list_engines
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
-from fluxdeploy.errors import BundleError, EngineError
-from fluxdeploy.gate import COMPONENT_GATES, QUALITY_GATES, measure_component, require
-from fluxdeploy.machine import read_memory
-from fluxdeploy.pieces import (
-    WeightPieces,
-    digest,
-    exporters_digest,
-    tool_versions,
-    weight_bytes,
-)
-from fluxdeploy.plan import CPU_SESSION, make_plan
-from fluxdeploy.precision import QUANTIZED, component_precision, needs_ranges
+from fluxdeploy.errors import BundleError
+from fluxdeploy.gate import COMPONENT_GATES, QUALITY_GATES
+from fluxdeploy.pieces import WeightPieces, digest, exporters_digest, tool_versions
+from fluxdeploy.plan import make_plan
+from fluxdeploy.precision import component_precision, needs_ranges
 from fluxdeploy.profiles import SizeRange, any_size, overall, resolution_buckets
 from fluxdeploy.progress import Progress
 from fluxdeploy.source import hash_checkpoint, open_source
@@ -54,7 +39,6 @@ from fluxdeploy.text import TOKENIZER_FILES, load_clip_tokenizer, load_t5_tokeni
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
-    from exporters.export import Exported
     from exporters.quantize.ranges import Ranges
 
 __all__ = ["BuildRequest", "build"]
@@ -250,16 +234,7 @@ class _Session:
         chain, weights = component_source(self.checkpoint, name, compute)
         specs = chain.inputs + chain.outputs
         profiles = self._profiles({d for spec in specs for d in spec.shape if isinstance(d, str)})
-        engines = tuple(
-            EngineRecord(
-                self.runtime.name,
-                self.runtime.version(),
-                target,
-                self._engine_path(name, target),
-                overall(profiles),
-            )
-            for target in self.targets
-        )
+        engines = list_engines(self.runtime, self.targets, name, overall(profiles))
         max_error, min_cosine = COMPONENT_GATES[precision]
         sources = sorted({os.path.realpath(tensor.file) for tensor in weights.values()})
         key = digest(
@@ -296,11 +271,6 @@ class _Session:
             return record
         return self._make_component(name, record, profiles)
 
-    def _engine_path(self, name: str, target: str) -> str:
-        if not self.runtime.builds:
-            return f"onnx/{name}.onnx"
-        return f"engines/{self.runtime.name}/{target}/{name}.engine"
-
     def _profiles(self, symbols: set[str]) -> tuple[Mapping[str, DimensionRange], ...]:
         defaults = self.checkpoint.defaults
         if self.runtime.builds:
@@ -327,12 +297,15 @@ class _Session:
             ledger=ledger,
         )
         paths = [f"onnx/{path}" for path in (exported.path, *exported.weights)]
-        if self.runtime.builds:
-            for engine in record.engines:
-                paths += self._build_engine(name, record, engine, exported, profiles)
+        runtime, root, progress = self.runtime, self.staging.root, self.progress
+        if runtime.builds:
+            settings = BuildSettings(
+                profiles, self.request.memory_limit, self.request.weight_streaming
+            )
+            paths += build_engines(runtime, name, record, exported, settings, root, progress)
         assert record.golden is not None
         self._write_golden(name, record)
-        self._gate(name, record)
+        check_engine(runtime, name, record, root, progress)
         paths.append(record.golden.path)
         known = {
             f"onnx/weights/{linked}": self.hashes[source]
@@ -345,33 +318,6 @@ class _Session:
             known[ranges.path] = ranges.sha256
         files = self.staging.record(name, record.key, paths, known)
         return replace(record, files=files)
-
-    def _build_engine(
-        self,
-        name: str,
-        record: ComponentRecord,
-        engine: EngineRecord,
-        exported: Exported,
-        profiles: tuple[Mapping[str, DimensionRange], ...],
-    ) -> tuple[str, str]:
-        """Build an engine and hold its kernels against what was asked; returns its files.
-
-        Each target has an engine of its own: one that serves several has fewer kernels merged.
-        """
-        root, path = self.staging.root, engine.path
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        source = EngineSource(name, record.precision, root / "onnx" / exported.path, record.inputs)
-        settings = BuildSettings(profiles, self.request.memory_limit, self.request.weight_streaming)
-        built = self.runtime.build(source, (engine.target,), settings, root / path, self.progress)
-        report = f"{path.removesuffix('.engine')}.kernels.json"
-        write_atomic(root / report, built.fusion.as_json())
-        problems = check(built.fusion, _expectation(name, record, exported))
-        if problems:
-            raise EngineError(
-                f"The {name} engine for {engine.target} is not the {record.precision} engine that "
-                f"was asked for: {'; '.join(problems)}. Its kernels are listed in {root / report}."
-            )
-        return path, report
 
     def _write_golden(self, name: str, record: ComponentRecord) -> None:
         from exporters.export import component_source
@@ -391,39 +337,3 @@ class _Session:
         assert record.golden is not None
         path = self.staging.root / record.golden.path
         write_golden(path, reference, weights, inputs, task.advance)
-
-    def _gate(self, name: str, record: ComponentRecord) -> None:
-        """Run the engine on this machine where it can, and hold it against PyTorch."""
-        for engine in record.engines:
-            available = self.runtime.availability(engine.target)
-            if available.ok:
-                break
-        else:
-            self.progress.note(f"  {name}: not checked, since {available.detail}")
-            return
-        root = self.staging.root
-        needed, free = weight_bytes(root / "onnx", name) * CPU_SESSION, read_memory().available
-        if engine.target == "cpu" and free is not None and needed > free:
-            self.progress.note(
-                f"  {name}: not checked, since its engine needs about {needed / 2**30:.0f} GiB of "
-                f"memory and {free / 2**30:.0f} GiB are free; run `fluxdeploy verify` where it fits"
-            )
-            return
-        assert record.golden is not None
-        with self.runtime.open(name, record, engine, root, EngineOptions()) as opened:
-            require(name, measure_component(opened, root / record.golden.path), record.golden)
-
-
-def _expectation(name: str, record: ComponentRecord, exported: Exported) -> Expectation:
-    """What the engine of a component must be made of, going by its precision and its graph."""
-    quantization = QUANTIZED.get(record.precision)
-    gemms: dict[str, int] = {}
-    # The VAE's one attention has a single head as wide as the network, which no kernel fuses.
-    attention = None if name.startswith("vae_") else record.compute
-    if quantization is not None:
-        kinds = {"F8_E4M3": "fp8", "I8": "int8", "F4": "fp4"}
-        kind = kinds[quantization.weights]
-        gemms[kind if quantization.activations else f"{kind}-weights"] = exported.quantized
-        if quantization.attention:
-            attention = kinds[quantization.eight_bits]
-    return Expectation(exported.attentions, attention, gemms, record.compute, exported.weight_bytes)

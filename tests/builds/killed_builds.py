@@ -29,6 +29,7 @@ import exporters.golden
 import exporters.sparse_checkpoint
 import fluxdeploy.build
 import fluxdeploy.cli.build
+import fluxdeploy.component_engines
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.bundle.staging import Staging
 from fluxdeploy.cli import main
@@ -46,7 +47,7 @@ _STEPS: tuple[tuple[Any, str, str], ...] = (
     (exporters.export, "_check", "graph check"),
     (exporters.golden, "write_golden", "reference"),
     (engines.onnxruntime, "_session", "engine"),
-    (fluxdeploy.build, "measure_component", "gate"),
+    (fluxdeploy.component_engines, "measure_component", "gate"),
     (Staging, "record", "record"),
     (Staging, "_check_whole", "check"),
     (Staging, "_swap", "swap"),
