@@ -37,13 +37,17 @@ class ModulatedTransformer:
         self._binding = binding
         self._modulation = modulation
         self._rows = rows
-        # Repeating the whole modulation would cost N times this buffer: hundreds of MB.
-        self._step = np.empty((len(rows), *modulation.shape[2:]), np.float32)
+        # Where each picture has its own prompt, a step's modulation is what the transformer takes.
+        # Else repeating all of it would cost N times this buffer: hundreds of MB.
+        own = len(rows) == modulation.shape[1] and bool((rows == np.arange(len(rows))).all())
+        self._step = None if own else np.empty((len(rows), *modulation.shape[2:]), np.float32)
 
     def __call__(self, step: int, latents: NDArray[np.float32]) -> Array:
-        # With mode="raise", np.take would buffer its output.
-        np.take(self._modulation[step], self._rows, axis=0, out=self._step, mode="clip")
-        outputs = self._binding.run({"hidden_states": latents, "modulation": self._step})
+        modulation = self._modulation[step]
+        if self._step is not None:
+            # With mode="raise", np.take would buffer its output.
+            modulation = np.take(modulation, self._rows, axis=0, out=self._step, mode="clip")
+        outputs = self._binding.run({"hidden_states": latents, "modulation": modulation})
         return outputs["velocity"]
 
 

@@ -85,17 +85,17 @@ def test_steps_are_bit_equal_to_diffusers(
     np.testing.assert_array_equal(latents, expected.numpy())
 
 
-def test_the_transformer_gets_each_pictures_modulation_at_each_step() -> None:
-    steps, prompts, rows = 3, 2, np.array([0, 0, 1])
-    modulation = noise(steps, prompts, 5, 4)
-    shape = (3, 6, 4)
+@pytest.mark.parametrize("rows", [[0, 0, 1], [0, 1], [1, 0]], ids=str)
+def test_the_transformer_gets_each_pictures_modulation_at_each_step(rows: list[int]) -> None:
+    modulation = noise(3, 2, 5, 4)
+    shape = (len(rows), 6, 4)
     start = noise(*shape)
     expected = start.astype(np.float64)
     for step, difference in enumerate([-0.5, -0.25, -0.25]):
         target = modulation[step, :, 0][rows][:, None]
         expected += difference * 0.5 * (expected - target)
     latents = start.copy()
-    transformer = ModulatedTransformer(ReusingBinding(0.5, shape), modulation, rows)
+    transformer = ModulatedTransformer(ReusingBinding(0.5, shape), modulation, np.array(rows))
     sample_euler(latents, levels(1, 0.5, 0.25, 0), transformer)
     np.testing.assert_allclose(latents, expected, atol=1e-6)
 
