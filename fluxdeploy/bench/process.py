@@ -10,7 +10,6 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import fluxdeploy
@@ -79,12 +78,7 @@ class ContenderProcess:
     def __enter__(self) -> ContenderProcess:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _ask(self, word: str) -> dict[str, Any]:

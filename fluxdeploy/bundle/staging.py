@@ -15,7 +15,6 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from urllib.parse import quote, unquote
 
 from fluxdeploy.bundle.files import (
@@ -93,12 +92,7 @@ class Staging:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._lock is not None and not self._pieces:
             shutil.rmtree(self.root, ignore_errors=True)  # nothing in it helps the next run
         self._unlock()
