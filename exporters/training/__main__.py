@@ -15,14 +15,14 @@ import transformers
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from exporters.small_tokenizers import TokenizerSizes, write_tokenizers
-from exporters.training import few_steps, flow, guidance, text, vae
+from exporters.training import decoder, few_steps, flow, guidance, text, vae
 from exporters.training.checkpoint import write_checkpoint
 from exporters.training.loop import plot_losses, train, write_record
 from exporters.training.networks import TextEncoders, make_transformer
 from fluxdeploy.demo.scenes import caption, sample_scene
 from fluxdeploy.progress import Progress
 
-_STAGES = ("vae", "text", "flow", "guidance", "few_steps")
+_STAGES = ("vae", "decoder", "text", "flow", "guidance", "few_steps")
 _CAPTIONS = 20_000
 
 
@@ -63,10 +63,16 @@ def _train(folder: Path, until: str, seed: int, device: torch.device, progress: 
     if last == 0:
         return
 
+    decoder_stage = decoder.DecoderStage(coder, batch=8, device=device)
+    train(decoder.RECIPE, decoder_stage.networks, decoder_stage.loss, *shared)
+    coder.eval().requires_grad_(False)
+    if last == 1:
+        return
+
     encoders = TextEncoders(folder, _write_tokenizers(folder, seed)).to(device)
     text_stage = text.TextStage(encoders, batch=64, device=device)
     train(text.RECIPE, text_stage.networks, text_stage.loss, *shared)
-    if last == 1:
+    if last == 2:
         return
 
     data, deviation, mean = flow.make_latents(coder, folder, seed, device, progress)
@@ -74,15 +80,15 @@ def _train(folder: Path, until: str, seed: int, device: torch.device, progress: 
     plain = make_transformer(guidance_embedding=False).to(device)
     flow_stage = flow.FlowStage(plain, encoders, text_stage.reader, data, batch=48, device=device)
     train(flow.RECIPE, flow_stage.networks, flow_stage.loss, *shared)
-    if last == 2:
+    if last == 3:
         return
 
     dev = guidance.guided_student(plain).to(device)
     guidance_stage = guidance.GuidanceStage(dev, plain, encoders, data, batch=48, device=device)
     train(guidance.RECIPE, guidance_stage.networks, guidance_stage.loss, *shared)
-    settings = {"num_inference_steps": 28, "guidance_scale": few_steps.GUIDANCE}
+    settings = {"num_inference_steps": 28, "guidance_scale": guidance.BEST}
     _write(folder, "dev", coder, encoders, dev, settings)
-    if last == 3:
+    if last == 4:
         return
 
     schnell = few_steps.unguided_student(dev).to(device)

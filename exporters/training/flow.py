@@ -23,7 +23,7 @@ from fluxdeploy.progress import Progress
 
 __all__ = ["RECIPE", "Batch", "FlowStage", "LatentSet", "make_latents", "noised"]
 
-RECIPE = Recipe("flow", steps=5600, rate=1e-3, matrix_rate=2e-3)
+RECIPE = Recipe("flow", steps=5200, rate=1e-3, matrix_rate=2e-3)
 
 _SCENES = 36864
 _READ_AFTER = 2  # of five single blocks

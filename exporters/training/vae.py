@@ -13,7 +13,7 @@ from exporters.training.reader import Reader
 
 __all__ = ["RECIPE", "VaeStage", "encode", "make_vae"]
 
-RECIPE = Recipe("vae", steps=2600, rate=2e-3, matrix_rate=2e-3, ema=0.995)
+RECIPE = Recipe("vae", steps=2200, rate=2e-3, matrix_rate=2e-3, ema=0.995)
 
 _CHANNELS = (16, 16, 32, 64)
 _DIVERGENCE = 1e-4

@@ -36,9 +36,8 @@ _MAX_COLOUR_ERROR = 60.0
 """Farthest that a colour may be from its palette's: distance in sRGB. Two colours of things are 95
 apart at least."""
 
-_MIN_AREA = 0.003
-"""Smallest thing, as a share of the square of the picture's shorter side: a fifth of the smallest
-star."""
+_MIN_AREA = 57
+"""Smallest thing, in pixels: a fifth of a small star."""
 
 _MIN_INTERIOR = 0.15
 """Smallest share of a piece that does not touch its outline. Less is the band of a third colour
@@ -135,7 +134,7 @@ def score(picture: Array, scene: Scene) -> Score:
         relation=None if scene.relation is None else complete and _related(scene, found),
         place=None if scene.place is None else complete and _in_place(scene, found[0], sight),
         background=None if scene.background is None else sight.background == scene.background,
-        sizes=None if not sized else complete and _sized(scene, found, sight),
+        sizes=None if not sized else complete and _sized(scene, found),
     )
 
 
@@ -160,9 +159,9 @@ def _in_place(scene: Scene, seen: Seen, sight: Sight) -> bool:
     return True
 
 
-def _sized(scene: Scene, found: list[Seen], sight: Sight) -> bool:
+def _sized(scene: Scene, found: list[Seen]) -> bool:
     """Whether things are nearer to the size that they should have than to the other one."""
-    middle = (SIZES["small"] + SIZES["large"]) / 2 * min(sight.height, sight.width)
+    middle = (SIZES["small"] + SIZES["large"]) / 2
     return all(
         thing.size is None or thing.size == ("small" if seen.radius < middle else "large")
         for thing, seen in zip(scene.things, found, strict=True)
@@ -220,7 +219,7 @@ def _separate(labels: Array) -> tuple[Array, int]:
     pieces, count = _pieces(labels)
     area = np.bincount(pieces.ravel(), minlength=count)
     inner = np.bincount(pieces[_interior(labels)], minlength=count)
-    keep = (area >= _MIN_AREA * min(labels.shape) ** 2) & (inner >= _MIN_INTERIOR * area)
+    keep = (area >= _MIN_AREA) & (inner >= _MIN_INTERIOR * area)
     kept = np.where(keep[pieces], labels, 0)
     # Soft edges belong to the thing that they surround, whatever colour they pass through.
     for _ in range(min(labels.shape) // 16):

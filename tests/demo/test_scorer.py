@@ -116,8 +116,8 @@ def painted(*things: Placed, background: str = "white") -> Array:
     return draw(Drawing(128, 128, background, things))
 
 
-CIRCLE = Placed(Thing("red", "circle", "large"), 34, 36, 27)
-STAR = Placed(Thing("blue", "star", "small"), 92, 88, 18)
+CIRCLE = Placed(Thing("red", "circle", "large"), 34, 36, 21)
+STAR = Placed(Thing("blue", "star", "small"), 92, 88, 14)
 SCENE = Scene((CIRCLE.thing, STAR.thing), relation="above", background="white")
 
 
@@ -212,9 +212,9 @@ def test_another_background_is_refused() -> None:
 
 
 def test_the_other_size_is_refused() -> None:
-    swapped = (replace(UPPER, radius=18), replace(LOWER, radius=27))
+    swapped = (replace(UPPER, radius=14), replace(LOWER, radius=21))
     assert score(painted(*swapped), SCENE).sizes is False
-    assert score(painted(replace(UPPER, radius=18), LOWER), SCENE).sizes is False
+    assert score(painted(replace(UPPER, radius=14), LOWER), SCENE).sizes is False
     unsized = replace(SCENE, things=(Thing("red", "circle"), Thing("blue", "star")))
     assert score(painted(*swapped), unsized).sizes is None
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from exporters.checkpoint import open_checkpoint
 from exporters.small_tokenizers import TokenizerSizes, write_tokenizers
-from exporters.training import few_steps, flow, guidance, vae
+from exporters.training import decoder, few_steps, flow, guidance, vae
 from exporters.training.checkpoint import write_checkpoint
 from exporters.training.data import draw_batch, draw_windows, labels, to_tensor
 from exporters.training.data import pack as pack_latents
@@ -140,6 +140,19 @@ def test_a_step_of_the_vae_teaches_encoder_and_decoder() -> None:
     names = {name for name, _ in stage.networks.named_parameters()}
     # A softmax does not see the bias of its keys.
     assert all("to_k.bias" in name for name in names - learnt)
+
+
+def test_a_step_of_the_decoder_teaches_it_and_leaves_the_encoder() -> None:
+    torch.manual_seed(0)
+    coder = vae.make_vae().requires_grad_(False)
+    stage = decoder.DecoderStage(coder, batch=2, device=CPU)
+    terms = stage.loss(step())
+    assert set(terms) == {"difference", "square"}
+    learnt = learns(stage.networks, terms)
+    names = {name for name, _ in stage.networks.named_parameters()}
+    assert all("to_k.bias" in name for name in names - learnt)
+    assert all(name.startswith("decoder.") for name in names)
+    assert not any(parameter.requires_grad for parameter in coder.encoder.parameters())
 
 
 def test_the_decoder_of_the_vae_sees_noise_as_strong_as_the_latents_ask_for() -> None:
