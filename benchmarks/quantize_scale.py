@@ -34,8 +34,8 @@ _KILL_AFTER = 8
 class Run:
     """One process: its weight files, those of them that an earlier run had made, and its costs.
 
-    `rate` is bytes of quantized weights written a second, from the first file to the last, hashing
-    and syncing included. `peak_bytes` is None for a run that was killed.
+    `rate` is bytes of whole files a second, hashing and syncing included and tracing left out.
+    `peak_bytes` is None for a run that was killed.
     """
 
     files: int
@@ -107,29 +107,33 @@ def run(place: Path, precision: str, kill_after: int | None, progress: Progress)
     task = progress.task("Quantizing" if kill_after is None else "Quantizing, to be killed")
     command = [sys.executable, str(WORKER), str(place / "checkpoint"), str(place / "bundle")]
     started = time.perf_counter()
-    moments: list[float] = []
-    resumed = 0
+    files = resumed = written = 0
+    busy = 0.0
+    since = started
     peak: int | None = None
     with subprocess.Popen([*command, precision], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             message = json.loads(line)
+            now = time.perf_counter()
             peak = message.get("peak", peak)
-            if "file" in message:
+            if "resumed" in message:
+                # A component's files are all asked for before the first one is written.
                 resumed += message["resumed"]
-                if not message["resumed"]:
-                    moments.append(time.perf_counter())
-            if len(moments) == kill_after:
+                since = now
+            if "written" in message:
+                files += 1
+                written += message["written"]
+                busy += now - since
+                since = now
+            if files == kill_after:
                 process.kill()
                 break
     if process.returncode and kill_after is None:
         raise click.ClickException(f"quantizing failed with exit code {process.returncode}.")
     task.finish()
-    # All files but the last of a component have the same size, to within a tensor.
-    shard = 512 * 2**20
-    rate = shard * (len(moments) - 1) / (moments[-1] - moments[0]) if len(moments) > 2 else None
     seconds = round(time.perf_counter() - started, 2)
-    return Run(len(moments) + resumed, resumed, seconds, rate, peak)
+    return Run(files + resumed, resumed, seconds, written / busy if files else None, peak)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python quantize_worker.py CHECKPOINT OUTPUT PRECISION
 
 Works as a build does, with finished weight files remembered in a staging folder. Prints a JSON
-object a line: one for each weight file, with whether an earlier run had made it, then the totals.
+object a line: for each weight file whether an earlier run had made it, and when one that is missing
+is whole; then the totals.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ class Telling(WeightPieces):
 
     def finished(self, file: str) -> bool:
         found = super().finished(file)
-        if found:
-            _tell(file=file, resumed=True)
+        _tell(file=file, resumed=found)
         return found
 
-    def record(self, file: str) -> None:
-        super().record(file)
-        _tell(file=file, resumed=False)
+    def record(self, file: str, sha256: str) -> None:
+        super().record(file, sha256)
+        size = (self._staging.root / "onnx" / "weights" / file).stat().st_size
+        _tell(file=file, written=size)
 
 
 def _tell(**values: object) -> None:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from exporters.chain import Chain
 from exporters.checkpoint.tensors import StoredTensor, Weights, find_tensor
 from exporters.quantize.storage import GLOBAL_SCALE_SUFFIX, SCALE_SUFFIX, Packed
-from exporters.written import Group, WrittenTensor, shards, write_tensors
+from exporters.written import Group, WrittenTensor, shards, write_files
 from fluxdeploy.bundle.files import disk_errors, link_or_copy
 from fluxdeploy.errors import ExportError
 from fluxdeploy.tensorfile import read_header
@@ -97,15 +97,15 @@ class Ledger(Protocol):
     def finished(self, file: str) -> bool:
         """Whether an earlier run made this file of the weight folder from the same input."""
 
-    def record(self, file: str) -> None:
-        """A file is whole."""
+    def record(self, file: str, sha256: str) -> None:
+        """A file is whole; `sha256` are 64 hex digits."""
 
 
 class _NoLedger:
     def finished(self, file: str) -> bool:
         return False
 
-    def record(self, file: str) -> None:
+    def record(self, file: str, sha256: str) -> None:
         pass
 
 
@@ -177,16 +177,18 @@ def bind(
         file = folder.link(stored.file, on_bytes)
         files[file] = None
         _point(graph, value, folder, file, stored.offset, stored.nbytes)
-    for file, tensors in shards(converted, written):
+    parts = dict(shards(converted, written))
+    missing = {}
+    for file, tensors in parts.items():
         folder.reserve(file)
         files[file] = None
-        path = folder.root / file
         if ledger.finished(file):
             on_bytes(sum(tensor.nbytes for tensor in tensors))
         else:
-            write_tensors(path, tensors, on_bytes)
-            ledger.record(file)
-        for name, entry in read_header(path).tensors.items():
+            missing[file] = tensors
+    write_files(folder.root, missing, on_bytes, ledger.record)
+    for file in parts:
+        for name, entry in read_header(folder.root / file).tensors.items():
             _point(graph, by_name[name], folder, file, entry.offset, entry.nbytes)
     return list(files)
 

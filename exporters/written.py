@@ -1,33 +1,43 @@
 """Weights whose bytes change on their way into a bundle: converted or quantized, in new files.
 
-One tensor is in memory at a time, and of a tensor that is only converted a part of it. The files
-are of moderate size, so that a build that was stopped has little to do again.
+Files are written side by side, so that all cores are busy while one of them waits for the disk. In
+memory is, for each of these, the tensor that is quantized, as it will be stored, and a part of what
+it is made from. The files are of moderate size, so that a build that was stopped has little to do
+again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from exporters.checkpoint.tensors import StoredTensor
+from exporters.quantize.fp4 import pack_fp4
 from exporters.quantize.storage import Packed
 from exporters.quantize.weights import pack_weight
 from fluxdeploy.errors import CheckpointError
 from fluxdeploy.tensorfile import DTYPE_BITS, TensorFileWriter, from_float32
 
-__all__ = ["Group", "WrittenTensor", "shards", "write_tensors"]
+__all__ = ["Group", "WrittenTensor", "shards", "write_files", "write_tensors"]
 
-_CHUNK = 1 << 24
-"""Elements converted at a time: 64 MB in float32, whatever the size of a tensor."""
+_CHUNK = 1 << 19
+"""Elements converted at a time: 2 MB in float32, which stay in a core's cache."""
 
 _SHARD = 1 << 29
 """Bytes after which a file is full."""
+
+_MOST_FILES = 8
+"""Files that are written at a time, at most: each takes memory for its largest tensor."""
 
 
 @dataclass(eq=False)
@@ -37,14 +47,9 @@ class Group:
     members: list[StoredTensor] = field(default_factory=list)
 
     @cached_property
-    def largest(self) -> float | None:
-        """The largest magnitude in them; None of one alone, which needs no look beforehand.
-
-        Every weight is read for it once, a part at a time.
-        """
-        if len(self.members) == 1:
-            return None
-        return max(float(np.abs(part).max()) for stored in self.members for part in _read(stored))
+    def largest(self) -> float:
+        """The largest magnitude in them. Every weight is read for it once, a part at a time."""
+        return max(_largest(stored) for stored in self.members)
 
 
 @dataclass(frozen=True)
@@ -94,10 +99,68 @@ def shards(
         yield f"{stem}{part}.safetensors", group
 
 
+def write_files(
+    folder: Path,
+    files: Mapping[str, Sequence[WrittenTensor]],
+    on_bytes: Callable[[int], None],
+    on_file: Callable[[str, str], None],
+) -> None:
+    """Write safetensors files below `folder`, several at a time, each as `write_tensors` does.
+
+    `on_bytes` is never called concurrently. `on_file` hears of a file's name and SHA-256 when it
+    is whole, in the caller's thread, and not always in order. Where a file fails, the ones before
+    it are still finished and the ones after it are given up, so that the error is the first one in
+    order. Ctrl-C gives up all that are not whole.
+    """
+    names = list(files)
+    failed = len(names)
+    lock = threading.Lock()
+
+    def write(number: int) -> str:
+        def report(count: int) -> None:
+            if number > failed:
+                raise InterruptedError
+            with lock:
+                on_bytes(count)
+
+        report(0)
+        return write_tensors(folder / names[number], files[names[number]], report)
+
+    with _threads(len(names)) as pool:
+        try:
+            futures = [pool.submit(write, number) for number in range(len(names))]
+            for future in as_completed(futures):
+                number = futures.index(future)
+                if future.exception() is None:
+                    on_file(names[number], future.result())
+                else:
+                    failed = min(failed, number)
+        except BaseException:
+            failed = -1
+            raise
+    if failed < len(names):
+        futures[failed].result()
+
+
+@contextmanager
+def _threads(wanted: int) -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch would use, and one for the time that the others wait for a disk."""
+    usual = torch.get_num_threads()
+    workers = max(1, min(wanted, usual + 1, _MOST_FILES))
+    # Each thread would start as many of its own.
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        with pool:
+            yield pool
+    finally:
+        # What a thread sets holds for all that start after it.
+        torch.set_num_threads(usual)
+
+
 def write_tensors(
     path: Path, tensors: Iterable[WrittenTensor], on_bytes: Callable[[int], None]
-) -> None:
-    """Write a safetensors file; `on_bytes` hears of the bytes written.
+) -> str:
+    """Write a safetensors file and return its SHA-256; `on_bytes` hears of the bytes written.
 
     Raises `CheckpointError` for a value that the type cannot hold, and `BundleError` where the
     disk refuses; then no file is left.
@@ -109,20 +172,24 @@ def write_tensors(
             for part in _parts(tensor):
                 writer.write(part)
                 on_bytes(part.nbytes)
+    return writer.sha256
 
 
 def _parts(tensor: WrittenTensor) -> Iterator[np.ndarray]:
-    stored = tensor.stored
-    if tensor.packed is not None:
-        largest = None if tensor.group is None else tensor.group.largest
-        weight = stored.read().reshape(stored.shape)
-        yield from pack_weight(weight, tensor.packed, stored.name, largest)
+    stored, packed = tensor.stored, tensor.packed
+    if packed is not None:
+        rows, columns = stored.shape
+        if packed.dtype == "F4":
+            largest = tensor.group.largest if tensor.group is not None else _largest(stored)
+            yield from pack_fp4(_read_rows(stored), (rows, columns), stored.name, largest)
+        else:
+            yield from pack_weight(_read_rows(stored), (rows, columns), packed, stored.name)
         return
     for values in _read(stored):
         narrow = from_float32(values, tensor.dtype)
-        if tensor.dtype == "F16" and np.isinf(narrow).any() and np.isfinite(values).all():
+        if tensor.dtype == "F16" and (np.isinf(narrow) & np.isfinite(values)).any():
             raise CheckpointError(
-                f"Tensor {stored.name} holds values up to {np.abs(values).max():.3g}, past FP16's "
+                f"Tensor {stored.name} holds values up to {_largest(stored):.3g}, past FP16's "
                 "65504: build with --precision bf16."
             )
         yield narrow
@@ -133,3 +200,16 @@ def _read(stored: StoredTensor) -> Iterator[NDArray[np.float32]]:
     count = math.prod(stored.shape)
     for start in range(0, count, _CHUNK):
         yield stored.read(start, min(start + _CHUNK, count))
+
+
+def _read_rows(stored: StoredTensor) -> Iterator[NDArray[np.float32]]:
+    """A weight's rows [some, in] in order, an even number of them at a time where it has one."""
+    rows, columns = stored.shape
+    some = max(_CHUNK // columns // 2 * 2, 2)
+    for start in range(0, rows, some):
+        part = stored.rows(start, min(start + some, rows))
+        yield part.read().reshape(part.shape)
+
+
+def _largest(stored: StoredTensor) -> float:
+    return max(float(np.abs(part).max()) for part in _read(stored))

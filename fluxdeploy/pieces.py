@@ -26,9 +26,10 @@ class WeightPieces:
     def finished(self, file: str) -> bool:
         return self._remember(self._staging.finished(f"weights.{file}", self._key) or ())
 
-    def record(self, file: str) -> None:
+    def record(self, file: str, sha256: str) -> None:
         path = f"onnx/weights/{file}"
-        self._remember(self._staging.record(f"weights.{file}", self._key, [path]))
+        known = {path: sha256}
+        self._remember(self._staging.record(f"weights.{file}", self._key, [path], known))
 
     def _remember(self, files: tuple[FileRecord, ...]) -> bool:
         self.hashes |= {record.path: record.sha256 for record in files}

@@ -6,6 +6,7 @@ bytes without gaps, little-endian. See https://huggingface.co/docs/safetensors.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -371,6 +372,12 @@ class TensorFileWriter:
         self._left = [(name, size) for name, size in reversed(sizes.items()) if size]
         self._stack = ExitStack()
         self._file: BinaryIO | None = None
+        self._digest = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Of all bytes so far, as 64 hex digits: nobody has to read the file again for it."""
+        return self._digest.hexdigest()
 
     def __enter__(self) -> TensorFileWriter:
         with disk_errors("write", self._path):
@@ -380,6 +387,7 @@ class TensorFileWriter:
             with disk_errors("write", self._path):
                 self._file.write(self._header)
             on_error.pop_all()
+        self._digest.update(self._header)
         return self
 
     def write(self, data: Any) -> None:
@@ -405,6 +413,7 @@ class TensorFileWriter:
             self._left.append((name, left - view.nbytes))
         with disk_errors("write", self._path):
             self._file.write(view)
+        self._digest.update(view)
 
     def __exit__(
         self,

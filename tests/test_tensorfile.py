@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -95,6 +96,7 @@ def test_written_file_is_read_by_the_format_s_own_reader(tmp_path: Path) -> None
     np.testing.assert_array_equal(loaded["b"], b)
     assert loaded["x"] == -3
     assert loaded["none"].shape == (0,)
+    assert writer.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     file = read_header(path)
     assert file.metadata == {"a": "b", "z": "ü"}
     assert file.tensors["a"].offset % 8 == 0

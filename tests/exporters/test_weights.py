@@ -143,6 +143,13 @@ def test_values_past_fp16_name_the_precision_that_holds_them(tmp_path: Path) -> 
     bound(tmp_path, values, "bf16")
 
 
+def test_what_is_infinite_hides_no_value_past_fp16(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="FP16"):
+        bound(tmp_path, torch.tensor([torch.inf, -1e6]), "fp16")
+    _, tensor = bound(tmp_path, torch.tensor([torch.inf, 1.0]), "fp16")
+    assert tensor.numpy().tolist() == [np.inf, 1.0]
+
+
 def test_converted_file_never_replaces_a_linked_one(tmp_path: Path) -> None:
     folder = WeightFolder(tmp_path / "weights")
     (tmp_path / "clip.fp16.safetensors").write_bytes(b"linked")

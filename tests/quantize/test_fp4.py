@@ -30,10 +30,17 @@ def unpacked(raw: NDArray[np.uint8], shape: tuple[int, ...], kind: int) -> Float
     return numpy_helper.to_array(tensor).astype(np.float32)
 
 
-def pack(weight: Floats, largest: float | None = None) -> tuple[Floats, Floats, np.float32]:
-    """E2M1 numbers [in, out], block scales [in / 16, out] and the scale for all."""
+def pack(
+    weight: Floats, largest: float | None = None, some: int = 4
+) -> tuple[Floats, Floats, np.float32]:
+    """E2M1 numbers [in, out], block scales [in / 16, out] and the scale for all.
+
+    `some` rows are given at once.
+    """
     rows, columns = weight.shape
-    codes, scales, whole = pack_fp4(weight.copy(), "layer.weight", largest)
+    parts = (weight[start : start + some].copy() for start in range(0, rows, some))
+    largest = float(np.abs(weight).max()) if largest is None else largest
+    codes, scales, whole = pack_fp4(parts, (rows, columns), "layer.weight", largest)
     return (
         unpacked(codes, (columns, rows), TensorProto.FLOAT4E2M1),
         unpacked(scales, (columns // BLOCK, rows), TensorProto.FLOAT8E4M3FN),
@@ -53,10 +60,10 @@ def random_weight(rows: int, columns: int) -> Floats:
     return weight.astype(np.float32)
 
 
-def test_numbers_and_scales_are_rounded_as_by_ml_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exporters.quantize.fp4._CHUNK", 320)
+@pytest.mark.parametrize("some", [2, 4, 38])
+def test_numbers_and_scales_are_rounded_as_by_ml_dtypes(some: int) -> None:
     weight = random_weight(38, 64)
-    numbers, scales, whole = pack(weight)
+    numbers, scales, whole = pack(weight, some=some)
     assert whole == np.abs(weight).max() / np.float32(2688)
     blocks = weight.T.reshape(4, BLOCK, 38)
     expected = (np.abs(blocks).max(1) / np.float32(6) / whole).astype(ml_dtypes.float8_e4m3fn)

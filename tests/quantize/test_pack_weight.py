@@ -29,9 +29,13 @@ every_type = pytest.mark.parametrize("dtype", NARROW)
 every_scale = pytest.mark.parametrize("scale_type", SCALES, ids=lambda scale: scale.name)
 
 
-def pack(weight: Floats, dtype: str, scale_type: ir.DataType) -> tuple[NDArray[Any], Floats]:
-    """What is stored, [in, out], and the scales [out] as float32."""
-    raw, scales = pack_weight(weight.copy(), Packed(dtype, scale_type), "layer.weight")
+def pack(
+    weight: Floats, dtype: str, scale_type: ir.DataType, some: int = 10
+) -> tuple[NDArray[Any], Floats]:
+    """What is stored, [in, out], and the scales [out] as float32; `some` rows are given at once."""
+    parts = (weight[start : start + some].copy() for start in range(0, len(weight), some))
+    shape = weight.shape[0], weight.shape[1]
+    raw, scales = pack_weight(parts, shape, Packed(dtype, scale_type), "layer.weight")
     assert raw.flags.c_contiguous
     values = raw.view(NARROW[dtype][0])
     assert values.shape == weight.shape[::-1]
@@ -59,6 +63,32 @@ def test_bytes_are_the_rounded_quotients(dtype: str, scale_type: ir.DataType) ->
         quotients = np.rint(quotients)
     assert values.tobytes() == quotients.T.astype(narrow, order="C").tobytes()
     assert np.abs(values.astype(np.float32)).max(0).min() > 0.98 * end, "the range is used"
+
+
+@every_type
+def test_every_bfloat16_is_rounded_as_by_ml_dtypes(dtype: str) -> None:
+    narrow, end = NARROW[dtype]
+    every = np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
+    row = every[np.abs(every) <= end]  # the end itself makes the scale 1
+    assert row.size > 33_000
+    values, scales = pack(np.stack([row, -row]), dtype, ir.DataType.FLOAT)
+    assert (scales == 1).all()
+    exact = np.rint(row) if dtype == "I8" else row
+    assert values[:, 0].tobytes() == exact.astype(narrow).tobytes()
+    assert values[:, 1].tobytes() == (-exact).astype(narrow).tobytes()
+
+
+@every_type
+@every_scale
+def test_the_parts_that_a_weight_comes_in_do_not_matter(
+    dtype: str, scale_type: ir.DataType
+) -> None:
+    weight = random_weight(37, 53)
+    whole, scales = pack(weight, dtype, scale_type, some=37)
+    for some in (1, 2, 36):
+        values, same = pack(weight, dtype, scale_type, some)
+        assert values.tobytes() == whole.tobytes()
+        assert same.tobytes() == scales.tobytes()
 
 
 @every_type
@@ -114,3 +144,13 @@ def test_what_fp16_cannot_scale_is_refused_by_name() -> None:
     with pytest.raises(CheckpointError, match=r"layer\.weight holds values up to 1e\+09.*bf16"):
         pack(weight, "I8", ir.DataType.FLOAT16)
     pack(weight, "I8", ir.DataType.BFLOAT16)
+
+
+def test_the_largest_value_is_named_whichever_part_it_is_in() -> None:
+    weight = random_weight(4, 4)
+    weight[0, 1], weight[3, 2] = 1e8, -1e9
+    with pytest.raises(CheckpointError, match=r"values up to 1e\+09.*bf16"):
+        pack(weight, "I8", ir.DataType.FLOAT16, some=1)
+    weight[3, 2] = np.nan
+    with pytest.raises(CheckpointError, match="NaN"):
+        pack(weight, "I8", ir.DataType.FLOAT16, some=1)

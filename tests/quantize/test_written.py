@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import re
 import shutil
+import signal
+import threading
+import time
 import tracemalloc
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +24,12 @@ from exporters.checkpoint import Checkpoint
 from exporters.checkpoint.tensors import StoredTensor, read_tensors
 from exporters.quantize.readback import read_linears
 from exporters.quantize.storage import Packed
-from exporters.written import WrittenTensor, shards, write_tensors
-from fluxdeploy.errors import CheckpointError
+from exporters.written import WrittenTensor, shards, write_files, write_tensors
+from fluxdeploy.errors import BundleError, CheckpointError
 from fluxdeploy.tensorfile import DTYPE_BITS, read_header
 from tests.quantize.conftest import LINEARS, ExportInto, Quantized, open_short
 
+FLOAT8 = ir.DataType.FLOAT8E4M3FN
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 
 
@@ -30,13 +37,14 @@ class Finished(Ledger):
     """A ledger in memory."""
 
     def __init__(self) -> None:
-        self.files: list[str] = []
+        self.files: dict[str, str] = {}
 
     def finished(self, file: str) -> bool:
         return file in self.files
 
-    def record(self, file: str) -> None:
-        self.files.append(file)
+    def record(self, file: str, sha256: str) -> None:
+        assert file not in self.files
+        self.files[file] = sha256
 
 
 def tensor_bytes(path: Path) -> int:
@@ -85,34 +93,35 @@ def test_a_rerun_keeps_the_files_that_are_whole(
 ) -> None:
     monkeypatch.setattr("exporters.written._SHARD", 200_000)
     ledger = Finished()
-    written: list[str] = []
 
-    def write(path: Path, *arguments: object) -> None:
-        if len(written) == 2:
+    def write(path: Path, *arguments: object) -> str:
+        if "-00003-of-" in path.name:
             raise Killed
-        written.append(path.name)
-        write_tensors(path, *arguments)  # type: ignore[arg-type]
+        return write_tensors(path, *arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr("exporters.bind.write_tensors", write)
+        patch.setattr("exporters.written.write_tensors", write)
         with pytest.raises(Killed):
             export_into(tmp_path / "killed", "fp8-weights", ledger=ledger)
-    assert ledger.files == written
     weights = tmp_path / "killed" / "weights"
     before = {file.name: file.stat() for file in weights.iterdir()}
-    assert sorted(before) == written
+    assert before.keys() == ledger.files.keys()
+    assert [name.split("-of-")[0][-1] for name in sorted(before)[:2]] == ["1", "2"]
+    assert not any("-00003-of-" in name for name in before)
 
     path = export_into(tmp_path / "killed", "fp8-weights", ledger=ledger)
     for name, status in before.items():
         after = (weights / name).stat()
         assert (after.st_ino, after.st_mtime_ns) == (status.st_ino, status.st_mtime_ns)
-    assert len(ledger.files) == len(set(ledger.files)) > 2
+    assert len(ledger.files) > len(before)
     fresh = export_into(tmp_path / "fresh", "fp8-weights")
     assert path.read_bytes() == fresh.read_bytes()
     files = sorted(p.name for p in weights.iterdir())
     assert files == sorted(ledger.files)
     for name in files:
-        assert (weights / name).read_bytes() == (fresh.parent / "weights" / name).read_bytes()
+        data = (weights / name).read_bytes()
+        assert data == (fresh.parent / "weights" / name).read_bytes()
+        assert ledger.files[name] == hashlib.sha256(data).hexdigest()
 
 
 def test_a_quantized_export_is_half_as_large_and_links_nothing(
@@ -179,23 +188,29 @@ def stored_tensors(folder: Path, count: int, rows: int, columns: int) -> list[St
     return list(read_tensors([folder / "source.safetensors"]).values())
 
 
+def ignore(*_: object) -> None:
+    pass
+
+
 def peak_memory(path: Path, tensors: list[WrittenTensor]) -> int:
     """Bytes that NumPy had at once while a file was written."""
     tracemalloc.start()
-    write_tensors(path, tensors, lambda _: None)
+    write_files(path.parent, {path.name: tensors}, ignore, ignore)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return peak
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = stored_tensors(tmp_path, 6, 512, 1024)
-    packed = Packed("I8", ir.DataType.BFLOAT16)
-    quantized = [WrittenTensor(tensor.name, tensor, "I8", packed) for tensor in stored]
-    size = stored[0].nbytes
-    assert peak_memory(tmp_path / "quantized.safetensors", quantized) < 1.5 * size
-    # Of what is only converted it is a part of one.
     monkeypatch.setattr("exporters.written._CHUNK", 1 << 14)
+    stored = stored_tensors(tmp_path, 6, 512, 1024)
+    # A quantized one as it will be stored, and parts of what it is made from.
+    for dtype in ("I8", "F8_E4M3", "F4"):
+        packed = Packed(dtype, FLOAT8 if dtype == "F4" else ir.DataType.BFLOAT16)
+        quantized = [WrittenTensor(tensor.name, tensor, dtype, packed) for tensor in stored]
+        assert peak_memory(tmp_path / f"{dtype}.safetensors", quantized) < 1.5 * 512 * 1024
+    # Of what is only converted it is a part of one.
+    size = stored[0].nbytes
     converted = [WrittenTensor(tensor.name, tensor, "BF16") for tensor in stored]
     assert peak_memory(tmp_path / "converted.safetensors", converted) < 0.3 * size
     found = load_file(tmp_path / "converted.safetensors")
@@ -244,3 +259,158 @@ def test_a_damaged_weight_leaves_no_file(tmp_path: Path) -> None:
         )
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {"source.safetensors", "damaged.safetensors"}
+
+
+INT8 = Packed("I8", ir.DataType.FLOAT)
+
+
+def quantized_files(
+    stored: Sequence[StoredTensor], each: int = 1
+) -> dict[str, list[WrittenTensor]]:
+    """Files of `each` tensors, in INT8."""
+    tensors = [WrittenTensor(tensor.name, tensor, "I8", INT8) for tensor in stored]
+    starts = range(0, len(tensors), each)
+    return {f"{start // each}.safetensors": tensors[start : start + each] for start in starts}
+
+
+def damaged(stored: StoredTensor) -> StoredTensor:
+    """The same tensor with a NaN, in a file of its own."""
+    values = torch.from_numpy(stored.read().reshape(stored.shape))
+    values[-1, -1] = torch.nan
+    file = stored.file.with_name(f"damaged {stored.name}.safetensors")
+    save_file({stored.name: values}, file)
+    return read_tensors([file])[stored.name]
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def cores() -> Iterator[None]:
+    """Four cores, on any machine and whatever OMP_NUM_THREADS says."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(usual)
+
+
+@pytest.mark.usefixtures("cores")
+def test_files_side_by_side_are_those_written_in_turn(tmp_path: Path, out: Path) -> None:
+    files = quantized_files(stored_tensors(tmp_path, 24, 64, 32), each=3)
+    threads, inside, heard = set(), threading.Lock(), 0
+    whole: dict[str, str] = {}
+
+    def on_bytes(count: int) -> None:
+        nonlocal heard
+        assert inside.acquire(blocking=False), "never concurrently"
+        threads.add(threading.get_ident())
+        time.sleep(0.001)
+        heard += count
+        inside.release()
+
+    def on_file(name: str, sha256: str) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        whole[name] = sha256
+
+    write_files(out, files, on_bytes, on_file)
+    assert len(threads) > 1
+    assert heard == sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
+    assert whole.keys() == files.keys() == {file.name for file in out.iterdir()}
+    for name, tensors in files.items():
+        expected = write_tensors(tmp_path / name, tensors, ignore)
+        assert (out / name).read_bytes() == (tmp_path / name).read_bytes()
+        assert whole[name] == expected == hashlib.sha256((out / name).read_bytes()).hexdigest()
+
+
+@pytest.mark.usefixtures("cores")
+def test_the_first_error_in_order_is_raised_and_earlier_files_are_whole(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = stored_tensors(tmp_path, 20, 16, 8)
+    stored[2], stored[3] = damaged(stored[2]), damaged(stored[3])
+    later, last = threading.Event(), threading.Event()
+    name = re.escape(stored[2].name)
+
+    def write(path: Path, *arguments: object) -> str:
+        # File 3 fails first, then file 2, then file 4 notices that it is given up.
+        number = int(path.stem)
+        if number in (0, 1, 2, 4):
+            assert (last if number == 4 else later).wait(timeout=60)
+            time.sleep(0.1)
+        try:
+            return write_tensors(path, *arguments)  # type: ignore[arg-type]
+        finally:
+            if number in (2, 3):
+                (last if number == 2 else later).set()
+
+    monkeypatch.setattr("exporters.written.write_tensors", write)
+    whole: list[str] = []
+    with pytest.raises(CheckpointError, match=f"Tensor {name} holds NaN"):
+        write_files(out, quantized_files(stored), ignore, lambda name, _: whole.append(name))
+    left = {file.name for file in out.iterdir()}
+    assert {"0.safetensors", "1.safetensors"} <= left == set(whole)
+    assert not {"2.safetensors", "3.safetensors"} & left
+    assert len(left) < 18, "what follows is given up"
+
+
+@pytest.mark.usefixtures("cores")
+def test_ctrl_c_leaves_whole_files_only(tmp_path: Path, out: Path) -> None:
+    files = quantized_files(stored_tensors(tmp_path, 200, 16, 8), each=10)
+    heard = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal heard
+        heard += count
+        if count and heard == count:
+            main = threading.main_thread().ident
+            assert main is not None
+            signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.01)
+
+    whole: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        write_files(out, files, on_bytes, lambda name, _: whole.append(name))
+    assert heard < sum(tensor.nbytes for tensors in files.values() for tensor in tensors) / 2
+    left = {file.name for file in out.iterdir()}
+    assert set(whole) <= left <= files.keys()
+    for name in left:
+        read_header(out / name)
+
+
+def test_a_full_disk_while_a_file_is_remembered(tmp_path: Path, out: Path) -> None:
+    files = quantized_files(stored_tensors(tmp_path, 12, 16, 8))
+
+    def on_file(name: str, sha256: str) -> None:
+        raise BundleError("the disk is full")
+
+    with pytest.raises(BundleError, match="the disk is full"):
+        write_files(out, files, ignore, on_file)
+    assert {file.name for file in out.iterdir()} <= files.keys()
+
+
+@pytest.mark.usefixtures("cores")
+def test_memory_holds_as_many_tensors_as_files_are_written(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exporters.written._CHUNK", 1 << 12)
+    monkeypatch.setattr("exporters.written._MOST_FILES", 3)
+    files = quantized_files(stored_tensors(tmp_path, 24, 256, 512))
+    tracemalloc.start()
+    write_files(out, files, lambda count: time.sleep(0.001), ignore)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 256 * 512 * 2 < peak < 256 * 512 * 5
+
+
+@pytest.mark.usefixtures("cores")
+def test_torch_has_all_its_threads_afterwards(tmp_path: Path, out: Path) -> None:
+    write_files(out, quantized_files(stored_tensors(tmp_path, 4, 16, 8)), ignore, ignore)
+    counts = [torch.get_num_threads()]
+    later = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert counts == [4, 4]
