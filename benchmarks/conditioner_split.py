@@ -42,8 +42,8 @@ MAX_ERROR = 1e-3
 
 
 @click.command()
-@click.option("--double-blocks", default=2, show_default=True)
-@click.option("--single-blocks", default=4, show_default=True)
+@click.option("--double-blocks", default=1, show_default=True)
+@click.option("--single-blocks", default=2, show_default=True)
 @click.option("--size", default=512, show_default=True, help="Pixels of a side of the picture.")
 @click.option("--text-tokens", default=512, show_default=True)
 @click.option("--steps", default=28, show_default=True, help="Steps of a picture.")
@@ -132,7 +132,7 @@ def measure(
 
 def _export(checkpoint: Checkpoint, folder: Path, component: str, split: bool) -> ComponentRecord:
     exported = export_component(
-        checkpoint, component, "fp32", WeightFolder(folder / "weights"), split=split
+        checkpoint, component, "fp32", WeightFolder(folder / "weights"), split=split, fused=True
     )
     runtime = OnnxRuntime()
     engine = EngineRecord(runtime.name, runtime.version(), "cpu", exported.path, {})

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from latency import Workload, bench_bundles, random_flux
+from latency import Workload, build_bundles, random_flux, time_bundles
 from rich.console import Console
 from rich.table import Table
 from roofline import count_step, measure_peaks, roofline_shares
@@ -57,12 +57,12 @@ def main(
         "sizes": {},
     }
     with Progress() as progress:
-        checkpoint = random_flux(folder, double_blocks, single_blocks, progress)
+        checkpoint = str(random_flux(folder, double_blocks, single_blocks, progress))
+        built = build_bundles(folder / "bundles", checkpoint, bundles, progress)
         for size in sizes:
-            report = bench_bundles(
-                folder / "bundles",
-                str(checkpoint),
-                bundles,
+            report = time_bundles(
+                built,
+                checkpoint,
                 PEERS,
                 Workload((size, size), steps),
                 Counts(rounds, warmup=2, cold_starts=0),

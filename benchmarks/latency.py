@@ -1,9 +1,10 @@
-"""Latency on this machine: our bundles against PyTorch eager, torch.compile and OpenVINO.
+"""Latency on this machine: our bundles against PyTorch eager and torch.compile.
 
 Two models. `demo:dev` from the start of the process to a saved picture, and FLUX.1's width and
 heads at a reduced depth, with random weights and the smallest networks around the transformer, a
-step at a time. `fluxdeploy bench` does the timing: same weights, noise and threads for everybody,
-pictures compared before anything is timed, a process for each contender, all of them in turns.
+step at a time at each size. `fluxdeploy bench` does the timing: same weights, noise and threads for
+everybody, pictures compared before anything is timed, a process for each contender, all of them in
+turns.
 """
 
 from __future__ import annotations
@@ -34,25 +35,38 @@ from fluxdeploy.progress import Progress
 BUNDLES = {
     "ours, fp32": ("fp32", "onnxruntime"),
     "ours, int8-dynamic": ("int8", "onnxruntime"),
-    "ours, bf16 on OpenVINO": ("bf16", "openvino"),
-    "ours, int8 on OpenVINO": ("int8", "openvino"),
+    "fp32 on OpenVINO": ("fp32", "openvino"),
+    "bf16 on OpenVINO": ("bf16", "openvino"),
+    "int8 on OpenVINO": ("int8", "openvino"),
 }
-PEERS = ("eager", "eager-bf16", "compile", "compile-bf16", "openvino", "openvino-bf16")
+"""Names of bundles, with their precision and runtime."""
+
+OPENVINO = ("fp32 on OpenVINO", "bf16 on OpenVINO")
+"""What OpenVINO does with our graphs by itself."""
+
+PEERS = ("eager", "eager-bf16", "compile", "compile-bf16")
 CALIBRATION = "A red circle above a blue square\n"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is drawn: height and width in pixels, steps, CPU threads. None is the default."""
+    """What is drawn: height and width in pixels, steps, pictures at once, CPU threads.
+
+    None is the default.
+    """
 
     size: tuple[int, int] | None = None
     steps: int | None = None
+    batch: int = 1
     threads: int | None = None
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is asked of a ratio: the best of `ours` over the best of `peers`, at least `ratio`."""
+    """What is asked of a ratio: the best of `ours` over the best of `peers`, at least `ratio`.
+
+    It holds for the models whose names begin with `model`.
+    """
 
     model: str
     quantity: str
@@ -65,7 +79,7 @@ TARGETS = (
     Target("width", "step", ("ours, fp32",), ("eager",), 3.0),
     Target("width", "step", tuple(BUNDLES), ("eager-bf16",), 1.8),
     Target("width", "step", tuple(BUNDLES), ("compile", "compile-bf16"), 1.3),
-    Target("width", "step", tuple(BUNDLES), ("openvino", "openvino-bf16"), 1.0),
+    Target("width", "step", tuple(BUNDLES), OPENVINO, 1.0),
     Target("demo", "picture", tuple(BUNDLES), ("eager",), 3.0),
     Target("demo", "cold start", tuple(BUNDLES), ("eager",), 5.0),
 )
@@ -74,8 +88,8 @@ TARGETS = (
 @click.command()
 @click.option("--double-blocks", default=1, show_default=True)
 @click.option("--single-blocks", default=2, show_default=True)
-@click.option("--size", default=512, show_default=True, help="Pixels of a side, at full width.")
-@click.option("--rounds", default=7, show_default=True)
+@click.option("--sizes", default="512,1024", show_default=True, help="Sides, at full width.")
+@click.option("--rounds", default=7, show_default=True, help="Half of them at full width.")
 @click.option("--against", default=",".join(PEERS), show_default=True)
 @click.option("--model", type=click.Choice(["demo", "width"]), help="Only one of the models.")
 @click.option("--threads", type=int, help="Default: all cores.")
@@ -94,7 +108,7 @@ TARGETS = (
 def main(
     double_blocks: int,
     single_blocks: int,
-    size: int,
+    sizes: str,
     rounds: int,
     against: str,
     model: str | None,
@@ -106,53 +120,65 @@ def main(
     """Build the bundles, time them against the peers, and hold the ratios against the targets."""
     peers = tuple(against.split(","))
     reports: dict[str, BenchReport] = {}
-    with tempfile.TemporaryDirectory(prefix="latency-") as place, Progress() as progress:
-        folder = folder or Path(place)
+    with tempfile.TemporaryDirectory(prefix="latency-") as temporary, Progress() as progress:
+        folder = folder or Path(temporary)
         if model in (None, "demo"):
-            reports["demo"] = bench_bundles(
-                folder / "demo",
+            built = build_bundles(folder / "demo", "demo:dev", BUNDLES, progress)
+            reports["demo"] = time_bundles(
+                built,
                 "demo:dev",
-                BUNDLES,
                 peers,
                 Workload(threads=threads),
                 Counts(rounds, warmup=1, cold_starts=3),
                 progress,
             )
         if model in (None, "width"):
-            checkpoint = random_flux(folder, double_blocks, single_blocks, progress)
-            reports["width"] = bench_bundles(
-                folder / f"width-{double_blocks}-{single_blocks}",
-                str(checkpoint),
-                BUNDLES,
-                peers,
-                Workload((size, size), 1, threads),
-                Counts(rounds, warmup=1, cold_starts=0),
-                progress,
-            )
+            checkpoint = str(random_flux(folder, double_blocks, single_blocks, progress))
+            place = folder / f"width-{double_blocks}-{single_blocks}"
+            built = build_bundles(place, checkpoint, BUNDLES, progress)
+            for size in map(int, sizes.split(",")):
+                reports[f"width-{size}"] = time_bundles(
+                    built,
+                    checkpoint,
+                    peers,
+                    Workload((size, size), 1, threads=threads),
+                    Counts((rounds + 1) // 2, warmup=1, cold_starts=0),
+                    progress,
+                )
     for name, report in reports.items():
         show(name, report)
     missed = check_targets(reports)
     if json_file is not None:
-        written: dict[str, Any] = {}
-        if json_file.exists():
-            written = json.loads(json_file.read_text(encoding="utf-8"))
-        written |= {name: json.loads(to_json(report)) for name, report in reports.items()}
-        if "width" in reports:
-            network = flux_of_depth(double_blocks, single_blocks).transformer
-            work = count_step(network, (size // 16) ** 2, reports["width"].workload.tokens)
-            peaks = measure_peaks("cpu")
-            shares = roofline_shares(reports["width"], work, peaks)
-            written |= {
+        known: dict[str, Any] = {}
+        if model is not None and json_file.exists():
+            known = json.loads(json_file.read_text(encoding="utf-8"))
+        known |= record(reports, double_blocks, single_blocks)
+        json_file.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    if plot is not None:
+        plot_bench(reports["demo"], plot)
+    raise SystemExit(1 if missed else 0)
+
+
+def record(
+    reports: Mapping[str, BenchReport], double_blocks: int, single_blocks: int
+) -> dict[str, Any]:
+    """The reports as they are written, those at full width with the share of the roofline."""
+    peaks = measure_peaks("cpu")
+    network = flux_of_depth(double_blocks, single_blocks).transformer
+    written: dict[str, Any] = {}
+    for name, report in reports.items():
+        written[name] = json.loads(to_json(report))
+        if name.startswith("width"):
+            load = report.workload
+            work = count_step(network, load.height * load.width // 256, load.tokens)
+            written[name] |= {
                 "double_blocks": double_blocks,
                 "single_blocks": single_blocks,
                 "work": vars(work),
                 "peaks": vars(peaks),
-                "share_of_roofline": shares,
+                "share_of_roofline": roofline_shares(report, work, peaks),
             }
-        json_file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    if plot is not None:
-        plot_bench(reports["demo"], plot)
-    raise SystemExit(1 if missed else 0)
+    return written
 
 
 def random_flux(folder: Path, double_blocks: int, single_blocks: int, progress: Progress) -> Path:
@@ -168,38 +194,47 @@ def random_flux(folder: Path, double_blocks: int, single_blocks: int, progress: 
     return checkpoint
 
 
-def bench_bundles(
-    folder: Path,
+def build_bundles(
+    folder: Path, checkpoint: str, bundles: Mapping[str, tuple[str, str]], progress: Progress
+) -> dict[str, Path]:
+    """Bundles of a checkpoint in `folder`, by name, each of a precision for a runtime.
+
+    What is there already is taken over.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    prompt = folder / "prompt.txt"
+    prompt.write_text(CALIBRATION, encoding="utf-8")
+    built = {}
+    for name, (precision, runtime) in bundles.items():
+        built[name] = folder / f"{runtime}-{precision}"
+        static = needs_ranges(precision) and runtime != "onnxruntime"
+        calibration = prompt if static else None
+        request = BuildRequest(checkpoint, precision, runtime=runtime, calibration=calibration)
+        build(request, built[name], progress)
+    return built
+
+
+def time_bundles(
+    bundles: Mapping[str, Path],
     checkpoint: str,
-    bundles: Mapping[str, tuple[str, str]],
     peers: Sequence[str],
     workload: Workload,
     counts: Counts,
     progress: Progress,
 ) -> BenchReport:
-    """Build bundles of a checkpoint in `folder`, by precision and runtime, and time them.
+    """Time bundles, by their names, and peers. The first peer is the baseline, or the first bundle.
 
-    Those that are there already are taken over. The first peer is the baseline.
+    Raises what `run_bench` does.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    prompt = folder / "prompt.txt"
-    prompt.write_text(CALIBRATION, encoding="utf-8")
-    paths = []
-    for precision, runtime in bundles.values():
-        paths.append(folder / f"{runtime}-{precision}")
-        static = needs_ranges(precision) and runtime != "onnxruntime"
-        calibration = prompt if static else None
-        request = BuildRequest(checkpoint, precision, runtime=runtime, calibration=calibration)
-        build(request, paths[-1], progress)
     contenders, noise = choose_contenders(
         BenchRequest(
-            bundles=tuple(paths),
+            bundles=tuple(bundles.values()),
             peers=tuple(peers),
             checkpoint=checkpoint,
             runtime="auto",
             size=workload.size,
             steps=workload.steps,
-            batch=1,
+            batch=workload.batch,
             threads=workload.threads,
         ),
         progress,
@@ -224,12 +259,12 @@ def ratios(own: ContenderReport, other: ContenderReport, quantity: str) -> list[
 
 def check_targets(reports: Mapping[str, BenchReport]) -> int:
     """Print every target with what came of it; returns how many were missed."""
-    table = Table("", "target", "found", "", title="Targets")
+    table = Table("", "", "target", "found", "", title="Targets")
     missed = 0
-    for target in TARGETS:
-        report = reports.get(target.model)
-        own = None if report is None else best(report, target.ours, target.quantity)
-        peer = None if report is None else best(report, target.peers, target.quantity)
+    pairs = [(n, r, t) for n, r in reports.items() for t in TARGETS if n.startswith(t.model)]
+    for name, report, target in pairs:
+        own = best(report, target.ours, target.quantity)
+        peer = best(report, target.peers, target.quantity)
         if own is None or peer is None:
             continue
         found = ratios(own, peer, target.quantity)
@@ -237,6 +272,7 @@ def check_targets(reports: Mapping[str, BenchReport]) -> int:
         reached = median >= target.ratio
         missed += not reached
         table.add_row(
+            name,
             f"{target.quantity}: {own.name} over {peer.name}",
             f"{target.ratio:g}",
             f"{median:.2f} ({min(found):.2f}-{max(found):.2f})",

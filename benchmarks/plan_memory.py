@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fluxdeploy.machine import describe_machine
-from fluxdeploy.plan.activations import Workload, activation_bytes
+from fluxdeploy.plan.activations import Kernels, Workload, activation_bytes
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
@@ -37,9 +37,9 @@ TARGET = "sm89"
 
 @dataclass(frozen=True)
 class Case:
-    """A component and what it is run on."""
+    """A component and what it is run on, and by: a value of `Kernels`."""
 
-    runtime: str
+    kernels: str
     component: str
     precision: str
     workload: Workload
@@ -62,23 +62,24 @@ class Case:
 
 
 def _cases() -> Iterator[Case]:
-    def case(runtime: str, component: str, precision: str, *sizes: int) -> Case:
-        return Case(runtime, component, precision, Workload(*sizes))
+    def case(kernels: Kernels, component: str, precision: str, *sizes: int) -> Case:
+        return Case(kernels.value, component, precision, Workload(*sizes))
 
     # Batch, text tokens, image tokens, steps.
     for sizes in ((2, 128, 529, 28), (1, 128, 1024, 28), (1, 128, 2025, 28)):
-        yield case("onnxruntime", "transformer", "fp32", *sizes)
+        yield case(Kernels.PLAIN, "transformer", "fp32", *sizes)
+        yield case(Kernels.ONNX_RUNTIME, "transformer", "fp32", *sizes)
     for sizes in ((1, 128, 64, 28), (1, 128, 256, 28)):
-        yield case("onnxruntime", "vae_decoder", "fp32", *sizes)
-    yield case("onnxruntime", "vae_encoder", "fp32", 1, 128, 256, 28)
-    yield case("onnxruntime", "t5", "fp32", 1, 512, 256, 28)
-    yield case("onnxruntime", "conditioner", "fp32", 1, 128, 256, 28)
+        yield case(Kernels.PLAIN, "vae_decoder", "fp32", *sizes)
+    yield case(Kernels.PLAIN, "vae_encoder", "fp32", 1, 128, 256, 28)
+    yield case(Kernels.PLAIN, "t5", "fp32", 1, 512, 256, 28)
+    yield case(Kernels.PLAIN, "conditioner", "fp32", 1, 128, 256, 28)
     for sizes in ((1, 128, 1024, 28), (2, 512, 4096, 28)):
-        yield case("tensorrt-rtx", "transformer", "bf16", *sizes)
+        yield case(Kernels.TENSORRT, "transformer", "bf16", *sizes)
     for sizes in ((1, 128, 1024, 28), (1, 128, 4096, 28), (1, 128, 16384, 28)):
-        yield case("tensorrt-rtx", "vae_decoder", "bf16", *sizes)
-    yield case("tensorrt-rtx", "t5", "bf16", 1, 512, 256, 28)
-    yield case("tensorrt-rtx", "conditioner", "bf16", 1, 512, 256, 28)
+        yield case(Kernels.TENSORRT, "vae_decoder", "bf16", *sizes)
+    yield case(Kernels.TENSORRT, "t5", "bf16", 1, 512, 256, 28)
+    yield case(Kernels.TENSORRT, "conditioner", "bf16", 1, 512, 256, 28)
 
 
 @click.command()
@@ -97,9 +98,9 @@ def main(json_file: Path | None, folder: Path, number: int | None) -> None:
     """
     cases = list(_cases())
     if number is not None:
-        measure = {"onnxruntime": _run_session, "tensorrt-rtx": _build_engine}
         case = cases[number]
-        click.echo(json.dumps(measure[case.runtime](_graph(folder, case), case)))
+        measure = _build_engine if Kernels(case.kernels) is Kernels.TENSORRT else _run_session
+        click.echo(json.dumps(measure(_graph(folder, case), case)))
         return
     from exporters.checkpoint import open_checkpoint
     from exporters.sparse_checkpoint import write_random_checkpoint
@@ -117,11 +118,13 @@ def main(json_file: Path | None, folder: Path, number: int | None) -> None:
         if done.returncode:
             raise click.ClickException(f"{case} failed: {done.stderr[-2000:]}")
         measured = json.loads(done.stdout.splitlines()[-1])
-        fused, element = case.runtime != "onnxruntime", 2 if case.precision == "bf16" else 4
-        planned = activation_bytes(checkpoint, case.component, case.workload, fused, element)
+        element = 2 if case.precision == "bf16" else 4
+        planned = activation_bytes(
+            checkpoint, case.component, case.workload, Kernels(case.kernels), element
+        )
         rows.append(asdict(case) | measured | {"planned": planned})
         ratio = planned / measured["activations"]
-        click.echo(f"{case.runtime} {case.component} {case.workload}: {ratio:.2f}", err=True)
+        click.echo(f"{case.kernels}: {case.component} {case.workload}: {ratio:.2f}", err=True)
     _show(rows)
     if json_file is not None:
         report = {"machine": describe_machine(PACKAGES), "factor": FACTOR, "rows": rows}
@@ -162,16 +165,18 @@ def middling() -> Sizes:
 
 
 def _graph(folder: Path, case: Case) -> Path:
-    return folder / case.precision / f"{case.component}.onnx"
+    return folder / f"{case.kernels}, {case.precision}" / f"{case.component}.onnx"
 
 
 def _export(checkpoint: Checkpoint, folder: Path, case: Case) -> None:
     from exporters.bind import WeightFolder
     from exporters.export import export_component
 
-    if not _graph(folder, case).exists():
-        weights = WeightFolder(folder / case.precision / "weights")
-        export_component(checkpoint, case.component, case.precision, weights)
+    path = _graph(folder, case)
+    if not path.exists():
+        weights = WeightFolder(path.parent / "weights")
+        fused = Kernels(case.kernels) is Kernels.ONNX_RUNTIME
+        export_component(checkpoint, case.component, case.precision, weights, fused=fused)
 
 
 def _run_session(path: Path, case: Case) -> dict[str, int]:
@@ -251,13 +256,13 @@ def _shape(shape: list[int | str], sizes: Mapping[str, int]) -> list[int]:
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
-    table = Table("runtime", "component", "precision", "batch, text, image tokens")
+    table = Table("kernels", "component", "precision", "batch, text, image tokens")
     for heading in ("measured", "planned", "ratio"):
         table.add_column(heading, justify="right")
     for row in rows:
         load, measured, planned = row["workload"], row["activations"], row["planned"]
         table.add_row(
-            row["runtime"],
+            row["kernels"],
             row["component"],
             row["precision"],
             f"{load['batch']}, {load['text']}, {load['image']}",

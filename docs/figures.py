@@ -20,6 +20,7 @@ __all__ = ["BLOCKS", "Block", "fill"]
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+PERFORMANCE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 CHECKPOINTS = ROOT / "fluxdeploy" / "demo" / "checkpoints"
 MODEL_CARD = CHECKPOINTS / "README.md"
@@ -147,20 +148,17 @@ def _quantize_scale(report: dict[str, Any]) -> str:
 
 
 def _latency(report: dict[str, Any]) -> str:
-    """The report of benchmarks/latency.py as Markdown tables, one for each model that it timed."""
-    parts = [
-        make(report) for model, make in (("demo", _demo), ("width", _width)) if model in report
-    ]
+    """The report of benchmarks/latency.py as Markdown tables, one for each kind of model."""
     machine = report["demo"]["machine"]
     return (
-        "\n".join(parts) + "Measured by [benchmarks/latency.py](benchmarks/latency.py) on\n"
+        f"{_demo(report['demo'])}\n{_width(report)}"
+        "Measured by [benchmarks/latency.py](benchmarks/latency.py) on\n"
         f"{_machine(machine)}, ONNX Runtime {machine['packages']['onnxruntime']}, "
         f"OpenVINO {machine['packages']['openvino']}.\n"
     )
 
 
-def _demo(report: dict[str, Any]) -> str:
-    demo = report["demo"]
+def _demo(demo: dict[str, Any]) -> str:
     load, noise = demo["workload"], demo["noise"]
     quantities = ("step", "picture", "cold start")
     rows = [
@@ -182,31 +180,103 @@ def _demo(report: dict[str, Any]) -> str:
 
 
 def _width(report: dict[str, Any]) -> str:
-    width = report["width"]
-    rows = [
-        ["FLUX.1's width", "PyTorch eager fp32 = 1", "PyTorch eager bf16 = 1"],
-        ["---", "---:", "---:"],
+    """FLUX.1's width: a column for each size and each of the two baselines."""
+    sizes = [value for name, value in report.items() if name.startswith("width-")]
+    loads = [size["workload"] for size in sizes]
+    baselines = {"eager": "fp32", "eager-bf16": "bf16"}
+    headings = [
+        f"{load['width']}x{load['height']}, eager {precision} = 1"
+        for load in loads
+        for precision in baselines.values()
     ]
-    rounds = {e["name"]: e["timings"]["step"]["rounds"] for e in width["contenders"]}
-    for name, own in rounds.items():
-        cells = [_times(_ratio(rounds[peer], own)) for peer in ("eager", "eager-bf16")]
+    rows = [["FLUX.1's width", *headings], ["---", *["---:"] * len(headings)]]
+    rounds = [{e["name"]: e["timings"]["step"]["rounds"] for e in s["contenders"]} for s in sizes]
+    for name in rounds[0]:
+        cells = [_times(_ratio(own[peer], own[name])) for own in rounds for peer in baselines]
         rows.append([_NAMES.get(name, name), *cells])
-    load = width["workload"]
+    tokens = " and ".join(f"{load['width'] * load['height'] // 256:,}" for load in loads)
     return (
         f"{_table(rows)}\n"
-        f"A step with {report['double_blocks']} double and {report['single_blocks']} single "
-        f"blocks, {load['width'] * load['height'] // 256} image and {load['tokens']} text tokens, "
-        f"random weights, {load['threads']} threads, {width['rounds']} rounds.\n"
+        f"A step with {sizes[0]['double_blocks']} double and {sizes[0]['single_blocks']} single "
+        f"blocks, {tokens} image and {loads[0]['tokens']} text tokens, random weights,\n"
+        f"{loads[0]['threads']} threads. Medians of {sizes[0]['rounds']} rounds with their middle "
+        f"80%. Eager fp32 against itself: {_times(sizes[0]['noise']['step'])}.\n"
     )
 
+
+def _host_step(report: dict[str, Any]) -> str:
+    """The report of benchmarks/host_step.py as a Markdown table."""
+    own, bare = report["microseconds"]["arithmetic"], {}
+    rows = [["in a step", "microseconds"], ["---", "---:"]]
+    rows += [[f"NumPy: {name}", f"{value:.0f}"] for name, value in own.items()]
+    for runtime, parts in report["microseconds"].items():
+        if runtime == "arithmetic":
+            continue
+        name, call = _RUNTIMES[runtime], parts["the call alone"]
+        bare[name] = parts["a step"] - call
+        rows.append([f"{name}: checks and binding", f"{parts['binding and call'] - call:.0f}"])
+        rows.append([f"{name}: all of the host's work", f"{bare[name]:.0f}"])
+    return (
+        f"{_table(rows)}\n"
+        f"{report['size']}x{report['size']} pixels, {report['steps']} steps, medians of "
+        f"{report['rounds']} runs. Measured by\n"
+        "[benchmarks/host_step.py](../benchmarks/host_step.py) on\n"
+        f"{_machine(report['machine'])}.\n"
+    )
+
+
+def _conditioner_split(report: dict[str, Any]) -> str:
+    """The report of benchmarks/conditioner_split.py as a Markdown table."""
+    seconds, memory = report["seconds"], report["process_bytes"]
+    ratio = _ratio(seconds["one piece"], seconds["transformer"])
+    rows = [["", "seconds", "memory of the process"], ["---", "---:", "---:"]]
+    for name, label in (
+        ("one piece", "a step in one piece"),
+        ("transformer", "a step, split"),
+        ("conditioner, all steps", f"the conditioner, once for {report['steps']} steps"),
+    ):
+        size = memory[name.partition(",")[0]]
+        rows.append([label, f"{median(seconds[name]):.3f}", _megabytes(size)])
+    return (
+        f"{_table(rows)}\n"
+        f"A step is {_times(ratio)} times as fast split. FLUX.1's width with "
+        f"{report['double_blocks']} double and {report['single_blocks']} single blocks,\n"
+        f"{report['image_tokens']:,} image and {report['text_tokens']} text tokens, float32 on "
+        "ONNX Runtime, random weights. The conditioner's\nprocess ends before the first step in "
+        "a pipeline with little memory. Measured by\n"
+        "[benchmarks/conditioner_split.py](../benchmarks/conditioner_split.py) on\n"
+        f"{_machine(report['machine'])}.\n"
+    )
+
+
+def _cost_curves(report: dict[str, Any]) -> str:
+    """What benchmarks/cost_curves.py measured, at the ends of each curve."""
+    quantities = {"size": "step", "batch": "step", "depth": "step", "steps": "picture"}
+    words = {"size": "image tokens", "batch": "pictures", "depth": "blocks", "steps": "steps"}
+    rows = [["", "from", "to", "times the work", "times the time, fp32"]]
+    rows.append(["---", *["---:"] * 4])
+    for axis, quantity in quantities.items():
+        points = [p for p in report["curves"][axis] if p["bundle"] == "fp32"]
+        first, last = points[0], points[-1]
+        growth = last["seconds"][quantity] / first["seconds"][quantity]
+        work = last["at"] / first["at"]
+        ends = [f"{point['at']:,}" for point in (first, last)]
+        rows.append([f"{words[axis]}: a {quantity}", *ends, f"{work:.0f}", f"{growth:.1f}"])
+    return (
+        f"{_table(rows)}\n"
+        "`demo:dev`, and for the depth a network of four heads of 128 with random weights, on ONNX "
+        "Runtime.\nMeasured by [benchmarks/cost_curves.py](../benchmarks/cost_curves.py) on\n"
+        f"{_machine(report['machine'])}.\n"
+    )
+
+
+_RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 _NAMES = {
     "eager": "PyTorch eager fp32",
     "eager-bf16": "PyTorch eager bf16",
     "compile": "torch.compile fp32",
     "compile-bf16": "torch.compile bf16",
-    "openvino": "OpenVINO fp32, our graph",
-    "openvino-bf16": "OpenVINO bf16, our graph",
 }
 
 
@@ -254,6 +324,11 @@ BLOCKS: Mapping[str, Block] = {
     ),
     "quantize_scale": Block(RESULTS / "quantize_scale.json", (README,), _quantize_scale),
     "latency": Block(RESULTS / "latency.json", (README,), _latency),
+    "host_step": Block(RESULTS / "host_step.json", (PERFORMANCE,), _host_step),
+    "conditioner_split": Block(
+        RESULTS / "conditioner_split.json", (PERFORMANCE,), _conditioner_split
+    ),
+    "cost_curves": Block(RESULTS / "cost_curves.json", (PERFORMANCE,), _cost_curves),
 }
 
 

@@ -11,7 +11,7 @@ RMSNorm, LayerNorm and GELU need nothing here: ONNX Runtime merges them when it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 __all__ = ["fuse_attention"]
+
+_Insert = Callable[[ir.Node], None]
 
 _DOMAIN = "com.microsoft"
 _HEADS_FIRST = (0, 2, 1, 3)
@@ -75,29 +77,29 @@ class _Fusion:
             return False
         name = str(flat.outputs[0].name)
         inputs = [
-            self._rotated(query, flat, f"{name}.query"),
-            self._rotated(key, flat, f"{name}.key"),
-            self._side_by_side(value, flat, f"{name}.value"),
+            self._rotated(query, flat.prepend, f"{name}.query"),
+            self._rotated(key, flat.prepend, f"{name}.key"),
+            self._side_by_side(value, flat.prepend, f"{name}.value"),
         ]
         attributes = [ir.AttrInt64("num_heads", query.heads), ir.AttrFloat32("scale", scale)]
-        fused = self._node(flat, "MultiHeadAttention", inputs, name, attributes, _DOMAIN)
+        fused = self._node(flat.prepend, "MultiHeadAttention", inputs, name, attributes, _DOMAIN)
         ir.convenience.replace_all_uses_with(flat.outputs[0], fused)
         return True
 
-    def _rotated(self, rotation: _Rotation, before: ir.Node, name: str) -> ir.Value:
+    def _rotated(self, rotation: _Rotation, insert: _Insert, name: str) -> ir.Value:
         inputs = [
-            self._side_by_side(rotation.x, before, f"{name}.flat"),
+            self._side_by_side(rotation.x, insert, f"{name}.flat"),
             self._every_position(),
             self._half_table(rotation.cos),
             self._half_table(rotation.sin),
         ]
         interleaved = [ir.AttrInt64("interleaved", 1)]
-        return self._node(before, "RotaryEmbedding", inputs, name, interleaved, _DOMAIN)
+        return self._node(insert, "RotaryEmbedding", inputs, name, interleaved, _DOMAIN)
 
-    def _side_by_side(self, value: ir.Value, before: ir.Node, name: str) -> ir.Value:
+    def _side_by_side(self, value: ir.Value, insert: _Insert, name: str) -> ir.Value:
         """[B,T,heads,head_dim] to [B,T,D]."""
         shape = self._constant("side_by_side.shape", [0, 0, -1])
-        return self._node(before, "Reshape", [value, shape], name)
+        return self._node(insert, "Reshape", [value, shape], name)
 
     def _half_table(self, table: ir.Value) -> ir.Value:
         """A table with one column for each pair of channels: both of a pair have the same angle."""
@@ -111,10 +113,11 @@ class _Fusion:
                     ("steps", 2),
                 )
             ]
-            # Before everything: the tables are inputs of the graph.
-            self.tables[table] = self._node(
-                self.graph[0], "Slice", [table, *bounds], f"{table.name}.half"
-            )
+            # As early as can be, since every block reads it.
+            made = table.producer()
+            insert = self.graph[0].prepend if made is None else made.append
+            name = f"{table.name}.half"
+            self.tables[table] = self._node(insert, "Slice", [table, *bounds], name)
         return self.tables[table]
 
     def _every_position(self) -> ir.Value:
@@ -134,7 +137,7 @@ class _Fusion:
 
     def _node(
         self,
-        before: ir.Node,
+        insert: _Insert,
         op_type: str,
         inputs: Sequence[ir.Value],
         name: str,
@@ -142,8 +145,7 @@ class _Fusion:
         domain: str = "",
     ) -> ir.Value:
         value = ir.Value(name=f"{name}/{op_type}", type=ir.TensorType(ir.DataType.FLOAT))
-        node = ir.Node(domain, op_type, inputs, attributes, outputs=[value], name=value.name)
-        self.graph.insert_before(before, node)
+        insert(ir.Node(domain, op_type, inputs, attributes, outputs=[value], name=value.name))
         return value
 
 

@@ -86,7 +86,7 @@ def _train(folder: Path, until: str, seed: int, device: torch.device, progress: 
     dev = guidance.guided_student(plain).to(device)
     guidance_stage = guidance.GuidanceStage(dev, plain, encoders, data, batch=48, device=device)
     train(guidance.RECIPE, guidance_stage.networks, guidance_stage.loss, *shared)
-    settings = {"num_inference_steps": 28, "guidance_scale": guidance.BEST}
+    settings = {"num_inference_steps": 28, "guidance_scale": few_steps.GUIDANCE}
     _write(folder, "dev", coder, encoders, dev, settings)
     if last == 4:
         return

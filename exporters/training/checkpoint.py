@@ -37,8 +37,8 @@ def write_checkpoint(
     FlowMatchEulerDiscreteScheduler(
         shift=SHIFT,
         use_dynamic_shifting=bool(transformer.config.guidance_embeds),
-        base_shift=2.4,
-        max_shift=2.6,
+        base_shift=1.2,
+        max_shift=1.4,
         base_image_seq_len=36,
         max_image_seq_len=100,
     ).save_pretrained(folder / "scheduler")

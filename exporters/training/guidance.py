@@ -10,13 +10,9 @@ from exporters.training.flow import LatentSet, noised
 from exporters.training.loop import Draw, Recipe
 from exporters.training.networks import TextEncoders, make_transformer, velocity
 
-__all__ = ["BEST", "RECIPE", "GuidanceStage", "guided_student"]
+__all__ = ["RECIPE", "GuidanceStage", "guided_student"]
 
 RECIPE = Recipe("guidance", steps=500, rate=5e-4, matrix_rate=5e-4, ema=0.995)
-
-BEST = 4.0
-"""The guidance that `dev` draws with where nothing else is asked: with it and the schedule in
-`checkpoint`, most of 200 held-out prompts were right, others than those that are scored."""
 
 _STRONGEST = 6.0
 

@@ -24,7 +24,6 @@ from fluxdeploy.demo import DEMO_CHECKPOINTS
 from fluxdeploy.errors import MissingDependencyError, UsageError
 from fluxdeploy.latents import latent_shape, pack
 from fluxdeploy.noise import standard_normal
-from fluxdeploy.precision import FLOATS
 from fluxdeploy.progress import Progress
 from fluxdeploy.request import GenerationRequest, check_request
 from fluxdeploy.source import checkpoint_record, open_recorded
@@ -77,9 +76,7 @@ def choose_contenders(
     bundles = {name: open_bundle(name) for name in paths}
     first = next(iter(bundles.values()))
     generation = _check_sizes(request, bundles)
-    checkpoint = ""
-    if any(PEERS[name].needs == "checkpoint" for name in request.peers):
-        checkpoint = _find_checkpoint(first, request.checkpoint, progress)
+    checkpoint = _find_checkpoint(first, request.checkpoint, progress) if request.peers else ""
     target = _engine(first, request.runtime).target
     job = Job(
         contender="bundle",
@@ -100,7 +97,7 @@ def choose_contenders(
         text_tokens=generation.max_sequence_length,
     )
     contenders = [_of_bundle(name, bundle, job) for name, bundle in bundles.items()]
-    contenders += [_of_peer(name, bundles, job) for name in request.peers]
+    contenders += [_of_peer(name, job) for name in request.peers]
     spec = first.manifest.latents
     noise = standard_normal(latent_shape(job.batch, job.height, job.width, spec), job.seed)
     return contenders, pack(noise, spec)
@@ -178,7 +175,7 @@ def _find_checkpoint(bundle: Bundle, given: str | None, progress: Progress) -> s
     name = given or checkpoint_record(bundle).get("name")
     if name is None or (given is None and name not in DEMO_CHECKPOINTS):
         raise UsageError(
-            "Peers that read the original weights need --checkpoint, what "
+            "Peers read the original weights and need --checkpoint, what "
             f"{bundle.root} was made from: the bundle names no place where it lies."
         )
     checkpoint = open_recorded(bundle, name, progress)
@@ -200,23 +197,8 @@ def _of_bundle(name: str, bundle: Bundle, job: Job) -> Contender:
     )
 
 
-def _of_peer(name: str, bundles: Mapping[str, Bundle], job: Job) -> Contender:
+def _of_peer(name: str, job: Job) -> Contender:
     peer = PEERS[name]
-    if peer.needs == "bundle":
-        job = replace(job, bundle=_float_bundle(name, bundles, job))
     packages = [pip.partition("[")[0] for _, pip in peer.packages]
     versions = {package: importlib.metadata.version(package) for package in packages}
     return Contender(name, peer.title, peer.precision, versions, replace(job, contender=name))
-
-
-def _float_bundle(peer: str, bundles: Mapping[str, Bundle], job: Job) -> str:
-    """The first bundle whose graphs another runtime can read and compute in its own precision."""
-    for bundle in bundles.values():
-        engine = _engine(bundle, job.runtime)
-        precision = bundle.manifest.components["transformer"].precision
-        if engine.path.endswith(".onnx") and engine.target == "cpu" and precision in FLOATS:
-            return str(bundle.root)
-    raise UsageError(
-        f"The peer {peer} runs the ONNX files of a bundle for the CPU in {', '.join(FLOATS)}, and "
-        "none is among the bundles. Add one with --bundle."
-    )

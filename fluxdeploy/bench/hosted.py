@@ -1,15 +1,14 @@
-"""Contenders that are bundles: our host over the bundle's own engines, or over OpenVINO."""
+"""Contenders that are bundles: our host over the bundle's own engines."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines import EngineOptions, open_engine
 from engines.base import Array, Binding, Engine
-from fluxdeploy.bench.job import PEERS, Job
+from fluxdeploy.bench.job import Job
 from fluxdeploy.bench.opened import OpenedContender
 from fluxdeploy.bench.stopwatch import Stopwatch
 from fluxdeploy.bundle import Bundle, open_bundle
@@ -41,35 +40,18 @@ class HostedContender(OpenedContender):
         return images
 
     def _opener(self, bundle: Bundle) -> Callable[[str], Engine]:
-        open_plain = self._plain_opener(bundle)
+        options = EngineOptions(threads=self._job.threads)
 
         def open_timed(component: str) -> Engine:
             with self._watch.component("load"):
-                engine = open_plain(component)
+                engine = open_engine(bundle, component, self._job.runtime, options)
             return _TimedEngine(engine, self._watch, self._keep)
 
         return open_timed
 
-    def _plain_opener(self, bundle: Bundle) -> Callable[[str], Engine]:
-        job = self._job
-        if job.contender == "bundle":
-            options = EngineOptions(threads=job.threads)
-            return lambda component: open_engine(bundle, component, job.runtime, options)
-        precision = PEERS[job.contender].precision
-        return lambda component: _open_openvino(bundle, component, precision, job.threads)
-
     def _keep(self, outputs: Mapping[str, Array]) -> None:
         if "velocity" in outputs:
             self._keep_first(lambda: outputs["velocity"])
-
-
-def _open_openvino(bundle: Bundle, component: str, precision: str, threads: int) -> Engine:
-    """A component's own graph in OpenVINO, computing in `precision`."""
-    from engines.openvino import OpenVino
-
-    record = replace(bundle.manifest.components[component], compute=precision)
-    options = EngineOptions(threads=threads)
-    return OpenVino().open(component, record, record.engines[0], bundle.root, options)
 
 
 class _TimedEngine(Engine):

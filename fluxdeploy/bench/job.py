@@ -9,31 +9,26 @@ __all__ = ["PEERS", "Job", "Peer"]
 
 @dataclass(frozen=True)
 class Peer:
-    """Something else that runs the same model.
+    """Something else that runs the same model, from the original checkpoint.
 
     precision: what it computes in. packages: what must be installed, by import name and by what
-    `pip` calls it. needs: "checkpoint" where it reads the original weights, "bundle" where it runs
-    our graphs.
+    `pip` calls it.
     """
 
     title: str
     precision: str
     packages: tuple[tuple[str, str], ...]
-    needs: str
 
 
 _DIFFUSERS = (("torch", "torch"), ("transformers", "transformers"), ("diffusers", "diffusers"))
 _OPTIMUM = (*_DIFFUSERS, ("optimum.onnxruntime", "optimum-onnx[onnxruntime]"))
-_OPENVINO = (("openvino", "openvino"),)
 
 PEERS = {
-    "eager": Peer("PyTorch eager", "fp32", _DIFFUSERS, "checkpoint"),
-    "eager-bf16": Peer("PyTorch eager", "bf16", _DIFFUSERS, "checkpoint"),
-    "compile": Peer("torch.compile", "fp32", _DIFFUSERS, "checkpoint"),
-    "compile-bf16": Peer("torch.compile", "bf16", _DIFFUSERS, "checkpoint"),
-    "openvino": Peer("OpenVINO, our graphs", "fp32", _OPENVINO, "bundle"),
-    "openvino-bf16": Peer("OpenVINO, our graphs", "bf16", _OPENVINO, "bundle"),
-    "optimum": Peer("optimum-onnx", "fp32", _OPTIMUM, "checkpoint"),
+    "eager": Peer("PyTorch eager", "fp32", _DIFFUSERS),
+    "eager-bf16": Peer("PyTorch eager", "bf16", _DIFFUSERS),
+    "compile": Peer("torch.compile", "fp32", _DIFFUSERS),
+    "compile-bf16": Peer("torch.compile", "bf16", _DIFFUSERS),
+    "optimum": Peer("optimum-onnx", "fp32", _OPTIMUM),
 }
 """What `--against` takes."""
 

@@ -80,9 +80,7 @@ def _make_watch(job: Job) -> Stopwatch:
 
 
 def _open(job: Job, watch: Stopwatch) -> OpenedContender:
-    from fluxdeploy.bench.job import PEERS
-
-    if job.contender == "bundle" or PEERS[job.contender].needs == "bundle":
+    if job.contender == "bundle":
         from fluxdeploy.bench.hosted import HostedContender
 
         return HostedContender(job, watch)

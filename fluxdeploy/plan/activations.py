@@ -9,14 +9,18 @@ Symbols: B pictures at once (the VAE has one), S text tokens, L image tokens, T 
 D a network's width, F its MLP's, h heads, M modulation rows, P pixels and p latent pixels of a
 picture, C the channels with which the VAE's level of full resolution begins or ends.
 
-ONNX Runtime, of which the CPU is meant: all is float32, and attention's scores are in memory, three
-times at once.
+Plain attention, as PyTorch and ONNX Runtime compute it: all is float32, and attention's scores are
+in memory, three times at once.
 
     transformer  4 B (T (5 D + F) + 3 h T²)
     t5           4 B (S (6 D + 3 F) + 3 h S²) + 4 h S², the position bias
     clip         as t5, with S = 77 and no bias
     conditioner  4 (3 N B M D + B S (E + D)), E the width of T5
     VAE          4 max(6 C P, 3 p²), with p² the scores of its one attention
+
+ONNX Runtime's own attention on CPUs, which the transformer has there in float32, keeps no scores:
+
+    transformer  4 B T (14 D + 2 F)
 
 TensorRT fuses the attention of transformer and VAE, so that memory grows with T and P alone.
 Tensors are in the type that the component computes in, of e bytes, but for norms, which are in
@@ -32,12 +36,22 @@ float32. T5's attention has a bias and is not fused.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
 
-__all__ = ["Workload", "activation_bytes"]
+__all__ = ["Kernels", "Workload", "activation_bytes"]
+
+
+class Kernels(Enum):
+    """What computes a component: see the formulas above."""
+
+    PLAIN = "plain"
+    ONNX_RUNTIME = "ONNX Runtime's attention"
+    TENSORRT = "TensorRT"
+
 
 _SCORES = 3
 """Copies of attention's scores that ONNX Runtime has alive at once."""
@@ -60,15 +74,16 @@ class Workload:
 
 
 def activation_bytes(
-    checkpoint: Checkpoint, name: str, workload: Workload, fused: bool, element: int
+    checkpoint: Checkpoint, name: str, workload: Workload, kernels: Kernels, element: int
 ) -> int:
     """Bytes that a run of a component takes besides its weights.
 
-    `fused` is for TensorRT, else it is ONNX Runtime; `element` are the bytes of the type that the
-    component computes in. Pictures go through the VAE one at a time.
+    `element` are the bytes of the type that the component computes in. Pictures go through the VAE
+    one at a time.
     """
+    fused = kernels is Kernels.TENSORRT
     if name == "transformer":
-        return _transformer(checkpoint, workload, fused, element)
+        return _transformer(checkpoint, workload, kernels, element)
     if name == "conditioner":
         return _conditioner(checkpoint, workload, fused)
     if name == "t5":
@@ -89,10 +104,12 @@ def activation_bytes(
     return _vae(checkpoint, name, workload, fused, element)
 
 
-def _transformer(checkpoint: Checkpoint, workload: Workload, fused: bool, element: int) -> int:
+def _transformer(checkpoint: Checkpoint, workload: Workload, kernels: Kernels, element: int) -> int:
     config = checkpoint.transformer
     tokens = workload.text + workload.image
-    if fused:
+    if kernels is Kernels.ONNX_RUNTIME:
+        return 4 * workload.batch * tokens * (14 * config.width + 2 * config.mlp_width)
+    if kernels is Kernels.TENSORRT:
         token = element * (13 * config.width + 2 * config.mlp_width)
         return workload.batch * tokens * token + _MYELIN
     heads = config.width // config.head_dim

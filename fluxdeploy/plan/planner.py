@@ -12,7 +12,7 @@ from engines import Runtime
 from fluxdeploy.bundle.manifest import MANIFEST_NAME, DimensionRange, Manifest, from_json
 from fluxdeploy.errors import BundleError, UsageError
 from fluxdeploy.machine import read_memory
-from fluxdeploy.plan.activations import Workload, activation_bytes
+from fluxdeploy.plan.activations import Kernels, Workload, activation_bytes
 from fluxdeploy.plan.figures import ComponentPlan, DiskPlan, Phase, Plan, RunMemory
 from fluxdeploy.plan.footprint import (
     WIDTHS,
@@ -24,7 +24,7 @@ from fluxdeploy.plan.footprint import (
     weigh,
 )
 from fluxdeploy.plan.objections import find_impossible, find_remarks, find_shortages
-from fluxdeploy.precision import check_precision, component_precision, needs_ranges
+from fluxdeploy.precision import QUANTIZED, check_precision, component_precision, needs_ranges
 from fluxdeploy.profiles import SizeRange, overall, resolution_buckets
 from fluxdeploy.source import check_family
 from fluxdeploy.text import TOKENIZER_FILES
@@ -189,8 +189,17 @@ class _Planner:
 
     def _activations(self, name: str, workload: Workload) -> int:
         return activation_bytes(
-            self.checkpoint, name, workload, self.runtime.builds, WIDTHS[self.compute[name]]
+            self.checkpoint, name, workload, self._kernels(name), WIDTHS[self.compute[name]]
         )
+
+    def _kernels(self, name: str) -> Kernels:
+        if self.runtime.builds:
+            return Kernels.TENSORRT
+        quantization = QUANTIZED.get(self.precisions[name])
+        plain = self.compute[name] != "fp32" or (quantization and quantization.attention)
+        if plain or not self.runtime.fuses_attention(self.targets[0]):
+            return Kernels.PLAIN
+        return Kernels.ONNX_RUNTIME
 
     def _disk(
         self, parts: Mapping[str, Footprint], components: Mapping[str, ComponentPlan]
@@ -274,7 +283,7 @@ class _Planner:
         pixels = 2 * self.checkpoint.vae.spatial_factor
         image = max((h // pixels) * (w // pixels) for h, w in calibration.sizes)
         workload = Workload(1, self.usual.text, image, calibration.steps)
-        running = activation_bytes(self.checkpoint, "transformer", workload, False, 4)
+        running = activation_bytes(self.checkpoint, "transformer", workload, Kernels.PLAIN, 4)
         rows = 2 * (workload.text + image) + calibration.steps * config.modulation_rows
         samples = len(calibration.prompts) * len(calibration.sizes)
         return running + samples * 4 * rows * config.width

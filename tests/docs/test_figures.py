@@ -56,6 +56,9 @@ BLOCKS = (
     "quantization_quality",
     "quantize_scale",
     "latency",
+    "host_step",
+    "conditioner_split",
+    "cost_curves",
 )
 
 

@@ -203,7 +203,8 @@ def test_windows_have_the_labels_of_their_place() -> None:
         for token, (_, colour, *shares) in zip(quarters, found, strict=True):
             for quarter, share in zip(token, shares, strict=True):
                 if share == 255:
-                    assert (quarter == colours[int(colour) - 1]).all()
+                    # A share is rounded: the outline may still cross a corner.
+                    assert np.abs(quarter - colours[int(colour) - 1]).mean() < 1
                     covered += 1
         empty = quarters[found[:, 0] == 0].reshape(-1, 256, 3)
         flat += [bool((token == token[0]).all()) for token in empty]
