@@ -120,6 +120,8 @@ def start(*arguments: object, cwd: Path, path: Path | None = None) -> subprocess
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Ignored where the tests run as a shell's background job.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
@@ -143,7 +145,10 @@ def test_ctrl_c_leaves_no_file_and_no_process(demo_bundle: Path, tmp_path: Path)
         children = children_of(process.pid)
         assert len(children) == 1
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
