@@ -125,14 +125,28 @@ def test_memory_grows_with_the_picture_and_low_vram_takes_less(
     assert plan.largest_run.all_open == weights + parts["vae_decoder"].largest_activations
 
 
-def test_cpu_sessions_hold_float32_and_the_scores(flux_dev: Checkpoint, out: Path) -> None:
-    cpu = make_plan(flux_dev, out, runtime("onnxruntime"), CPU)
-    part = by_name(cpu)["transformer"]
+def test_cpu_sessions_hold_float32_weights(flux_dev: Checkpoint, out: Path) -> None:
+    part = by_name(make_plan(flux_dev, out, runtime("onnxruntime"), CPU))["transformer"]
     assert (part.precision, part.compute) == ("fp32", "fp32")
     assert part.linked == 2 * part.parameters
     assert part.resident == 4 * part.parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "holds"),
+    [
+        ("onnxruntime", "fp32", False),
+        ("onnxruntime", "int8", False),
+        ("onnxruntime", "fp16", True),
+        ("onnxruntime", "fp8", True),  # Q/DQ around the products
+    ],
+)
+def test_only_attention_that_is_not_fused_holds_its_scores(
+    flux_dev: Checkpoint, out: Path, name: str, precision: str, holds: bool
+) -> None:
+    part = by_name(make_plan(flux_dev, out, runtime(name), CPU, precision))["transformer"]
     scores = 24 * (512 + 4096) ** 2 * 4
-    assert part.activations > 2 * scores
+    assert (part.activations > 2 * scores) == holds
 
 
 @pytest.mark.parametrize(
