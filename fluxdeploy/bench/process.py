@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ class ContenderProcess:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None and not pipe.closed:
-                pipe.close()
+                # What a process that was killed has not read is still to be written to it.
+                with suppress(BrokenPipeError):
+                    pipe.close()
 
     def __enter__(self) -> ContenderProcess:
         return self
