@@ -88,7 +88,7 @@ TARGETS = (
 @click.command()
 @click.option("--double-blocks", default=1, show_default=True)
 @click.option("--single-blocks", default=2, show_default=True)
-@click.option("--sizes", default="512,1024", show_default=True, help="Sides, at full width.")
+@click.option("--sizes", default="512", show_default=True, help="Sides, at full width.")
 @click.option("--rounds", default=7, show_default=True, help="Half of them at full width.")
 @click.option("--against", default=",".join(PEERS), show_default=True)
 @click.option("--model", type=click.Choice(["demo", "width"]), help="Only one of the models.")
