@@ -27,19 +27,16 @@ _HEADS_FIRST = (0, 2, 1, 3)
 _HEADS_FIRST_TURNED = (0, 2, 3, 1)
 
 
-def fuse_attention(model: ir.Model) -> int:
+def fuse_attention(model: ir.Model) -> None:
     """Rewrite every softmax(scale · Q Kᵀ) V in float32 whose Q and K are rotated.
 
-    Returns how many there were. Attention in another form, with Q/DQ around its products or with a
-    bias, stays as it is.
+    Attention in another form, with Q/DQ around its products or with a bias, stays as it is.
     """
     fusion = _Fusion(model.graph)
     softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
-    count = sum(fusion.fuse(softmax) for softmax in softmaxes)
-    if count:
+    if sum(fusion.fuse(softmax) for softmax in softmaxes):
         model.graph.opset_imports[_DOMAIN] = 1
         RemoveUnusedNodesPass()(model)
-    return count
 
 
 @dataclass(frozen=True)

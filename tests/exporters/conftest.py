@@ -21,8 +21,9 @@ from exporters.checkpoint import Checkpoint, Weights, open_checkpoint
 from exporters.export import export_component
 
 Tensors = dict[str, torch.Tensor]
-Exports = Callable[[str, str], Path]
-"""`exports(component, precision)`: the ONNX file; `one_piece` is the `--no-split` transformer."""
+Exports = Callable[..., Path]
+"""`exports(component, precision, fused=False)`: the ONNX file; `one_piece` is the `--no-split`
+transformer, and `fused` ones are for ONNX Runtime on a CPU."""
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -75,16 +76,18 @@ def bfl(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def exports(shared_folder: Any, opened: Checkpoint) -> Exports:
-    def make(component: str, precision: str) -> Path:
+    def make(component: str, precision: str, fused: bool = False) -> Path:
         name = "transformer" if component == "one_piece" else component
         folder = shared_folder.entry(
-            f"export-{component}-{precision}",
+            f"export-{component}-{precision}-{'fused' if fused else 'standard'}",
             lambda target: export_component(
                 opened,
                 name,
                 precision,
                 WeightFolder(target / "weights"),
+                compute="fp32",
                 split=component != "one_piece",
+                fused=fused,
             ),
         )
         return Path(folder) / f"{name}.onnx"
