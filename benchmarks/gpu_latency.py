@@ -23,7 +23,9 @@ from fluxdeploy.bench.measure import Counts
 from fluxdeploy.bench.report import BenchReport, to_json
 from fluxdeploy.progress import Progress
 
-PRECISIONS = ("bf16", "fp16", "fp8", "fp4")
+PRECISIONS = {True: ("bf16", "fp16", "fp8", "fp4"), False: ("bf16", "fp16", "fp8-weights")}
+"""By whether the runtime builds engines: FP8 and FP4 products are for those that do."""
+
 PEERS = ("eager-bf16", "compile-bf16")
 
 
@@ -34,7 +36,12 @@ PEERS = ("eager-bf16", "compile-bf16")
 @click.option("--rounds", default=10, show_default=True)
 @click.option("--double-blocks", default=FLUX_DEV.transformer.double_blocks, show_default=True)
 @click.option("--single-blocks", default=FLUX_DEV.transformer.single_blocks, show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write this file.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path),
+    help="Also write this file; of the same depth, what it holds of other sizes stays.",
+)
 def main(
     folder: Path,
     sizes: tuple[int, ...],
@@ -50,12 +57,12 @@ def main(
         raise click.ClickException("No runtime can run engines on a GPU here: fluxdeploy doctor.")
     network = flux_of_depth(double_blocks, single_blocks)
     peaks = measure_peaks("cuda")
-    written: dict[str, Any] = {
-        "double_blocks": double_blocks,
-        "single_blocks": single_blocks,
-        "peaks": vars(peaks),
-        "sizes": {},
-    }
+    depth = {"double_blocks": double_blocks, "single_blocks": single_blocks}
+    written: dict[str, Any] = {}
+    if json_file is not None and json_file.exists():
+        written = json.loads(json_file.read_text(encoding="utf-8"))
+    if {key: written.get(key) for key in depth} != depth:
+        written = depth | {"sizes": {}}
     with Progress() as progress:
         checkpoint = str(random_flux(folder, double_blocks, single_blocks, progress))
         built = build_bundles(folder / "bundles", checkpoint, bundles, progress)
@@ -74,6 +81,7 @@ def main(
             written["sizes"][str(size)] = {
                 "report": json.loads(to_json(report)),
                 "work": vars(work),
+                "peaks": vars(peaks),
                 "share_of_roofline": shares,
             }
     if json_file is not None:
@@ -85,7 +93,7 @@ def gpu_bundles() -> dict[str, tuple[str, str]]:
     found = {}
     for runtime in runtimes():
         target = next((t for t in runtime.targets if t != "cpu" and runtime.availability(t).ok), "")
-        for precision in PRECISIONS if target else ():
+        for precision in PRECISIONS[runtime.builds] if target else ():
             if runtime.precision_problem(target, precision) is None:
                 found[f"{runtime.name}, {precision}"] = (precision, runtime.name)
     return found

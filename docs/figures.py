@@ -204,6 +204,48 @@ def _width(report: dict[str, Any]) -> str:
     )
 
 
+_GPU_NAMES = {
+    "onnxruntime, bf16": "ours on ONNX Runtime, bf16",
+    "onnxruntime, fp16": "ours on ONNX Runtime, fp16",
+    "onnxruntime, fp8-weights": "ours on ONNX Runtime, fp8-weights",
+    "eager-bf16": "PyTorch eager bf16",
+    "compile-bf16": "torch.compile bf16",
+}
+
+
+def _gpu_latency(report: dict[str, Any]) -> str:
+    """The report of benchmarks/gpu_latency.py: a pair of columns for each size."""
+    sizes = list(report["sizes"].values())
+    reports = [size["report"] for size in sizes]
+    loads = [each["workload"] for each in reports]
+    headings = [f"{load['width']}x{load['height']}" for load in loads]
+    rows = [
+        ["", *(f"{size}{what}" for size in headings for what in ("", ", of the roofline"))],
+        ["---", *["---:"] * 2 * len(sizes)],
+    ]
+    for row in zip(*(each["contenders"] for each in reports), strict=True):
+        cells = []
+        for size, each in zip(sizes, row, strict=True):
+            share = size["share_of_roofline"].get(each["name"])
+            cells.append(_times(each["timings"]["step"]["ratio"]))
+            cells.append("" if share is None else f"{share:.0%}")
+        rows.append([_GPU_NAMES.get(row[0]["name"], row[0]["name"]), *cells])
+    base = [next(c for c in r["contenders"] if c["name"] == r["baseline"]) for r in reports]
+    steps = " and ".join(f"{1e3 * each['timings']['step']['p50']:.1f}" for each in base)
+    noise = " and ".join(_times(each["noise"]["step"]) for each in reports)
+    machine, packages = reports[0]["machine"], reports[0]["machine"]["packages"]
+    return (
+        f"{_table(rows)}\n"
+        "Times faster than PyTorch eager bf16 (diffusers), a step of FLUX.1's width with "
+        f"{report['double_blocks']} double and {report['single_blocks']}\nsingle blocks, random "
+        f"weights, one picture. Eager's step takes {steps} ms. Medians of {reports[0]['rounds']} "
+        f"rounds with\ntheir middle 80%; eager against itself: {noise}. "
+        "Measured by\n[benchmarks/gpu_latency.py](benchmarks/gpu_latency.py) on "
+        f"{machine['gpu']}, {machine['cores']} cores, Python {machine['python']},\n"
+        f"PyTorch {packages['torch']}, ONNX Runtime {packages['onnxruntime']}.\n"
+    )
+
+
 def _host_step(report: dict[str, Any]) -> str:
     """The report of benchmarks/host_step.py as a Markdown table."""
     own, bare = report["microseconds"]["arithmetic"], {}
@@ -324,6 +366,7 @@ BLOCKS: Mapping[str, Block] = {
     ),
     "quantize_scale": Block(RESULTS / "quantize_scale.json", (README,), _quantize_scale),
     "latency": Block(RESULTS / "latency.json", (README,), _latency),
+    "gpu_latency": Block(RESULTS / "gpu_latency.json", (README,), _gpu_latency),
     "host_step": Block(RESULTS / "host_step.json", (PERFORMANCE,), _host_step),
     "conditioner_split": Block(
         RESULTS / "conditioner_split.json", (PERFORMANCE,), _conditioner_split

@@ -179,8 +179,8 @@ class Runtime(ABC):
     def compute(self, target: str, precision: str) -> str:
         """The type that everything which `precision` does not quantize computes in."""
 
-    def fuses_attention(self, target: str) -> bool:
-        """Whether attention for `target` is ONNX Runtime's own operator (`exporters/fuse.py`)."""
+    def fuses_attention(self, target: str, compute: str) -> bool:
+        """Whether attention computing in `compute` is ONNX Runtime's own (`exporters/fuse.py`)."""
         return False
 
     def precision_problem(self, target: str, precision: str) -> str | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import io
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["OnnxRuntime"]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_ERRORS = 3  # the least severity that is logged
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 
 
@@ -60,12 +63,14 @@ class OnnxRuntime(Runtime):
         return on_cpu.get(precision, precision) if target == "cpu" else precision
 
     def compute(self, target: str, precision: str) -> str:
+        """float16 around quantized weights on GPUs: its kernels take no scales in bfloat16."""
         if precision in FLOATS:
             return self.precision(target, precision)
-        return "fp32" if target == "cpu" else "bf16"
+        return "fp32" if target == "cpu" else "fp16"
 
-    def fuses_attention(self, target: str) -> bool:
-        return target == "cpu"
+    def fuses_attention(self, target: str, compute: str) -> bool:
+        """On CPUs the operator has a kernel for float32 alone."""
+        return compute == "fp32" or target == "cuda"
 
     def precision_problem(self, target: str, precision: str) -> str | None:
         """FP4 takes an operator of TensorRT's own, and the products of a GPU that has them."""
@@ -99,8 +104,9 @@ def _session(
         raise MissingDependencyError(
             "ONNX Runtime is not installed: pip install onnxruntime, or fluxdeploy[gpu] for CUDA."
         ) from error
+    onnxruntime.set_default_logger_severity(_ERRORS)
     settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3
+    settings.log_severity_level = _ERRORS
     # A session's threads would go on looking for work for some milliseconds after a run, on the
     # cores that the next component's threads need. A picture of the demo took 1.7 times as long.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
@@ -114,8 +120,12 @@ def _session(
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads
     provider: list[Any] = ["CPUExecutionProvider"]
+    said = ""
     if target == "cuda":
-        provider.insert(0, ("CUDAExecutionProvider", {"device_id": options.device}))
+        said = _load_cuda_libraries()
+        # The default tries every algorithm for each new size of picture, for seconds.
+        choices = {"device_id": options.device, "cudnn_conv_algo_search": "HEURISTIC"}
+        provider.insert(0, ("CUDAExecutionProvider", choices))
     try:
         session = onnxruntime.InferenceSession(str(path), settings, providers=provider)
     except Exception as error:  # the runtime raises a class of its own for every status
@@ -125,9 +135,23 @@ def _session(
     if _PROVIDERS[target] not in session.get_providers():
         raise EngineError(
             f"ONNX Runtime could not start its {_PROVIDERS[target]} for {component}: check the "
-            "driver and the CUDA and cuDNN libraries, or use a bundle for the CPU."
+            f"driver and the CUDA and cuDNN libraries, or use a bundle for the CPU.{said}"
         )
     return session
+
+
+def _load_cuda_libraries() -> str:
+    """Load the libraries of CUDA and cuDNN that pip installed, where the linker does not look.
+
+    Returns what ONNX Runtime says of those that are missing, to end an error with.
+    """
+    import onnxruntime
+
+    said = io.StringIO()
+    with redirect_stdout(said):
+        onnxruntime.preload_dlls(msvc=False)
+    lines = said.getvalue().strip().splitlines()
+    return f" {lines[0]}" if lines else ""
 
 
 class _OnnxRuntimeEngine(Engine):

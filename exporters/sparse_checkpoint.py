@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from exporters.chain import Chain
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.small_tokenizers import write_tokenizers
 from fluxdeploy.bundle.files import write_atomic
-from fluxdeploy.tensorfile import from_float32, read_header, write_sparse
+from fluxdeploy.tensorfile import TensorEntry, from_float32, read_header, write_sparse
 
 __all__ = [
     "FLUX_DEV",
@@ -149,20 +152,29 @@ def write_random_checkpoint(folder: Path, sizes: Sizes) -> None:
     are a tenth of that: a trained model's gates are small, and large ones amplify every rounding.
     """
     write_sparse_checkpoint(folder, sizes)
-    random = np.random.default_rng(0)
-    for path in _PARTS.values():
-        file = read_header(folder / path)
-        with file.path.open("r+b") as output:
-            for name, entry in file.tensors.items():
-                values = random.standard_normal(entry.shape, dtype=np.float32)
-                if len(entry.shape) > 1:
-                    values /= math.sqrt(math.prod(entry.shape[1:]))
-                    values *= 0.1 if ".norm" in name else 1.0
-                else:
-                    values *= 0.02
-                    values += 1.0 if "norm" in name and name.endswith(".weight") else 0.0
-                output.seek(entry.offset)
-                output.write(from_float32(values, "BF16").tobytes())
+
+    def write(path: Path, entry: TensorEntry) -> None:
+        name = entry.name
+        random = np.random.default_rng(zlib.crc32(name.encode()))
+        values = random.standard_normal(entry.shape, dtype=np.float32)
+        if len(entry.shape) > 1:
+            values /= math.sqrt(math.prod(entry.shape[1:]))
+            values *= 0.1 if ".norm" in name else 1.0
+        else:
+            values *= 0.02
+            values += 1.0 if "norm" in name and name.endswith(".weight") else 0.0
+        with path.open("r+b") as output:
+            output.seek(entry.offset)
+            output.write(from_float32(values, "BF16").tobytes())
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        written = [
+            pool.submit(write, folder / path, entry)
+            for path in _PARTS.values()
+            for entry in read_header(folder / path).tensors.values()
+        ]
+        for each in written:
+            each.result()
 
 
 def write_sparse_checkpoint(folder: Path, sizes: Sizes) -> None:

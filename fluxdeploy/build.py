@@ -293,7 +293,7 @@ class _Session:
             self.weights,
             compute=record.compute,
             ranges=self._ranges[0] if needs_ranges(record.precision) else None,
-            fused=self.runtime.fuses_attention(self.targets[0]),
+            fused=self.runtime.fuses_attention(self.targets[0], record.compute),
             progress=self.progress,
             ledger=ledger,
         )

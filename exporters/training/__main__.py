@@ -15,14 +15,14 @@ import transformers
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from exporters.small_tokenizers import TokenizerSizes, write_tokenizers
-from exporters.training import decoder, few_steps, flow, guidance, text, vae
+from exporters.training import decoder, few_steps, flow, guidance, path, text, vae
 from exporters.training.checkpoint import write_checkpoint
 from exporters.training.loop import plot_losses, train, write_record
 from exporters.training.networks import TextEncoders, make_transformer
 from fluxdeploy.demo.scenes import caption, sample_scene
 from fluxdeploy.progress import Progress
 
-_STAGES = ("vae", "decoder", "text", "flow", "guidance", "few_steps")
+_STAGES = ("vae", "decoder", "text", "flow", "guidance", "path", "few_steps")
 _CAPTIONS = 20_000
 
 
@@ -86,13 +86,19 @@ def _train(folder: Path, until: str, seed: int, device: torch.device, progress: 
     dev = guidance.guided_student(plain).to(device)
     guidance_stage = guidance.GuidanceStage(dev, plain, encoders, data, batch=48, device=device)
     train(guidance.RECIPE, guidance_stage.networks, guidance_stage.loss, *shared)
-    settings = {"num_inference_steps": 28, "guidance_scale": few_steps.GUIDANCE}
-    _write(folder, "dev", coder, encoders, dev, settings)
     if last == 4:
         return
 
+    teacher = copy.deepcopy(dev)
+    path_stage = path.PathStage(dev, teacher, encoders, batch=24, device=device)
+    train(path.RECIPE, path_stage.networks, path_stage.loss, *shared)
+    settings = {"num_inference_steps": 28, "guidance_scale": few_steps.GUIDANCE}
+    _write(folder, "dev", coder, encoders, dev, settings)
+    if last == 5:
+        return
+
     schnell = few_steps.unguided_student(dev).to(device)
-    few_stage = few_steps.FewStepsStage(schnell, dev, encoders, batch=24, device=device)
+    few_stage = few_steps.few_steps_stage(schnell, dev, encoders, batch=24, device=device)
     train(few_steps.RECIPE, few_stage.networks, few_stage.loss, *shared)
     _write(folder, "schnell", coder, encoders, schnell, {"num_inference_steps": 4})
 

@@ -10,7 +10,7 @@ from exporters.training.flow import LatentSet, noised
 from exporters.training.loop import Draw, Recipe
 from exporters.training.networks import TextEncoders, make_transformer, velocity
 
-__all__ = ["RECIPE", "GuidanceStage", "guided_student"]
+__all__ = ["RECIPE", "GuidanceStage", "draw_guidance", "guided_student"]
 
 RECIPE = Recipe("guidance", steps=500, rate=5e-4, matrix_rate=5e-4, ema=0.995)
 
@@ -27,11 +27,16 @@ def guided_student(teacher: FluxTransformer2DModel) -> FluxTransformer2DModel:
     return student
 
 
+def draw_guidance(draw: Draw, count: int) -> Tensor:
+    """Strengths [B], uniform in [1, 6]."""
+    return 1 + (_STRONGEST - 1) * draw.uniform(count)
+
+
 class GuidanceStage:
     """The student at guidance w matches the teacher's v_empty + w (v_prompt - v_empty).
 
     C. Meng and others, "On Distillation of Guided Diffusion Models", 2022, first stage; w is
-    uniform in [1, 6].
+    that of `draw_guidance`.
     """
 
     def __init__(
@@ -51,7 +56,7 @@ class GuidanceStage:
     def loss(self, draw: Draw) -> dict[str, Tensor]:
         batch = self._data.batch(draw, self._batch, self._device)
         t, _, x = noised(batch.latents, draw)
-        guidance = 1 + (_STRONGEST - 1) * draw.uniform(self._batch).to(self._device)
+        guidance = draw_guidance(draw, self._batch).to(self._device)
         with torch.no_grad():
             text, empty = self._text(batch.captions), self._text([""] * self._batch)
             towards = velocity(self._teacher, x, t, text, batch.size)

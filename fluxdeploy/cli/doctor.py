@@ -92,10 +92,7 @@ def _make_report() -> dict[str, Any]:
         "memory": {"total": memory.total, "available": memory.available},
         "disk": {"folder": str(Path.cwd()), "free": shutil.disk_usage(".").free},
         "gpus": _list_gpus(),
-        "packages": {
-            extra: {name: _installed_version(name) for name in names}
-            for extra, names in PACKAGES.items()
-        },
+        "packages": _list_packages(),
         **_describe_runtimes(),
         "notes": _find_conflicts(),
     }
@@ -132,6 +129,18 @@ def _parse_gpus(output: str) -> list[dict[str, Any]]:
             }
         )
     return gpus
+
+
+def _list_packages() -> dict[str, dict[str, str | None]]:
+    packages = {
+        extra: {name: _installed_version(name) for name in names}
+        for extra, names in PACKAGES.items()
+    }
+    # The GPU package has all that the CPU one has, and stands in its place.
+    packages[BASE]["onnxruntime"] = (
+        packages[BASE]["onnxruntime"] or packages["gpu"]["onnxruntime-gpu"]
+    )
+    return packages
 
 
 def _installed_version(name: str) -> str | None:

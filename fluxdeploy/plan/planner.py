@@ -196,8 +196,8 @@ class _Planner:
         if self.runtime.builds:
             return Kernels.TENSORRT
         quantization = QUANTIZED.get(self.precisions[name])
-        plain = self.compute[name] != "fp32" or (quantization and quantization.attention)
-        if plain or not self.runtime.fuses_attention(self.targets[0]):
+        plain = quantization is not None and quantization.attention
+        if plain or not self.runtime.fuses_attention(self.targets[0], self.compute[name]):
             return Kernels.PLAIN
         return Kernels.ONNX_RUNTIME
 

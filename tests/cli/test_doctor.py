@@ -90,6 +90,14 @@ def test_nvidia_smi_without_a_driver_means_no_gpu(
     assert json.loads(result.stdout)["gpus"] == []
 
 
+def test_the_gpu_package_stands_for_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"onnxruntime-gpu": "1.31.1"}
+    monkeypatch.setattr(doctor, "_installed_version", installed.get)
+    packages = json.loads(run("--json").stdout)["packages"]
+    assert packages["base"]["onnxruntime"] == "1.31.1"
+    assert packages["base"]["numpy"] is None
+
+
 def test_two_onnxruntime_packages_are_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_installed_version", lambda name: "1.31.1")
     result = run()

@@ -55,6 +55,7 @@ BLOCKS = (
     "demo_training",
     "quantization_quality",
     "quantize_scale",
+    "gpu_latency",
     "latency",
     "host_step",
     "conditioner_split",

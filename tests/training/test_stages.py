@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from exporters.checkpoint import open_checkpoint
 from exporters.small_tokenizers import TokenizerSizes, write_tokenizers
-from exporters.training import decoder, few_steps, flow, guidance, vae
+from exporters.training import decoder, few_steps, flow, guidance, path, vae
 from exporters.training.checkpoint import write_checkpoint
 from exporters.training.data import draw_batch, draw_windows, labels, to_tensor
 from exporters.training.data import pack as pack_latents
@@ -76,7 +77,7 @@ def data(monkeypatch: pytest.MonkeyPatch) -> flow.LatentSet:
     scenes = [sample_scene(rng) for _ in range(8)]
     latents = torch.from_numpy(rng.standard_normal((8, 48, 64), dtype=np.float32))
     marks = [labels(arrange(scene, *SIZE, rng)) for scene in scenes]
-    for module in (flow, few_steps):
+    for module in (flow, path):
         monkeypatch.setattr(module, "draw_size", lambda rng: SIZE)
     return flow.LatentSet(
         {SIZE: latents}, {SIZE: torch.from_numpy(np.stack(marks))}, {SIZE: scenes}
@@ -379,26 +380,57 @@ def test_the_model_without_guidance_embedding_starts_as_the_guided_one(
     assert (other - expected).abs().max() > 1e-3
 
 
-def test_a_step_of_few_steps_covers_the_four_pieces(
+def test_a_step_of_path_covers_every_piece_at_any_guidance(
+    transformer: Any, text: TextEncoders, data: flow.LatentSet
+) -> None:
+    teacher = randomised(guidance.guided_student(transformer))
+    dev = copy.deepcopy(teacher)
+    terms = path.PathStage(dev, teacher, text, batch=2, device=CPU).loss(step())
+    assert list(terms) == [f"piece {number}" for number in range(1, 9)]
+    assert all(term > 0 for term in terms.values())
+    learnt = learns(nn.ModuleDict({"transformer": dev}), terms)
+    assert any("guidance_embedder" in name for name in learnt)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_step_of_few_steps_covers_four_pieces_at_one_guidance(
     transformer: Any, text: TextEncoders, data: flow.LatentSet
 ) -> None:
     dev = randomised(guidance.guided_student(transformer))
     schnell = few_steps.unguided_student(dev)
-    stage = few_steps.FewStepsStage(schnell, dev, text, batch=2, device=CPU)
+    stage = few_steps.few_steps_stage(schnell, dev, text, batch=2, device=CPU)
     terms = stage.loss(step())
-    assert list(terms) == ["from 1.00", "from 0.90", "from 0.75", "from 0.50"]
+    assert len(terms) == 4
     assert all(term > 0 for term in terms.values())
     learnt = learns(stage.networks, terms)
     assert any("single_transformer_blocks.4" in name for name in learnt)
     assert all(parameter.grad is None for parameter in dev.parameters())
 
 
+def test_few_steps_begin_where_the_host_begins_them() -> None:
+    levels = path.shifted_levels(4, few_steps.SHIFT)
+    torch.testing.assert_close(torch.tensor(levels), torch.tensor([1, 0.9, 0.75, 0.5, 0]))
+
+
+@pytest.mark.parametrize("make", [path.PathStage, few_steps.few_steps_stage])
 def test_a_teacher_on_a_straight_path_is_met_at_once(
-    text: TextEncoders, data: flow.LatentSet
+    text: TextEncoders, data: flow.LatentSet, make: Any
 ) -> None:
-    stage = few_steps.FewStepsStage(Answer(0.7), Answer(0.7), text, batch=2, device=CPU)
+    stage = make(Answer(0.7), Answer(0.7), text, batch=2, device=CPU)
     for term in stage.loss(step()).values():
         torch.testing.assert_close(term, torch.zeros(()), atol=1e-9, rtol=0)
+
+
+def test_a_share_of_the_captions_tells_of_the_neighbour(data: flow.LatentSet) -> None:
+    draw = step()
+    batch = data.batch(draw, 200, CPU)
+    numbered = replace(batch, captions=[str(row) for row in range(200)])
+    captions, said = flow._mistell(numbered, draw)
+    rows = [int(text) for text in captions]
+    wrong = [row for row, told in enumerate(rows) if told != row]
+    assert all(rows[row] == (row - 1) % 200 for row in wrong)
+    assert 15 < len(wrong) < 50
+    assert torch.equal(said, batch.facts[rows])
 
 
 def test_training_never_draws_what_is_held_out() -> None:
