@@ -34,6 +34,7 @@ PEERS = ("eager-bf16", "compile-bf16")
 @click.option("--size", "sizes", type=int, multiple=True, default=(512, 1024), show_default=True)
 @click.option("--steps", default=4, show_default=True)
 @click.option("--rounds", default=10, show_default=True)
+@click.option("--one-by-one", is_flag=True, help="Have one contender on the GPU at a time.")
 @click.option("--double-blocks", default=FLUX_DEV.transformer.double_blocks, show_default=True)
 @click.option("--single-blocks", default=FLUX_DEV.transformer.single_blocks, show_default=True)
 @click.option(
@@ -47,6 +48,7 @@ def main(
     sizes: tuple[int, ...],
     steps: int,
     rounds: int,
+    one_by_one: bool,
     double_blocks: int,
     single_blocks: int,
     json_file: Path | None,
@@ -72,7 +74,7 @@ def main(
                 checkpoint,
                 PEERS,
                 Workload((size, size), steps),
-                Counts(rounds, warmup=2, cold_starts=0),
+                Counts(rounds, warmup=2, cold_starts=0, one_by_one=one_by_one),
                 progress,
             )
             work = count_step(network.transformer, (size // 16) ** 2, report.workload.tokens)

@@ -41,10 +41,10 @@ BUNDLES = {
 }
 """Names of bundles, with their precision and runtime."""
 
-OPENVINO = ("fp32 on OpenVINO", "bf16 on OpenVINO")
-"""What OpenVINO does with our graphs by itself."""
+OPENVINO = ("fp32 on OpenVINO", "bf16 on OpenVINO", "openvino", "openvino-bf16")
+"""What OpenVINO does by itself, with our graphs and with its own of diffusers' transformer."""
 
-PEERS = ("eager", "eager-bf16", "compile", "compile-bf16")
+PEERS = ("eager", "eager-bf16", "compile", "compile-bf16", "openvino", "openvino-bf16")
 CALIBRATION = "A red circle above a blue square\n"
 
 
@@ -94,6 +94,9 @@ TARGETS = (
 @click.option("--model", type=click.Choice(["demo", "width"]), help="Only one of the models.")
 @click.option("--threads", type=int, help="Default: all cores.")
 @click.option(
+    "--one-by-one", is_flag=True, help="At full width, have one contender in memory at a time."
+)
+@click.option(
     "--folder",
     type=click.Path(path_type=Path, file_okay=False),
     help="Keep checkpoint and bundles here, and take over those that are there.",
@@ -113,6 +116,7 @@ def main(
     against: str,
     model: str | None,
     threads: int | None,
+    one_by_one: bool,
     folder: Path | None,
     json_file: Path | None,
     plot: Path | None,
@@ -142,7 +146,7 @@ def main(
                     checkpoint,
                     peers,
                     Workload((size, size), 1, threads=threads),
-                    Counts((rounds + 1) // 2, warmup=1, cold_starts=0),
+                    Counts((rounds + 1) // 2, 1, cold_starts=0, one_by_one=one_by_one),
                     progress,
                 )
     for name, report in reports.items():

@@ -191,16 +191,22 @@ def _width(report: dict[str, Any]) -> str:
     ]
     rows = [["FLUX.1's width", *headings], ["---", *["---:"] * len(headings)]]
     rounds = [{e["name"]: e["timings"]["step"]["rounds"] for e in s["contenders"]} for s in sizes]
-    for name in rounds[0]:
-        cells = [_times(_ratio(own[peer], own[name])) for own in rounds for peer in baselines]
+    for name in dict.fromkeys(name for own in rounds for name in own):
+        cells = [
+            _times(_ratio(own[peer], own[name])) if name in own else ""
+            for own in rounds
+            for peer in baselines
+        ]
         rows.append([_NAMES.get(name, name), *cells])
     tokens = " and ".join(f"{load['width'] * load['height'] // 256:,}" for load in loads)
+    counts = " and ".join(str(size["rounds"]) for size in sizes)
+    noise = " and ".join(_times(size["noise"]["step"]) for size in sizes)
     return (
         f"{_table(rows)}\n"
         f"A step with {sizes[0]['double_blocks']} double and {sizes[0]['single_blocks']} single "
         f"blocks, {tokens} image and {loads[0]['tokens']} text tokens, random weights,\n"
-        f"{loads[0]['threads']} threads. Medians of {sizes[0]['rounds']} rounds with their middle "
-        f"80%. Eager fp32 against itself: {_times(sizes[0]['noise']['step'])}.\n"
+        f"{loads[0]['threads']} threads. Medians of {counts} rounds with their middle "
+        f"80%. Eager against itself: {noise}.\n"
     )
 
 
@@ -319,6 +325,8 @@ _NAMES = {
     "eager-bf16": "PyTorch eager bf16",
     "compile": "torch.compile fp32",
     "compile-bf16": "torch.compile bf16",
+    "openvino": "OpenVINO's conversion fp32",
+    "openvino-bf16": "OpenVINO's conversion bf16",
 }
 
 

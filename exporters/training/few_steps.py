@@ -41,16 +41,5 @@ def unguided_student(teacher: FluxTransformer2DModel) -> FluxTransformer2DModel:
 def few_steps_stage(
     student: nn.Module, teacher: nn.Module, text: TextEncoders, batch: int, device: torch.device
 ) -> PathStage:
-    """Four pieces at one guidance, which the teacher solves in three steps each."""
-    return PathStage(
-        student,
-        teacher,
-        text,
-        batch,
-        device,
-        pieces=4,
-        substeps=3,
-        guided=False,
-        guidance=lambda draw, count: torch.full((count,), GUIDANCE),
-        fixed=SHIFT,
-    )
+    """The path stage at the student's one guidance and schedule."""
+    return PathStage(student, teacher, text, batch, device, fixed=(GUIDANCE, SHIFT))

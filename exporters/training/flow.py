@@ -29,7 +29,6 @@ _SCENES = 36864
 _READ_AFTER = 2  # of five single blocks
 _READING = 0.1
 _FACTS = 0.1
-_MISTOLD = 0.15
 
 Size = tuple[int, int]
 
@@ -112,8 +111,7 @@ class FlowStage:
     """Rectified flow (X. Liu and others, 2022): x_t = (1 - t) x_0 + t x_1, target x_1 - x_0.
 
     The noise level t is logit-normal (P. Esser and others, 2024). A share of the captions is
-    dropped, so that the empty prompt is an unconditional model. Others tell of another picture, as
-    many do in data from the web, so that a prompt is followed for certain only with guidance.
+    dropped, so that the empty prompt is an unconditional model.
 
     The middle of the transformer also has to tell what lies where, which `reader` reads from it
     (after S. Yu and others, "Representation Alignment for Generation", 2024, with the scenes' own
@@ -150,7 +148,7 @@ class FlowStage:
 
     def loss(self, draw: Draw) -> dict[str, Tensor]:
         batch = self._data.batch(draw, self._batch, self._device)
-        prompts, said = drop_captions(*_mistell(batch, draw), draw)
+        prompts, said = drop_captions(batch.captions, batch.facts, draw)
         t, noise, x = noised(batch.latents, draw)
         text = self._text(prompts)
         predicted = velocity(self._transformer, x, t, text, batch.size)
@@ -159,14 +157,6 @@ class FlowStage:
             "reading": _READING * self.reader.loss(self._middle, batch.labels),
             "facts": _FACTS * self._captions.loss(text, said.to(self._device)),
         }
-
-
-def _mistell(batch: Batch, draw: Draw) -> tuple[list[str], Tensor]:
-    """Captions and facts, a share of them the neighbour's."""
-    count = len(batch.captions)
-    rows = np.arange(count)
-    rows = np.where(draw.scenes.random(count) < _MISTOLD, np.roll(rows, 1), rows)
-    return [batch.captions[row] for row in rows], batch.facts[torch.from_numpy(rows)]
 
 
 def noised(latents: Tensor, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:

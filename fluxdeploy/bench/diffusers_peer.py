@@ -1,4 +1,4 @@
-"""Contenders that run diffusers' own pipeline: PyTorch eager, torch.compile, optimum-onnx."""
+"""Contenders that run diffusers' pipeline: eager, torch.compile, OpenVINO's conversion, optimum."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from fluxdeploy.bench.job import PEERS, Job
 from fluxdeploy.bench.opened import OpenedContender
+from fluxdeploy.bench.openvino_peer import openvino_loader
 from fluxdeploy.bench.optimum import optimum_loader
 from fluxdeploy.bench.stopwatch import Stopwatch
 
@@ -26,7 +27,7 @@ class DiffusersContender(OpenedContender):
 
         super().__init__(job, watch)
         torch.set_num_threads(job.threads)
-        load = optimum_loader(job) if job.contender == "optimum" else _eager_loader(job)
+        load = _LOADERS.get(job.contender.partition("-")[0], _eager_loader)(job)
         with watch.component("load"):
             self._pipe = load()
         self._pipe.set_progress_bar_config(disable=True)
@@ -77,3 +78,7 @@ def _eager_loader(job: Job) -> Callable[[], Any]:
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[PEERS[job.contender].precision]
     return lambda: FluxPipeline.from_pretrained(job.checkpoint, torch_dtype=dtype).to(job.device)
+
+
+_LOADERS = {"openvino": openvino_loader, "optimum": optimum_loader}
+"""By the first word of a peer's name, where it is not `_eager_loader`."""

@@ -21,6 +21,7 @@ class Peer:
 
 
 _DIFFUSERS = (("torch", "torch"), ("transformers", "transformers"), ("diffusers", "diffusers"))
+_OPENVINO = (*_DIFFUSERS, ("openvino", "openvino"))
 _OPTIMUM = (*_DIFFUSERS, ("optimum.onnxruntime", "optimum-onnx[onnxruntime]"))
 
 PEERS = {
@@ -28,6 +29,8 @@ PEERS = {
     "eager-bf16": Peer("PyTorch eager", "bf16", _DIFFUSERS),
     "compile": Peer("torch.compile", "fp32", _DIFFUSERS),
     "compile-bf16": Peer("torch.compile", "bf16", _DIFFUSERS),
+    "openvino": Peer("OpenVINO's conversion", "fp32", _OPENVINO),
+    "openvino-bf16": Peer("OpenVINO's conversion", "bf16", _OPENVINO),
     "optimum": Peer("optimum-onnx", "fp32", _OPTIMUM),
 }
 """What `--against` takes."""

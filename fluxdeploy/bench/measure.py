@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,20 @@ class Contender:
 
 @dataclass(frozen=True)
 class Counts:
-    """How often: timed rounds, rounds before them, and starts of a new process."""
+    """How often: timed rounds, rounds before them, and starts of a new process.
+
+    one_by_one: a process for each turn, so that no two contenders are in memory at once. Its first
+    picture warms it up, and there are no other rounds for that.
+    """
 
     rounds: int
     warmup: int
     cold_starts: int
+    one_by_one: bool = False
+
+
+_Take = Callable[[Contender], AbstractContextManager[ContenderProcess]]
+"""Gives a contender's process for a while."""
 
 
 @dataclass
@@ -91,25 +100,25 @@ def run_bench(
     """
     meter = open_meter() if contenders[0].job.device != "cpu" else None
     measured = {contender.name: _Measured() for contender in contenders}
+    warmup = 0 if counts.one_by_one else counts.warmup
     laps: dict[str, list[Laps]] = {}
     with tempfile.TemporaryDirectory(prefix="fluxdeploy-bench-") as place:
         placed = [_place(each, Path(place), number) for number, each in enumerate(contenders)]
         np.save(Path(place) / "latents.npy", noise)
         with ExitStack() as opened:
-            processes = _start(placed, measured, meter, opened, progress)
-            _compare(placed, processes, measured)
-            runs = {
-                each.name: _run(processes[each.name], measured[each.name], meter)
-                for each in contenders
-            }
+            if counts.one_by_one:
+                take = _starter(measured, meter)
+            else:
+                take = _keeper(_start(placed, measured, meter, opened, progress))
+            _compare(placed, take, measured, progress)
+            runs = {each.name: _run(each, take, measured[each.name], meter) for each in placed}
             # In the middle of the round, where no other contender is always its neighbour's.
             order = [each.name for each in contenders]
             order.insert((len(order) + 1) // 2, _TWIN)
-            runs[_TWIN] = processes[baseline].draw
-            task = progress.task("Timing", total=len(runs) * (counts.warmup + counts.rounds))
-            laps = race({n: runs[n] for n in order}, counts.rounds, counts.warmup, task.advance)
-            for name, process in processes.items():
-                measured[name].memory = process.memory
+            again = next(each for each in placed if each.name == baseline)
+            runs[_TWIN] = _run(again, take, _Measured(), None)
+            task = progress.task("Timing", total=len(runs) * (warmup + counts.rounds))
+            laps = race({n: runs[n] for n in order}, counts.rounds, warmup, task.advance)
         starts = _race_starts(placed, measured, counts.cold_starts, progress)
     timings = {each.name: _timings(each.name, baseline, laps, starts) for each in contenders}
     return BenchReport(
@@ -118,8 +127,9 @@ def run_bench(
         workload=_workload(contenders[0].job),
         baseline=baseline,
         rounds=counts.rounds,
-        warmup=counts.warmup,
+        warmup=warmup,
         cold_starts=counts.cold_starts,
+        one_by_one=counts.one_by_one,
         noise=_noise(laps, baseline),
         contenders=tuple(
             _report(each, measured[each.name], timings[each.name]) for each in contenders
@@ -144,27 +154,48 @@ def _start(
 ) -> dict[str, ContenderProcess]:
     """Start all contenders, one after the other: a GPU tells what all processes hold together."""
     task = progress.task("Starting contenders", total=len(contenders))
+    take = _starter(measured, meter)
     processes = {}
     for each in contenders:
-        before = meter.memory() if meter is not None else None
-        process = opened.enter_context(ContenderProcess(each.name, each.job))
-        after = meter.memory() if meter is not None else None
-        if before is not None and after is not None:
-            measured[each.name].gpu_memory = after - before
-        measured[each.name].loads.append(process.load)
-        processes[each.name] = process
+        processes[each.name] = opened.enter_context(take(each))
         task.advance()
     return processes
 
 
+def _starter(measured: Mapping[str, _Measured], meter: GpuMeter | None) -> _Take:
+    """What starts a contender for as long as it is used."""
+
+    @contextmanager
+    def take(each: Contender) -> Iterator[ContenderProcess]:
+        own = measured[each.name]
+        before = meter.memory() if meter is not None else None
+        with ContenderProcess(each.name, each.job) as process:
+            after = meter.memory() if meter is not None else None
+            if before is not None and after is not None:
+                own.gpu_memory = after - before
+            own.loads.append(process.load)
+            yield process
+
+    return take
+
+
+def _keeper(processes: Mapping[str, ContenderProcess]) -> _Take:
+    """What hands out contenders that are there."""
+    return lambda each: nullcontext(processes[each.name])
+
+
 def _compare(
     contenders: Sequence[Contender],
-    processes: Mapping[str, ContenderProcess],
+    take: _Take,
     measured: Mapping[str, _Measured],
+    progress: Progress,
 ) -> None:
     """Hold every contender's first picture against the first contender's."""
+    task = progress.task("Comparing pictures", total=len(contenders))
     for each in contenders:
-        processes[each.name].keep()
+        with take(each) as process:
+            process.keep()
+        task.advance()
     first = contenders[0]
     for each in contenders[1:]:
         agreement = _agreement(Path(each.job.folder), Path(first.job.folder))
@@ -191,13 +222,15 @@ def _agreement(own: Path, reference: Path) -> Agreement:
     return Agreement(float(error), None if np.isinf(ratio) else ratio)
 
 
-def _run(process: ContenderProcess, own: _Measured, meter: GpuMeter | None) -> Run:
+def _run(each: Contender, take: _Take, own: _Measured, meter: GpuMeter | None) -> Run:
     def run() -> Laps:
-        before = meter.energy() if meter is not None else None
-        laps = process.draw()
-        after = meter.energy() if meter is not None else None
-        if before is not None and after is not None:
-            own.joules.append(after - before)
+        with take(each) as process:
+            before = meter.energy() if meter is not None else None
+            laps = process.draw()
+            after = meter.energy() if meter is not None else None
+            if before is not None and after is not None:
+                own.joules.append(after - before)
+            own.memory = process.memory
         return laps
 
     return run

@@ -112,6 +112,7 @@ class BenchReport:
 
     noise: the ratios of the baseline to itself: a ratio within them says nothing. rounds, warmup,
     cold_starts: how many there were; a cold start finds its files in the system's cache.
+    one_by_one: every turn had a process of its own, whose first picture does not count.
     """
 
     fluxdeploy: str
@@ -121,6 +122,7 @@ class BenchReport:
     rounds: int
     warmup: int
     cold_starts: int
+    one_by_one: bool
     noise: Mapping[str, Ratio]
     contenders: tuple[ContenderReport, ...]
 

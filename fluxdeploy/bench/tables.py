@@ -64,9 +64,18 @@ def notes(report: BenchReport) -> list[str]:
     """What one must know to read the tables."""
     baseline = labels(report)[report.baseline]
     threads = report.workload.threads
+    if report.one_by_one:
+        how = (
+            f"{report.rounds} rounds; in each, every contender draws once, in a new process that "
+            "has drawn before"
+        )
+    else:
+        how = (
+            f"{report.rounds} rounds after {report.warmup} for warming up; in each, every "
+            "contender draws once"
+        )
     lines = [
-        f"{report.rounds} rounds after {report.warmup} for warming up; in each, every contender "
-        f"draws once, on {threads} {'thread' if threads == 1 else 'threads'}. Times faster than "
+        f"{how}, on {threads} {'thread' if threads == 1 else 'threads'}. Times faster than "
         f"{baseline}: the median of the rounds' ratios, and the middle 80% of them.",
     ]
     noise = report.noise.get("picture")

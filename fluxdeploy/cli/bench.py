@@ -60,6 +60,11 @@ if TYPE_CHECKING:
     default=3,
     help="New processes that are timed until their first picture is saved.",
 )
+@click.option(
+    "--one-by-one",
+    is_flag=True,
+    help="Start a contender anew for each turn, where memory is too small for all of them.",
+)
 @RUNTIME
 @click.option(
     "--threads",
@@ -95,6 +100,7 @@ def command(
     rounds: int,
     warmup: int,
     cold_starts: int,
+    one_by_one: bool,
     runtime: str,
     threads: int | None,
     json_file: Path | None,
@@ -136,7 +142,7 @@ def command(
     with Progress() as progress:
         contenders, noise = choose_contenders(request, progress)
         baseline = peers[0] if peers else contenders[0].name
-        counts = Counts(rounds, warmup, cold_starts)
+        counts = Counts(rounds, warmup, cold_starts, one_by_one)
         report = run_bench(contenders, baseline, noise, counts, progress)
     _show(report)
     if json_file is not None:

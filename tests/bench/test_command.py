@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from fluxdeploy.bench.job import PEERS
+import fluxdeploy.bench.measure
+from fluxdeploy.bench.job import PEERS, Job
+from fluxdeploy.bench.process import ContenderProcess
 from fluxdeploy.bench.report import BenchReport, from_json
 from fluxdeploy.bundle.manifest import MANIFEST_NAME
 from fluxdeploy.cli import main
@@ -72,19 +74,52 @@ def test_a_bundle_is_timed_in_all_its_parts(demo_bundle: Path, tmp_path: Path) -
     ]
 
 
-def test_eager_draws_what_the_bundle_draws(demo_bundle: Path, tmp_path: Path) -> None:
-    for module, _ in PEERS["eager"].packages:
+@pytest.mark.parametrize("peer", ["eager", "openvino"])
+def test_peers_draw_what_the_bundle_draws(demo_bundle: Path, tmp_path: Path, peer: str) -> None:
+    for module, _ in PEERS[peer].packages:
         pytest.importorskip(module)
-    arguments = ("--bundle", demo_bundle, "--against", "eager", *SMALL, "--cold-starts", 0)
+    arguments = ("--bundle", demo_bundle, "--against", peer, *SMALL, "--cold-starts", 0)
     report = measure(tmp_path / "bench.json", *arguments)
     own, other = report.contenders
-    assert report.baseline == other.name == "eager"
+    assert report.baseline == other.name == peer
     assert other.agreement.velocity_error < 2e-5
     assert other.agreement.psnr is None or other.agreement.psnr > 60
     assert "conditioner" not in other.timings
     for name in ("picture", "step", "transformer", "clip", "t5", "vae_decoder"):
         assert own.timings[name].ratio is not None
         assert other.timings[name].count == own.timings[name].count
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_one_by_one_no_two_contenders_are_in_memory(
+    demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_by_one: bool
+) -> None:
+    running: list[str] = []
+    most = 0
+
+    class Counted(ContenderProcess):
+        def __init__(self, name: str, job: Job) -> None:
+            nonlocal most
+            super().__init__(name, job)
+            running.append(name)
+            most = max(most, len(running))
+
+        def close(self) -> None:
+            running.remove(self._name)
+            super().close()
+
+    monkeypatch.setattr(fluxdeploy.bench.measure, "ContenderProcess", Counted)
+    copy = shutil.copytree(demo_bundle, tmp_path / "copy")
+    arguments = ("--bundle", demo_bundle, "--bundle", copy, *SMALL, "--cold-starts", 0)
+    flags = ("--one-by-one",) if one_by_one else ()
+    report = measure(tmp_path / "bench.json", *arguments, *flags)
+    assert report.one_by_one is one_by_one
+    assert most == (1 if one_by_one else 2)
+    assert not running
+    for contender in report.contenders:
+        assert contender.timings["step"].count == 2
+        assert contender.timings["step"].ratio is not None
+        assert contender.agreement.velocity_error == 0
 
 
 def test_another_network_is_not_timed(

@@ -75,6 +75,7 @@ REPORT = BenchReport(
     rounds=2,
     warmup=1,
     cold_starts=3,
+    one_by_one=False,
     noise={"picture": Ratio(1.01, 0.98, 1.03)},
     contenders=(OURS, EAGER),
 )

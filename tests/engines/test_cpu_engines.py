@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from engines import Engine, EngineOptions, open_engine
@@ -136,6 +137,20 @@ def test_broken_file(bundle: Make, runtime: str, content: bytes | None) -> None:
     words = rf"{RUNTIMES[runtime]} cannot open tiny \(.*tiny.onnx\)"
     with pytest.raises(EngineError, match=words):
         open_engine(made, "tiny", runtime)
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_cuda_libraries_that_are_missing_are_named(
+    bundle: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if OnnxRuntime().availability("cuda").ok:
+        pytest.skip("this machine has a GPU")
+    said = "Failed to load libcudart.so.13: no such file"
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda msvc: print(said + "\nSee the page"))
+    with pytest.raises(EngineError, match=f"or use a bundle for the CPU. {said}$"):
+        cuda = engine_record(target="cuda")
+        OnnxRuntime().open("tiny", record(cuda), cuda, bundle().root, EngineOptions())
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
