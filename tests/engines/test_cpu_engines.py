@@ -147,8 +147,8 @@ def test_cuda_libraries_that_are_missing_are_named(
         pytest.skip("this machine has a GPU")
     said = "Failed to load libcudart.so.13: no such file"
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda msvc: print(said + "\nSee the page"))
+    cuda = engine_record(target="cuda")
     with pytest.raises(EngineError, match=f"or use a bundle for the CPU. {said}$"):
-        cuda = engine_record(target="cuda")
         OnnxRuntime().open("tiny", record(cuda), cuda, bundle().root, EngineOptions())
     assert capsys.readouterr().out == ""
 
