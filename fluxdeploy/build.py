@@ -31,7 +31,7 @@ from fluxdeploy.errors import BundleError
 from fluxdeploy.gate import COMPONENT_GATES, QUALITY_GATES
 from fluxdeploy.pieces import WeightPieces, digest, exporters_digest, tool_versions
 from fluxdeploy.plan import make_plan
-from fluxdeploy.precision import component_precision, needs_ranges
+from fluxdeploy.precision import component_compute, component_precision, needs_ranges
 from fluxdeploy.profiles import SizeRange, any_size, overall, resolution_buckets
 from fluxdeploy.progress import Progress
 from fluxdeploy.source import hash_checkpoint, open_source
@@ -229,7 +229,8 @@ class _Session:
         from exporters.export import component_source
 
         precision = self.precisions[name]
-        compute = self.runtime.compute(self.targets[0], precision)
+        usual = self.runtime.compute(self.targets[0], precision)
+        compute = component_compute(name, precision, usual)
         ranges = self._ranges[1] if needs_ranges(precision) else None
         chain, weights = component_source(self.checkpoint, name, compute)
         specs = chain.inputs + chain.outputs

@@ -17,6 +17,7 @@ __all__ = [
     "QUANTIZED",
     "Quantization",
     "check_precision",
+    "component_compute",
     "component_precision",
     "needs_ranges",
 ]
@@ -82,6 +83,15 @@ def component_precision(component: str, precision: str) -> str:
     family = precision.partition("-")[0]
     usual = "bf16" if precision in QUANTIZED else precision
     return _OTHERS.get(family, {}).get(component, usual)
+
+
+def component_compute(component: str, precision: str, compute: str) -> str:
+    """What a component computes in, where a runtime computes in `compute` around quantized weights.
+
+    float32 for a quantized T5 where that is float16, which it overflows.
+    """
+    overflows = component == "t5" and precision in QUANTIZED and compute == "fp16"
+    return "fp32" if overflows else compute
 
 
 def check_precision(component: str, precision: str) -> None:

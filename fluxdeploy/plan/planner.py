@@ -24,7 +24,13 @@ from fluxdeploy.plan.footprint import (
     weigh,
 )
 from fluxdeploy.plan.objections import find_impossible, find_remarks, find_shortages
-from fluxdeploy.precision import QUANTIZED, check_precision, component_precision, needs_ranges
+from fluxdeploy.precision import (
+    QUANTIZED,
+    check_precision,
+    component_compute,
+    component_precision,
+    needs_ranges,
+)
 from fluxdeploy.profiles import SizeRange, overall, resolution_buckets
 from fluxdeploy.source import check_family
 from fluxdeploy.text import TOKENIZER_FILES
@@ -112,7 +118,8 @@ class _Planner:
             check_precision(name, asked)
             self.precisions[name] = runtime.precision(targets[0], asked)
         self.compute = {
-            name: runtime.compute(targets[0], used) for name, used in self.precisions.items()
+            name: component_compute(name, used, runtime.compute(targets[0], used))
+            for name, used in self.precisions.items()
         }
         self.ranges = self._ranges(sizes or SizeRange())
         self.usual, self.largest = self._workloads()
