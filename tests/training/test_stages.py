@@ -411,6 +411,14 @@ def test_few_steps_begin_where_the_host_begins_them() -> None:
     torch.testing.assert_close(torch.tensor(levels), torch.tensor([1, 0.9, 0.75, 0.5, 0]))
 
 
+def test_a_piece_begins_where_the_student_arrived(text: TextEncoders, data: flow.LatentSet) -> None:
+    student = Answer(0.3)
+    few_steps.few_steps_stage(student, Answer(0.7), text, batch=2, device=CPU).loss(step())
+    noise = step().normal(2, SIZE[0] * SIZE[1] // 256, 64)
+    # The last of four pieces begins at 0.5.
+    torch.testing.assert_close(student.seen["hidden_states"], noise - (1 - 0.5) * 0.3)
+
+
 @pytest.mark.parametrize("make", [path.PathStage, few_steps.few_steps_stage])
 def test_a_teacher_on_a_straight_path_is_met_at_once(
     text: TextEncoders, data: flow.LatentSet, make: Any
