@@ -239,13 +239,17 @@ def _gpu_latency(report: dict[str, Any]) -> str:
     base = [next(c for c in r["contenders"] if c["name"] == r["baseline"]) for r in reports]
     steps = " and ".join(f"{1e3 * each['timings']['step']['p50']:.1f}" for each in base)
     noise = " and ".join(_times(each["noise"]["step"]) for each in reports)
+    hosts = " and ".join(
+        f"{1e3 * r['contenders'][0]['timings']['host']['p50']:.2f}" for r in reports
+    )
     machine, packages = reports[0]["machine"], reports[0]["machine"]["packages"]
     return (
         f"{_table(rows)}\n"
         "Times faster than PyTorch eager bf16 (diffusers), a step of FLUX.1's width with "
         f"{report['double_blocks']} double and {report['single_blocks']}\nsingle blocks, random "
         f"weights, one picture. Eager's step takes {steps} ms. Medians of {reports[0]['rounds']} "
-        f"rounds with\ntheir middle 80%; eager against itself: {noise}. "
+        f"rounds with\ntheir middle 80%; eager against itself: {noise}.\nOur host's own work in a "
+        f"step takes {hosts} ms. "
         "Measured by\n[benchmarks/gpu_latency.py](benchmarks/gpu_latency.py) on "
         f"{machine['gpu']}, {machine['cores']} cores, Python {machine['python']},\n"
         f"PyTorch {packages['torch']}, ONNX Runtime {packages['onnxruntime']}.\n"
