@@ -38,8 +38,9 @@ def fuse_attention(model: ir.Model) -> None:
     fusion = _Fusion(model.graph)
     softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
     kinds = {fusion.fuse(softmax) for softmax in softmaxes} - {None}
-    if kinds:
-        model.graph.opset_imports[_DOMAIN] = 1
+    if not kinds:
+        return
+    model.graph.opset_imports[_DOMAIN] = 1
     if kinds - {ir.DataType.FLOAT}:
         model.graph.opset_imports[""] = 23
         for node in [node for node in model.graph if node.op_type == "Div"]:

@@ -53,26 +53,25 @@ def main(folder: Path, until: str, seed: int, device: str) -> None:
 
 def _train(folder: Path, until: str, seed: int, device: torch.device, progress: Progress) -> None:
     torch.manual_seed(seed)
-    last = _STAGES.index(until)
     shared = (folder, seed, device, progress)
 
     coder = vae.make_vae().to(device)
     stage = vae.VaeStage(coder, batch=8, device=device)
     train(vae.RECIPE, stage.networks, stage.loss, *shared)
     coder.eval().requires_grad_(False)
-    if last == 0:
+    if until == "vae":
         return
 
     decoder_stage = decoder.DecoderStage(coder, batch=8, device=device)
     train(decoder.RECIPE, decoder_stage.networks, decoder_stage.loss, *shared)
     coder.eval().requires_grad_(False)
-    if last == 1:
+    if until == "decoder":
         return
 
     encoders = TextEncoders(folder, _write_tokenizers(folder, seed)).to(device)
     text_stage = text.TextStage(encoders, batch=64, device=device)
     train(text.RECIPE, text_stage.networks, text_stage.loss, *shared)
-    if last == 2:
+    if until == "text":
         return
 
     data, deviation, mean = flow.make_latents(coder, folder, seed, device, progress)
@@ -80,13 +79,13 @@ def _train(folder: Path, until: str, seed: int, device: torch.device, progress: 
     plain = make_transformer(guidance_embedding=False).to(device)
     flow_stage = flow.FlowStage(plain, encoders, text_stage.reader, data, batch=48, device=device)
     train(flow.RECIPE, flow_stage.networks, flow_stage.loss, *shared)
-    if last == 3:
+    if until == "flow":
         return
 
     dev = guidance.guided_student(plain).to(device)
     guidance_stage = guidance.GuidanceStage(dev, plain, encoders, data, batch=48, device=device)
     train(guidance.RECIPE, guidance_stage.networks, guidance_stage.loss, *shared)
-    if last == 4:
+    if until == "guidance":
         return
 
     teacher = copy.deepcopy(dev)
@@ -94,7 +93,7 @@ def _train(folder: Path, until: str, seed: int, device: torch.device, progress: 
     train(path.RECIPE, path_stage.networks, path_stage.loss, *shared)
     settings = {"num_inference_steps": 28, "guidance_scale": few_steps.GUIDANCE}
     _write(folder, "dev", coder, encoders, dev, settings)
-    if last == 5:
+    if until == "path":
         return
 
     schnell = few_steps.unguided_student(dev).to(device)

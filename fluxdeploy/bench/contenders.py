@@ -199,6 +199,8 @@ def _of_bundle(name: str, bundle: Bundle, job: Job) -> Contender:
 
 def _of_peer(name: str, job: Job) -> Contender:
     peer = PEERS[name]
+    if peer.cpu_only and job.device != "cpu":
+        raise UsageError(f"The peer {name} runs on the CPU: compare it with bundles for it.")
     packages = [pip.partition("[")[0] for _, pip in peer.packages]
     versions = {package: importlib.metadata.version(package) for package in packages}
     return Contender(name, peer.title, peer.precision, versions, replace(job, contender=name))

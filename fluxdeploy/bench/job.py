@@ -12,12 +12,13 @@ class Peer:
     """Something else that runs the same model, from the original checkpoint.
 
     precision: what it computes in. packages: what must be installed, by import name and by what
-    `pip` calls it.
+    `pip` calls it. cpu_only: it does not run on GPUs.
     """
 
     title: str
     precision: str
     packages: tuple[tuple[str, str], ...]
+    cpu_only: bool = False
 
 
 _DIFFUSERS = (("torch", "torch"), ("transformers", "transformers"), ("diffusers", "diffusers"))
@@ -29,8 +30,8 @@ PEERS = {
     "eager-bf16": Peer("PyTorch eager", "bf16", _DIFFUSERS),
     "compile": Peer("torch.compile", "fp32", _DIFFUSERS),
     "compile-bf16": Peer("torch.compile", "bf16", _DIFFUSERS),
-    "openvino": Peer("OpenVINO's conversion", "fp32", _OPENVINO),
-    "openvino-bf16": Peer("OpenVINO's conversion", "bf16", _OPENVINO),
+    "openvino": Peer("OpenVINO's conversion", "fp32", _OPENVINO, cpu_only=True),
+    "openvino-bf16": Peer("OpenVINO's conversion", "bf16", _OPENVINO, cpu_only=True),
     "optimum": Peer("optimum-onnx", "fp32", _OPTIMUM),
 }
 """What `--against` takes."""

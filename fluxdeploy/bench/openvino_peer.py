@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fluxdeploy.bench.apart import convert_apart
 from fluxdeploy.bench.job import PEERS, Job
-from fluxdeploy.errors import EngineError, UsageError
 
 __all__ = ["openvino_loader"]
 
@@ -28,17 +27,16 @@ def openvino_loader(job: Job) -> Callable[[], Any]:
     """What opens diffusers' pipeline with a transformer that OpenVINO runs, with all imports done.
 
     The first process of a job converts it, in a process of its own: that memory is not the
-    pipeline's. Raises `EngineError` where the conversion fails, and `UsageError` for a GPU.
+    pipeline's. Raises `EngineError` where the conversion fails.
     """
-    if job.device != "cpu":
-        raise UsageError("The peers of OpenVINO run on the CPU: compare them with bundles for it.")
     import openvino
     import torch
     from diffusers import FluxPipeline, FluxTransformer2DModel
 
     file = Path(job.folder) / "openvino" / "transformer.xml"
     if not file.exists():
-        _convert(job.checkpoint, file)
+        failure = f"OpenVINO cannot convert {job.checkpoint}"
+        convert_apart("fluxdeploy.bench.openvino_peer", job.checkpoint, file, failure)
     settings = {
         "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[PEERS[job.contender].precision],
         "INFERENCE_NUM_THREADS": job.threads,
@@ -61,16 +59,6 @@ def openvino_loader(job: Job) -> Callable[[], Any]:
         )
 
     return load
-
-
-def _convert(checkpoint: str, file: Path) -> None:
-    module = [sys.executable, "-m", "fluxdeploy.bench.openvino_peer"]
-    done = subprocess.run(
-        [*module, checkpoint, str(file)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
-        raise EngineError(f"OpenVINO cannot convert {checkpoint}; it said: {said[-1]}")
 
 
 def _main(checkpoint: str, file: str) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fluxdeploy.bench.apart import convert_apart
 from fluxdeploy.bench.job import Job
-from fluxdeploy.errors import EngineError
 
 __all__ = ["optimum_loader"]
 
@@ -25,23 +24,14 @@ def optimum_loader(job: Job) -> Callable[[], Any]:
 
     folder = Path(job.folder) / "optimum"
     if not folder.is_dir():
-        _export(job.checkpoint, folder)
+        failure = f"optimum-onnx cannot export {job.checkpoint}"
+        convert_apart("fluxdeploy.bench.optimum", job.checkpoint, folder, failure)
     options = SessionOptions()
     options.intra_op_num_threads = job.threads
     provider = "CPUExecutionProvider" if job.device == "cpu" else "CUDAExecutionProvider"
     return lambda: ORTFluxPipeline.from_pretrained(
         folder, export=False, session_options=options, provider=provider
     )
-
-
-def _export(checkpoint: str, folder: Path) -> None:
-    module = [sys.executable, "-m", "fluxdeploy.bench.optimum"]
-    done = subprocess.run(
-        [*module, checkpoint, str(folder)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
-        raise EngineError(f"optimum-onnx cannot export {checkpoint}; it said: {said[-1]}")
 
 
 def _main(checkpoint: str, folder: str) -> None:

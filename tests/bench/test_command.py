@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 import fluxdeploy.bench.measure
+from fluxdeploy.bench import contenders
 from fluxdeploy.bench.job import PEERS, Job
 from fluxdeploy.bench.process import ContenderProcess
 from fluxdeploy.bench.report import BenchReport, from_json
@@ -120,6 +122,19 @@ def test_one_by_one_no_two_contenders_are_in_memory(
         assert contender.timings["step"].count == 2
         assert contender.timings["step"].ratio is not None
         assert contender.agreement.velocity_error == 0
+
+
+def test_a_peer_for_cpus_is_refused_beside_a_bundle_for_gpus(
+    demo_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    engine = contenders._engine
+    monkeypatch.setattr(
+        contenders, "_engine", lambda *given: replace(engine(*given), target="cuda")
+    )
+    result = run("--bundle", demo_bundle, "--against", "openvino-bf16", *SMALL)
+    assert result.exit_code == 2
+    assert "The peer openvino-bf16 runs on the CPU" in result.stderr
 
 
 def test_another_network_is_not_timed(

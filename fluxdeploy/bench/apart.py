@@ -1,0 +1,23 @@
+"""Work on a checkpoint in a process of its own, whose memory is then not the contender's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from fluxdeploy.errors import EngineError
+
+__all__ = ["convert_apart"]
+
+
+def convert_apart(module: str, checkpoint: str, destination: Path, failure: str) -> None:
+    """Run `python -m module checkpoint destination`.
+
+    Raises `EngineError` where it fails: `failure`, what it could not do, and its last words.
+    """
+    command = [sys.executable, "-m", module, checkpoint, str(destination)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
+        raise EngineError(f"{failure}; it said: {said[-1]}")
