@@ -24,14 +24,14 @@ from rich.table import Table
 
 from engines import EngineOptions
 from engines.onnxruntime import OnnxRuntime
-from exporters.bind import WeightFolder
 from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.export import export_component
-from exporters.sparse_checkpoint import flux_of_depth, write_random_checkpoint
+from exporters.synthetic.sparse_checkpoint import flux_of_depth, write_random_checkpoint
+from exporters.weights.bind import WeightFolder
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, RopeSpec, TensorSpec
 from fluxdeploy.machine import describe_machine
 from fluxdeploy.progress import Progress
-from fluxdeploy.rope import joint_ids, rope_tables
+from fluxdeploy.sampling.rope import joint_ids, rope_tables
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -18,9 +18,9 @@ from latency import Workload, build_bundles, time_bundles
 from rich.console import Console
 from rich.table import Table
 
-from exporters.sparse_checkpoint import Sizes, flux_of_depth, write_random_checkpoint
+from exporters.synthetic.sparse_checkpoint import Sizes, flux_of_depth, write_random_checkpoint
 from fluxdeploy.bench.measure import Counts
-from fluxdeploy.bench.report import BenchReport
+from fluxdeploy.bench.report.record import BenchReport
 from fluxdeploy.machine import describe_machine
 from fluxdeploy.progress import Progress
 

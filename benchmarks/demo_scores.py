@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
-from fluxdeploy.build import BuildRequest, build
+from fluxdeploy.build.build import BuildRequest, build
 from fluxdeploy.demo import DEMO_CHECKPOINTS
 from fluxdeploy.demo.survey import PICTURE_SIZES, Draw, Question, Shares, ask, survey
+from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.machine import describe_machine
-from fluxdeploy.pipeline import FluxPipeline
 from fluxdeploy.progress import Progress
 
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -15,9 +15,9 @@ from pathlib import Path
 
 _started = time.perf_counter()
 
-from exporters.bind import WeightFolder  # noqa: E402
 from exporters.checkpoint import open_checkpoint  # noqa: E402
 from exporters.export import COMPONENTS, export_component  # noqa: E402
+from exporters.weights.bind import WeightFolder  # noqa: E402
 
 
 def _tell(**values: object) -> None:

@@ -8,8 +8,8 @@ import re
 import shutil
 from pathlib import Path
 
-from exporters.sparse_checkpoint import FLUX_DEV, declare_tensors, write_sparse_checkpoint
-from fluxdeploy.tensorfile import write_sparse
+from exporters.synthetic.sparse_checkpoint import FLUX_DEV, declare_tensors, write_sparse_checkpoint
+from fluxdeploy.bundle.tensorfile import write_sparse
 
 __all__ = ["write_full_size"]
 

@@ -18,9 +18,9 @@ from rich.table import Table
 from roofline import count_step, measure_peaks, roofline_shares
 
 from engines.registry import runtimes
-from exporters.sparse_checkpoint import FLUX_DEV, flux_of_depth
+from exporters.synthetic.sparse_checkpoint import FLUX_DEV, flux_of_depth
 from fluxdeploy.bench.measure import Counts
-from fluxdeploy.bench.report import BenchReport, to_json
+from fluxdeploy.bench.report.record import BenchReport, to_json
 from fluxdeploy.progress import Progress
 
 PRECISIONS = {True: ("bf16", "fp16", "fp8", "fp4"), False: ("bf16", "fp16", "fp8-weights")}

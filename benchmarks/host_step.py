@@ -24,12 +24,12 @@ from rich.table import Table
 
 from engines import Engine, EngineOptions
 from engines.registry import runtimes
-from exporters import components
-from exporters.sparse_checkpoint import FLUX_DEV
+from exporters.components import chains
+from exporters.synthetic.sparse_checkpoint import FLUX_DEV
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, RopeSpec, TensorSpec
+from fluxdeploy.host.loop import ModulatedTransformer, check_finite, sample_euler
 from fluxdeploy.machine import describe_machine
-from fluxdeploy.rope import joint_ids, rope_tables
-from fluxdeploy.sampler import ModulatedTransformer, check_finite, sample_euler
+from fluxdeploy.sampling.rope import joint_ids, rope_tables
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -85,7 +85,7 @@ def make_inputs(size: int, steps: int) -> dict[str, Array]:
 
 def write_empty_network(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """A graph with the transformer's tensors whose velocity is what it was given."""
-    chain = components.transformer_chain(FLUX_DEV.transformer, components.PRECISIONS["fp32"])
+    chain = chains.transformer_chain(FLUX_DEV.transformer, chains.PRECISIONS["fp32"])
 
     def info(spec: TensorSpec) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(spec.name, TensorProto.FLOAT, spec.shape)

@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from roofline import count_step, measure_peaks, roofline_shares
 
-from exporters.sparse_checkpoint import flux_of_depth, write_random_checkpoint
-from fluxdeploy.bench.contenders import BenchRequest, choose_contenders
+from exporters.synthetic.sparse_checkpoint import flux_of_depth, write_random_checkpoint
+from fluxdeploy.bench.choose import BenchRequest, choose_contenders
 from fluxdeploy.bench.measure import Counts, run_bench
-from fluxdeploy.bench.plot import plot_bench
-from fluxdeploy.bench.report import BenchReport, ContenderReport, to_json
-from fluxdeploy.build import BuildRequest, build
+from fluxdeploy.bench.report.plot import plot_bench
+from fluxdeploy.bench.report.record import BenchReport, ContenderReport, to_json
+from fluxdeploy.build.build import BuildRequest, build
 from fluxdeploy.precision import needs_ranges
 from fluxdeploy.progress import Progress
 

@@ -21,12 +21,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from fluxdeploy.build.plan.activations import Kernels, Workload, activation_bytes
 from fluxdeploy.machine import describe_machine
-from fluxdeploy.plan.activations import Kernels, Workload, activation_bytes
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
-    from exporters.sparse_checkpoint import Sizes
+    from exporters.synthetic.sparse_checkpoint import Sizes
 
 PACKAGES = ("onnxruntime", "tensorrt_rtx", "torch", "numpy")
 FACTOR = 1.5
@@ -103,7 +103,7 @@ def main(json_file: Path | None, folder: Path, number: int | None) -> None:
         click.echo(json.dumps(measure(_graph(folder, case), case)))
         return
     from exporters.checkpoint import open_checkpoint
-    from exporters.sparse_checkpoint import write_random_checkpoint
+    from exporters.synthetic.sparse_checkpoint import write_random_checkpoint
 
     if not (folder / "checkpoint").exists():
         # Random weights: equal ones would be stored once in an engine.
@@ -139,7 +139,7 @@ def middling() -> Sizes:
     from transformers import CLIPTextConfig, T5Config
 
     from exporters.checkpoint.config import TransformerConfig, VaeConfig
-    from exporters.sparse_checkpoint import Sizes
+    from exporters.synthetic.sparse_checkpoint import Sizes
 
     return Sizes(
         TransformerConfig(64, 64, 512, 64, 2048, 2, 4, 256, 128, True, (8, 28, 28), 10000.0),
@@ -169,8 +169,8 @@ def _graph(folder: Path, case: Case) -> Path:
 
 
 def _export(checkpoint: Checkpoint, folder: Path, case: Case) -> None:
-    from exporters.bind import WeightFolder
     from exporters.export import export_component
+    from exporters.weights.bind import WeightFolder
 
     path = _graph(folder, case)
     if not path.exists():

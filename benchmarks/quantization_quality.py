@@ -21,17 +21,17 @@ from rich.console import Console
 from rich.table import Table
 
 from engines import Engine, EngineOptions
+from exporters.components.run import ReferenceEngine
 from exporters.export import component_source
-from exporters.reference import ReferenceEngine
-from fluxdeploy.build import BuildRequest, build
+from fluxdeploy.build.build import BuildRequest, build
+from fluxdeploy.build.checkpoint import open_source
 from fluxdeploy.bundle import Bundle
+from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.machine import describe_machine
-from fluxdeploy.pipeline import FluxPipeline
 from fluxdeploy.progress import Progress
-from fluxdeploy.quality import compare_layers, draw, judge, plan_scenes
-from fluxdeploy.similarity import psnr, ssim
-from fluxdeploy.source import open_source
 from fluxdeploy.text import load_tokenizers
+from fluxdeploy.verify.pictures import compare_layers, draw, judge, plan_scenes
+from fluxdeploy.verify.similarity import psnr, ssim
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

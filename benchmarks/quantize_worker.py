@@ -15,13 +15,13 @@ import time
 
 from export_worker import peak_bytes
 
-from exporters.bind import WeightFolder
+from exporters.calibrate.ranges import Ranges, attentions, linears
+from exporters.calibrate.trajectory import default_calibration
 from exporters.checkpoint import open_checkpoint
 from exporters.export import component_source, export_component
-from exporters.quantize.ranges import Ranges, attentions, linears
-from exporters.quantize.trajectory import default_calibration
-from fluxdeploy.bundle.staging import Staging
-from fluxdeploy.pieces import WeightPieces
+from exporters.weights.bind import WeightFolder
+from fluxdeploy.build.keys import WeightPieces
+from fluxdeploy.build.staging import Staging
 from fluxdeploy.precision import component_precision
 
 

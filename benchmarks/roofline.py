@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, helper
 
 from exporters.checkpoint.config import TransformerConfig
-from fluxdeploy.bench.report import BenchReport
+from fluxdeploy.bench.report.record import BenchReport
 
 __all__ = [
     "Peaks",

@@ -20,7 +20,7 @@ from fluxdeploy.bundle.manifest import (
 from fluxdeploy.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
-    from engines.fusion import FusionReport
+    from engines.tensorrt.fusion import FusionReport
     from fluxdeploy.progress import Progress
 
 Array = NDArray[np.generic]
@@ -180,7 +180,7 @@ class Runtime(ABC):
         """The type that everything which `precision` does not quantize computes in."""
 
     def fuses_attention(self, target: str, compute: str) -> bool:
-        """Whether attention computing in `compute` is ONNX Runtime's own (`exporters/fuse.py`)."""
+        """Whether attention computing in `compute` is ONNX Runtime's own operator."""
         return False
 
     def precision_problem(self, target: str, precision: str) -> str | None:

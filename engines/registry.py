@@ -30,8 +30,8 @@ AUTO = "auto"
 
 # Best first; imported when asked for, since each brings its runtime's library.
 _RUNTIMES = {
-    "tensorrt": ("engines.tensorrt", "TensorRt"),
-    "tensorrt-rtx": ("engines.tensorrt", "TensorRtRtx"),
+    "tensorrt": ("engines.tensorrt.runtime", "TensorRt"),
+    "tensorrt-rtx": ("engines.tensorrt.runtime", "TensorRtRtx"),
     "onnxruntime": ("engines.onnxruntime", "OnnxRuntime"),
     "openvino": ("engines.openvino", "OpenVino"),
 }

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING
 import onnx
 import onnx_ir as ir
 
-from exporters import components
-from exporters.bind import NO_LEDGER, Ledger, WeightFolder, bind, check_weights
-from exporters.chain import Chain
 from exporters.checkpoint import Checkpoint, Weights
-from exporters.fuse import fuse_attention
-from exporters.quantize.graph import quantize
-from exporters.trace import trace_chain
+from exporters.components import chains
+from exporters.components.chain import Chain
+from exporters.graph.fuse import fuse_attention
+from exporters.graph.quantize import quantize
+from exporters.graph.trace import trace_chain
+from exporters.weights.bind import NO_LEDGER, Ledger, WeightFolder, bind, check_weights
 from fluxdeploy.bundle.files import write_atomic
 from fluxdeploy.errors import ExportError
 from fluxdeploy.precision import QUANTIZED, check_precision
 from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
-    from exporters.quantize.ranges import Ranges
+    from exporters.calibrate.ranges import Ranges
 
 __all__ = ["COMPONENTS", "Exported", "component_source", "export_component"]
 
@@ -57,23 +57,23 @@ def component_source(
 
     `compute` is what the chain computes in, before anything of it is quantized.
     """
-    if compute not in components.PRECISIONS:
-        allowed = ", ".join(components.PRECISIONS)
+    if compute not in chains.PRECISIONS:
+        allowed = ", ".join(chains.PRECISIONS)
         raise ExportError(f"Precision {compute!r} is not exported; {allowed} are.")
-    how = components.PRECISIONS[compute]
+    how = chains.PRECISIONS[compute]
     if name in ("transformer", "conditioner"):
         build = {
-            "conditioner": components.conditioner_chain,
-            "transformer": (components.transformer_chain if split else components.one_piece_chain),
+            "conditioner": chains.conditioner_chain,
+            "transformer": (chains.transformer_chain if split else chains.one_piece_chain),
         }[name]
         chain = build(checkpoint.transformer, how)
         return chain, checkpoint.part("transformer").weights
     if name == "clip":
-        return components.clip_chain(checkpoint.clip, how), checkpoint.part("clip").weights
+        return chains.clip_chain(checkpoint.clip, how), checkpoint.part("clip").weights
     if name == "t5":
-        return components.t5_chain(checkpoint.t5, how), checkpoint.part("t5").weights
+        return chains.t5_chain(checkpoint.t5, how), checkpoint.part("t5").weights
     if name in ("vae_decoder", "vae_encoder"):
-        build_vae = getattr(components, f"{name}_chain")
+        build_vae = getattr(chains, f"{name}_chain")
         return build_vae(checkpoint.vae, how), checkpoint.part("vae").weights
     raise ExportError(f"There is no component {name!r}; there are {', '.join(COMPONENTS)}.")
 

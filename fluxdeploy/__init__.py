@@ -9,15 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fluxdeploy.pipeline import FluxPipeline, FluxPipelineOutput
+    from fluxdeploy.host.pipeline import FluxPipeline, FluxPipelineOutput
 
 __all__ = ["FluxPipeline", "FluxPipelineOutput", "__version__"]
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "FluxPipeline": "fluxdeploy.pipeline",
-    "FluxPipelineOutput": "fluxdeploy.pipeline",
+    "FluxPipeline": "fluxdeploy.host.pipeline",
+    "FluxPipelineOutput": "fluxdeploy.host.pipeline",
 }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxdeploy.build import BuildRequest, build
+from fluxdeploy.build.build import BuildRequest, build
 from fluxdeploy.progress import Progress
 
 CheckpointFactory = Callable[..., Path]

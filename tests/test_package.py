@@ -46,7 +46,7 @@ def list_modules() -> list[str]:
 
 def test_every_module_of_the_host_imports_without_what_only_builds_need() -> None:
     modules = list_modules()
-    assert {"fluxdeploy.pipeline", "fluxdeploy.cli.generate", "engines.base"} <= set(modules)
+    assert {"fluxdeploy.host.pipeline", "fluxdeploy.cli.generate", "engines.base"} <= set(modules)
     code = f"""
 import importlib, sys, traceback
 for name in {BUILD_ONLY!r}:

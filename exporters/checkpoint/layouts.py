@@ -13,8 +13,8 @@ from exporters.checkpoint.checkpoint import Checkpoint, Part, read_json
 from exporters.checkpoint.names import canonical_transformer, canonical_vae
 from exporters.checkpoint.tensors import StoredTensor, read_tensors
 from exporters.checkpoint.text_configs import with_aliases
+from fluxdeploy.bundle.tensorfile import read_header
 from fluxdeploy.errors import CheckpointError
-from fluxdeploy.tensorfile import read_header
 
 __all__ = ["open_checkpoint"]
 

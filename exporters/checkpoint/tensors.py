@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fluxdeploy.bundle.tensorfile import TensorEntry, read_header, to_float32
 from fluxdeploy.errors import CheckpointError
-from fluxdeploy.tensorfile import TensorEntry, read_header, to_float32
 
 __all__ = ["StoredTensor", "Weights", "find_tensor", "read_tensors"]
 

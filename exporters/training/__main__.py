@@ -14,7 +14,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
-from exporters.small_tokenizers import TokenizerSizes, write_tokenizers
+from exporters.synthetic.small_tokenizers import TokenizerSizes, write_tokenizers
 from exporters.training import decoder, few_steps, flow, guidance, path, text, vae
 from exporters.training.checkpoint import write_checkpoint
 from exporters.training.loop import plot_losses, train, write_record

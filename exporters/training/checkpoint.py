@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
-from exporters.sparse_checkpoint import MODEL_INDEX
+from exporters.synthetic.sparse_checkpoint import MODEL_INDEX
 from exporters.training.few_steps import SHIFT
 from exporters.training.networks import TEXT_LENGTH, TextEncoders
 

@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from exporters.small_tokenizers import TokenizerSizes
+from exporters.synthetic.small_tokenizers import TokenizerSizes
 from fluxdeploy.text import load_clip_tokenizer, load_t5_tokenizer
 
 __all__ = ["TEXT_LENGTH", "TextEncoders", "image_ids", "make_transformer", "velocity"]

@@ -19,7 +19,7 @@ from fluxdeploy.bench.clock import Laps, Ratio, Run, Timing, make_timing, race
 from fluxdeploy.bench.gpu import GpuMeter, open_meter
 from fluxdeploy.bench.job import Job
 from fluxdeploy.bench.process import ContenderProcess
-from fluxdeploy.bench.report import (
+from fluxdeploy.bench.report.record import (
     QUANTITIES,
     Agreement,
     BenchReport,
@@ -30,7 +30,7 @@ from fluxdeploy.bench.worker import PICTURES, VELOCITY
 from fluxdeploy.errors import NumericError
 from fluxdeploy.machine import describe_machine
 from fluxdeploy.progress import Progress
-from fluxdeploy.similarity import psnr
+from fluxdeploy.verify.similarity import psnr
 
 __all__ = ["Contender", "Counts", "run_bench"]
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from engines.base import Array
+    from fluxdeploy.bench.contender import OpenedContender
     from fluxdeploy.bench.job import Job
-    from fluxdeploy.bench.opened import OpenedContender
     from fluxdeploy.bench.stopwatch import Stopwatch
 
 __all__ = ["PICTURES", "VELOCITY", "main"]
@@ -81,10 +81,10 @@ def _make_watch(job: Job) -> Stopwatch:
 
 def _open(job: Job, watch: Stopwatch) -> OpenedContender:
     if job.contender == "bundle":
-        from fluxdeploy.bench.hosted import HostedContender
+        from fluxdeploy.bench.bundle_contender import HostedContender
 
         return HostedContender(job, watch)
-    from fluxdeploy.bench.diffusers_peer import DiffusersContender
+    from fluxdeploy.bench.peers.diffusers import DiffusersContender
 
     return DiffusersContender(job, watch)
 

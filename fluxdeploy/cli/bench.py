@@ -13,7 +13,7 @@ from fluxdeploy.errors import UsageError
 from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
-    from fluxdeploy.bench.report import BenchReport
+    from fluxdeploy.bench.report.record import BenchReport
 
 
 @click.command()
@@ -122,13 +122,13 @@ def command(
       fluxdeploy bench --bundle bundle --bundle bundle-int8 --plot bench.png
       fluxdeploy bench --bundle flux-dev --checkpoint ./FLUX.1-dev --against compile-bf16
     """
-    from fluxdeploy.bench.contenders import BenchRequest, choose_contenders, parse_peers
+    from fluxdeploy.bench.choose import BenchRequest, choose_contenders, parse_peers
     from fluxdeploy.bench.measure import Counts, run_bench
-    from fluxdeploy.bench.page import write_page
-    from fluxdeploy.bench.plot import plot_bench
-    from fluxdeploy.bench.report import to_json
+    from fluxdeploy.bench.report.page import write_page
+    from fluxdeploy.bench.report.plot import plot_bench
+    from fluxdeploy.bench.report.record import to_json
     from fluxdeploy.bundle.files import write_atomic
-    from fluxdeploy.quality_plot import check_plot
+    from fluxdeploy.verify.plot import check_plot
 
     peers = parse_peers(against) if against is not None else ()
     for option, path in (("--json", json_file), ("--html", html)):
@@ -157,7 +157,7 @@ def _show(report: BenchReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fluxdeploy.bench.tables import describe_machine_in_words, make_tables, notes
+    from fluxdeploy.bench.report.tables import describe_machine_in_words, make_tables, notes
 
     console = Console(highlight=False, markup=False, emoji=False)
     for text in make_tables(report):

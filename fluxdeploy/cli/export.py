@@ -67,14 +67,14 @@ def command(
       fluxdeploy export ./FLUX.1-dev --precision fp16 --out flux-onnx
       fluxdeploy export flux1-dev.safetensors --component transformer --no-split
     """
-    from fluxdeploy.source import hash_checkpoint, open_source
+    from fluxdeploy.build.checkpoint import hash_checkpoint, open_source
 
     overrides = component_precisions(component_precision)
     source = open_source(checkpoint)
-    from exporters.bind import WeightFolder
+    from exporters.calibrate.find import find_ranges, open_calibration
+    from exporters.calibrate.range_file import write_ranges
     from exporters.export import COMPONENTS, export_component
-    from exporters.quantize.calibrate import find_ranges, open_calibration
-    from exporters.quantize.range_file import write_ranges
+    from exporters.weights.bind import WeightFolder
 
     unknown = [name for name in (*components, *overrides) if name not in COMPONENTS]
     if unknown:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
-    from fluxdeploy.pipeline import FluxPipeline
+    from fluxdeploy.host.pipeline import FluxPipeline
 
 
 @click.command()
@@ -105,8 +105,8 @@ def command(
       fluxdeploy generate "a fox" --seed 7 --num-images 4 --out fox.png --json
       fluxdeploy generate "a green star" "a pink heart" --sheet sheet.png
     """
-    from fluxdeploy.images import PictureMetadata, picture_paths, save_picture, write_png
-    from fluxdeploy.sheet import contact_sheet
+    from fluxdeploy.host.pictures import PictureMetadata, picture_paths, save_picture, write_png
+    from fluxdeploy.host.sheet import contact_sheet
 
     captions = [prompt for prompt in prompts for _ in range(num_images)]
     paths = picture_paths(out, len(captions))
@@ -115,7 +115,7 @@ def command(
         _check_sheet(sheet, paths)
 
     from engines.base import EngineOptions
-    from fluxdeploy.pipeline import FluxPipeline
+    from fluxdeploy.host.pipeline import FluxPipeline
 
     start = time.monotonic()
     options = EngineOptions(threads=threads)
@@ -197,7 +197,7 @@ def command(
 
 def _check_sheet(sheet: Path, paths: list[Path]) -> None:
     """Raise `UsageError` or `PermissionError` where a contact sheet cannot be written."""
-    from fluxdeploy.images import check_picture_path
+    from fluxdeploy.host.pictures import check_picture_path
 
     check_picture_path(sheet)
     _check_writable("--sheet", [sheet])

@@ -48,7 +48,7 @@ def command(path: Path, check: bool, as_json: bool) -> None:
 
 
 def _inspect_picture(path: Path, *, check: bool, as_json: bool) -> None:
-    from fluxdeploy.images import read_metadata
+    from fluxdeploy.host.pictures import read_metadata
 
     with path.open("rb") as file:
         if file.read(len(_PNG_SIGNATURE)) != _PNG_SIGNATURE:

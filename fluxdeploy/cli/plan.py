@@ -24,7 +24,7 @@ from fluxdeploy.cli.options import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fluxdeploy.plan import ComponentPlan, Plan, RunMemory
+    from fluxdeploy.build.plan import ComponentPlan, Plan, RunMemory
 
 
 @click.command()
@@ -72,9 +72,9 @@ def command(
       fluxdeploy plan --json | jq .disk
     """
     from engines import choose_runtime
-    from fluxdeploy.plan import make_plan
-    from fluxdeploy.profiles import SizeRange
-    from fluxdeploy.source import open_source
+    from fluxdeploy.build.checkpoint import open_source
+    from fluxdeploy.build.plan import make_plan
+    from fluxdeploy.build.sizes import SizeRange
 
     chosen, devices = choose_runtime(runtime, targets, precision)
     plan = make_plan(

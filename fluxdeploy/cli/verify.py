@@ -15,8 +15,8 @@ from fluxdeploy.progress import Progress
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fluxdeploy.quality import LayersReport, PicturesReport
-    from fluxdeploy.verify import VerifyReport
+    from fluxdeploy.verify.pictures import LayersReport, PicturesReport
+    from fluxdeploy.verify.verify import VerifyReport
 
 _WORST = 5
 
@@ -69,8 +69,8 @@ def command(
       fluxdeploy verify --json | jq .pictures.psnr.median
     """
     from engines import EngineOptions
-    from fluxdeploy.quality_plot import check_plot, plot_quality
-    from fluxdeploy.verify import verify
+    from fluxdeploy.verify.plot import check_plot, plot_quality
+    from fluxdeploy.verify.verify import verify
 
     if plot is not None:
         check_plot(plot)
@@ -139,7 +139,7 @@ def _layers_table(report: LayersReport) -> Table:
 def _pictures_table(report: PicturesReport) -> Table:
     from rich.table import Table
 
-    from fluxdeploy.gate import OBJECTS_PICTURES
+    from engines.golden import OBJECTS_PICTURES
 
     count = len(report.pictures)
     pictures = "A picture" if count == 1 else f"{count} pictures"

@@ -16,10 +16,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 import fluxdeploy.bench.measure
-from fluxdeploy.bench import contenders
+from fluxdeploy.bench import choose
 from fluxdeploy.bench.job import PEERS, Job
 from fluxdeploy.bench.process import ContenderProcess
-from fluxdeploy.bench.report import BenchReport, from_json
+from fluxdeploy.bench.report.record import BenchReport, from_json
 from fluxdeploy.bundle.manifest import MANIFEST_NAME
 from fluxdeploy.cli import main
 
@@ -128,10 +128,8 @@ def test_a_peer_for_cpus_is_refused_beside_a_bundle_for_gpus(
     demo_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("openvino")
-    engine = contenders._engine
-    monkeypatch.setattr(
-        contenders, "_engine", lambda *given: replace(engine(*given), target="cuda")
-    )
+    engine = choose._engine
+    monkeypatch.setattr(choose, "_engine", lambda *given: replace(engine(*given), target="cuda"))
     result = run("--bundle", demo_bundle, "--against", "openvino-bf16", *SMALL)
     assert result.exit_code == 2
     assert "The peer openvino-bf16 runs on the CPU" in result.stderr

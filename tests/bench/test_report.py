@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from fluxdeploy.bench.clock import Ratio, Timing
-from fluxdeploy.bench.page import render_page, write_page
-from fluxdeploy.bench.plot import plot_bench
-from fluxdeploy.bench.report import (
+from fluxdeploy.bench.report.page import render_page, write_page
+from fluxdeploy.bench.report.plot import plot_bench
+from fluxdeploy.bench.report.record import (
     Agreement,
     BenchReport,
     ContenderReport,
@@ -22,7 +22,7 @@ from fluxdeploy.bench.report import (
     from_json,
     to_json,
 )
-from fluxdeploy.bench.tables import labels, make_tables, notes, seconds
+from fluxdeploy.bench.report.tables import labels, make_tables, notes, seconds
 from fluxdeploy.errors import UsageError
 
 

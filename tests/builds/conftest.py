@@ -15,9 +15,12 @@ import pytest
 
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from tests.conftest import SharedFolder
+from tests.support.small_bundle import files, manifest
 
 if TYPE_CHECKING:
     from tests.builds.traces import Traces
+
+__all__ = ["REPOSITORY", "files", "manifest"]
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -78,7 +81,7 @@ def checkpoints(shared_folder: SharedFolder) -> Callable[..., Path]:
 
 def rewrite(file: Path, dtype: str = "BF16", scale: float = 1.0) -> None:
     """Write a safetensors file anew, as another file, in another type or multiplied."""
-    from fluxdeploy.tensorfile import (
+    from fluxdeploy.bundle.tensorfile import (
         TensorFileWriter,
         from_float32,
         read_header,

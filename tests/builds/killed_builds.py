@@ -24,30 +24,30 @@ from pathlib import Path
 from typing import Any
 
 import engines.onnxruntime
+import exporters.check.golden
 import exporters.export
-import exporters.golden
-import exporters.sparse_checkpoint
-import fluxdeploy.build
+import exporters.synthetic.sparse_checkpoint
+import fluxdeploy.build.build
+import fluxdeploy.build.engines
 import fluxdeploy.cli.build
-import fluxdeploy.component_engines
+from fluxdeploy.build.staging import Staging
 from fluxdeploy.bundle import open_bundle
-from fluxdeploy.bundle.staging import Staging
 from fluxdeploy.cli import main
 from tests.builds.conftest import tree
 from tests.builds.traces import Traces
 
 _STEPS: tuple[tuple[Any, str, str], ...] = (
     (Staging, "__enter__", "recovery"),
-    (fluxdeploy.build, "open_source", "checkpoint"),
-    (fluxdeploy.build, "hash_checkpoint", "hashing"),
-    (fluxdeploy.build._Session, "_tokenizer", "tokenizer"),
+    (fluxdeploy.build.build, "open_source", "checkpoint"),
+    (fluxdeploy.build.build, "hash_checkpoint", "hashing"),
+    (fluxdeploy.build.build._Session, "_tokenizer", "tokenizer"),
     (exporters.export, "component_source", "modules"),
     (exporters.export, "trace_chain", "tracing"),
     (exporters.export, "bind", "weights"),
     (exporters.export, "_check", "graph check"),
-    (exporters.golden, "write_golden", "reference"),
+    (exporters.check.golden, "write_golden", "reference"),
     (engines.onnxruntime, "_session", "engine"),
-    (fluxdeploy.component_engines, "measure_component", "gate"),
+    (fluxdeploy.build.engines, "measure_component", "gate"),
     (Staging, "record", "record"),
     (Staging, "_check_whole", "check"),
     (Staging, "_swap", "swap"),

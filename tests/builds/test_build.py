@@ -14,17 +14,17 @@ from click.testing import CliRunner, Result
 
 from engines import EngineOptions
 from engines.onnxruntime import _OnnxRuntimeEngine
-from fluxdeploy.build import BuildRequest
+from fluxdeploy.build.build import BuildRequest
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.cli import main
 from fluxdeploy.errors import BundleError, NumericError
 from fluxdeploy.progress import Progress
-from fluxdeploy.verify import verify
+from fluxdeploy.verify.verify import verify
 from tests.builds.conftest import rewrite, tree
 from tests.conftest import build_bundle
 
 if TYPE_CHECKING:
-    from exporters.chain import Chain
+    from exporters.components.chain import Chain
     from tests.builds.traces import Traces
 
 COMPONENTS = ["clip", "t5", "conditioner", "transformer", "vae_decoder", "vae_encoder"]

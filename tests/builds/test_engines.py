@@ -12,13 +12,13 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
-from engines.fusion import FusionReport
-from exporters.sparse_checkpoint import flux_of_depth, write_random_checkpoint
-from fluxdeploy.build import BuildRequest, build
+from engines.tensorrt.fusion import FusionReport
+from exporters.synthetic.sparse_checkpoint import flux_of_depth, write_random_checkpoint
+from fluxdeploy.build.build import BuildRequest, build
+from fluxdeploy.build.sizes import SizeRange
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.errors import EngineError, UsageError
-from fluxdeploy.pipeline import FluxPipeline
-from fluxdeploy.profiles import SizeRange
+from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.progress import Progress
 from tests.conftest import SharedFolder
 
@@ -136,14 +136,14 @@ def full_width(shared_folder: SharedFolder) -> Path:
 def test_full_width_in_fp8_is_about_half_of_bf16(full_width: Path, tmp_path: Path) -> None:
     """One fused FP8 attention a block, FP8 products, and an engine of 0.55 of bf16's at most."""
     from engines import BuildSettings, EngineSource, runtimes
-    from engines.fusion import Expectation, check
-    from exporters.bind import WeightFolder
+    from engines.tensorrt.fusion import Expectation, check
+    from exporters.calibrate.ranges import Ranges, attentions, linears
+    from exporters.calibrate.trajectory import default_calibration
     from exporters.checkpoint import open_checkpoint
     from exporters.export import export_component
-    from exporters.quantize.ranges import Ranges, attentions, linears
-    from exporters.quantize.trajectory import default_calibration
+    from exporters.weights.bind import WeightFolder
+    from fluxdeploy.build.sizes import resolution_buckets
     from fluxdeploy.bundle.manifest import Defaults, LatentSpec
-    from fluxdeploy.profiles import resolution_buckets
 
     checkpoint = open_checkpoint(str(full_width))
     profiles = resolution_buckets(

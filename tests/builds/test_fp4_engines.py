@@ -12,19 +12,19 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
 from engines import BuildSettings, EngineSource, runtimes
 from engines.base import BuildReport
-from engines.fusion import Expectation, check
-from exporters.bind import WeightFolder
+from engines.tensorrt.fusion import Expectation, check
+from exporters.calibrate.ranges import Ranges, attentions, linears
+from exporters.calibrate.trajectory import default_calibration
 from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.export import Exported, component_source, export_component
-from exporters.quantize.ranges import Ranges, attentions, linears
-from exporters.quantize.trajectory import default_calibration
-from exporters.sparse_checkpoint import flux_of_depth, write_random_checkpoint
-from fluxdeploy.build import BuildRequest, build
+from exporters.synthetic.sparse_checkpoint import flux_of_depth, write_random_checkpoint
+from exporters.weights.bind import WeightFolder
+from fluxdeploy.build.build import BuildRequest, build
+from fluxdeploy.build.plan.footprint import weigh
 from fluxdeploy.bundle.manifest import DimensionRange
+from fluxdeploy.bundle.tensorfile import read_header
 from fluxdeploy.errors import UsageError
-from fluxdeploy.plan.footprint import weigh
 from fluxdeploy.progress import Progress
-from fluxdeploy.tensorfile import read_header
 from tests.conftest import SharedFolder
 
 QUIET = Progress(quiet=True)

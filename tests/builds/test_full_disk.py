@@ -50,7 +50,7 @@ def test_a_full_disk(
 ) -> None:
     if not planned:
         # Another program may take the room that was there when the build began.
-        monkeypatch.setattr("fluxdeploy.plan.Plan.require_possible", lambda plan: None)
+        monkeypatch.setattr("fluxdeploy.build.plan.Plan.require_possible", lambda plan: None)
     bundle = small_disk / "bundle"
     shutil.copytree(demo_bundle, bundle)
     before = tree(bundle)

@@ -42,7 +42,7 @@ def test_sizes_and_tensors(
 ) -> None:
     from exporters.checkpoint import open_checkpoint
     from exporters.export import COMPONENTS, component_source
-    from exporters.sparse_checkpoint import FLUX_DEV
+    from exporters.synthetic.sparse_checkpoint import FLUX_DEV
 
     full_size.write_full_size(tmp_path, layout)
     for name, about in files.items():

@@ -14,9 +14,9 @@ import onnx
 import onnx_ir as ir
 
 import exporters.export
-from exporters.chain import Chain
-from exporters.trace import trace_chain
-from fluxdeploy.build import BuildRequest
+from exporters.components.chain import Chain
+from exporters.graph.trace import trace_chain
+from fluxdeploy.build.build import BuildRequest
 from tests.conftest import SharedFolder, build_bundle
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.cli import main
 from fluxdeploy.errors import NumericError
-from fluxdeploy.images import read_metadata
-from fluxdeploy.pipeline import FluxPipeline, FluxPipelineOutput
+from fluxdeploy.host.pictures import read_metadata
+from fluxdeploy.host.pipeline import FluxPipeline, FluxPipelineOutput
 
 
 class FakePipeline:

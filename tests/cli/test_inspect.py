@@ -13,7 +13,7 @@ from PIL import Image
 
 from fluxdeploy.bundle.manifest import MANIFEST_NAME
 from fluxdeploy.cli import main
-from fluxdeploy.images import PictureMetadata, save_picture
+from fluxdeploy.host.pictures import PictureMetadata, save_picture
 
 
 def run(*args: object) -> Result:

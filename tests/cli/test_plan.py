@@ -10,9 +10,9 @@ from click.testing import CliRunner, Result
 
 pytest.importorskip("torch")
 
+from fluxdeploy.build.plan import planner
 from fluxdeploy.cli import main
 from fluxdeploy.machine import Memory
-from fluxdeploy.plan import planner
 
 
 def run(folder: Path, *args: str) -> Result:

@@ -13,12 +13,12 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from fluxdeploy import verify as module
+from engines.golden import Deviation
 from fluxdeploy.bundle.manifest import QualityRecord
 from fluxdeploy.cli import main
-from fluxdeploy.gate import Deviation
-from fluxdeploy.quality import LayersReport, PictureReport, PicturesReport
-from fluxdeploy.verify import ComponentReport, VerifyReport
+from fluxdeploy.verify import verify as module
+from fluxdeploy.verify.pictures import LayersReport, PictureReport, PicturesReport
+from fluxdeploy.verify.verify import ComponentReport, VerifyReport
 
 GATE = QualityRecord(18.0, 0.7, 15.0)
 FEW = tuple(

@@ -14,7 +14,7 @@ import pytest
 
 from fluxdeploy import FluxPipeline
 from fluxdeploy.bundle import manifest, open_bundle
-from fluxdeploy.images import PictureMetadata
+from fluxdeploy.host.pictures import PictureMetadata
 from fluxdeploy.text import load_tokenizers
 from tests.docs.pages import ROOT, code_blocks, section, tables
 
@@ -129,7 +129,7 @@ def test_a_picture_from_the_manifest_alone_is_the_pipeline_s(
 def test_the_page_s_noise_levels_are_the_host_s(
     kind: str, terminal: float | None, dynamic: bool
 ) -> None:
-    from fluxdeploy.schedule import sigmas
+    from fluxdeploy.sampling.schedule import sigmas
 
     (code,) = code_blocks(PAGE, "python")
     host: dict[str, Any] = {}

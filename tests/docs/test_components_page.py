@@ -10,16 +10,16 @@ from tests.docs.pages import ROOT, section, tables
 
 pytest.importorskip("torch")
 
-from exporters import components
-from exporters.chain import Chain
+from exporters.components import chains
+from exporters.components.chain import Chain
 from exporters.models import mmdit
-from exporters.sparse_checkpoint import FLUX_DEV, Sizes
+from exporters.synthetic.sparse_checkpoint import FLUX_DEV, Sizes
+from fluxdeploy.build.checkpoint import open_source
 from fluxdeploy.bundle.manifest import SYMBOLS
-from fluxdeploy.source import open_source
 
 PAGE = ROOT / "docs" / "components.md"
 
-FLOAT32 = components.PRECISIONS["fp32"]
+FLOAT32 = chains.PRECISIONS["fp32"]
 
 Tensors = dict[str, list[tuple[str, str, str, tuple[int | str, ...]]]]
 
@@ -68,15 +68,15 @@ def test_the_tensors_of_a_bundle_are_those_of_the_chains(
     model: tuple[Sizes, dict[str, int]],
 ) -> None:
     sizes, said = model
-    chains = (
-        components.clip_chain(sizes.clip, FLOAT32),
-        components.t5_chain(sizes.t5, FLOAT32),
-        components.conditioner_chain(sizes.transformer, FLOAT32),
-        components.transformer_chain(sizes.transformer, FLOAT32),
-        components.vae_decoder_chain(sizes.vae, FLOAT32),
-        components.vae_encoder_chain(sizes.vae, FLOAT32),
+    built = (
+        chains.clip_chain(sizes.clip, FLOAT32),
+        chains.t5_chain(sizes.t5, FLOAT32),
+        chains.conditioner_chain(sizes.transformer, FLOAT32),
+        chains.transformer_chain(sizes.transformer, FLOAT32),
+        chains.vae_decoder_chain(sizes.vae, FLOAT32),
+        chains.vae_encoder_chain(sizes.vae, FLOAT32),
     )
-    expected = {chain.component: chain_tensors(chain) for chain in chains}
+    expected = {chain.component: chain_tensors(chain) for chain in built}
     assert page_tensors("## Tensors", said) == expected
 
 
@@ -84,7 +84,7 @@ def test_the_tensors_of_the_one_piece_transformer_are_those_of_its_chain(
     model: tuple[Sizes, dict[str, int]],
 ) -> None:
     sizes, said = model
-    chain = components.one_piece_chain(sizes.transformer, FLOAT32)
+    chain = chains.one_piece_chain(sizes.transformer, FLOAT32)
     (tensors,) = page_tensors("## The one-piece transformer", said).values()
     assert tensors == chain_tensors(chain)
 
@@ -102,6 +102,6 @@ def test_the_modulation_rows_are_counted_as_the_page_says() -> None:
 
 
 def test_the_standard_operators_are_those_of_the_opset_that_the_page_names() -> None:
-    from exporters.trace import OPSET
+    from exporters.graph.trace import OPSET
 
     assert f"ONNX opset {OPSET}" in " ".join(PAGE.read_text().split())

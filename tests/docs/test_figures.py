@@ -125,8 +125,8 @@ def test_scores_become_a_table_with_their_targets(figures: ModuleType) -> None:
 
 def test_the_conditioner_takes_the_share_that_the_readme_says() -> None:
     pytest.importorskip("torch")
-    from exporters.components import PRECISIONS, conditioner_chain, transformer_chain
-    from exporters.sparse_checkpoint import FLUX_DEV
+    from exporters.components.chains import PRECISIONS, conditioner_chain, transformer_chain
+    from exporters.synthetic.sparse_checkpoint import FLUX_DEV
 
     conditioner, transformer = (
         sum(p.numel() for stage in chain.stages for p in stage.piece.module.parameters())
@@ -142,7 +142,7 @@ def test_the_conditioner_takes_the_share_that_the_readme_says() -> None:
 
 
 def test_the_memory_that_a_session_takes_is_what_the_build_plans_with() -> None:
-    from fluxdeploy.plan import CPU_SESSION
+    from fluxdeploy.build.plan import CPU_SESSION
 
     (said,) = re.findall(r"about ([\d.]+) times its float32 weights", README.read_text())
     assert float(said) == CPU_SESSION

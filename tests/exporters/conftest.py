@@ -16,9 +16,9 @@ pytest.importorskip("diffusers")
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporters.bind import WeightFolder
 from exporters.checkpoint import Checkpoint, Weights, open_checkpoint
 from exporters.export import export_component
+from exporters.weights.bind import WeightFolder
 
 Tensors = dict[str, torch.Tensor]
 Exports = Callable[..., Path]

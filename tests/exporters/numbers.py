@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from exporters.checkpoint import Checkpoint
 from exporters.export import component_source
 from fluxdeploy.bundle.manifest import RopeSpec
-from fluxdeploy.rope import joint_ids, rope_tables
+from fluxdeploy.sampling.rope import joint_ids, rope_tables
 
 Array = NDArray[np.generic]
 

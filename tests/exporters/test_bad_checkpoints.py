@@ -408,7 +408,7 @@ def test_missing_tokenizer(copy: Path, tmp_path: Path, folder: str) -> None:
 def test_sizes_do_not_need_the_data(source: Path, tmp_path: Path) -> None:
     """Opening reads headers: a checkpoint that is larger than the disk opens at once."""
     from exporters.checkpoint import open_checkpoint
-    from fluxdeploy.tensorfile import write_sparse
+    from fluxdeploy.bundle.tensorfile import write_sparse
 
     copy = shutil.copytree(source, tmp_path / "sparse")
     shapes = {name: tuple(t.shape) for name, t in load_file(copy / TRANSFORMER).items()}

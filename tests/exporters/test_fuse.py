@@ -11,8 +11,8 @@ import onnxruntime
 import pytest
 
 from exporters.checkpoint import Checkpoint
+from exporters.components.run import run_reference
 from exporters.export import COMPONENTS, component_source
-from exporters.reference import run_reference
 from tests.exporters.conftest import Exports
 from tests.exporters.numbers import SIZES, error, make_inputs, run
 from tests.support.checkpoints import SHAPES

@@ -11,10 +11,10 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from exporters.checkpoint import Checkpoint
+from exporters.components.run import run_reference
 from exporters.export import COMPONENTS, component_source
-from exporters.reference import run_reference
 from fluxdeploy.bundle.manifest import RopeSpec
-from fluxdeploy.rope import joint_ids, rope_tables
+from fluxdeploy.sampling.rope import joint_ids, rope_tables
 from tests.exporters.conftest import Exports
 from tests.exporters.numbers import SIZES, error, make_inputs, run
 

@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, T5Config
 
 from exporters.checkpoint import open_checkpoint
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
-from exporters.sparse_checkpoint import (
+from exporters.synthetic.sparse_checkpoint import (
     FLUX_DEV,
     Sizes,
     declare_tensors,

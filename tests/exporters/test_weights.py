@@ -18,11 +18,11 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from exporters.bind import WeightFolder, bind
 from exporters.checkpoint.tensors import read_tensors
+from exporters.weights.bind import WeightFolder, bind
+from fluxdeploy.bundle.tensorfile import read_header
 from fluxdeploy.cli import main
 from fluxdeploy.errors import BundleError, CheckpointError, ExportError
-from fluxdeploy.tensorfile import read_header
 from tests.exporters.conftest import Exports
 
 ROOT = Path(__file__).parents[2]

@@ -22,7 +22,7 @@ from fluxdeploy.bundle.manifest import (
     ScheduleSpec,
     TokenizerRecord,
 )
-from fluxdeploy.pipeline import FluxPipeline
+from fluxdeploy.host.pipeline import FluxPipeline
 
 POOLED, TEXT, WIDTH, ROWS = 6, 10, 8, 3
 

@@ -20,9 +20,9 @@ from fluxdeploy.bundle.manifest import (
     TokenizerRecord,
 )
 from fluxdeploy.errors import Cancelled, NumericError, UsageError
-from fluxdeploy.latents import pack
-from fluxdeploy.noise import standard_normal
-from fluxdeploy.pipeline import FluxPipeline
+from fluxdeploy.host.pipeline import FluxPipeline
+from fluxdeploy.sampling.latents import pack
+from fluxdeploy.sampling.noise import standard_normal
 from tests.host.conftest import COMPONENTS, MemoryEngine
 
 Engines = dict[str, Any]

@@ -12,7 +12,7 @@ import pytest
 
 from engines.base import Array
 from fluxdeploy.bundle.manifest import LatentSpec, Manifest, RopeSpec, ScheduleSpec
-from fluxdeploy.pipeline import FluxPipeline
+from fluxdeploy.host.pipeline import FluxPipeline
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

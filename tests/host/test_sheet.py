@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from fluxdeploy.sheet import contact_sheet
+from fluxdeploy.host.sheet import contact_sheet
 
 COLOURS = [(200, 20 * index, 60) for index in range(12)]
 

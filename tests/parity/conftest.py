@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fluxdeploy.pipeline import FluxPipeline
+from fluxdeploy.host.pipeline import FluxPipeline
 
 Factory = Callable[..., Path]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fluxdeploy.pipeline import FluxPipeline
+from fluxdeploy.host.pipeline import FluxPipeline
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-import fluxdeploy.pipeline as host
+import fluxdeploy.host.pipeline as host
 from engines import open_engine
 from engines.base import Array, Binding, Engine
 from fluxdeploy.bundle import open_bundle
-from fluxdeploy.pipeline import FluxPipeline
+from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.text import load_tokenizers
 
 pytest.importorskip("diffusers")
@@ -238,5 +238,5 @@ def test_wrong_formulas_move_the_picture(
     formula: str, mistake: Callable[..., Any], pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = picture(pipe)
-    monkeypatch.setattr(f"fluxdeploy.pipeline.{formula}", mistake)
+    monkeypatch.setattr(f"fluxdeploy.host.pipeline.{formula}", mistake)
     assert moved(expected, picture(pipe)) > THIRD

@@ -24,7 +24,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from exporters.small_tokenizers import Form, write_tokenizers
+from exporters.synthetic.small_tokenizers import Form, write_tokenizers
 
 
 @dataclass(frozen=True)

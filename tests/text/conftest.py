@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from exporters.small_tokenizers import write_tokenizers
+from exporters.synthetic.small_tokenizers import write_tokenizers
 
 _FIXED = (
     "",

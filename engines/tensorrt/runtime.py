@@ -1,0 +1,188 @@
+"""TensorRT and TensorRT-RTX: engines that are built ahead for a kind of NVIDIA GPU.
+
+Both have the same Python interface under different module names. TensorRT-RTX builds for several
+kinds of GPU at once and needs none to build; TensorRT builds for the GPU of this machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engines.base import (
+    Availability,
+    BuildReport,
+    BuildSettings,
+    Engine,
+    EngineOptions,
+    EngineSource,
+    Runtime,
+)
+from engines.gpu import compute_capability, has_cuda_python, has_nvidia_driver
+from engines.targets import GENERATIONS, check_precision_targets, precision_problem
+from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
+from fluxdeploy.errors import EngineError, MissingDependencyError, UsageError
+from fluxdeploy.precision import FLOATS
+from fluxdeploy.progress import Progress
+
+if TYPE_CHECKING:
+    from engines.tensorrt.run import Scratch
+
+__all__ = ["TensorRt", "TensorRtRtx"]
+
+
+class TensorRt(Runtime):
+    """TensorRT. Its engines run on the compute capability that they were built on."""
+
+    name = "tensorrt"
+    targets: tuple[str, ...] = tuple(reversed(GENERATIONS))
+    builds = True
+
+    product = "TensorRT"
+    module = "tensorrt"
+    extra = "tensorrt"
+    distributions: tuple[str, ...] = ("tensorrt", "tensorrt_cu13", "tensorrt_cu12")
+
+    def __init__(self) -> None:
+        self._scratch: dict[int, Scratch] = {}
+
+    def version(self) -> str:
+        for distribution in self.distributions:
+            try:
+                return importlib.metadata.version(distribution)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return ""
+
+    def availability(self, target: str) -> Availability:
+        if problem := self._missing() or self._gpu_problem(target):
+            return Availability(False, problem)
+        return Availability(True, f"{self.product} {self.version()}, and the GPU is {target}")
+
+    def can_build(self, target: str) -> Availability:
+        if problem := self._missing() or self._gpu_problem(target):
+            return Availability(False, f"{self.product} builds for the GPU it has: {problem}")
+        return Availability(True, f"{self.product} {self.version()}")
+
+    def precision(self, target: str, precision: str) -> str:
+        return precision
+
+    def compute(self, target: str, precision: str) -> str:
+        """bfloat16 around whatever is quantized, and float16 where there is no bfloat16."""
+        if precision in FLOATS:
+            return precision
+        return "fp16" if target == "sm75" else "bf16"
+
+    def precision_problem(self, target: str, precision: str) -> str | None:
+        return precision_problem(precision, target)
+
+    def build(
+        self,
+        source: EngineSource,
+        targets: Sequence[str],
+        settings: BuildSettings,
+        destination: Path,
+        progress: Progress,
+    ) -> BuildReport:
+        from engines.tensorrt.build import build_engine, check_profiles
+
+        unique = tuple(dict.fromkeys(targets))
+        for target in unique:
+            if target not in self.targets:
+                raise UsageError(
+                    f"{self.name} has no target {target!r}; its targets are "
+                    f"{', '.join(self.targets)}."
+                )
+        if not unique:
+            raise UsageError(f"{self.name} needs a target; it has {', '.join(self.targets)}.")
+        check_precision_targets(source.component, source.precision, unique)
+        check_profiles(source.component, source.inputs, settings.profiles)
+        trt = self._import()
+        for target in unique:
+            available = self.can_build(target)
+            if not available.ok:
+                raise UsageError(f"{self.name} cannot build for {target}: {available.detail}.")
+        return build_engine(trt, source, unique, settings, destination, progress)
+
+    def open(
+        self,
+        component: str,
+        record: ComponentRecord,
+        engine: EngineRecord,
+        root: Path,
+        options: EngineOptions,
+    ) -> Engine:
+        self._check(component, engine, options.device)
+        from engines.cuda import Cuda
+        from engines.tensorrt.loaded import load_plan
+        from engines.tensorrt.run import Scratch, TensorRtEngine
+
+        cuda = Cuda()
+        cuda.use_device(options.device)
+        plan = load_plan(self._import(), cuda, root / engine.path, component, options)
+        scratch = self._scratch.setdefault(options.device, Scratch(cuda))
+        return TensorRtEngine(component, record, engine, plan, cuda, scratch, options)
+
+    def _check(self, component: str, engine: EngineRecord, device: int) -> None:
+        """Refuse what cannot run, before the GPU is touched."""
+        if problem := self._missing():
+            raise MissingDependencyError(f"{component} needs {self.product}, which is {problem}.")
+        if engine.runtime_version != self.version():
+            raise EngineError(
+                f"{component} was built with {self.product} {engine.runtime_version}, and "
+                f"{self.version()} is installed: engines run with the version that built them. "
+                "Install that one, or build the bundle again."
+            )
+        if problem := self._gpu_problem(engine.target, device):
+            raise EngineError(f"{component} was built for {engine.target}, but {problem}.")
+
+    def _missing(self) -> str | None:
+        if importlib.util.find_spec(self.module) is None:
+            return f"not installed: pip install fluxdeploy[{self.extra}]"
+        return None
+
+    def _gpu_problem(self, target: str, device: int = 0) -> str | None:
+        if not has_nvidia_driver():
+            return "installed, but there is no NVIDIA driver"
+        if not has_cuda_python():
+            return f"cuda-python is not installed: pip install fluxdeploy[{self.extra}]"
+        try:
+            found = compute_capability(device)
+        except EngineError as error:
+            return f"the NVIDIA driver does not answer: {str(error).rstrip('.')}"
+        if found is None:
+            return f"there is an NVIDIA driver, but no GPU {device}"
+        if found not in self.targets:
+            return f"the GPU is {found}, which {self.product} does not support"
+        return None if found == target else f"the GPU is {found}"
+
+    def _import(self) -> Any:
+        try:
+            return importlib.import_module(self.module)
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"{self.product} cannot be imported ({error}): pip install "
+                f"fluxdeploy[{self.extra}]."
+            ) from error
+
+
+class TensorRtRtx(TensorRt):
+    """TensorRT-RTX. Engines hold code that is compiled on the GPU that runs them."""
+
+    name = "tensorrt-rtx"
+    targets = ("sm121", "sm120", "sm89", "sm86", "sm80", "sm75")
+
+    product = "TensorRT-RTX"
+    module = "tensorrt_rtx"
+    extra = "rtx"
+    distributions = ("tensorrt_rtx",)
+
+    def can_build(self, target: str) -> Availability:
+        """Building needs no GPU."""
+        if problem := self._missing():
+            return Availability(False, problem)
+        return Availability(True, f"{self.product} {self.version()}, which needs no GPU to build")

@@ -1,0 +1,192 @@
+"""How large a transformer's activations get, for static scales, measured without a GPU.
+
+The inputs of the linears and V are measured along the way from noise to picture, for a few prompts
+and sizes. Queries and keys are not measured: their norm bounds them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from exporters.calibrate.trajectory import Calibration, Sample, finite, start_samples, take_step
+from exporters.checkpoint import Checkpoint, Weights
+from exporters.checkpoint.tensors import find_tensor
+from exporters.components.chain import Chain, Stage
+from exporters.components.run import watch_linears
+from exporters.export import component_source
+from exporters.models.mmdit import DoubleBlock, SingleBlock
+from fluxdeploy.bundle.files import disk_errors
+from fluxdeploy.bundle.tensorfile import TensorFileWriter, read_header, read_tensor
+from fluxdeploy.bundle.typed_json import load_strict, to_plain
+from fluxdeploy.errors import CheckpointError
+from fluxdeploy.progress import Progress
+
+__all__ = ["Ranges", "attentions", "linears", "measure_ranges"]
+
+_METHOD = 1
+"""Raised whenever another code would measure other numbers, so that no old state is taken over."""
+
+_VALUE_LINEARS = (".to_v", ".add_v_proj")
+_QUERY_NORMS = ("attn.norm_q.weight", "attn.norm_added_q.weight")
+_KEY_NORMS = ("attn.norm_k.weight", "attn.norm_added_k.weight")
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The largest magnitudes of a transformer's activations, without any headroom.
+
+    checkpoint: SHA-256 of the weights that they belong to.
+    inputs: of the input of each of the blocks' linears, by the linear's name, such as
+        "transformer_blocks.0.attn.to_q". Linears that share an input have equal values.
+    values: of an attention's V, over both streams, by its name, "transformer_blocks.0.attn".
+    queries, keys: upper bounds of an attention's Q, after its scaling by head_dim^-0.5, and K.
+
+    A value is 0 where an activation was always 0.
+    """
+
+    checkpoint: str
+    calibration: Calibration
+    inputs: Mapping[str, float]
+    values: Mapping[str, float]
+    queries: Mapping[str, float]
+    keys: Mapping[str, float]
+
+
+def measure_ranges(
+    checkpoint: Checkpoint,
+    digest: str,
+    calibration: Calibration,
+    state: Path | None,
+    progress: Progress,
+) -> Ranges:
+    """Run the float32 transformer over a calibration and record how large its activations get.
+
+    `digest` is the SHA-256 of the checkpoint's weights. `state` is a file for what is known after
+    each step: a run that was cut off goes on from there, and the file is removed at the end. Beside
+    the weights of one block, memory holds the residual stream of every prompt at every size.
+
+    Raises `UsageError` for a calibration that no picture can be made with, `CheckpointError` for
+    missing tensors, `NumericError` for an activation that is not finite, `BundleError` where the
+    disk refuses.
+    """
+    chain, weights = component_source(checkpoint, "transformer", "fp32")
+    # RMSNorm leaves a head's vector with an L2 norm of at most sqrt(head_dim) * max|gamma|, which
+    # RoPE keeps. No channel is larger than the whole vector; the scale of Q cancels the root.
+    root = math.sqrt(checkpoint.transformer.head_dim)
+    blocks = {f"{block.scope}attn": block for block in _blocks(chain)}
+    queries = {name: _gamma(block, weights, _QUERY_NORMS) for name, block in blocks.items()}
+    keys = {name: root * _gamma(block, weights, _KEY_NORMS) for name, block in blocks.items()}
+    samples = start_samples(checkpoint, calibration, progress)
+    recorder = _Recorder(frozenset(linears(chain)))
+    enter = watch_linears(chain, recorder.see)
+    key = _state_key(digest, calibration)
+    first = 0 if state is None else _load_state(state, key, samples, recorder)
+    task = progress.task("Measuring activations", total=calibration.steps * len(chain.stages))
+    task.advance(first * len(chain.stages))
+    for step in range(first, calibration.steps):
+        take_step(chain, weights, samples, step, enter, task.advance)
+        if state is not None and step + 1 < calibration.steps:
+            _save_state(state, key, step + 1, samples, recorder)
+    if state is not None:
+        with disk_errors("remove", state):
+            state.unlink(missing_ok=True)
+    return Ranges(digest, calibration, recorder.inputs, recorder.values, queries, keys)
+
+
+def linears(chain: Chain) -> tuple[str, ...]:
+    """The names of all linears of a transformer's blocks, in order: `Ranges.inputs` has these."""
+    return tuple(stage.scope + name for stage in _blocks(chain) for name in _linears(stage))
+
+
+def attentions(chain: Chain) -> tuple[str, ...]:
+    """The names of a transformer's attentions, in order: what `Ranges.values` and others have."""
+    return tuple(f"{stage.scope}attn" for stage in _blocks(chain))
+
+
+def _blocks(chain: Chain) -> list[Stage]:
+    return [s for s in chain.stages if isinstance(s.piece.module, (DoubleBlock, SingleBlock))]
+
+
+def _linears(block: Stage) -> dict[str, nn.Linear]:
+    modules = block.piece.module.named_modules()
+    return {name: module for name, module in modules if isinstance(module, nn.Linear)}
+
+
+def _gamma(block: Stage, weights: Weights, norms: Sequence[str]) -> float:
+    """max|gamma| over the norms of both streams, or of the one that a single-stream block has."""
+    own = dict(block.piece.module.named_parameters())
+    shapes = {block.scope + norm: tuple(own[norm].shape) for norm in norms if norm in own}
+    gammas = [find_tensor(weights, name, shape).read() for name, shape in shapes.items()]
+    return finite(float(np.abs(gammas).max()), f"{' or '.join(shapes)} holds")
+
+
+@dataclass
+class _Recorder:
+    """The largest magnitudes seen at the linears of a transformer's blocks."""
+
+    linears: frozenset[str]
+    inputs: dict[str, float] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)
+
+    def see(self, name: str, linear: nn.Linear, x: Tensor, output: Tensor) -> None:
+        if name not in self.linears:
+            return
+        self._keep(self.inputs, name, x, f"The input of {name} holds")
+        if name.endswith(_VALUE_LINEARS):
+            attention = name.rpartition(".")[0]
+            self._keep(self.values, attention, output, f"The output of {name} holds")
+
+    def _keep(self, largest: dict[str, float], name: str, seen: Tensor, what: str) -> None:
+        # Both extremes carry NaN along, and neither needs a copy as abs() does.
+        low, high = torch.aminmax(seen)
+        magnitude = finite(max(abs(low.item()), abs(high.item())), what)
+        largest[name] = max(largest.get(name, 0.0), magnitude)
+
+
+def _state_key(digest: str, calibration: Calibration) -> str:
+    """Names everything that the measured numbers depend on."""
+    plain = {"method": _METHOD, "checkpoint": digest, "calibration": to_plain(calibration)}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _save_state(
+    path: Path, key: str, steps: int, samples: Sequence[Sample], recorder: _Recorder
+) -> None:
+    """Write what is known after `steps` steps: the samples' latents and the largest magnitudes."""
+    largest = {"inputs": recorder.inputs, "values": recorder.values}
+    metadata = {"key": key, "steps": str(steps), "largest": json.dumps(largest)}
+    declared = [(str(i), "F32", sample.latents.shape) for i, sample in enumerate(samples)]
+    with TensorFileWriter(path, declared, metadata) as writer:
+        for sample in samples:
+            writer.write(np.ascontiguousarray(sample.latents))
+
+
+def _load_state(path: Path, key: str, samples: Sequence[Sample], recorder: _Recorder) -> int:
+    """Take over a state; returns the number of steps done, 0 where it is of another measurement.
+
+    A state only saves time: one that is broken is not taken over either.
+    """
+    if not path.exists():
+        return 0
+    try:
+        file = read_header(path)
+        if file.metadata.get("key") != key:
+            return 0
+        latents = [read_tensor(file, str(i)) for i in range(len(samples))]
+    except CheckpointError:
+        return 0
+    for sample, values in zip(samples, latents, strict=True):
+        sample.latents = values
+    largest = load_strict(file.metadata["largest"])
+    recorder.inputs.update(largest["inputs"])
+    recorder.values.update(largest["values"])
+    return int(file.metadata["steps"])

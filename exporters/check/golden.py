@@ -1,0 +1,111 @@
+"""Golden tensors: small known inputs of a component and PyTorch's float32 outputs for them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporters.checkpoint import Weights
+from exporters.components.chain import Chain
+from exporters.components.run import run_reference
+from fluxdeploy.bundle.manifest import DimensionRange, LatentSpec, RopeSpec, ScheduleSpec
+from fluxdeploy.bundle.tensorfile import TensorFileWriter
+from fluxdeploy.sampling.rope import joint_ids, rope_tables
+from fluxdeploy.sampling.schedule import sigmas
+
+__all__ = ["golden_inputs", "write_golden"]
+
+Array = NDArray[np.generic]
+
+# Two rows where an engine takes them, so that a mix-up of the batch shows; a picture that is not
+# square, so that rows and columns cannot be swapped unseen.
+_BATCH, _TEXT, _STEPS, _ROWS, _COLUMNS = 2, 16, 2, 4, 6
+
+
+def golden_inputs(
+    chain: Chain,
+    vocabulary: int | None,
+    latents: LatentSpec,
+    rope: RopeSpec,
+    schedule: ScheduleSpec,
+    ranges: Mapping[str, DimensionRange],
+) -> dict[str, Array]:
+    """Inputs for a component such as a host would give it: a 64×96 picture, seeded noise.
+
+    `vocabulary` bounds the token ids of a text encoder; its last id takes the place of the
+    end-of-text token. Where `ranges`, the sizes that the engine takes, begin above that picture it
+    is a larger one of the same proportions.
+    """
+    rows, columns = _grid(latents, ranges)
+    tokens = rows * columns
+    h, w = rows * latents.patch_size, columns * latents.patch_size
+    batch = min(_BATCH, ranges["B"].max) if "B" in ranges else _BATCH
+    sizes = {
+        "B": batch,
+        "S": _TEXT,
+        "N": _STEPS,
+        "L": tokens,
+        "h": h,
+        "w": w,
+        "H": h * latents.spatial_factor,
+        "W": w * latents.spatial_factor,
+    }
+    random = np.random.RandomState(0)
+    cos, sin = rope_tables(joint_ids(_TEXT, rows, columns), rope)
+    given: dict[str, Array] = {
+        "rope_cos": cos,
+        "rope_sin": sin,
+        "timestep": sigmas(schedule, _STEPS, tokens)[:-1],
+        "guidance": np.full(batch, 3.5, np.float32),
+    }
+    inputs: dict[str, Array] = {}
+    for spec in chain.inputs:
+        if spec.name in given:
+            inputs[spec.name] = given[spec.name]
+            continue
+        shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
+        if spec.dtype == "int32":
+            assert vocabulary is not None
+            ids = random.randint(0, vocabulary - 1, shape)
+            ids[:, -1] = vocabulary - 1
+            inputs[spec.name] = ids.astype(np.int32)
+        else:
+            inputs[spec.name] = random.standard_normal(shape).astype(np.float32)
+    return inputs
+
+
+def _grid(latents: LatentSpec, ranges: Mapping[str, DimensionRange]) -> tuple[int, int]:
+    """Rows and columns of tokens of the smallest picture of 2:3 that the engine takes."""
+    for factor in itertools.count(1):
+        rows, columns = factor * _ROWS, factor * _COLUMNS
+        least = {
+            "L": rows * columns,
+            "h": rows * latents.patch_size,
+            "H": rows * latents.patch_size * latents.spatial_factor,
+        }
+        if all(size >= ranges[symbol].min for symbol, size in least.items() if symbol in ranges):
+            return rows, columns
+    raise AssertionError
+
+
+def write_golden(
+    path: Path,
+    chain: Chain,
+    weights: Weights,
+    inputs: Mapping[str, Array],
+    on_stage: Callable[[], None] = lambda: None,
+) -> None:
+    """Run a float32 chain in PyTorch and write `input.*` and `output.*` to a safetensors file."""
+    outputs = run_reference(chain, weights, inputs, on_stage)
+    tensors = {f"input.{name}": array for name, array in inputs.items()}
+    tensors |= {f"output.{name}": array for name, array in outputs.items()}
+    kinds = {"float32": "F32", "int32": "I32"}
+    declared = [(name, kinds[str(a.dtype)], a.shape) for name, a in tensors.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TensorFileWriter(path, declared) as writer:
+        for array in tensors.values():
+            writer.write(np.ascontiguousarray(array))

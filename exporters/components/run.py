@@ -1,0 +1,164 @@
+"""The networks in PyTorch float32, one stage in memory at a time: what engines are held against."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from engines.base import Binding, Engine
+from exporters.checkpoint.tensors import Weights, find_tensor
+from exporters.components.chain import Chain, Stage
+
+__all__ = ["ReferenceEngine", "WatchAttention", "run_reference", "run_samples", "watch_linears"]
+
+Array = NDArray[np.generic]
+
+
+def run_reference(
+    chain: Chain,
+    weights: Weights,
+    inputs: Mapping[str, Array],
+    on_stage: Callable[[], None] = lambda: None,
+) -> dict[str, Array]:
+    """Run a float32 chain with the checkpoint's weights; returns its outputs by name.
+
+    `on_stage` hears of every stage that is done. Raises `CheckpointError` for missing tensors.
+    """
+    return run_samples(chain, weights, [inputs], after=on_stage)[0]
+
+
+def run_samples(
+    chain: Chain,
+    weights: Weights,
+    samples: Sequence[Mapping[str, Array]],
+    before: Callable[[Stage], None] = lambda stage: None,
+    after: Callable[[], None] = lambda: None,
+) -> list[dict[str, Array]]:
+    """`run_reference` for several samples at once, reading each stage's weights a single time.
+
+    Samples run one after the other: together they would multiply attention's scores, the largest
+    tensors of all. A value is dropped after its last use, so that memory holds one stage and, of
+    every sample, the values between stages.
+    """
+    last_use = {name: number for number, stage in enumerate(chain.stages) for name in stage.reads}
+    outputs = [spec.name for spec in chain.outputs]
+    held = [
+        {name: torch.from_numpy(np.array(array)) for name, array in sample.items()}
+        for sample in samples
+    ]
+    for number, stage in enumerate(chain.stages):
+        before(stage)
+        _run_stage(stage, weights, held)
+        for name in stage.reads:
+            if last_use[name] == number and name not in outputs:
+                for values in held:
+                    values.pop(name, None)
+        after()
+    return [{name: values[name].numpy() for name in outputs} for values in held]
+
+
+@torch.no_grad()
+def _run_stage(stage: Stage, weights: Weights, held: Sequence[dict[str, Tensor]]) -> None:
+    module = stage.piece.module
+    parameters = {}
+    for name, parameter in module.named_parameters():
+        stored = find_tensor(weights, stage.scope + name, tuple(parameter.shape))
+        parameters[name] = torch.from_numpy(stored.read().reshape(stored.shape))
+    for values in held:
+        inputs = tuple(values[name] for name in stage.reads)
+        result = torch.func.functional_call(module, parameters, inputs)
+        outputs = result if isinstance(result, tuple) else (result,)
+        values.update(zip(stage.writes, outputs, strict=True))
+
+
+def watch_linears(
+    chain: Chain, see: Callable[[str, nn.Linear, Tensor, Tensor], None]
+) -> Callable[[Stage], None]:
+    """Have `see(name, linear, input, output)` called for each linear of a chain as it runs.
+
+    A module stands for many blocks, so that the name takes the stage: returns what `run_samples`
+    is to call before each.
+    """
+    scope = ""
+
+    def enter(stage: Stage) -> None:
+        nonlocal scope
+        scope = stage.scope
+
+    def hook(name: str, linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        see(scope + name, linear, inputs[0], output)
+
+    for piece in chain.pieces:
+        for name, module in piece.module.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(functools.partial(hook, name))
+    return enter
+
+
+_PRODUCTS = (torch.Tensor.matmul, torch.Tensor.__matmul__)
+
+
+class WatchAttention(TorchFunctionMode):
+    """While it is entered, `see(query, key, value, output)` is called for each attention that runs.
+
+    All are [B, heads, tokens, head_dim], as softmax(Q Kᵀ) V multiplies them. Its two products are
+    the only ones of such tensors with each other.
+    """
+
+    def __init__(self, see: Callable[[Tensor, Tensor, Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self._see = see
+        self._scored: tuple[Tensor, Tensor] | None = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS and all(tensor.dim() == 4 for tensor in args):
+            if self._scored is None:
+                self._scored = args[0], args[1].mT
+            else:
+                (query, key), self._scored = self._scored, None
+                self._see(query, key, args[1], output)
+        return output
+
+
+class ReferenceEngine(Engine):
+    """A component in PyTorch float32 behind the interface of engines: a host can run on it."""
+
+    def __init__(self, chain: Chain, weights: Weights) -> None:
+        self.component = chain.component
+        self.inputs = chain.inputs
+        self.outputs = chain.outputs
+        self.dimensions = {}
+        self._chain = chain
+        self._weights = weights
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return run_reference(self._chain, self._weights, inputs)
+
+    def bind(self, resident: Mapping[str, Array]) -> Binding:
+        return _ReferenceBinding(self, resident)
+
+    def close(self) -> None:
+        """Nothing is held between runs."""
+
+
+class _ReferenceBinding(Binding):
+    def __init__(self, engine: ReferenceEngine, resident: Mapping[str, Array]) -> None:
+        self._engine = engine
+        self._resident = dict(resident)
+
+    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        return self._engine.run({**self._resident, **inputs})

@@ -1,1 +1,0 @@
-"""Quantization: which linears, with which scales, as which bytes, and how the graph says so."""

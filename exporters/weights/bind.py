@@ -1,0 +1,258 @@
+"""Binding: the weights of a traced graph become external data in safetensors files.
+
+A weight whose stored bytes are what the graph computes with stays where it is: the initializer
+points into the checkpoint's file, hard-linked beside the graph. A wider type is reached by a Cast
+in the graph, which is exact. Anything else is converted, streamed into new safetensors files. A
+quantized graph takes all of its weights from new files, so that none of it needs the checkpoint's
+much larger ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import onnx_ir as ir
+
+from exporters.checkpoint.tensors import StoredTensor, Weights, find_tensor
+from exporters.components.chain import Chain
+from exporters.weights.storage import GLOBAL_SCALE_SUFFIX, SCALE_SUFFIX, Packed
+from exporters.weights.write import Group, WrittenTensor, shards, write_files
+from fluxdeploy.bundle.files import disk_errors, link_or_copy
+from fluxdeploy.bundle.tensorfile import read_header
+from fluxdeploy.errors import ExportError
+
+__all__ = ["NO_LEDGER", "Ledger", "WeightFolder", "bind", "check_weights"]
+
+_STORED = {
+    "F32": ir.DataType.FLOAT,
+    "F16": ir.DataType.FLOAT16,
+    "BF16": ir.DataType.BFLOAT16,
+}
+_NAMES = {dtype: name for name, dtype in _STORED.items()}
+OnBytes = Callable[[int], None]
+
+
+def _ignore(_: int) -> None:
+    pass
+
+
+@dataclass
+class WeightFolder:
+    """The `weights` folder beside the graphs, and what was put there."""
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        self._links: dict[Path, str] = {}
+        self._converted: set[str] = set()
+
+    def link(self, file: Path, on_bytes: OnBytes = _ignore) -> str:
+        """Make a checkpoint's file available below the folder; returns its name there."""
+        source = Path(os.path.realpath(file))
+        if source not in self._links:
+            name = f"{file.parent.name}.{file.name}" if _is_part_folder(file.parent) else file.name
+            if name in self._links.values() or name in self._converted:
+                raise ExportError(f"Two weight files are both called {name}: rename one of them.")
+            link_or_copy(source, self.root / name, on_bytes=on_bytes)
+            self._links[source] = name
+        return self._links[source]
+
+    def linked_bytes(self, tensors: Iterable[tuple[ir.Value, StoredTensor]]) -> int:
+        """The size of the files that `link` has yet to make available for these tensors."""
+        sources = {Path(os.path.realpath(stored.file)) for _, stored in tensors}
+        return sum(source.stat().st_size for source in sources - self._links.keys())
+
+    def reserve(self, name: str) -> None:
+        """Make room for a file of converted weights, which must not replace a linked one."""
+        if name in self._links.values():
+            raise ExportError(
+                f"The converted weights are to be called {name}, as a file of the checkpoint is: "
+                "rename that file."
+            )
+        self._converted.add(name)
+        self.make()
+
+    def make(self) -> None:
+        """Make the folder. Raises `BundleError` where it cannot be."""
+        with disk_errors("write", self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def sources(self) -> dict[str, Path]:
+        """Linked names and the checkpoint's files they stand for."""
+        return {name: source for source, name in self._links.items()}
+
+
+def _is_part_folder(folder: Path) -> bool:
+    return folder.name in ("transformer", "vae", "text_encoder", "text_encoder_2")
+
+
+class Ledger(Protocol):
+    """Remembers the files of converted weights that are whole, for a build that was stopped."""
+
+    def finished(self, file: str) -> bool:
+        """Whether an earlier run made this file of the weight folder from the same input."""
+
+    def record(self, file: str, sha256: str) -> None:
+        """A file is whole; `sha256` are 64 hex digits."""
+
+
+class _NoLedger:
+    def finished(self, file: str) -> bool:
+        return False
+
+    def record(self, file: str, sha256: str) -> None:
+        pass
+
+
+NO_LEDGER: Ledger = _NoLedger()
+
+
+def bind(
+    model: ir.Model,
+    boundary: int,
+    weights: Weights,
+    folder: WeightFolder,
+    converted: str,
+    packed: Mapping[str, Packed] | None = None,
+    expect: Callable[[int], OnBytes] = lambda _: _ignore,
+    ledger: Ledger = NO_LEDGER,
+) -> list[str]:
+    """Turn the model's inputs after the first `boundary` into initializers with external data.
+
+    `converted` names the files below the folder for tensors whose bytes have to change, without
+    their suffix. `packed` are the weights that `quantize` wants stored in fewer bits. `expect` is
+    told the bytes that are to be linked, copied or converted, if any, and returns what hears of
+    each of them. Returns the names of the weight files that the graph needs.
+
+    Raises `CheckpointError` for a missing tensor, a wrong shape, or a value that the graph's type
+    cannot hold.
+    """
+    graph = model.graph
+    parameters = list(graph.inputs[boundary:])
+    del graph.inputs[boundary:]
+    # Casts come in between, which leaves the order of these nodes as it is.
+    order = {node: place for place, node in enumerate(graph)}
+    packed = packed or {}
+    scales = {name + suffix for name in packed for suffix in (SCALE_SUFFIX, GLOBAL_SCALE_SUFFIX)}
+    by_name = {str(value.name): value for value in parameters}
+    linked: list[tuple[ir.Value, StoredTensor]] = []
+    written: list[WrittenTensor] = []
+    groups: dict[str, Group] = {}
+    for value in parameters:
+        name = str(value.name)
+        if name in scales:
+            continue
+        assert value.shape is not None
+        if name in packed:
+            rows, columns = value.shape.numpy()[::-1]
+            stored = find_tensor(weights, name, (rows, columns))
+            how = packed[name]
+            group = groups.setdefault(how.group, Group()) if how.group else None
+            if group is not None:
+                group.members.append(stored)
+            written.append(WrittenTensor(name, stored, how.dtype, how, group))
+            continue
+        stored = find_tensor(weights, name, value.shape.numpy())
+        exact = value.dtype in (_STORED.get(stored.dtype), ir.DataType.FLOAT)
+        if stored.dtype not in _STORED or not exact or stored.scale is not None:
+            assert value.dtype is not None
+            written.append(WrittenTensor(name, stored, _NAMES[value.dtype]))
+            continue
+        dtype = _STORED[stored.dtype]
+        if dtype != value.dtype:
+            _widen(graph, value, dtype, order)
+        if packed:
+            written.append(WrittenTensor(name, stored, stored.dtype))
+        else:
+            linked.append((value, stored))
+    total = folder.linked_bytes(linked) + sum(tensor.nbytes for tensor in written)
+    on_bytes = expect(total) if total else _ignore
+    files: dict[str, None] = {}
+    for value, stored in linked:
+        file = folder.link(stored.file, on_bytes)
+        files[file] = None
+        _point(graph, value, folder, file, stored.offset, stored.nbytes)
+    parts = dict(shards(converted, written))
+    missing = {}
+    for file, tensors in parts.items():
+        folder.reserve(file)
+        files[file] = None
+        if ledger.finished(file):
+            on_bytes(sum(tensor.nbytes for tensor in tensors))
+        else:
+            missing[file] = tensors
+    write_files(folder.root, missing, on_bytes, ledger.record)
+    for file in parts:
+        for name, entry in read_header(folder.root / file).tensors.items():
+            _point(graph, by_name[name], folder, file, entry.offset, entry.nbytes)
+    return list(files)
+
+
+def check_weights(chain: Chain, weights: Weights) -> None:
+    """Hold a checkpoint against a chain, before the work of tracing it.
+
+    Raises `CheckpointError` for a missing tensor and for a wrong shape or type.
+    """
+    for stage in chain.stages:
+        for name, parameter in stage.piece.module.named_parameters():
+            find_tensor(weights, stage.scope + name, tuple(parameter.shape))
+
+
+def _point(
+    graph: ir.Graph, value: ir.Value, folder: WeightFolder, file: str, offset: int, nbytes: int
+) -> None:
+    assert value.dtype is not None
+    assert value.shape is not None
+    value.const_value = ir.ExternalTensor(
+        location=f"{folder.root.name}/{file}",
+        offset=offset,
+        length=nbytes,
+        dtype=value.dtype,
+        shape=value.shape,
+        name=str(value.name),
+        base_dir=folder.root.parent,
+    )
+    graph.register_initializer(value)
+
+
+def _widen(
+    graph: ir.Graph, value: ir.Value, stored: ir.DataType, order: dict[ir.Node, int]
+) -> None:
+    """Let `value` hold the stored type and widen it where it is used.
+
+    An embedding is widened after its rows are picked, not as a whole table.
+    """
+    uses = list(value.uses())
+    needed = value.dtype
+    assert needed is not None
+    # A new type, since repeated blocks share theirs.
+    value.type = ir.TensorType(stored)
+    if all(node.op_type == "Gather" and index == 0 for node, index in uses):
+        for node, _ in uses:
+            cast = _insert_cast(node.outputs[0], needed)
+            node.outputs[0].type = ir.TensorType(stored)
+            graph.insert_after(node, cast)
+    else:
+        cast = _insert_cast(value, needed)
+        graph.insert_before(min((node for node, _ in uses), key=order.__getitem__), cast)
+
+
+def _insert_cast(value: ir.Value, to: ir.DataType) -> ir.Node:
+    """A Cast of `value`, its result given to all of the value's present users."""
+    users = list(value.uses())
+    cast = ir.Node(
+        "",
+        "Cast",
+        inputs=[value],
+        attributes=[ir.AttrInt64("to", to.value)],
+        outputs=[ir.Value(name=f"{value.name}.{to.name.lower()}", type=ir.TensorType(to))],
+        name=f"{value.name}/Cast",
+    )
+    for node, index in users:
+        node.replace_input_with(index, cast.outputs[0])
+    return cast

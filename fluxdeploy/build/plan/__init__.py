@@ -1,0 +1,19 @@
+"""What a build will take, and what it cannot do: worked out from headers, before any long work.
+
+Nothing is written, and no weight is read.
+"""
+
+from fluxdeploy.build.plan.activations import Workload
+from fluxdeploy.build.plan.figures import ComponentPlan, DiskPlan, Phase, Plan, RunMemory
+from fluxdeploy.build.plan.planner import CPU_SESSION, make_plan
+
+__all__ = [
+    "CPU_SESSION",
+    "ComponentPlan",
+    "DiskPlan",
+    "Phase",
+    "Plan",
+    "RunMemory",
+    "Workload",
+    "make_plan",
+]

@@ -1,0 +1,114 @@
+"""What a plan says in words: what cannot be, what is too small, and what a user should know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from engines import Runtime
+from fluxdeploy.build.plan.figures import DiskPlan, Phase, RunMemory
+from fluxdeploy.machine import Memory
+
+__all__ = ["find_impossible", "find_remarks", "find_shortages"]
+
+
+def find_impossible(
+    runtime: Runtime,
+    targets: tuple[str, ...],
+    precisions: Mapping[str, str],
+    compute: Mapping[str, str],
+) -> Iterator[str]:
+    """What a target has not, each once, with the components that would need it.
+
+    precisions, compute: by component, what it is built in and what the rest of it computes in.
+    """
+    names: dict[str, list[str]] = {}
+    for name, precision in precisions.items():
+        for target in targets:
+            # What an engine computes in is one for all its targets, the first one's.
+            for needed in (precision, compute[name]):
+                problem = runtime.precision_problem(target, needed)
+                if problem is not None:
+                    names.setdefault(problem, []).append(name)
+                    break
+    for problem, who in names.items():
+        yield f"{', '.join(who)}: {problem}"
+    if len(targets) > 1 and not runtime.builds:
+        yield f"{runtime.name} takes one --target, not {', '.join(targets)}"
+
+
+def find_shortages(
+    disk: DiskPlan, reusable: int, build: tuple[Phase, ...], memory: Memory, destination: Path
+) -> tuple[list[str], list[str]]:
+    """What is too small for the build, and what may be.
+
+    reusable: bytes of an earlier bundle at `destination` that will probably be taken over.
+    """
+    shortages, warnings = [], []
+    if disk.needed > disk.free:
+        lack = (
+            f"the build writes {_gib(disk.needed)} to the disk of {destination}, and "
+            f"{_gib(disk.free)} are free"
+        )
+        if disk.needed - reusable > disk.free:
+            shortages.append(f"{lack}: free some space, or choose another --out")
+        else:
+            warnings.append(f"{lack}: it fits only where the earlier bundle there is reused")
+    free, total = memory.available, memory.with_swap
+    for phase in build:
+        if free is None or phase.bytes <= free:
+            continue
+        needs = (
+            f"{_gib(phase.bytes)} of memory for {phase.component} ({phase.name}), and "
+            f"{_gib(free)} are free"
+        )
+        if phase.name == "check":
+            warnings.append(
+                f"not every engine will be checked: that needs {needs}; run `fluxdeploy verify` "
+                "where it fits"
+            )
+        elif total is not None and phase.bytes > total:
+            shortages.append(f"the build needs {needs}: build on a machine with more memory")
+        else:
+            warnings.append(f"the build needs {needs}: close other programs first")
+    return shortages, warnings
+
+
+def find_remarks(
+    runtime: Runtime,
+    targets: tuple[str, ...],
+    precisions: Mapping[str, str],
+    usual: RunMemory,
+    free: int | None,
+) -> Iterator[str]:
+    """What a user should know of engines that will be built.
+
+    usual: what a picture of the usual size takes. free: bytes of memory, None where unknown.
+    """
+    told: dict[str, list[str]] = {}
+    for target in targets:
+        building, running = runtime.can_build(target), runtime.availability(target)
+        if not building.ok:
+            told.setdefault(f"cannot be built here: {building.detail}", []).append(target)
+        elif not running.ok:
+            told.setdefault(f"will not be checked here: {running.detail}", []).append(target)
+    for why, unusable in told.items():
+        yield f"{runtime.name} engines for {', '.join(unusable)} {why}"
+    on_cpu = targets[0] == "cpu"
+    emulated = [name for name, used in precisions.items() if used.startswith("fp8")]
+    if on_cpu and emulated:
+        yield (
+            f"{', '.join(emulated)}: a CPU has no FP8; it is emulated, with the same numbers "
+            "and neither faster nor smaller in memory"
+        )
+    if on_cpu and free is not None and usual.all_open > free:
+        fits = usual.low_vram <= free
+        advice = "run it with --low-vram" if fits else "even --low-vram is too much"
+        yield (
+            f"a picture of the usual size takes {_gib(usual.all_open)} of memory, "
+            f"{_gib(usual.low_vram)} with --low-vram, and {_gib(free)} are free: {advice}"
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.0f} MiB"

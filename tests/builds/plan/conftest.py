@@ -1,0 +1,32 @@
+"""Checkpoints to plan for: the default model, and FLUX.1-dev's headers without data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from exporters.checkpoint import Checkpoint, open_checkpoint
+from exporters.synthetic.sparse_checkpoint import FLUX_DEV, write_sparse_checkpoint
+from fluxdeploy.build.checkpoint import open_source
+from tests.conftest import SharedFolder
+
+
+@pytest.fixture(scope="session")
+def demo() -> Checkpoint:
+    return open_source(None)
+
+
+@pytest.fixture(scope="session")
+def flux_dev(shared_folder: SharedFolder) -> Checkpoint:
+    folder = shared_folder.entry(
+        "sparse-dev", lambda folder: write_sparse_checkpoint(folder, FLUX_DEV)
+    )
+    return open_checkpoint(folder)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "bundle"

@@ -1,0 +1,54 @@
+"""The checkpoints that come with the package, and their names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fluxdeploy.build.checkpoint import check_family, open_source
+from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
+from fluxdeploy.errors import UsageError
+
+pytest.importorskip("torch")
+
+
+@pytest.mark.parametrize("name", DEMO_CHECKPOINTS)
+def test_the_names_open_the_folders_of_the_package(name: str) -> None:
+    checkpoint = open_source(name)
+    assert checkpoint.root == DEMO_CHECKPOINTS[name]
+    check_family(checkpoint)
+    assert checkpoint.transformer.guidance_embedding == (name == "demo:dev")
+
+
+def test_the_default_is_dev() -> None:
+    assert DEFAULT_CHECKPOINT == "demo:dev"
+    assert open_source(None).root == DEMO_CHECKPOINTS["demo:dev"]
+
+
+def test_the_models_say_what_they_were_trained_for() -> None:
+    dev, schnell = (open_source(name).defaults for name in ("demo:dev", "demo:schnell"))
+    for defaults in (dev, schnell):
+        assert (defaults.height, defaults.width, defaults.max_sequence_length) == (128, 128, 20)
+    assert (dev.num_inference_steps, schnell.num_inference_steps) == (28, 4)
+
+
+@pytest.mark.parametrize("name", DEMO_CHECKPOINTS)
+def test_the_weights_are_small_and_in_half_precision(name: str) -> None:
+    files = list(DEMO_CHECKPOINTS[name].rglob("*.safetensors"))
+    assert sum(file.stat().st_size for file in files) < 15e6
+    for file in files:
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        header.pop("__metadata__", None)
+        assert {tensor["dtype"] for tensor in header.values()} == {"BF16"}, file
+
+
+def test_an_unknown_name_of_the_package_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "demo:large").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"demo:large.*demo:dev and demo:schnell"):
+        open_source("demo:large")

@@ -1,0 +1,132 @@
+"""A small checkpoint's transformer in every quantized precision, each exported once a session."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("diffusers")
+
+import onnx_ir as ir
+
+from exporters.calibrate.range_file import read_ranges, write_ranges
+from exporters.calibrate.ranges import Ranges, measure_ranges
+from exporters.calibrate.trajectory import Calibration
+from exporters.checkpoint import Checkpoint, open_checkpoint
+from exporters.export import component_source, export_component
+from exporters.graph.trace import trace_chain
+from exporters.weights.bind import NO_LEDGER, Ledger, WeightFolder
+from fluxdeploy.progress import Progress
+
+TEXT = 12
+DIGEST = "0" * 64
+SHORT = Calibration(
+    prompts=("", "a red circle above a blue square on a white background"),
+    seed=3,
+    sizes=((32, 48),),
+    steps=1,
+    guidance=2.5,
+)
+
+IMAGE_AND_TEXT = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *("ff_context.net.0.proj", "ff_context.net.2"),
+)
+JOINT = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")
+LINEARS = {f"transformer_blocks.{i}.{name}" for i in range(2) for name in IMAGE_AND_TEXT}
+LINEARS |= {f"single_transformer_blocks.{i}.{name}" for i in range(2) for name in JOINT}
+"""What is quantized of the checkpoint's two blocks of each kind; `attn.to_q` and so on."""
+
+ATTENTIONS = {
+    f"{kind}.{i}.attn"
+    for kind in ("transformer_blocks", "single_transformer_blocks")
+    for i in range(2)
+}
+
+ExportInto = Callable[..., Path]
+"""`export_into(folder, precision, compute="fp32", checkpoint=None, ledger=None)`: the ONNX file."""
+
+Quantized = Callable[..., Path]
+"""`quantized(precision, compute="fp32")`: the ONNX file, not to be written to."""
+
+
+@pytest.fixture(scope="session")
+def source(checkpoint: Callable[..., Path]) -> Path:
+    """A checkpoint in diffusers layout, float32, not to be written to."""
+    return checkpoint("dev")
+
+
+def open_short(folder: Path) -> Checkpoint:
+    """A checkpoint whose text is `TEXT` tokens long, which keeps the tests quick."""
+    return dataclasses.replace(open_checkpoint(folder), settings={"max_sequence_length": TEXT})
+
+
+@pytest.fixture(scope="session")
+def opened(source: Path) -> Checkpoint:
+    return open_short(source)
+
+
+@pytest.fixture(scope="session")
+def ranges(shared_folder: Any, opened: Checkpoint) -> Ranges:
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        measured = measure_ranges(opened, DIGEST, SHORT, None, Progress(quiet=True))
+        write_ranges(measured, folder / "ranges.json")
+
+    return read_ranges(shared_folder.entry("ranges", make) / "ranges.json", opened, DIGEST)
+
+
+@pytest.fixture(scope="session")
+def traced(shared_folder: Any, opened: Checkpoint) -> Callable[[str], ir.Model]:
+    """`traced(compute)`: the transformer's trace, which takes nearly all the time of an export."""
+
+    def make(compute: str, folder: Path) -> None:
+        chain, _ = component_source(opened, "transformer", compute)
+        folder.mkdir()
+        ir.save(trace_chain(chain), folder / "transformer.onnx")
+
+    def load(compute: str) -> ir.Model:
+        folder = shared_folder.entry(f"trace-{compute}", functools.partial(make, compute))
+        return ir.load(folder / "transformer.onnx")
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def export_into(
+    opened: Checkpoint, ranges: Ranges, traced: Callable[[str], ir.Model]
+) -> ExportInto:
+    def export(
+        folder: Path,
+        precision: str,
+        compute: str = "fp32",
+        checkpoint: Checkpoint = opened,
+        ledger: Ledger = NO_LEDGER,
+    ) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("exporters.export.trace_chain", lambda chain: traced(compute))
+            weights = WeightFolder(folder / "weights")
+            exported = export_component(
+                checkpoint, "transformer", precision, weights, compute, ranges, ledger=ledger
+            )
+        return folder / exported.path
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def quantized(shared_folder: Any, export_into: ExportInto) -> Quantized:
+    def make(precision: str, compute: str = "fp32") -> Path:
+        folder = shared_folder.entry(
+            f"quantized-{precision}-{compute}",
+            lambda target: export_into(target, precision, compute),
+        )
+        return Path(folder) / "transformer.onnx"
+
+    return make

@@ -1,0 +1,143 @@
+"""Files of activation ranges and of prompts: what is written comes back, all else is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("diffusers")
+
+from exporters.calibrate.range_file import read_prompts, read_ranges, write_ranges
+from exporters.calibrate.ranges import Ranges, attentions, linears
+from exporters.calibrate.trajectory import Calibration
+from exporters.checkpoint import Checkpoint, open_checkpoint
+from exporters.export import component_source
+from fluxdeploy.errors import BundleError, ExportError, UsageError
+
+DIGEST = "0123456789abcdef" * 4
+
+
+@pytest.fixture(scope="module")
+def opened(checkpoint: Callable[..., Path]) -> Checkpoint:
+    return open_checkpoint(checkpoint("dev"))
+
+
+@pytest.fixture
+def ranges(opened: Checkpoint) -> Ranges:
+    chain, _ = component_source(opened, "transformer", "fp32")
+    heads = {name: math.pi / (i + 1) for i, name in enumerate(attentions(chain))}
+    return Ranges(
+        checkpoint=DIGEST,
+        calibration=Calibration(("", 'a sign: "Ω"'), 7, ((64, 96), (16, 16)), 4, 3.5),
+        inputs={name: math.e * i for i, name in enumerate(linears(chain))},
+        values=heads,
+        queries=heads,
+        keys=heads,
+    )
+
+
+def test_ranges_come_back_equal(tmp_path: Path, opened: Checkpoint, ranges: Ranges) -> None:
+    path = tmp_path / "ranges.json"
+    write_ranges(ranges, path)
+    assert read_ranges(path, opened, DIGEST) == ranges
+    first = path.read_bytes()
+    write_ranges(read_ranges(path, opened, DIGEST), path)
+    assert path.read_bytes() == first
+
+
+def test_another_checkpoints_ranges_are_refused(
+    tmp_path: Path, opened: Checkpoint, ranges: Ranges, checkpoint: Callable[..., Path]
+) -> None:
+    path = tmp_path / "ranges.json"
+    write_ranges(ranges, path)
+    with pytest.raises(ExportError, match="another checkpoint"):
+        read_ranges(path, opened, "f" * 64)
+    with pytest.raises(ExportError, match="another checkpoint"):
+        read_ranges(path, open_checkpoint(checkpoint("schnell")), "f" * 64)
+
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda plain: plain.update(schema_version=2), "version 2"),
+        (lambda plain: plain.pop("schema_version"), "schema_version"),
+        (lambda plain: plain.pop("keys"), "keys is missing"),
+        (lambda plain: plain.update(headroom=1.0), "headroom is not a known field"),
+        (lambda plain: plain["calibration"].update(seed="0"), "calibration.seed"),
+        (lambda plain: plain["calibration"].update(sizes=[[64, 64, 64]]), r"sizes\[0\]"),
+        (lambda plain: plain["inputs"].popitem(), "is missing"),
+        (lambda plain: plain["inputs"].update(context_embedder=1.0), "context_embedder"),
+        (lambda plain: plain["values"].update({"transformer_blocks.0.attn": -1.0}), "0 or more"),
+        (lambda plain: plain["queries"].update({"transformer_blocks.0.attn": None}), "queries"),
+    ],
+)
+def test_changed_files_are_refused(
+    tmp_path: Path, opened: Checkpoint, ranges: Ranges, change: Change, message: str
+) -> None:
+    path = tmp_path / "ranges.json"
+    write_ranges(ranges, path)
+    plain = json.loads(path.read_text())
+    change(plain)
+    path.write_text(json.dumps(plain))
+    with pytest.raises(ExportError, match=message):
+        read_ranges(path, opened, DIGEST)
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"schema_version": 1}',
+        b"\xff\xfe",
+        b'{"schema_version": 1, "keys": NaN}',
+    ],
+)
+def test_files_that_hold_no_ranges_are_refused(
+    tmp_path: Path, opened: Checkpoint, contents: bytes
+) -> None:
+    path = tmp_path / "ranges.json"
+    path.write_bytes(contents)
+    with pytest.raises(ExportError, match=r"ranges\.json"):
+        read_ranges(path, opened, DIGEST)
+
+
+def test_disk_errors_are_told(tmp_path: Path, opened: Checkpoint, ranges: Ranges) -> None:
+    with pytest.raises(ExportError, match="No such file"):
+        read_ranges(tmp_path / "absent.json", opened, DIGEST)
+    with pytest.raises(BundleError, match="no such file or folder"):
+        write_ranges(ranges, tmp_path / "absent" / "ranges.json")
+
+
+def test_prompts_are_lines(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa red fox\r\n\n  über den Wolken  \n\t\na\u2028b".encode())
+    assert read_prompts(path) == ("a red fox", "über den Wolken", "a\u2028b")
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (None, "Cannot read"),
+        (b"", "no prompt"),
+        (b" \n\r\n", "no prompt"),
+        (b"a caf\xe9\n", r"not UTF-8 text \(byte 5\)"),
+    ],
+)
+def test_files_without_prompts_are_refused(
+    tmp_path: Path, contents: bytes | None, message: str
+) -> None:
+    path = tmp_path / "prompts.txt"
+    if contents is not None:
+        path.write_bytes(contents)
+    with pytest.raises(UsageError, match=message):
+        read_prompts(path)
