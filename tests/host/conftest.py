@@ -23,37 +23,13 @@ from fluxdeploy.bundle.manifest import (
     TokenizerRecord,
 )
 from fluxdeploy.host.pipeline import FluxPipeline
+from tests.support.specs import latent_spec, rope_spec, schedule_spec
+
+__all__ = ["latent_spec", "rope_spec", "schedule_spec"]
 
 POOLED, TEXT, WIDTH, ROWS = 6, 10, 8, 3
 
 Compute = Callable[[Mapping[str, Array]], dict[str, Array]]
-
-
-@pytest.fixture
-def latent_spec() -> LatentSpec:
-    return LatentSpec(
-        channels=16, patch_size=2, spatial_factor=8, scaling_factor=0.3611, shift_factor=0.1159
-    )
-
-
-@pytest.fixture
-def rope_spec() -> RopeSpec:
-    return RopeSpec(axes_dims=(16, 56, 56), theta=10000.0)
-
-
-@pytest.fixture
-def schedule_spec() -> ScheduleSpec:
-    """The schedule of FLUX.1-dev."""
-    return ScheduleSpec(
-        shift=3.0,
-        use_dynamic_shifting=True,
-        time_shift_type="exponential",
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-        shift_terminal=None,
-    )
 
 
 @pytest.fixture
