@@ -29,7 +29,7 @@ from fluxdeploy.bench.measure import Counts, run_bench
 from fluxdeploy.bench.report.plot import plot_bench
 from fluxdeploy.bench.report.record import BenchReport, ContenderReport, to_json
 from fluxdeploy.build.build import BuildRequest, build
-from fluxdeploy.precision import needs_ranges
+from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 
 BUNDLES = {
@@ -211,7 +211,7 @@ def build_bundles(
     built = {}
     for name, (precision, runtime) in bundles.items():
         built[name] = folder / f"{runtime}-{precision}"
-        static = needs_ranges(precision) and runtime != "onnxruntime"
+        static = PRECISIONS[precision].calibrated and runtime != "onnxruntime"
         calibration = prompt if static else None
         request = BuildRequest(checkpoint, precision, runtime=runtime, calibration=calibration)
         build(request, built[name], progress)

@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Engine
-from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, GoldenRecord, QualityRecord
+from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, GoldenRecord
 from fluxdeploy.bundle.tensorfile import read_header, read_tensor
 from fluxdeploy.errors import BundleError, NumericError
+from fluxdeploy.precision import PRECISIONS
 
 __all__ = [
-    "COMPONENT_GATES",
     "OBJECTS_PICTURES",
-    "QUALITY_GATES",
     "Deviation",
     "is_emulated",
     "measure_component",
@@ -27,48 +26,6 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
-
-COMPONENT_GATES = {
-    "fp32": (1e-3, 0.99999),
-    "fp16": (5e-2, 0.999),
-    "bf16": (1e-1, 0.995),
-    "fp8": (2.5e-1, 0.99),
-    "fp8-linears": (2.5e-1, 0.99),
-    "fp8-weights": (1e-1, 0.995),
-    "int8": (2.5e-1, 0.99),
-    "int8-dynamic": (2e-1, 0.995),
-    "int8-weights": (2e-1, 0.995),
-    "fp4": (5e-1, 0.95),
-}
-"""Largest error, relative to the largest output, and smallest cosine, by precision.
-
-A row of a linear that holds one outlier has few of int8's steps left for the rest: `demo:dev`'s T5
-in int8-weights is off by 0.13 at one place, with a cosine of 0.998.
-"""
-
-QUALITY_GATES: Mapping[str, QualityRecord] = {
-    "fp32": QualityRecord(45.0, 0.99, None),
-    "fp16": QualityRecord(30.0, 0.9, None),
-    "bf16": QualityRecord(25.0, 0.85, None),
-    "fp8": QualityRecord(22.0, 0.82, 16.0),
-    "fp8-linears": QualityRecord(22.0, 0.82, 20.0),
-    "fp8-weights": QualityRecord(25.0, 0.85, 24.0),
-    "int8": QualityRecord(20.0, 0.8, 12.0),
-    "int8-dynamic": QualityRecord(24.0, 0.82, 15.0),
-    "int8-weights": QualityRecord(25.0, 0.85, 20.0),
-    "fp4": QualityRecord(15.0, 0.6, 12.0),
-}
-"""What `verify` holds whole pictures and single layers against, by the transformer's precision.
-
-E4M3 rounds by up to 1/16 of a value, whatever its size: the worst linears of the demo checkpoints
-have 30 dB with quantized weights alone and 27 with their inputs, and less means a wrong scale. Q, K
-and V have 31 dB there. Attention's output has 27, and 21 with random weights, where all shares of a
-row round the same way; a scale that is 16 times too small leaves 6 at most.
-INT8's steps are as wide as the largest value of a tensor demands: 33 dB there, and outliers cost
-20. The medians over the demo checkpoints' pictures are over 40 dB, but one picture may have to do,
-and single ones have 25 where a step goes another way. FP4's linears have 16.6 dB at least there and
-20 in the median; what that leaves of whole pictures is an estimate, for want of a GPU that has FP4.
-"""
 
 OBJECTS_PICTURES = 20
 """How many pictures it takes to compare objects: of fewer, one more or less would decide."""
@@ -151,7 +108,8 @@ def is_emulated(record: ComponentRecord, engine: EngineRecord) -> bool:
 
     No CPU multiplies in FP8: there the values are rounded to it, and multiplied in `compute`.
     """
-    return record.precision.startswith("fp8") and engine.target == "cpu"
+    quantization = PRECISIONS[record.precision].quantization
+    return quantization is not None and quantization.format == "fp8" and engine.target == "cpu"
 
 
 def objects_kept(share: float, reference: float, pictures: int) -> bool:

@@ -18,7 +18,7 @@ from engines.tensors import BoundInputs, check_inputs, output_shape
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError
 from fluxdeploy.machine import describe_cpu
-from fluxdeploy.precision import FLOATS
+from fluxdeploy.precision import PRECISIONS
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -64,7 +64,7 @@ class OnnxRuntime(Runtime):
 
     def compute(self, target: str, precision: str) -> str:
         """float16 around quantized weights on GPUs: its kernels take no scales in bfloat16."""
-        if precision in FLOATS:
+        if PRECISIONS[precision].quantization is None:
             return self.precision(target, precision)
         return "fp32" if target == "cpu" else "fp16"
 

@@ -15,7 +15,7 @@ from engines.base import Array, Availability, Binding, Engine, EngineOptions, Ru
 from engines.tensors import BoundInputs
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError
-from fluxdeploy.precision import FLOATS
+from fluxdeploy.precision import PRECISIONS
 
 if TYPE_CHECKING:
     import openvino
@@ -53,7 +53,7 @@ class OpenVino(Runtime):
 
     def compute(self, target: str, precision: str) -> str:
         """A processor without bfloat16 computes such graphs in float32, from the same bytes."""
-        return precision if precision in FLOATS else "bf16"
+        return precision if PRECISIONS[precision].quantization is None else "bf16"
 
     def precision_problem(self, target: str, precision: str) -> str | None:
         if precision in _PRECISIONS:

@@ -11,13 +11,14 @@ import onnx_ir as ir
 from exporters.checkpoint import Checkpoint, Weights
 from exporters.components import chains
 from exporters.components.chain import Chain
+from exporters.components.precisions import check_precision
 from exporters.graph.fuse import fuse_attention
 from exporters.graph.quantize import quantize
 from exporters.graph.trace import trace_chain
 from exporters.weights.bind import NO_LEDGER, Ledger, WeightFolder, bind, check_weights
 from fluxdeploy.bundle.files import write_atomic
 from fluxdeploy.errors import ExportError
-from fluxdeploy.precision import QUANTIZED, check_precision
+from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def export_component(
     checks, `BundleError` where the disk refuses.
     """
     check_precision(name, precision)
-    quantization = QUANTIZED.get(precision)
+    quantization = PRECISIONS[precision].quantization
     chain, weights = component_source(
         checkpoint, name, compute if quantization else precision, split
     )

@@ -26,7 +26,7 @@ from engines.gpu import compute_capability, has_cuda_python, has_nvidia_driver
 from engines.targets import GENERATIONS, check_precision_targets, precision_problem
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError, UsageError
-from fluxdeploy.precision import FLOATS
+from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class TensorRt(Runtime):
 
     def compute(self, target: str, precision: str) -> str:
         """bfloat16 around whatever is quantized, and float16 where there is no bfloat16."""
-        if precision in FLOATS:
+        if PRECISIONS[precision].quantization is None:
             return precision
         return "fp16" if target == "sm75" else "bf16"
 

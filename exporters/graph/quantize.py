@@ -33,6 +33,7 @@ QUANTIZED_TYPES = {
     "I8": ir.DataType.INT8,
     "F4": ir.DataType.FLOAT4E2M1,
 }
+STORED = {"fp8": "F8_E4M3", "int8": "I8", "nvfp4": "F4"}
 LARGEST = {"F8_E4M3": 448.0, "I8": 127.0}
 """The largest value of each 8-bit type. Of INT8 the symmetric range is used."""
 
@@ -77,7 +78,7 @@ def quantize(
     if quantization.attention:
         for node in [node for node in model.graph if node.op_type == "Softmax"]:
             rewrite.attention(node)
-    if quantization.weights == "F4":
+    if quantization.format == "nvfp4":
         model.graph.opset_imports.update({"": _FP4_OPSET, _TENSORRT: 1})
         model.ir_version = _FP4_IR
     return rewrite.packed
@@ -96,8 +97,8 @@ class _Rewrite:
         self._component = component
         self._how = quantization
         self._ranges = ranges
-        self._type = QUANTIZED_TYPES[quantization.weights]
-        self._eight_bits = quantization.eight_bits
+        self._type = QUANTIZED_TYPES[STORED[quantization.format]]
+        self._eight_bits = "I8" if quantization.format == "int8" else "F8_E4M3"
         # Linears that read the same value share its scale, so that an engine can merge them.
         self._inputs: dict[ir.Value, ir.Value] = {}
         self._dynamic: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
@@ -120,12 +121,12 @@ class _Rewrite:
         # The stored bytes are those of the transposed matrix: the product takes them as they are.
         weight.type = ir.TensorType(self._type)
         weight.shape = ir.Shape((shape[1], shape[0]))
-        if self._how.weights == "F4":
+        if self._how.format == "nvfp4":
             self._fp4_product(product, weight, linear)
             self._graph.remove(transpose, safe=True)
             return
         scales = self._parameter(f"{weight.name}{SCALE_SUFFIX}", (shape[0],), compute)
-        self.packed[str(weight.name)] = Packed(self._how.weights, compute)
+        self.packed[str(weight.name)] = Packed(STORED[self._how.format], compute)
         if self._how.activations == "dynamic":
             self._integer_product(product, weight, scales)
         else:
@@ -174,7 +175,7 @@ class _Rewrite:
             largest = self._required().inputs.get(linear)
             if largest is None:
                 raise ExportError(f"The activation ranges lack {linear}: measure them again.")
-            narrow = self._through_4_bits if self._how.weights == "F4" else self._through_8_bits
+            narrow = self._through_4_bits if self._how.format == "nvfp4" else self._through_8_bits
             self._inputs[x] = narrow(x, _HEADROOM[self._eight_bits] * largest)
         return self._inputs[x]
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines import BuildSettings, Runtime, choose_builder
-from engines.golden import COMPONENT_GATES, QUALITY_GATES
 from fluxdeploy import __version__
 from fluxdeploy.build.checkpoint import hash_checkpoint, open_source
 from fluxdeploy.build.engines import build_engines, check_engine, list_engines
@@ -28,12 +27,13 @@ from fluxdeploy.bundle.manifest import (
     FileRecord,
     GoldenRecord,
     Manifest,
+    QualityRecord,
     RopeSpec,
     TokenizerRecord,
 )
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from fluxdeploy.errors import BundleError
-from fluxdeploy.precision import component_compute, component_precision, needs_ranges
+from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 from fluxdeploy.text import TOKENIZER_FILES, load_clip_tokenizer, load_t5_tokenizer
 
@@ -139,6 +139,8 @@ class _Session:
 
     def _precision(self, name: str) -> str:
         """What a component is built in; the plan has held it against what is possible."""
+        from exporters.components.precisions import component_precision
+
         precision = self.request.component_precision.get(
             name, component_precision(name, self.request.precision)
         )
@@ -156,6 +158,7 @@ class _Session:
             components[name] = self._component(name)
             task.advance()
         transformer = self.checkpoint.transformer
+        gates = PRECISIONS[self.precisions["transformer"]]
         return Manifest(
             schema_version=SCHEMA_VERSION,
             family="flux.1",
@@ -167,7 +170,7 @@ class _Session:
             schedule=self.checkpoint.schedule,
             tokenizers=tokenizers,
             defaults=self.checkpoint.defaults,
-            quality=QUALITY_GATES[self.precisions["transformer"]],
+            quality=QualityRecord(gates.min_psnr, gates.min_ssim, gates.min_sqnr),
             provenance={
                 "checkpoint": {
                     "name": self._checkpoint_name(),
@@ -226,17 +229,18 @@ class _Session:
         return read_ranges(path, checkpoint, known), files[0]
 
     def _component(self, name: str) -> ComponentRecord:
+        from exporters.components.precisions import component_compute
         from exporters.export import component_source
 
         precision = self.precisions[name]
         usual = self.runtime.compute(self.targets[0], precision)
         compute = component_compute(name, precision, usual)
-        ranges = self._ranges[1] if needs_ranges(precision) else None
+        ranges = self._ranges[1] if PRECISIONS[precision].calibrated else None
         chain, weights = component_source(self.checkpoint, name, compute)
         specs = chain.inputs + chain.outputs
         profiles = self._profiles({d for spec in specs for d in spec.shape if isinstance(d, str)})
         engines = list_engines(self.runtime, self.targets, name, overall(profiles))
-        max_error, min_cosine = COMPONENT_GATES[precision]
+        gate = PRECISIONS[precision]
         sources = sorted({os.path.realpath(tensor.file) for tensor in weights.values()})
         key = digest(
             {
@@ -265,7 +269,7 @@ class _Session:
             outputs=chain.outputs,
             files=files or (),
             engines=engines,
-            golden=GoldenRecord(f"golden/{name}.safetensors", max_error, min_cosine),
+            golden=GoldenRecord(f"golden/{name}.safetensors", gate.max_error, gate.min_cosine),
         )
         if files:
             self.progress.note(f"  {name}: unchanged")
@@ -293,7 +297,7 @@ class _Session:
             record.precision,
             self.weights,
             compute=record.compute,
-            ranges=self._ranges[0] if needs_ranges(record.precision) else None,
+            ranges=self._ranges[0] if PRECISIONS[record.precision].calibrated else None,
             fused=self.runtime.fuses_attention(self.targets[0], record.compute),
             progress=self.progress,
             ledger=ledger,
@@ -314,7 +318,7 @@ class _Session:
             for linked, source in self.weights.sources.items()
         }
         known |= ledger.hashes
-        if needs_ranges(record.precision):
+        if PRECISIONS[record.precision].calibrated:
             ranges = self._ranges[1]
             paths.append(ranges.path)
             known[ranges.path] = ranges.sha256

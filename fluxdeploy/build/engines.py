@@ -15,7 +15,7 @@ from fluxdeploy.bundle.files import write_atomic
 from fluxdeploy.bundle.manifest import ComponentRecord, DimensionRange, EngineRecord
 from fluxdeploy.errors import EngineError
 from fluxdeploy.machine import read_memory
-from fluxdeploy.precision import QUANTIZED
+from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
@@ -108,14 +108,13 @@ def check_engine(
 
 def _expectation(component: str, record: ComponentRecord, exported: Exported) -> Expectation:
     """What the engine of a component must be made of, going by its precision and its graph."""
-    quantization = QUANTIZED.get(record.precision)
+    quantization = PRECISIONS[record.precision].quantization
     gemms: dict[str, int] = {}
     # The VAE's one attention has a single head as wide as the network, which no kernel fuses.
     attention = None if component.startswith("vae_") else record.compute
     if quantization is not None:
-        kinds = {"F8_E4M3": "fp8", "I8": "int8", "F4": "fp4"}
-        kind = kinds[quantization.weights]
+        kind = {"nvfp4": "fp4"}.get(quantization.format, quantization.format)
         gemms[kind if quantization.activations else f"{kind}-weights"] = exported.quantized
         if quantization.attention:
-            attention = kinds[quantization.eight_bits]
+            attention = "fp8" if kind == "fp4" else kind
     return Expectation(exported.attentions, attention, gemms, record.compute, exported.weight_bytes)

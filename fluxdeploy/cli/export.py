@@ -15,8 +15,7 @@ from fluxdeploy.cli.options import (
     component_precisions,
 )
 from fluxdeploy.errors import UsageError
-from fluxdeploy.precision import check_precision, needs_ranges
-from fluxdeploy.precision import component_precision as precision_of
+from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 
 
@@ -73,6 +72,8 @@ def command(
     source = open_source(checkpoint)
     from exporters.calibrate.find import find_ranges, open_calibration
     from exporters.calibrate.range_file import write_ranges
+    from exporters.components.precisions import check_precision
+    from exporters.components.precisions import component_precision as precision_of
     from exporters.export import COMPONENTS, export_component
     from exporters.weights.bind import WeightFolder
 
@@ -91,7 +92,7 @@ def command(
     files = {}
     with Progress(quiet=as_json) as progress:
         ranges = None
-        if any(needs_ranges(asked) for asked in precisions.values()):
+        if any(PRECISIONS[asked].calibrated for asked in precisions.values()):
             digest = hash_checkpoint(source, progress).digest
             measured = open_calibration(source, digest, calibration)
             ranges = find_ranges(measured, source, digest, None, progress)

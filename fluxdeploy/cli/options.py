@@ -28,7 +28,7 @@ __all__ = [
 
 PRECISION = click.option(
     "--precision",
-    type=click.Choice(PRECISIONS),
+    type=click.Choice(list(PRECISIONS)),
     default="bf16",
     help="What the transformer computes in; the other components follow.",
 )

@@ -15,7 +15,7 @@ from engines.golden import objects_kept
 from fluxdeploy.bundle import Bundle
 from fluxdeploy.bundle.manifest import QualityRecord
 from fluxdeploy.host.pipeline import FluxPipeline
-from fluxdeploy.precision import QUANTIZED
+from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 from fluxdeploy.text import load_tokenizers
 from fluxdeploy.verify.similarity import psnr, ssim
@@ -176,7 +176,7 @@ def compare_layers(
 ) -> LayersReport | None:
     """The layers' noise, of weights and scales in the bundle; None where nothing is quantized."""
     record = bundle.manifest.components["transformer"]
-    if record.precision not in QUANTIZED:
+    if PRECISIONS[record.precision].quantization is None:
         return None
     from exporters.calibrate.trajectory import default_calibration
     from exporters.check.fidelity import measure_fidelity

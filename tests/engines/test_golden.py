@@ -8,44 +8,14 @@ import numpy as np
 import pytest
 
 from engines.golden import (
-    COMPONENT_GATES,
-    QUALITY_GATES,
     Deviation,
     is_emulated,
     objects_kept,
 )
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, GoldenRecord
-from fluxdeploy.precision import PRECISIONS, QUANTIZED
 
 ENGINE = EngineRecord("onnxruntime", "1.31.1", "cpu", "onnx/transformer.onnx", {})
 RECORD = ComponentRecord("", "fp8", "fp32", (), (), (), (ENGINE,), None)
-
-
-def test_every_precision_has_gates() -> None:
-    assert set(COMPONENT_GATES) == set(QUALITY_GATES) == set(PRECISIONS)
-
-
-def test_layers_have_a_gate_where_they_are_quantized() -> None:
-    gated = {name for name, gate in QUALITY_GATES.items() if gate.min_sqnr is not None}
-    assert gated == set(QUANTIZED)
-
-
-def test_a_narrower_precision_has_no_stricter_gate() -> None:
-    for wide, narrow in (
-        ("fp32", "fp16"),
-        ("fp16", "bf16"),
-        ("bf16", "fp8-weights"),
-        ("fp8-weights", "fp8-linears"),
-        ("fp8-linears", "fp8"),
-        ("bf16", "int8-weights"),
-        ("int8-weights", "int8-dynamic"),
-        ("int8-weights", "int8"),
-    ):
-        before, after = QUALITY_GATES[wide], QUALITY_GATES[narrow]
-        assert after.min_psnr <= before.min_psnr, narrow
-        assert after.min_ssim <= before.min_ssim, narrow
-        assert COMPONENT_GATES[narrow][0] >= COMPONENT_GATES[wide][0], narrow
-        assert COMPONENT_GATES[narrow][1] <= COMPONENT_GATES[wide][1], narrow
 
 
 def test_a_deviation_is_relative_to_the_largest_reference() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxdeploy.build.staging import Staging
-from fluxdeploy.precision import QUANTIZED, Quantization
+from fluxdeploy.precision import PRECISIONS, Quantization
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint, StoredTensor
@@ -69,7 +69,7 @@ def weigh(checkpoint: Checkpoint, name: str, precision: str, compute: str) -> Fo
     from exporters.components.policy import is_quantized
     from exporters.export import component_source
 
-    quantization, width = QUANTIZED.get(precision), WIDTHS[compute]
+    quantization, width = PRECISIONS[precision].quantization, WIDTHS[compute]
     chain, weights = component_source(checkpoint, name, compute)
     shapes = {
         stage.scope + parameter: tuple(value.shape)
@@ -111,7 +111,7 @@ def weigh(checkpoint: Checkpoint, name: str, precision: str, compute: str) -> Fo
 def _packed_bytes(quantization: Quantization, shape: tuple[int, ...], width: int) -> int:
     """What a quantized weight [out, in] takes, with scales of `width` bytes."""
     count = count_elements(shape)
-    if quantization.weights == "F4":
+    if quantization.format == "nvfp4":
         return count // 2 + count // 16 + 4  # half a byte each, a byte a block, and one float32
     return count + width * shape[0]  # a byte each, and a scale a row
 

@@ -26,13 +26,7 @@ from fluxdeploy.build.sizes import SizeRange, overall, resolution_buckets
 from fluxdeploy.bundle.manifest import MANIFEST_NAME, DimensionRange, Manifest, from_json
 from fluxdeploy.errors import BundleError, UsageError
 from fluxdeploy.machine import read_memory
-from fluxdeploy.precision import (
-    QUANTIZED,
-    check_precision,
-    component_compute,
-    component_precision,
-    needs_ranges,
-)
+from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.text import TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -99,6 +93,11 @@ class _Planner:
         overrides: Mapping[str, str],
         sizes: SizeRange | None,
     ) -> None:
+        from exporters.components.precisions import (
+            check_precision,
+            component_compute,
+            component_precision,
+        )
         from exporters.export import COMPONENTS
 
         check_family(checkpoint)
@@ -202,7 +201,7 @@ class _Planner:
     def _kernels(self, name: str) -> Kernels:
         if self.runtime.builds:
             return Kernels.TENSORRT
-        quantization = QUANTIZED.get(self.precisions[name])
+        quantization = PRECISIONS[self.precisions[name]].quantization
         plain = quantization is not None and quantization.attention
         if plain or not self.runtime.fuses_attention(self.targets[0], self.compute[name]):
             return Kernels.PLAIN
@@ -269,7 +268,7 @@ class _Planner:
             yield Phase("quantization", name, _PROCESS + _QUANTIZING * quantized[name])
         name, part = max(parts.items(), key=lambda item: item[1].largest_stage)
         stage = _PROCESS + part.largest_stage
-        if any(needs_ranges(precision) for precision in self.precisions.values()):
+        if any(PRECISIONS[precision].calibrated for precision in self.precisions.values()):
             yield Phase("calibration", "transformer", stage + self._calibration())
         yield Phase("PyTorch reference", name, stage)
         name, part = max(parts.items(), key=lambda item: item[1].graph)

@@ -24,14 +24,14 @@ from exporters.components.run import run_reference, run_samples
 from exporters.export import component_source, export_component
 from exporters.models import mmdit
 from exporters.weights.bind import WeightFolder
-from fluxdeploy.precision import QUANTIZED
+from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 from tests.exporters.quantized.conftest import LINEARS, SHORT, TEXT, Quantized
 from tests.exporters.quantized.test_quantized_graphs import Graph
 
 Array = NDArray[np.generic]
 
-ON_CPUS = tuple(precision for precision in QUANTIZED if precision != "fp4")
+ON_CPUS = tuple(n for n, row in PRECISIONS.items() if row.quantization and n != "fp4")
 
 
 def run(path: Path, inputs: dict[str, Array], extra: Iterable[str] = ()) -> dict[str, Array]:
@@ -78,10 +78,10 @@ class Emulation:
     """The float32 pieces with rounded weights, inputs and attention."""
 
     def __init__(self, precision: str, ranges: Ranges) -> None:
-        self.how, self.ranges = QUANTIZED[precision], ranges
-        self.to_8_bits = {"F8_E4M3": to_fp8, "I8": to_int8}[self.how.weights]
-        self.end = {"F8_E4M3": 448.0, "I8": 127.0}[self.how.weights]
-        self.headroom = {"F8_E4M3": 2.0, "I8": 1.2}[self.how.weights]
+        self.how, self.ranges = PRECISIONS[precision].quantization, ranges
+        self.to_8_bits = {"fp8": to_fp8, "int8": to_int8}[self.how.format]
+        self.end = {"fp8": 448.0, "int8": 127.0}[self.how.format]
+        self.headroom = {"fp8": 2.0, "int8": 1.2}[self.how.format]
         self.scope = ""
 
     def enter(self, stage: Stage) -> None:

@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engines.golden import QUALITY_GATES
 from exporters.calibrate.ranges import Ranges, linears
 from exporters.calibrate.trajectory import start_samples, take_step
 from exporters.check.fidelity import LIMIT, measure_fidelity
@@ -26,7 +25,7 @@ from exporters.components.chain import Stage
 from exporters.components.run import WatchAttention, watch_linears
 from exporters.export import component_source
 from fluxdeploy.errors import ExportError, NumericError
-from fluxdeploy.precision import QUANTIZED
+from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 from tests.exporters.quantized.conftest import (
     ATTENTIONS,
@@ -76,11 +75,12 @@ def test_ratios_are_those_of_the_rounding(
     compute: str,
 ) -> None:
     found = measure(opened, quantized(precision, compute))
-    how = QUANTIZED[precision]
+    how = PRECISIONS[precision].quantization
+    assert how is not None
     assert found.keys() == LINEARS | (ATTENTION_LAYERS if how.attention else set())
     found = {name: ratio for name, ratio in found.items() if name in LINEARS}
     assert list(found) == list(linears(component_source(opened, "transformer", "fp32")[0]))
-    narrow, end, headroom = {"F8_E4M3": (to_fp8, 448, 2.0), "I8": (to_int8, 127, 1.2)}[how.weights]
+    narrow, end, headroom = {"fp8": (to_fp8, 448, 2.0), "int8": (to_int8, 127, 1.2)}[how.format]
     for name, ratio in found.items():
         samples, weight = inputs[name]
         scale = headroom * ranges.inputs[name] / end
@@ -263,7 +263,7 @@ def test_too_small_scales_of_attention_show_in_their_own_block(
     broken = {(double, "values"), (single, "queries"), (other, "keys"), (last, "softmax")}
     scale_attention(copy, dict.fromkeys(broken, 1 / 16))
     found = measure(opened, copy)
-    gate = QUALITY_GATES["fp8"].min_sqnr
+    gate = PRECISIONS["fp8"].min_sqnr
     assert gate is not None
     failed = {name for name, ratio in found.items() if ratio < gate - 5}
     assert failed == {

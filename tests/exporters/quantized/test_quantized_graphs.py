@@ -17,12 +17,13 @@ from exporters.calibrate.ranges import Ranges
 from exporters.checkpoint import Checkpoint
 from exporters.components.policy import is_quantized
 from fluxdeploy.errors import ExportError
-from fluxdeploy.precision import QUANTIZED
+from fluxdeploy.precision import PRECISIONS
 from tests.exporters.quantized.conftest import ATTENTIONS, JOINT, LINEARS, ExportInto, Quantized
 
 COMPUTE = {"fp32": TensorProto.FLOAT, "bf16": TensorProto.BFLOAT16}
-NARROW = {"F8_E4M3": TensorProto.FLOAT8E4M3FN, "I8": TensorProto.INT8}
-EIGHT_BITS = [precision for precision, how in QUANTIZED.items() if how.weights in NARROW]
+NARROW = {"fp8": TensorProto.FLOAT8E4M3FN, "int8": TensorProto.INT8}
+QUANTIZED = {n: row.quantization for n, row in PRECISIONS.items() if row.quantization}
+EIGHT_BITS = [precision for precision, how in QUANTIZED.items() if how.format in NARROW]
 GRAPHS = [(precision, compute) for precision in EIGHT_BITS for compute in COMPUTE]
 
 graphs = pytest.mark.parametrize(("precision", "compute"), GRAPHS)
@@ -114,7 +115,7 @@ def test_exactly_the_large_linears_are_in_8_bits(
     graph = Graph(quantized(precision, compute))
     how = QUANTIZED[precision]
     weights = opened.part("transformer").weights
-    narrow = {n for n, t in graph.initializers.items() if t.data_type == NARROW[how.weights]}
+    narrow = {n for n, t in graph.initializers.items() if t.data_type == NARROW[how.format]}
     assert narrow == {f"{linear}.weight" for linear in LINEARS}
     for name in narrow:
         tensor, scales = graph.initializers[name], graph.initializers[f"{name}.scale"]
@@ -186,7 +187,7 @@ def test_linears_that_share_an_input_share_its_scale(
         assert None not in nodes
         seen.add(name)
         if how.activations == "static":
-            headroom, end = {"F8_E4M3": (2.0, 448), "I8": (1.2, 127)}[how.weights]
+            headroom, end = {"fp8": (2.0, 448), "int8": (1.2, 127)}[how.format]
             largest = headroom * ranges.inputs[next(iter(group))]
             assert graph.scale(nodes[0]) == rounded(largest / end, compute)
             assert nodes[0] is not None
