@@ -25,7 +25,10 @@ from rich.table import Table
 from engines import EngineOptions
 from engines.onnxruntime import OnnxRuntime
 from exporters.checkpoint import Checkpoint, open_checkpoint
-from exporters.export import export_component
+from exporters.components.component import Component
+from exporters.components.mmdit import ONE_PIECE
+from exporters.components.registry import COMPONENTS
+from exporters.export import export_component, specify
 from exporters.synthetic.sparse_checkpoint import flux_of_depth, write_random_checkpoint
 from exporters.weights.bind import WeightFolder
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, RopeSpec, TensorSpec
@@ -36,8 +39,7 @@ from fluxdeploy.sampling.rope import joint_ids, rope_tables
 Array = np.ndarray[Any, np.dtype[Any]]
 
 PACKAGES = ("onnxruntime", "onnx", "numpy", "torch")
-GRAPHS = {"one piece": ("transformer", False), "transformer": ("transformer", True)}
-CONDITIONER = ("conditioner", True)
+GRAPHS = {"one piece": ONE_PIECE, "transformer": COMPONENTS["transformer"]}
 MAX_ERROR = 1e-3
 
 
@@ -95,8 +97,8 @@ def measure(
 ) -> dict[str, Any]:
     """Seconds of each graph's rounds, and the memory of its process in bytes."""
     records = {
-        name: _export(checkpoint, folder / name.replace(" ", "-"), *graph)
-        for name, graph in (*GRAPHS.items(), ("conditioner", CONDITIONER))
+        name: _export(checkpoint, folder / name.replace(" ", "-"), graph)
+        for name, graph in (*GRAPHS.items(), ("conditioner", COMPONENTS["conditioner"]))
     }
     given = _inputs(checkpoint, size, text_tokens)
     levels = np.linspace(1, 1 / steps, steps, dtype=np.float32)
@@ -130,13 +132,12 @@ def measure(
     }
 
 
-def _export(checkpoint: Checkpoint, folder: Path, component: str, split: bool) -> ComponentRecord:
-    exported = export_component(
-        checkpoint, component, "fp32", WeightFolder(folder / "weights"), split=split, fused=True
-    )
+def _export(checkpoint: Checkpoint, folder: Path, component: Component) -> ComponentRecord:
+    spec = specify(checkpoint, component, "fp32")
+    exported = export_component(spec, WeightFolder(folder / "weights"), fused=True)
     runtime = OnnxRuntime()
     engine = EngineRecord(runtime.name, runtime.version(), "cpu", exported.path, {})
-    chain = exported.chain
+    chain = spec.chain
     return ComponentRecord("", "fp32", "fp32", chain.inputs, chain.outputs, (), (engine,), None)
 
 

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
-from fluxdeploy.build.build import BuildRequest, build
+from fluxdeploy.build.build import build
+from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.demo import DEMO_CHECKPOINTS
 from fluxdeploy.demo.survey import PICTURE_SIZES, Draw, Question, Shares, ask, survey
 from fluxdeploy.host.pipeline import FluxPipeline

@@ -153,7 +153,7 @@ def _workplace(folder: Path | None, keep: bool) -> Iterator[Path]:
 
 def measure(layout: str, checkpoint: Path, output: Path, progress: Progress) -> Measurement:
     """Export `checkpoint` to `output` in a fresh process."""
-    from exporters.export import COMPONENTS
+    from exporters.components.registry import COMPONENTS
 
     task = progress.task(f"Exporting the {layout} checkpoint", total=len(COMPONENTS))
     command = [sys.executable, str(WORKER), str(checkpoint), str(output), PRECISION]

@@ -16,7 +16,8 @@ from pathlib import Path
 _started = time.perf_counter()
 
 from exporters.checkpoint import open_checkpoint  # noqa: E402
-from exporters.export import COMPONENTS, export_component  # noqa: E402
+from exporters.components.registry import COMPONENTS  # noqa: E402
+from exporters.export import export_component, specify  # noqa: E402
 from exporters.weights.bind import WeightFolder  # noqa: E402
 
 
@@ -41,9 +42,9 @@ def main(source: str, output: str, precision: str) -> None:
     _tell(imports=time.perf_counter() - _started)
     weights = WeightFolder(Path(output) / "weights")
     checkpoint = open_checkpoint(source)
-    for name in COMPONENTS:
+    for name, component in COMPONENTS.items():
         started = time.perf_counter()
-        exported = export_component(checkpoint, name, precision, weights)
+        exported = export_component(specify(checkpoint, component, precision), weights)
         _tell(component=name, seconds=time.perf_counter() - started, path=exported.path)
     _tell(peak=peak_bytes())
 

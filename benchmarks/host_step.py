@@ -24,7 +24,8 @@ from rich.table import Table
 
 from engines import Engine, EngineOptions
 from engines.registry import runtimes
-from exporters.components import chains
+from exporters.components.pieces import COMPUTE_TYPES
+from exporters.components.registry import COMPONENTS
 from exporters.synthetic.sparse_checkpoint import FLUX_DEV
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, RopeSpec, TensorSpec
 from fluxdeploy.host.loop import ModulatedTransformer, check_finite, sample_euler
@@ -85,7 +86,7 @@ def make_inputs(size: int, steps: int) -> dict[str, Array]:
 
 def write_empty_network(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """A graph with the transformer's tensors whose velocity is what it was given."""
-    chain = chains.transformer_chain(FLUX_DEV.transformer, chains.PRECISIONS["fp32"])
+    chain = COMPONENTS["transformer"].chain(FLUX_DEV, COMPUTE_TYPES["fp32"])
 
     def info(spec: TensorSpec) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(spec.name, TensorProto.FLOAT, spec.shape)

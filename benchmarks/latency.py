@@ -28,7 +28,8 @@ from fluxdeploy.bench.choose import BenchRequest, choose_contenders
 from fluxdeploy.bench.measure import Counts, run_bench
 from fluxdeploy.bench.report.plot import plot_bench
 from fluxdeploy.bench.report.record import BenchReport, ContenderReport, to_json
-from fluxdeploy.build.build import BuildRequest, build
+from fluxdeploy.build.build import build
+from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 

@@ -21,7 +21,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fluxdeploy.build.plan.activations import Kernels, Workload, activation_bytes
+from exporters.components.registry import COMPONENTS
+from fluxdeploy.kernels import CallSizes, Kernels
 from fluxdeploy.machine import describe_machine
 
 if TYPE_CHECKING:
@@ -42,18 +43,18 @@ class Case:
     kernels: str
     component: str
     precision: str
-    workload: Workload
+    sizes: CallSizes
 
     def dimensions(self) -> dict[str, int]:
         """The sizes of the symbols of its tensors; the picture is square."""
-        load, side = self.workload, round(self.workload.image**0.5)
-        batch = 1 if self.component.startswith("vae") else load.batch
+        sizes, side = self.sizes, round(self.sizes.image**0.5)
+        batch = 1 if self.component.startswith("vae") else sizes.batch
         return {
             "B": batch,
-            "S": load.text,
-            "L": load.image,
-            "T": load.text + load.image,
-            "N": load.steps,
+            "S": sizes.text,
+            "L": sizes.image,
+            "T": sizes.text + sizes.image,
+            "N": sizes.steps,
             "h": 2 * side,
             "w": 2 * side,
             "H": 16 * side,
@@ -63,7 +64,7 @@ class Case:
 
 def _cases() -> Iterator[Case]:
     def case(kernels: Kernels, component: str, precision: str, *sizes: int) -> Case:
-        return Case(kernels.value, component, precision, Workload(*sizes))
+        return Case(kernels.value, component, precision, CallSizes(*sizes))
 
     # Batch, text tokens, image tokens, steps.
     for sizes in ((2, 128, 529, 28), (1, 128, 1024, 28), (1, 128, 2025, 28)):
@@ -119,12 +120,11 @@ def main(json_file: Path | None, folder: Path, number: int | None) -> None:
             raise click.ClickException(f"{case} failed: {done.stderr[-2000:]}")
         measured = json.loads(done.stdout.splitlines()[-1])
         element = 2 if case.precision == "bf16" else 4
-        planned = activation_bytes(
-            checkpoint, case.component, case.workload, Kernels(case.kernels), element
-        )
+        count = COMPONENTS[case.component].activations
+        planned = count(checkpoint, case.sizes, Kernels(case.kernels), element)
         rows.append(asdict(case) | measured | {"planned": planned})
         ratio = planned / measured["activations"]
-        click.echo(f"{case.kernels}: {case.component} {case.workload}: {ratio:.2f}", err=True)
+        click.echo(f"{case.kernels}: {case.component} {case.sizes}: {ratio:.2f}", err=True)
     _show(rows)
     if json_file is not None:
         report = {"machine": describe_machine(PACKAGES), "factor": FACTOR, "rows": rows}
@@ -169,14 +169,15 @@ def _graph(folder: Path, case: Case) -> Path:
 
 
 def _export(checkpoint: Checkpoint, folder: Path, case: Case) -> None:
-    from exporters.export import export_component
+    from exporters.export import export_component, specify
     from exporters.weights.bind import WeightFolder
 
     path = _graph(folder, case)
     if not path.exists():
         weights = WeightFolder(path.parent / "weights")
         fused = Kernels(case.kernels) is Kernels.ONNX_RUNTIME
-        export_component(checkpoint, case.component, case.precision, weights, fused=fused)
+        spec = specify(checkpoint, COMPONENTS[case.component], case.precision)
+        export_component(spec, weights, fused=fused)
 
 
 def _run_session(path: Path, case: Case) -> dict[str, int]:
@@ -260,7 +261,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
     for heading in ("measured", "planned", "ratio"):
         table.add_column(heading, justify="right")
     for row in rows:
-        load, measured, planned = row["workload"], row["activations"], row["planned"]
+        load, measured, planned = row["sizes"], row["activations"], row["planned"]
         table.add_row(
             row["kernels"],
             row["component"],

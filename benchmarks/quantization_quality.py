@@ -21,16 +21,16 @@ from rich.console import Console
 from rich.table import Table
 
 from engines import Engine, EngineOptions
-from exporters.components.run import ReferenceEngine
-from exporters.export import component_source
-from fluxdeploy.build.build import BuildRequest, build
+from fluxdeploy.build.build import build
 from fluxdeploy.build.checkpoint import open_source
+from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.bundle import Bundle
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.machine import describe_machine
 from fluxdeploy.progress import Progress
 from fluxdeploy.text import load_tokenizers
 from fluxdeploy.verify.pictures import compare_layers, draw, judge, plan_scenes
+from fluxdeploy.verify.reference import ReferenceEngine
 from fluxdeploy.verify.similarity import psnr, ssim
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -92,7 +92,7 @@ def main(pictures: int, json_file: Path | None, plot: Path | None) -> None:
 
 def _reference(bundle: Bundle, checkpoint: Any) -> FluxPipeline:
     def open_reference(component: str) -> Engine:
-        return ReferenceEngine(*component_source(checkpoint, component, "fp32"))
+        return ReferenceEngine(checkpoint, component)
 
     return FluxPipeline(bundle, load_tokenizers(bundle), open_reference)
 

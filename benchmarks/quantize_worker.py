@@ -18,15 +18,15 @@ from export_worker import peak_bytes
 from exporters.calibrate.ranges import Ranges, attentions, linears
 from exporters.calibrate.trajectory import default_calibration
 from exporters.checkpoint import open_checkpoint
-from exporters.export import component_source, export_component
+from exporters.components.registry import COMPONENTS
+from exporters.export import export_component, specify
 from exporters.weights.bind import WeightFolder
-from fluxdeploy.build.keys import WeightPieces
+from fluxdeploy.build.components import WeightArtifacts
 from fluxdeploy.build.staging import Staging
-from fluxdeploy.precision import component_precision
 
 
-class Telling(WeightPieces):
-    """Pieces that are told of as they come."""
+class Telling(WeightArtifacts):
+    """Artifacts that are told of as they come."""
 
     def finished(self, file: str) -> bool:
         found = super().finished(file)
@@ -46,7 +46,7 @@ def _tell(**values: object) -> None:
 def main(source: str, output: str, precision: str) -> None:
     """Quantize the conditioner and the transformer of `source` into the staging folder."""
     checkpoint = open_checkpoint(source)
-    chain, _ = component_source(checkpoint, "transformer", "fp32")
+    chain, _ = COMPONENTS["transformer"].source(checkpoint, "fp32")
     # A sparse checkpoint's activations are all the same: 1 stands for each of them.
     ranges = Ranges(
         "",
@@ -58,12 +58,11 @@ def main(source: str, output: str, precision: str) -> None:
         weights = WeightFolder(staging.root / "onnx" / "weights")
         for name in ("conditioner", "transformer"):
             started = time.perf_counter()
+            component = COMPONENTS[name]
             exported = export_component(
-                checkpoint,
-                name,
-                component_precision(name, precision),
+                specify(checkpoint, component, component.precision_beside(precision)),
                 weights,
-                ranges=ranges,
+                ranges,
                 ledger=Telling(staging, f"{source} {precision} {name}"),
             )
             _tell(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,13 +10,14 @@ import onnx
 import onnx_ir as ir
 
 from exporters.checkpoint import Checkpoint, Weights
-from exporters.components import chains
 from exporters.components.chain import Chain
-from exporters.components.precisions import check_precision
+from exporters.components.component import Component
 from exporters.graph.fuse import fuse_attention
 from exporters.graph.quantize import quantize
 from exporters.graph.trace import trace_chain
-from exporters.weights.bind import NO_LEDGER, Ledger, WeightFolder, bind, check_weights
+from exporters.weights.bind import NO_LEDGER, Ledger, WeightFolder, bind
+from exporters.weights.decide import Placement, decide
+from exporters.weights.storage import Packed
 from fluxdeploy.bundle.files import write_atomic
 from fluxdeploy.errors import ExportError
 from fluxdeploy.precision import PRECISIONS
@@ -24,26 +26,57 @@ from fluxdeploy.progress import Progress
 if TYPE_CHECKING:
     from exporters.calibrate.ranges import Ranges
 
-__all__ = ["COMPONENTS", "Exported", "component_source", "export_component"]
-
-COMPONENTS = ("clip", "t5", "conditioner", "transformer", "vae_decoder", "vae_encoder")
-"""The components of a bundle, in the order in which a picture passes them."""
+__all__ = ["ExportSpec", "Exported", "export_component", "specify"]
 
 _INLINE_LIMIT = 1 << 20
 """Bytes of constants in a graph: masks and indices, never weights."""
 
 
 @dataclass(frozen=True)
+class ExportSpec:
+    """A component that is to be exported, settled from a checkpoint's headers alone.
+
+    precision: what it is built in. compute: the type of all that `precision` does not quantize.
+    placements: what becomes of each of its weights.
+    """
+
+    component: Component
+    precision: str
+    compute: str
+    chain: Chain
+    weights: Weights
+    placements: tuple[Placement, ...]
+
+    @property
+    def name(self) -> str:
+        return self.component.name
+
+
+def specify(
+    checkpoint: Checkpoint, component: Component, precision: str, compute: str = "bf16"
+) -> ExportSpec:
+    """Settle the export of a component. `compute` counts where `precision` is a quantized one.
+
+    Raises `UsageError` for a precision that it is not built in, and `CheckpointError` for a missing
+    tensor and for a wrong shape or type.
+    """
+    component.check_precision(precision)
+    quantized = PRECISIONS[precision].quantization is not None
+    compute = compute if quantized else precision
+    chain, weights = component.source(checkpoint, compute)
+    placements = decide(chain, weights, component.is_quantized if quantized else None)
+    return ExportSpec(component, precision, compute, chain, weights, placements)
+
+
+@dataclass(frozen=True)
 class Exported:
-    """An exported component: its graph, the weight files it needs, and its chain.
+    """An exported component: its graph, and the weight files that it needs.
 
     `path` and `weights` are relative to the folder of the export. `quantized` counts the linears
-    whose weights are in 8 bits, `attentions` the softmaxes, and `weight_bytes` what all weights
+    whose weights are quantized, `attentions` the softmaxes, and `weight_bytes` what all weights
     take in the types that the graph has them in.
     """
 
-    chain: Chain
-    precision: str
     path: str
     weights: tuple[str, ...]
     quantized: int
@@ -51,74 +84,40 @@ class Exported:
     weight_bytes: int
 
 
-def component_source(
-    checkpoint: Checkpoint, name: str, compute: str, split: bool = True
-) -> tuple[Chain, Weights]:
-    """A component's chain, and the tensors that it takes its weights from.
-
-    `compute` is what the chain computes in, before anything of it is quantized.
-    """
-    if compute not in chains.PRECISIONS:
-        allowed = ", ".join(chains.PRECISIONS)
-        raise ExportError(f"Precision {compute!r} is not exported; {allowed} are.")
-    how = chains.PRECISIONS[compute]
-    if name in ("transformer", "conditioner"):
-        build = {
-            "conditioner": chains.conditioner_chain,
-            "transformer": (chains.transformer_chain if split else chains.one_piece_chain),
-        }[name]
-        chain = build(checkpoint.transformer, how)
-        return chain, checkpoint.part("transformer").weights
-    if name == "clip":
-        return chains.clip_chain(checkpoint.clip, how), checkpoint.part("clip").weights
-    if name == "t5":
-        return chains.t5_chain(checkpoint.t5, how), checkpoint.part("t5").weights
-    if name in ("vae_decoder", "vae_encoder"):
-        build_vae = getattr(chains, f"{name}_chain")
-        return build_vae(checkpoint.vae, how), checkpoint.part("vae").weights
-    raise ExportError(f"There is no component {name!r}; there are {', '.join(COMPONENTS)}.")
-
-
 def export_component(
-    checkpoint: Checkpoint,
-    name: str,
-    precision: str,
+    spec: ExportSpec,
     folder: WeightFolder,
-    compute: str = "bf16",
     ranges: Ranges | None = None,
-    split: bool = True,
     fused: bool = False,
     progress: Progress | None = None,
     ledger: Ledger = NO_LEDGER,
 ) -> Exported:
     """Trace a component, bind its weights and write `<name>.onnx` beside the weight folder.
 
-    Where `precision` is a quantized one, `compute` is the type of all that is not quantized, and
-    static scales come from `ranges`. With `split=False` the transformer is the one-piece model.
-    With `fused` its attention is ONNX Runtime's own operator where it can be.
+    Static scales come from `ranges`. With `fused` attention is ONNX Runtime's own operator where it
+    can be.
 
     Raises `CheckpointError` for weights that do not fit, `ExportError` for a graph that fails the
     checks, `BundleError` where the disk refuses.
     """
-    check_precision(name, precision)
+    name, precision = spec.name, spec.precision
     quantization = PRECISIONS[precision].quantization
-    chain, weights = component_source(
-        checkpoint, name, compute if quantization else precision, split
-    )
-    check_weights(chain, weights)
     folder.make()
     progress = progress or Progress(quiet=True)
     task = progress.task(f"  {name}: tracing ({precision})")
-    model = trace_chain(chain)
+    model = trace_chain(spec.chain)
     task.finish()
-    boundary = len(chain.inputs)
-    packed = quantize(model, boundary, name, quantization, ranges) if quantization else {}
+    boundary = len(spec.chain.inputs)
+    packed: Mapping[str, Packed] = {}
+    if quantization is not None:
+        wanted = spec.component.is_quantized
+        packed = quantize(model, boundary, name, wanted, quantization, ranges)
     if fused:
         fuse_attention(model)
     files = bind(
         model,
         boundary,
-        weights,
+        spec.placements,
         folder,
         f"{name}.{precision}",
         packed,
@@ -131,8 +130,6 @@ def export_component(
     write_atomic(path, proto.SerializeToString(deterministic=True))
     tensors = (value.const_value for value in model.graph.initializers.values())
     return Exported(
-        chain,
-        precision,
         path.name,
         tuple(f"{folder.root.name}/{file}" for file in files),
         len(packed),

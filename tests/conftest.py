@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from fluxdeploy.build.build import BuildRequest, build
+from fluxdeploy.build.build import build
+from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.progress import Progress
 
 CheckpointFactory = Callable[..., Path]

@@ -1,28 +1,8 @@
-"""What components compute in."""
+"""The rows of the precisions."""
 
 from __future__ import annotations
 
-import pytest
-
-from exporters.components.precisions import component_compute
 from fluxdeploy.precision import PRECISIONS
-
-
-@pytest.mark.parametrize(
-    ("component", "precision", "usual", "expected"),
-    [
-        ("t5", "int8-weights", "fp16", "fp32"),
-        ("t5", "fp8-weights", "fp16", "fp32"),
-        ("t5", "int8-weights", "bf16", "bf16"),
-        ("t5", "fp16", "fp16", "fp16"),  # asked for
-        ("transformer", "int8", "fp16", "fp16"),
-        ("conditioner", "int8-weights", "fp16", "fp16"),
-    ],
-)
-def test_a_quantized_t5_never_computes_in_float16(
-    component: str, precision: str, usual: str, expected: str
-) -> None:
-    assert component_compute(component, precision, usual) == expected
 
 
 def test_layers_have_a_gate_where_they_are_quantized() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from exporters.calibrate.ranges import Ranges, attentions, linears
 from exporters.checkpoint import Checkpoint
-from exporters.export import component_source
+from exporters.components.registry import COMPONENTS
 from fluxdeploy.bundle.files import write_atomic
 from fluxdeploy.bundle.typed_json import FieldError, load_strict, parse, to_plain
 from fluxdeploy.errors import ExportError, UsageError
@@ -72,7 +72,7 @@ def _check_complete(ranges: Ranges, checkpoint: Checkpoint) -> None:
     for i, size in enumerate(ranges.calibration.sizes):
         if len(size) != 2:
             raise FieldError(f"calibration.sizes[{i}]", "must be a height and a width")
-    chain, _ = component_source(checkpoint, "transformer", "fp32")
+    chain, _ = COMPONENTS["transformer"].source(checkpoint, "fp32")
     attention_names = set(attentions(chain))
     for field, names in (
         ("inputs", set(linears(chain))),

@@ -21,8 +21,8 @@ from exporters.calibrate.trajectory import Calibration, Sample, finite, start_sa
 from exporters.checkpoint import Checkpoint, Weights
 from exporters.checkpoint.tensors import find_tensor
 from exporters.components.chain import Chain, Stage
+from exporters.components.registry import COMPONENTS
 from exporters.components.run import watch_linears
-from exporters.export import component_source
 from exporters.models.mmdit import DoubleBlock, SingleBlock
 from fluxdeploy.bundle.files import disk_errors
 from fluxdeploy.bundle.tensorfile import TensorFileWriter, read_header, read_tensor
@@ -78,7 +78,7 @@ def measure_ranges(
     missing tensors, `NumericError` for an activation that is not finite, `BundleError` where the
     disk refuses.
     """
-    chain, weights = component_source(checkpoint, "transformer", "fp32")
+    chain, weights = COMPONENTS["transformer"].source(checkpoint, "fp32")
     # RMSNorm leaves a head's vector with an L2 norm of at most sqrt(head_dim) * max|gamma|, which
     # RoPE keeps. No channel is larger than the whole vector; the scale of Q cancels the root.
     root = math.sqrt(checkpoint.transformer.head_dim)

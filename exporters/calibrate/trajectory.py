@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from exporters.checkpoint import Checkpoint, Weights
 from exporters.components.chain import Chain, Stage
+from exporters.components.registry import COMPONENTS
 from exporters.components.run import run_samples
-from exporters.export import component_source
-from fluxdeploy.bundle.manifest import LatentSpec, RopeSpec
+from fluxdeploy.bundle.manifest import LatentSpec
 from fluxdeploy.errors import NumericError, UsageError
 from fluxdeploy.progress import Progress
 from fluxdeploy.sampling.latents import check_size, latent_shape, pack, token_grid
@@ -82,7 +82,7 @@ def default_calibration(checkpoint: Checkpoint) -> Calibration:
     A checkpoint for pictures larger than 512x512 is measured at 512x512 and over fewer prompts.
     """
     defaults = checkpoint.defaults
-    side = 2 * checkpoint.vae.spatial_factor
+    side = checkpoint.token_pixels
     height, width = (min(pixels, _LONGEST_SIDE) for pixels in (defaults.height, defaults.width))
 
     def whole_tokens(pixels: int) -> int:
@@ -136,7 +136,6 @@ def start_samples(
     """
     latents = checkpoint.latents
     _check(calibration, latents)
-    rope = RopeSpec(checkpoint.transformer.axes_dims, checkpoint.transformer.theta)
     grids = [token_grid(height, width, latents) for height, width in calibration.sizes]
     # The levels depend on the size. One run of the conditioner serves the schedules of all.
     schedules = [
@@ -151,7 +150,7 @@ def start_samples(
     ):
         shape = latent_shape(len(calibration.prompts), *size, latents)
         noise = pack(standard_normal(shape, calibration.seed), latents)
-        cos, sin = rope_tables(joint_ids(text_tokens, *grid), rope)
+        cos, sin = rope_tables(joint_ids(text_tokens, *grid), checkpoint.rope)
         steps = slice(number * calibration.steps, (number + 1) * calibration.steps)
         for start, condition in zip(noise, conditions, strict=True):
             constant = {"context": condition["context"], "rope_cos": cos, "rope_sin": sin}
@@ -164,7 +163,7 @@ def _encode(
 ) -> list[dict[str, Array]]:
     """For each prompt its `context` [1, S, D] and `modulation` [N, 1, M, D] at all timesteps."""
     clip, t5, conditioner = (
-        component_source(checkpoint, name, "fp32") for name in ("clip", "t5", "conditioner")
+        COMPONENTS[name].source(checkpoint, "fp32") for name in ("clip", "t5", "conditioner")
     )
     length = checkpoint.defaults.max_sequence_length
     clip_ids = load_clip_tokenizer(checkpoint.tokenizer("clip")).encode(calibration.prompts)

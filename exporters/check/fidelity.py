@@ -26,8 +26,8 @@ from exporters.check.readback import (
 )
 from exporters.checkpoint import Checkpoint
 from exporters.components.chain import Stage
+from exporters.components.registry import COMPONENTS
 from exporters.components.run import WatchAttention, watch_linears
-from exporters.export import component_source
 from exporters.formats.nvfp4 import BLOCK
 from exporters.graph.quantize import LARGEST
 from fluxdeploy.errors import ExportError, NumericError
@@ -63,7 +63,7 @@ def measure_fidelity(
     than the large ones of this checkpoint, `NumericError` for a scale of attention that is far
     too large for its values, and what `measure_ranges` raises.
     """
-    chain, weights = component_source(checkpoint, "transformer", "fp32")
+    chain, weights = COMPONENTS["transformer"].source(checkpoint, "fp32")
     found, attentions = read_linears(onnx_path), read_attentions(onnx_path)
     for name in sorted(found.keys() ^ set(linears(chain))):
         state = "is quantized, which must not be" if name in found else "is not quantized"

@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, T5Config
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.checkpoint.tensors import Weights
 from exporters.checkpoint.text_configs import text_config
-from fluxdeploy.bundle.manifest import Defaults, LatentSpec, ScheduleSpec
+from fluxdeploy.bundle.manifest import Defaults, LatentSpec, RopeSpec, ScheduleSpec
 from fluxdeploy.bundle.typed_json import load_strict
 from fluxdeploy.errors import CheckpointError
 
@@ -72,14 +72,30 @@ class Checkpoint:
 
     @property
     def latents(self) -> LatentSpec:
-        """Layout and scaling of the latents: the VAE's, in the MM-DiT's patches of 2x2."""
+        """Layout and scaling of the latents: the VAE's, in the MM-DiT's patches."""
         return LatentSpec(
             channels=self.vae.latent_channels,
-            patch_size=2,
+            patch_size=self.transformer.patch_size,
             spatial_factor=self.vae.spatial_factor,
             scaling_factor=self.vae.scaling_factor,
             shift_factor=self.vae.shift_factor,
         )
+
+    @property
+    def rope(self) -> RopeSpec:
+        """Constants of the position embedding."""
+        return RopeSpec(self.transformer.axes_dims, self.transformer.theta)
+
+    @property
+    def token_pixels(self) -> int:
+        """The pixels of a token along each side: sizes of pictures are multiples of it."""
+        return self.transformer.patch_size * self.vae.spatial_factor
+
+    @property
+    def max_text_tokens(self) -> int:
+        """The most tokens that a prompt may have for T5: what the author recorded, else 512."""
+        recorded: int = self.settings.get("max_sequence_length", 512)
+        return recorded
 
     @functools.cached_property
     def clip(self) -> CLIPTextConfig:
@@ -177,7 +193,7 @@ class Checkpoint:
                     f"_fluxdeploy.{name} in model_index.json is {value!r}; a number of at least "
                     f"{least} is needed."
                 )
-        multiple = 2 * self.vae.spatial_factor
+        multiple = self.token_pixels
         for name in ("height", "width"):
             if values[name] % multiple:
                 raise CheckpointError(

@@ -14,7 +14,12 @@ __all__ = ["TransformerConfig", "VaeConfig", "count_blocks"]
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of an MM-DiT. `axes_dims` splits a head's channels over the axes of an id."""
+    """Sizes of an MM-DiT.
+
+    axes_dims, theta: RoPE's split of a head's channels over the axes of an id, and the base of its
+        frequencies. patch_size: a token is a patch of so many latents a side. No checkpoint records
+        the last two: they are the family's.
+    """
 
     in_channels: int
     out_channels: int
@@ -27,7 +32,8 @@ class TransformerConfig:
     pooled_width: int
     guidance_embedding: bool
     axes_dims: tuple[int, ...]
-    theta: float
+    theta: float = 10000.0
+    patch_size: int = 2
 
     @property
     def modulation_rows(self) -> int:
@@ -65,13 +71,16 @@ class TransformerConfig:
             pooled_width=_shape(weights, "time_text_embed.text_embedder.linear_1.weight", 2)[1],
             guidance_embedding=("time_text_embed.guidance_embedder.linear_1.weight" in weights),
             axes_dims=_axes_dims(config.get("axes_dims_rope"), head_dim),
-            theta=10000.0,
         )
 
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """Sizes of a VAE; `layers` residual blocks a level (one more in the decoder)."""
+    """Sizes of a VAE.
+
+    channels: of each level, from the picture's. layers: residual blocks a level, one more in the
+        decoder. encoder: whether there is one beside the decoder.
+    """
 
     latent_channels: int
     channels: tuple[int, ...]
@@ -79,6 +88,7 @@ class VaeConfig:
     groups: int
     scaling_factor: float
     shift_factor: float
+    encoder: bool = True
 
     @property
     def spatial_factor(self) -> int:
@@ -93,13 +103,8 @@ class VaeConfig:
                 "The VAE has quant convolutions, which FLUX.1's has not: it belongs to another "
                 "model family."
             )
-        levels = count_blocks(weights, r"encoder\.down_blocks\.(\d{1,9})\.")
-        if not levels:
-            raise CheckpointError("The VAE has no encoder.down_blocks: it is not FLUX.1's.")
-        channels = tuple(
-            _shape(weights, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 4)[0]
-            for i in range(levels)
-        )
+        encoder = any(name.startswith("encoder.") for name in weights)
+        channels, layers = _vae_levels(weights, encoder)
         groups = int(_number(config, "norm_num_groups", 32))
         if groups < 1 or any(width % groups for width in channels):
             raise CheckpointError(
@@ -109,11 +114,24 @@ class VaeConfig:
         return cls(
             latent_channels=_shape(weights, "decoder.conv_in.weight", 4)[1],
             channels=channels,
-            layers=count_blocks(weights, r"encoder\.down_blocks\.0\.resnets\.(\d{1,9})\."),
+            layers=layers,
             groups=groups,
             scaling_factor=_number(config, "scaling_factor", 0.3611),
             shift_factor=_number(config, "shift_factor", 0.1159),
+            encoder=encoder,
         )
+
+
+def _vae_levels(weights: Weights, encoder: bool) -> tuple[tuple[int, ...], int]:
+    """The channels of a VAE's levels, from the picture's, and the residual blocks of a level."""
+    side, more = ("encoder.down_blocks", 0) if encoder else ("decoder.up_blocks", 1)
+    pattern = re.escape(side)
+    levels = count_blocks(weights, rf"{pattern}\.(\d{{1,9}})\.")
+    if not levels:
+        raise CheckpointError(f"The VAE has no {side}: it is not FLUX.1's.")
+    channels = [_shape(weights, f"{side}.{i}.resnets.0.conv1.weight", 4)[0] for i in range(levels)]
+    blocks = count_blocks(weights, rf"{pattern}\.0\.resnets\.(\d{{1,9}})\.")
+    return tuple(channels if encoder else reversed(channels)), blocks - more
 
 
 def count_blocks(weights: Weights, pattern: str) -> int:

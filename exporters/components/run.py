@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from engines.base import Binding, Engine
 from exporters.checkpoint.tensors import Weights, find_tensor
 from exporters.components.chain import Chain, Stage
 
-__all__ = ["ReferenceEngine", "WatchAttention", "run_reference", "run_samples", "watch_linears"]
+__all__ = ["WatchAttention", "run_reference", "run_samples", "watch_linears"]
 
 Array = NDArray[np.generic]
 
@@ -132,33 +131,3 @@ class WatchAttention(TorchFunctionMode):
                 (query, key), self._scored = self._scored, None
                 self._see(query, key, args[1], output)
         return output
-
-
-class ReferenceEngine(Engine):
-    """A component in PyTorch float32 behind the interface of engines: a host can run on it."""
-
-    def __init__(self, chain: Chain, weights: Weights) -> None:
-        self.component = chain.component
-        self.inputs = chain.inputs
-        self.outputs = chain.outputs
-        self.dimensions = {}
-        self._chain = chain
-        self._weights = weights
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        return run_reference(self._chain, self._weights, inputs)
-
-    def bind(self, resident: Mapping[str, Array]) -> Binding:
-        return _ReferenceBinding(self, resident)
-
-    def close(self) -> None:
-        """Nothing is held between runs."""
-
-
-class _ReferenceBinding(Binding):
-    def __init__(self, engine: ReferenceEngine, resident: Mapping[str, Array]) -> None:
-        self._engine = engine
-        self._resident = dict(resident)
-
-    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        return self._engine.run({**self._resident, **inputs})

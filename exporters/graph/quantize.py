@@ -10,14 +10,13 @@ TRT_FP4DynamicQuantize(x, g) gives E2M1 numbers q and E4M3 block scales s with x
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from exporters.components.policy import is_quantized
 from exporters.formats.nvfp4 import BLOCK, LARGEST_PRODUCT
 from exporters.weights.storage import GLOBAL_SCALE_SUFFIX, SCALE_SUFFIX, Packed
 from fluxdeploy.errors import ExportError
@@ -61,19 +60,20 @@ def quantize(
     model: ir.Model,
     boundary: int,
     component: str,
+    is_quantized: Callable[[str], bool],
     quantization: Quantization,
     ranges: Ranges | None,
 ) -> dict[str, Packed]:
     """Rewrite a traced graph, whose inputs after the first `boundary` are its weights.
 
-    `ranges` are needed where inputs of linears are quantized with static scales. Returns the
-    weights that are quantized. Raises `ExportError` where a linear is not in the expected form, or
-    where a range is missing.
+    `is_quantized` tells the linears to quantize. `ranges` are needed where inputs of linears are
+    quantized with static scales. Returns the weights that are quantized. Raises `ExportError` where
+    a linear is not in the expected form, or where a range is missing.
     """
     rewrite = _Rewrite(model.graph, component, quantization, ranges)
     for value in list(model.graph.inputs[boundary:]):
         linear = str(value.name).removesuffix(".weight")
-        if linear != value.name and is_quantized(component, linear):
+        if linear != value.name and is_quantized(linear):
             rewrite.linear(value, linear)
     if quantization.attention:
         for node in [node for node in model.graph if node.op_type == "Softmax"]:

@@ -20,8 +20,9 @@ import numpy as np
 from transformers import CLIPTextConfig, T5Config
 
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
-from exporters.components import chains
 from exporters.components.chain import Chain
+from exporters.components.pieces import COMPUTE_TYPES
+from exporters.components.registry import COMPONENTS
 from exporters.synthetic.small_tokenizers import write_tokenizers
 from fluxdeploy.bundle.files import write_atomic
 from fluxdeploy.bundle.tensorfile import TensorEntry, from_float32, read_header, write_sparse
@@ -75,7 +76,6 @@ FLUX_DEV = Sizes(
         pooled_width=768,
         guidance_embedding=True,
         axes_dims=(16, 56, 56),
-        theta=10000.0,
     ),
     VaeConfig(
         latent_channels=16,
@@ -187,19 +187,8 @@ def write_sparse_checkpoint(folder: Path, sizes: Sizes) -> None:
 
 def declare_tensors(sizes: Sizes, part: str) -> list[Declaration]:
     """Names, types and shapes of a network's tensors in diffusers layout, all bfloat16."""
-    how = chains.PRECISIONS["bf16"]
-    built = {
-        "transformer": lambda: [
-            chains.conditioner_chain(sizes.transformer, how),
-            chains.transformer_chain(sizes.transformer, how),
-        ],
-        "vae": lambda: [
-            chains.vae_encoder_chain(sizes.vae, how),
-            chains.vae_decoder_chain(sizes.vae, how),
-        ],
-        "clip": lambda: [chains.clip_chain(sizes.clip, how)],
-        "t5": lambda: [chains.t5_chain(sizes.t5, how)],
-    }[part]()
+    compute = COMPUTE_TYPES["bf16"]
+    built = [c.chain(sizes, compute) for c in COMPONENTS.values() if c.part == part]
     shapes = dict(_parameters(built))
     for parameter in ("weight", "bias"):
         # One tensor in the file, two linears in the graph.

@@ -1,38 +1,35 @@
 """Binding: the weights of a traced graph become external data in safetensors files.
 
-A weight whose stored bytes are what the graph computes with stays where it is: the initializer
-points into the checkpoint's file, hard-linked beside the graph. A wider type is reached by a Cast
-in the graph, which is exact. Anything else is converted, streamed into new safetensors files. A
-quantized graph takes all of its weights from new files, so that none of it needs the checkpoint's
-much larger ones.
+`exporters.weights.decide` has said what becomes of each. Here the checkpoint's files are linked
+beside the graph, all that changes is streamed into new safetensors files, and the graph's
+initializers point into both.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import onnx_ir as ir
 
-from exporters.checkpoint.tensors import StoredTensor, Weights, find_tensor
-from exporters.components.chain import Chain
-from exporters.weights.storage import GLOBAL_SCALE_SUFFIX, SCALE_SUFFIX, Packed
+from exporters.checkpoint.tensors import StoredTensor
+from exporters.weights.decide import Placement, Storing
+from exporters.weights.storage import Packed
 from exporters.weights.write import Group, WrittenTensor, shards, write_files
 from fluxdeploy.bundle.files import disk_errors, link_or_copy
 from fluxdeploy.bundle.tensorfile import read_header
 from fluxdeploy.errors import ExportError
 
-__all__ = ["NO_LEDGER", "Ledger", "WeightFolder", "bind", "check_weights"]
+__all__ = ["NO_LEDGER", "Ledger", "WeightFolder", "bind"]
 
 _STORED = {
     "F32": ir.DataType.FLOAT,
     "F16": ir.DataType.FLOAT16,
     "BF16": ir.DataType.BFLOAT16,
 }
-_NAMES = {dtype: name for name, dtype in _STORED.items()}
 OnBytes = Callable[[int], None]
 
 
@@ -61,9 +58,9 @@ class WeightFolder:
             self._links[source] = name
         return self._links[source]
 
-    def linked_bytes(self, tensors: Iterable[tuple[ir.Value, StoredTensor]]) -> int:
+    def linked_bytes(self, tensors: Iterable[StoredTensor]) -> int:
         """The size of the files that `link` has yet to make available for these tensors."""
-        sources = {Path(os.path.realpath(stored.file)) for _, stored in tensors}
+        sources = {Path(os.path.realpath(stored.file)) for stored in tensors}
         return sum(source.stat().st_size for source in sources - self._links.keys())
 
     def reserve(self, name: str) -> None:
@@ -115,69 +112,46 @@ NO_LEDGER: Ledger = _NoLedger()
 def bind(
     model: ir.Model,
     boundary: int,
-    weights: Weights,
+    placements: Sequence[Placement],
     folder: WeightFolder,
-    converted: str,
-    packed: Mapping[str, Packed] | None = None,
+    stem: str,
+    packed: Mapping[str, Packed],
     expect: Callable[[int], OnBytes] = lambda _: _ignore,
     ledger: Ledger = NO_LEDGER,
 ) -> list[str]:
     """Turn the model's inputs after the first `boundary` into initializers with external data.
 
-    `converted` names the files below the folder for tensors whose bytes have to change, without
-    their suffix. `packed` are the weights that `quantize` wants stored in fewer bits. `expect` is
-    told the bytes that are to be linked, copied or converted, if any, and returns what hears of
-    each of them. Returns the names of the weight files that the graph needs.
+    `stem` names the files below the folder for tensors whose bytes have to change, without their
+    suffix. `packed` are the weights that the graph has quantized. `expect` is told the bytes that
+    are to be linked, copied or converted, if any, and returns what hears of each of them. Returns
+    the names of the weight files that the graph needs.
 
-    Raises `CheckpointError` for a missing tensor, a wrong shape, or a value that the graph's type
-    cannot hold.
+    Raises `CheckpointError` for a value that the graph's type cannot hold.
     """
     graph = model.graph
-    parameters = list(graph.inputs[boundary:])
+    parameters = {str(value.name): value for value in graph.inputs[boundary:]}
     del graph.inputs[boundary:]
     # Casts come in between, which leaves the order of these nodes as it is.
     order = {node: place for place, node in enumerate(graph)}
-    packed = packed or {}
-    scales = {name + suffix for name in packed for suffix in (SCALE_SUFFIX, GLOBAL_SCALE_SUFFIX)}
-    by_name = {str(value.name): value for value in parameters}
-    linked: list[tuple[ir.Value, StoredTensor]] = []
-    written: list[WrittenTensor] = []
-    groups: dict[str, Group] = {}
-    for value in parameters:
-        name = str(value.name)
-        if name in scales:
-            continue
-        assert value.shape is not None
-        if name in packed:
-            rows, columns = value.shape.numpy()[::-1]
-            stored = find_tensor(weights, name, (rows, columns))
-            how = packed[name]
-            group = groups.setdefault(how.group, Group()) if how.group else None
-            if group is not None:
-                group.members.append(stored)
-            written.append(WrittenTensor(name, stored, how.dtype, how, group))
-            continue
-        stored = find_tensor(weights, name, value.shape.numpy())
-        exact = value.dtype in (_STORED.get(stored.dtype), ir.DataType.FLOAT)
-        if stored.dtype not in _STORED or not exact or stored.scale is not None:
-            assert value.dtype is not None
-            written.append(WrittenTensor(name, stored, _NAMES[value.dtype]))
-            continue
-        dtype = _STORED[stored.dtype]
-        if dtype != value.dtype:
-            _widen(graph, value, dtype, order)
-        if packed:
-            written.append(WrittenTensor(name, stored, stored.dtype))
-        else:
-            linked.append((value, stored))
-    total = folder.linked_bytes(linked) + sum(tensor.nbytes for tensor in written)
+    placed = {placement.name: placement for placement in placements}
+    # In the order of the graph's parameters, whose scales stand after all weights.
+    ordered = [placed[name] for name in parameters if name in placed]
+    for placement in ordered:
+        stored = _STORED[placement.dtype]
+        if placement.how is not Storing.QUANTIZED and parameters[placement.name].dtype != stored:
+            _widen(graph, parameters[placement.name], stored, order)
+    linked = [placement for placement in ordered if placement.how is Storing.LINKED]
+    written = _written(ordered, packed)
+    total = folder.linked_bytes(p.stored for p in linked) + sum(t.nbytes for t in written)
     on_bytes = expect(total) if total else _ignore
     files: dict[str, None] = {}
-    for value, stored in linked:
-        file = folder.link(stored.file, on_bytes)
+    for placement in linked:
+        stored_tensor = placement.stored
+        file = folder.link(stored_tensor.file, on_bytes)
         files[file] = None
-        _point(graph, value, folder, file, stored.offset, stored.nbytes)
-    parts = dict(shards(converted, written))
+        value = parameters[placement.name]
+        _point(graph, value, folder, file, stored_tensor.offset, stored_tensor.nbytes)
+    parts = dict(shards(stem, written))
     missing = {}
     for file, tensors in parts.items():
         folder.reserve(file)
@@ -189,18 +163,27 @@ def bind(
     write_files(folder.root, missing, on_bytes, ledger.record)
     for file in parts:
         for name, entry in read_header(folder.root / file).tensors.items():
-            _point(graph, by_name[name], folder, file, entry.offset, entry.nbytes)
+            _point(graph, parameters[name], folder, file, entry.offset, entry.nbytes)
     return list(files)
 
 
-def check_weights(chain: Chain, weights: Weights) -> None:
-    """Hold a checkpoint against a chain, before the work of tracing it.
-
-    Raises `CheckpointError` for a missing tensor and for a wrong shape or type.
-    """
-    for stage in chain.stages:
-        for name, parameter in stage.piece.module.named_parameters():
-            find_tensor(weights, stage.scope + name, tuple(parameter.shape))
+def _written(placements: Iterable[Placement], packed: Mapping[str, Packed]) -> list[WrittenTensor]:
+    """The tensors of the new files. Weights of a group share what is looked at for its scale."""
+    written = []
+    groups: dict[str, Group] = {}
+    for placement in placements:
+        name, stored = placement.name, placement.stored
+        if placement.how is Storing.LINKED:
+            continue
+        if placement.how is not Storing.QUANTIZED:
+            written.append(WrittenTensor(name, stored, placement.dtype))
+            continue
+        how = packed[name]
+        group = groups.setdefault(how.group, Group()) if how.group else None
+        if group is not None:
+            group.members.append(stored)
+        written.append(WrittenTensor(name, stored, how.dtype, how, group))
+    return written
 
 
 def _point(

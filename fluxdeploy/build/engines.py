@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines import BuildSettings, EngineOptions, EngineSource, Runtime
 from engines.golden import measure_component, require
 from engines.tensorrt.fusion import Expectation, check
-from fluxdeploy.build.keys import weight_bytes
 from fluxdeploy.build.plan import CPU_SESSION
+from fluxdeploy.build.resolve import BuildSpec, ComponentSpec
 from fluxdeploy.bundle.files import write_atomic
-from fluxdeploy.bundle.manifest import ComponentRecord, DimensionRange, EngineRecord
+from fluxdeploy.bundle.manifest import ComponentRecord
 from fluxdeploy.errors import EngineError
 from fluxdeploy.machine import read_memory
 from fluxdeploy.precision import PRECISIONS
@@ -21,49 +21,28 @@ from fluxdeploy.progress import Progress
 if TYPE_CHECKING:
     from exporters.export import Exported
 
-__all__ = ["build_engines", "check_engine", "list_engines"]
-
-
-def list_engines(
-    runtime: Runtime,
-    targets: tuple[str, ...],
-    component: str,
-    dimensions: Mapping[str, DimensionRange],
-) -> tuple[EngineRecord, ...]:
-    """An engine for each target: one that serves several has fewer kernels merged."""
-    version = runtime.version()
-    return tuple(
-        EngineRecord(
-            runtime.name, version, target, _engine_path(runtime, target, component), dimensions
-        )
-        for target in targets
-    )
-
-
-def _engine_path(runtime: Runtime, target: str, component: str) -> str:
-    if not runtime.builds:
-        return f"onnx/{component}.onnx"
-    return f"engines/{runtime.name}/{target}/{component}.engine"
+__all__ = ["build_engines", "check_engine"]
 
 
 def build_engines(
-    runtime: Runtime,
-    component: str,
-    record: ComponentRecord,
-    exported: Exported,
-    settings: BuildSettings,
-    root: Path,
-    progress: Progress,
+    component: ComponentSpec, exported: Exported, spec: BuildSpec, root: Path, progress: Progress
 ) -> list[str]:
     """Build a component's engines below `root`, hold their kernels against what was asked.
 
-    Returns their files, with the reports of their kernels. Raises `EngineError` for an engine that
-    is made of other kernels, and what `Runtime.build` does.
+    Returns their files, with the reports of their kernels; none where the runtime opens the ONNX
+    file. Raises `EngineError` for an engine that is made of other kernels, and what `Runtime.build`
+    does.
     """
-    source = EngineSource(component, record.precision, root / "onnx" / exported.path, record.inputs)
-    expected = _expectation(component, record, exported)
+    runtime, request = spec.runtime, spec.request
+    if not runtime.builds:
+        return []
+    settings = BuildSettings(component.profiles, request.memory_limit, request.weight_streaming)
+    inputs = component.export.chain.inputs
+    onnx = root / "onnx" / exported.path
+    source = EngineSource(component.name, component.precision, onnx, inputs)
+    expected = _expectation(component, exported)
     paths = []
-    for engine in record.engines:
+    for engine in component.engines:
         file = root / engine.path
         file.parent.mkdir(parents=True, exist_ok=True)
         fusion = runtime.build(source, (engine.target,), settings, file, progress).fusion
@@ -71,9 +50,9 @@ def build_engines(
         write_atomic(root / report, fusion.as_json())
         if problems := check(fusion, expected):
             raise EngineError(
-                f"The {component} engine for {engine.target} is not the {record.precision} engine "
-                f"that was asked for: {'; '.join(problems)}. Its kernels are listed in "
-                f"{root / report}."
+                f"The {component.name} engine for {engine.target} is not the "
+                f"{component.precision} engine that was asked for: {'; '.join(problems)}. Its "
+                f"kernels are listed in {root / report}."
             )
         paths += [engine.path, report]
     return paths
@@ -94,7 +73,7 @@ def check_engine(
     else:
         progress.note(f"  {component}: not checked, since {available.detail}")
         return
-    needed, free = weight_bytes(root / "onnx", component) * CPU_SESSION, read_memory().available
+    needed, free = _weight_bytes(root / "onnx", component) * CPU_SESSION, read_memory().available
     if engine.target == "cpu" and free is not None and needed > free:
         progress.note(
             f"  {component}: not checked, since its engine needs about {needed / 2**30:.0f} GiB of "
@@ -106,15 +85,25 @@ def check_engine(
         require(component, measure_component(opened, root / record.golden.path), record.golden)
 
 
-def _expectation(component: str, record: ComponentRecord, exported: Exported) -> Expectation:
+def _expectation(component: ComponentSpec, exported: Exported) -> Expectation:
     """What the engine of a component must be made of, going by its precision and its graph."""
-    quantization = PRECISIONS[record.precision].quantization
+    quantization = PRECISIONS[component.precision].quantization
     gemms: dict[str, int] = {}
-    # The VAE's one attention has a single head as wide as the network, which no kernel fuses.
-    attention = None if component.startswith("vae_") else record.compute
+    fused = component.export.component.fused_attention
+    attention = component.compute if fused else None
     if quantization is not None:
         kind = {"nvfp4": "fp4"}.get(quantization.format, quantization.format)
         gemms[kind if quantization.activations else f"{kind}-weights"] = exported.quantized
         if quantization.attention:
             attention = "fp8" if kind == "fp4" else kind
-    return Expectation(exported.attentions, attention, gemms, record.compute, exported.weight_bytes)
+    return Expectation(
+        exported.attentions, attention, gemms, component.compute, exported.weight_bytes
+    )
+
+
+def _weight_bytes(folder: Path, name: str) -> int:
+    """Bytes of a component's weights in float32."""
+    import onnx
+
+    graph = onnx.load(folder / f"{name}.onnx", load_external_data=False).graph
+    return sum(4 * math.prod(tensor.dims) for tensor in graph.initializer)

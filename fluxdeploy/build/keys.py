@@ -1,39 +1,56 @@
-"""What a build's pieces are keyed by, and the weight files that are pieces of their own."""
+"""The content key of a component: equal keys, equal files. A build reuses what has the same key."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fluxdeploy.build.staging import Staging
-from fluxdeploy.bundle.manifest import FileRecord
+from fluxdeploy.build.checkpoint import CheckpointHashes
+from fluxdeploy.build.resolve import BuildSpec, ComponentSpec
 
-__all__ = ["WeightPieces", "digest", "exporters_digest", "tool_versions", "weight_bytes"]
+__all__ = ["content_key", "digest", "sources_digest", "tool_versions"]
 
 _TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
+_SOURCES = ("exporters", "engines", "fluxdeploy/bundle", "fluxdeploy/sampling", "fluxdeploy/build")
+_OTHER_SOURCES = ("exporters/training",)
+"""Of those, what no bundle is made by."""
 
-class WeightPieces:
-    """The converted weight files of one component, each a piece of the staging folder."""
 
-    def __init__(self, staging: Staging, key: str) -> None:
-        self.hashes: dict[str, str] = {}
-        self._staging, self._key = staging, key
-
-    def finished(self, file: str) -> bool:
-        return self._remember(self._staging.finished(f"weights.{file}", self._key) or ())
-
-    def record(self, file: str, sha256: str) -> None:
-        path = f"onnx/weights/{file}"
-        known = {path: sha256}
-        self._remember(self._staging.record(f"weights.{file}", self._key, [path], known))
-
-    def _remember(self, files: tuple[FileRecord, ...]) -> bool:
-        self.hashes |= {record.path: record.sha256 for record in files}
-        return bool(files)
+def content_key(
+    component: ComponentSpec, spec: BuildSpec, hashes: CheckpointHashes, ranges: str | None
+) -> str:
+    """Of all that a component's files depend on. `ranges` is the SHA-256 of the ranges' file."""
+    checkpoint, request = spec.checkpoint, spec.request
+    files = {placement.stored.file for placement in component.export.placements}
+    return digest(
+        {
+            "component": component.name,
+            "precision": component.precision,
+            "compute": component.compute,
+            "kernels": component.kernels.value,
+            "ranges": ranges,
+            "networks": repr((checkpoint.transformer, checkpoint.vae)),
+            "configs": {name: dict(part.config) for name, part in checkpoint.parts.items()},
+            # The names are those of the files in the bundle.
+            "weights": sorted(
+                (file.name, hashes.files[Path(os.path.realpath(file))]) for file in files
+            ),
+            "constants": repr((checkpoint.latents, checkpoint.rope, checkpoint.schedule)),
+            "engines": [asdict(engine) for engine in component.engines],
+            "profiles": repr(component.profiles),
+            "settings": [request.memory_limit, request.weight_streaming],
+            "tools": tool_versions(),
+            "sources": sources_digest(),
+        }
+    )
 
 
 def digest(value: Any) -> str:
@@ -41,36 +58,25 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+@cache
 def tool_versions() -> dict[str, str]:
     """The packages that decide what an export looks like."""
     return {name: importlib.metadata.version(name) for name in _TOOLS}
 
 
-def exporters_digest() -> str:
-    """SHA-256 of the exporters' own sources: another exporter makes other pieces.
-
-    The training of the demo checkpoints is no part of an export.
-    """
-    import exporters
-
-    root = Path(next(iter(exporters.__path__)))
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        if path.is_relative_to(root / "training"):
-            continue
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+@cache
+def sources_digest() -> str:
+    """SHA-256 of our own sources that make a bundle: other code makes other files."""
+    found = hashlib.sha256()
+    for path in _sources():
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
-def weight_bytes(folder: Path, name: str) -> int:
-    """Bytes of a component's weights in float32."""
-    import onnx
-
-    graph = onnx.load(folder / f"{name}.onnx", load_external_data=False).graph
-    total = 0
-    for tensor in graph.initializer:
-        count = 4
-        for size in tensor.dims:
-            count *= size
-        total += count
-    return total
+def _sources() -> Iterator[Path]:
+    root = Path(__file__).parents[2]
+    left_out = tuple(root / folder for folder in _OTHER_SOURCES)
+    for folder in _SOURCES:
+        for path in sorted((root / folder).rglob("*.py")):
+            if not any(path.is_relative_to(other) for other in left_out):
+                yield path

@@ -87,7 +87,8 @@ def command(
       fluxdeploy build flux1-dev.safetensors --component-precision t5=fp8-weights
       fluxdeploy build ./FLUX.1-dev --precision fp8 --runtime tensorrt-rtx --target sm89
     """
-    from fluxdeploy.build.build import BuildRequest, build
+    from fluxdeploy.build.build import build
+    from fluxdeploy.build.resolve import BuildRequest
     from fluxdeploy.build.sizes import SizeRange
 
     request = BuildRequest(

@@ -72,44 +72,39 @@ def command(
     source = open_source(checkpoint)
     from exporters.calibrate.find import find_ranges, open_calibration
     from exporters.calibrate.range_file import write_ranges
-    from exporters.components.precisions import check_precision
-    from exporters.components.precisions import component_precision as precision_of
-    from exporters.export import COMPONENTS, export_component
+    from exporters.components.registry import (
+        COMPONENTS,
+        ONE_PIECE_COMPONENTS,
+        choose_precisions,
+        find_component,
+    )
+    from exporters.export import export_component, specify
     from exporters.weights.bind import WeightFolder
 
-    unknown = [name for name in (*components, *overrides) if name not in COMPONENTS]
-    if unknown:
-        raise UsageError(
-            f"There is no component {unknown[0]!r}; there are {', '.join(COMPONENTS)}."
-        )
     if no_split and "conditioner" in components:
         raise UsageError("With --no-split the conditioner is a part of the transformer.")
-    chosen = [name for name in components or COMPONENTS if not (no_split and name == "conditioner")]
+    known = ONE_PIECE_COMPONENTS if no_split else COMPONENTS
+    precisions = choose_precisions(known, precision, overrides)
+    chosen = [find_component(name, known) for name in components or known]
+    specs = [
+        specify(source, component, precisions[component.name])
+        for component in chosen
+        if component.present(source)
+    ]
     folder = WeightFolder(out / "weights")
-    precisions = {name: overrides.get(name) or precision_of(name, precision) for name in chosen}
-    for name, asked in precisions.items():
-        check_precision(name, asked)
     files = {}
     with Progress(quiet=as_json) as progress:
         ranges = None
-        if any(PRECISIONS[asked].calibrated for asked in precisions.values()):
+        if any(PRECISIONS[spec.precision].calibrated for spec in specs):
             digest = hash_checkpoint(source, progress).digest
             measured = open_calibration(source, digest, calibration)
             ranges = find_ranges(measured, source, digest, None, progress)
             write_ranges(ranges, out / "calibration.json")
-        task = progress.task("Exporting", total=len(chosen))
-        for name in chosen:
-            exported = export_component(
-                source,
-                name,
-                precisions[name],
-                folder,
-                ranges=ranges,
-                split=not no_split,
-                progress=progress,
-            )
-            files[name] = {
-                "precision": exported.precision,
+        task = progress.task("Exporting", total=len(specs))
+        for spec in specs:
+            exported = export_component(spec, folder, ranges, progress=progress)
+            files[spec.name] = {
+                "precision": spec.precision,
                 "path": str(out / exported.path),
                 "weights": [str(out / path) for path in exported.weights],
             }

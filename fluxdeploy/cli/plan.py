@@ -74,18 +74,19 @@ def command(
     from engines import choose_runtime
     from fluxdeploy.build.checkpoint import open_source
     from fluxdeploy.build.plan import make_plan
+    from fluxdeploy.build.resolve import BuildRequest, resolve
     from fluxdeploy.build.sizes import SizeRange
 
-    chosen, devices = choose_runtime(runtime, targets, precision)
-    plan = make_plan(
-        open_source(checkpoint),
-        out,
-        chosen,
-        devices,
+    request = BuildRequest(
+        checkpoint,
         precision,
         component_precisions(component_precision),
+        runtime,
+        targets,
         SizeRange(min_size, opt_size, max_size, max_batch),
     )
+    chosen, devices = choose_runtime(runtime, targets, precision)
+    plan = make_plan(resolve(request, open_source(checkpoint), chosen, devices), out)
     if as_json:
         click.echo(json.dumps(_report(plan), indent=2))
     else:

@@ -231,11 +231,10 @@ def compare_pictures(
     progress: Progress,
 ) -> PicturesReport:
     """Draw what is planned with the bundle and with PyTorch, and compare."""
-    from exporters.components.run import ReferenceEngine
-    from exporters.export import component_source
+    from fluxdeploy.verify.reference import ReferenceEngine
 
     def open_reference(component: str) -> Engine:
-        return ReferenceEngine(*component_source(checkpoint, component, "fp32"))
+        return ReferenceEngine(checkpoint, component)
 
     # One after the other: both together may not fit into memory.
     with FluxPipeline.from_bundle(bundle.root, runtime, options) as pipe:

@@ -29,6 +29,7 @@ import exporters.export
 import exporters.synthetic.sparse_checkpoint
 import fluxdeploy.build.build
 import fluxdeploy.build.engines
+import fluxdeploy.build.run
 import fluxdeploy.cli.build
 from fluxdeploy.build.staging import Staging
 from fluxdeploy.bundle import open_bundle
@@ -39,9 +40,9 @@ from tests.builds.traces import Traces
 _STEPS: tuple[tuple[Any, str, str], ...] = (
     (Staging, "__enter__", "recovery"),
     (fluxdeploy.build.build, "open_source", "checkpoint"),
-    (fluxdeploy.build.build, "hash_checkpoint", "hashing"),
-    (fluxdeploy.build.build._Session, "_tokenizer", "tokenizer"),
-    (exporters.export, "component_source", "modules"),
+    (fluxdeploy.build.run, "hash_checkpoint", "hashing"),
+    (fluxdeploy.build.build, "make_tokenizer", "tokenizer"),
+    (fluxdeploy.build.build, "resolve", "modules"),
     (exporters.export, "trace_chain", "tracing"),
     (exporters.export, "bind", "weights"),
     (exporters.export, "_check", "graph check"),

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from engines import EngineOptions
 from engines.onnxruntime import _OnnxRuntimeEngine
-from fluxdeploy.build.build import BuildRequest
+from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.cli import main
 from fluxdeploy.errors import BundleError, NumericError

@@ -14,7 +14,8 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
 from engines.tensorrt.fusion import FusionReport
 from exporters.synthetic.sparse_checkpoint import flux_of_depth, write_random_checkpoint
-from fluxdeploy.build.build import BuildRequest, build
+from fluxdeploy.build.build import build
+from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.build.sizes import SizeRange
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.errors import EngineError, UsageError
@@ -140,7 +141,8 @@ def test_full_width_in_fp8_is_about_half_of_bf16(full_width: Path, tmp_path: Pat
     from exporters.calibrate.ranges import Ranges, attentions, linears
     from exporters.calibrate.trajectory import default_calibration
     from exporters.checkpoint import open_checkpoint
-    from exporters.export import export_component
+    from exporters.components.registry import COMPONENTS
+    from exporters.export import export_component, specify
     from exporters.weights.bind import WeightFolder
     from fluxdeploy.build.sizes import resolution_buckets
     from fluxdeploy.bundle.manifest import Defaults, LatentSpec
@@ -157,19 +159,15 @@ def test_full_width_in_fp8_is_about_half_of_bf16(full_width: Path, tmp_path: Pat
     sizes = {}
     for precision in ("bf16", "fp8"):
         folder = tmp_path / precision
-        chain = None
-        from exporters.export import component_source
-
-        chain, _ = component_source(checkpoint, "transformer", "bf16")
+        spec = specify(checkpoint, COMPONENTS["transformer"], precision)
+        chain = spec.chain
         ranges = Ranges(
             "",
             default_calibration(checkpoint),
             dict.fromkeys(linears(chain), 8.0),
             *(dict.fromkeys(attentions(chain), 8.0) for _ in range(3)),
         )
-        exported = export_component(
-            checkpoint, "transformer", precision, WeightFolder(folder / "weights"), ranges=ranges
-        )
+        exported = export_component(spec, WeightFolder(folder / "weights"), ranges)
         source = EngineSource("transformer", precision, folder / exported.path, chain.inputs)
         built = runtime.build(
             source, ("sm89",), BuildSettings(profiles), folder / "transformer.engine", QUIET

@@ -16,11 +16,13 @@ from engines.tensorrt.fusion import Expectation, check
 from exporters.calibrate.ranges import Ranges, attentions, linears
 from exporters.calibrate.trajectory import default_calibration
 from exporters.checkpoint import Checkpoint, open_checkpoint
-from exporters.export import Exported, component_source, export_component
+from exporters.components.registry import COMPONENTS
+from exporters.export import Exported, export_component, specify
 from exporters.synthetic.sparse_checkpoint import flux_of_depth, write_random_checkpoint
 from exporters.weights.bind import WeightFolder
-from fluxdeploy.build.build import BuildRequest, build
+from fluxdeploy.build.build import build
 from fluxdeploy.build.plan.footprint import weigh
+from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.bundle.manifest import DimensionRange
 from fluxdeploy.bundle.tensorfile import read_header
 from fluxdeploy.errors import UsageError
@@ -44,7 +46,8 @@ def full_width(shared_folder: SharedFolder) -> Checkpoint:
 
 
 def make_engine(checkpoint: Checkpoint, folder: Path, target: str) -> tuple[Exported, BuildReport]:
-    chain, _ = component_source(checkpoint, "transformer", "bf16")
+    spec = specify(checkpoint, COMPONENTS["transformer"], "fp4")
+    chain = spec.chain
     ranges = Ranges(
         "",
         default_calibration(checkpoint),
@@ -52,7 +55,7 @@ def make_engine(checkpoint: Checkpoint, folder: Path, target: str) -> tuple[Expo
         *(dict.fromkeys(attentions(chain), 8.0) for _ in range(3)),
     )
     weights = WeightFolder(folder / "weights")
-    exported = export_component(checkpoint, "transformer", "fp4", weights, ranges=ranges)
+    exported = export_component(spec, weights, ranges)
     source = EngineSource("transformer", "fp4", folder / exported.path, chain.inputs)
     (runtime,) = runtimes("tensorrt-rtx")
     built = runtime.build(
@@ -71,10 +74,11 @@ def test_full_width_runs_in_fp4_with_fp8_attention(full_width: Checkpoint, tmp_p
     assert len(kernels) == MERGED
     assert {kernel.kind for kernel in kernels} == {"gemm"}
 
-    planned = weigh(full_width, "transformer", "fp4", "bf16")
+    planned = weigh(specify(full_width, COMPONENTS["transformer"], "fp4"))
     stored = [read_header(tmp_path / file) for file in exported.weights]
     assert planned.written == sum(t.nbytes for file in stored for t in file.tensors.values())
-    assert planned.packed == pytest.approx(9 / 16 * planned.quantized, rel=1e-5)
+    narrow = planned.graph - 2 * (planned.parameters - planned.quantized)
+    assert narrow == pytest.approx(9 / 16 * planned.quantized, rel=1e-5)
     assert built.engine_bytes < 0.31 * 2 * planned.parameters
 
 

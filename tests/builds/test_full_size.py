@@ -41,7 +41,7 @@ def test_sizes_and_tensors(
     full_size: ModuleType, tmp_path: Path, layout: str, files: dict[str, int]
 ) -> None:
     from exporters.checkpoint import open_checkpoint
-    from exporters.export import COMPONENTS, component_source
+    from exporters.components.registry import COMPONENTS
     from exporters.synthetic.sparse_checkpoint import FLUX_DEV
 
     full_size.write_full_size(tmp_path, layout)
@@ -53,8 +53,8 @@ def test_sizes_and_tensors(
     assert checkpoint.layout == layout
     assert checkpoint.transformer == FLUX_DEV.transformer
     assert checkpoint.vae == FLUX_DEV.vae
-    for name in COMPONENTS:
-        chain, weights = component_source(checkpoint, name, "bf16")
+    for component in COMPONENTS.values():
+        chain, weights = component.source(checkpoint, "bf16")
         for stage in chain.stages:
             for parameter, value in stage.piece.module.named_parameters():
                 assert weights[stage.scope + parameter].shape == tuple(value.shape)

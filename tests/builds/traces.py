@@ -16,7 +16,7 @@ import onnx_ir as ir
 import exporters.export
 from exporters.components.chain import Chain
 from exporters.graph.trace import trace_chain
-from fluxdeploy.build.build import BuildRequest
+from fluxdeploy.build.resolve import BuildRequest
 from tests.conftest import SharedFolder, build_bundle
 
 

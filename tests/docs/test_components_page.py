@@ -10,8 +10,10 @@ from tests.docs.pages import ROOT, section, tables
 
 pytest.importorskip("torch")
 
-from exporters.components import chains
 from exporters.components.chain import Chain
+from exporters.components.mmdit import ONE_PIECE
+from exporters.components.pieces import COMPUTE_TYPES
+from exporters.components.registry import COMPONENTS
 from exporters.models import mmdit
 from exporters.synthetic.sparse_checkpoint import FLUX_DEV, Sizes
 from fluxdeploy.build.checkpoint import open_source
@@ -19,7 +21,7 @@ from fluxdeploy.bundle.manifest import SYMBOLS
 
 PAGE = ROOT / "docs" / "components.md"
 
-FLOAT32 = chains.PRECISIONS["fp32"]
+FLOAT32 = COMPUTE_TYPES["fp32"]
 
 Tensors = dict[str, list[tuple[str, str, str, tuple[int | str, ...]]]]
 
@@ -68,14 +70,7 @@ def test_the_tensors_of_a_bundle_are_those_of_the_chains(
     model: tuple[Sizes, dict[str, int]],
 ) -> None:
     sizes, said = model
-    built = (
-        chains.clip_chain(sizes.clip, FLOAT32),
-        chains.t5_chain(sizes.t5, FLOAT32),
-        chains.conditioner_chain(sizes.transformer, FLOAT32),
-        chains.transformer_chain(sizes.transformer, FLOAT32),
-        chains.vae_decoder_chain(sizes.vae, FLOAT32),
-        chains.vae_encoder_chain(sizes.vae, FLOAT32),
-    )
+    built = [component.chain(sizes, FLOAT32) for component in COMPONENTS.values()]
     expected = {chain.component: chain_tensors(chain) for chain in built}
     assert page_tensors("## Tensors", said) == expected
 
@@ -84,7 +79,7 @@ def test_the_tensors_of_the_one_piece_transformer_are_those_of_its_chain(
     model: tuple[Sizes, dict[str, int]],
 ) -> None:
     sizes, said = model
-    chain = chains.one_piece_chain(sizes.transformer, FLOAT32)
+    chain = ONE_PIECE.chain(sizes, FLOAT32)
     (tensors,) = page_tensors("## The one-piece transformer", said).values()
     assert tensors == chain_tensors(chain)
 

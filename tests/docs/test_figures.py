@@ -125,14 +125,15 @@ def test_scores_become_a_table_with_their_targets(figures: ModuleType) -> None:
 
 def test_the_conditioner_takes_the_share_that_the_readme_says() -> None:
     pytest.importorskip("torch")
-    from exporters.components.chains import PRECISIONS, conditioner_chain, transformer_chain
+    from exporters.components.pieces import COMPUTE_TYPES
+    from exporters.components.registry import COMPONENTS
     from exporters.synthetic.sparse_checkpoint import FLUX_DEV
 
     conditioner, transformer = (
         sum(p.numel() for stage in chain.stages for p in stage.piece.module.parameters())
         for chain in (
-            build(FLUX_DEV.transformer, PRECISIONS["bf16"])
-            for build in (conditioner_chain, transformer_chain)
+            COMPONENTS[name].chain(FLUX_DEV, COMPUTE_TYPES["bf16"])
+            for name in ("conditioner", "transformer")
         )
     )
     total = conditioner + transformer
@@ -150,7 +151,7 @@ def test_the_memory_that_a_session_takes_is_what_the_build_plans_with() -> None:
 
 def test_the_precisions_are_those_that_a_build_chooses() -> None:
     pytest.importorskip("torch")
-    from exporters.export import COMPONENTS
+    from exporters.components.registry import COMPONENTS
     from fluxdeploy.precision import component_precision
     from tests.docs.pages import section, tables
 

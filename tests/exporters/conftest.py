@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporters.checkpoint import Checkpoint, Weights, open_checkpoint
-from exporters.export import export_component
+from exporters.export import export_component, specify
 from exporters.weights.bind import WeightFolder
+from tests.exporters.numbers import GRAPHS
 
 Tensors = dict[str, torch.Tensor]
 Exports = Callable[..., Path]
@@ -77,19 +78,14 @@ def bfl(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def exports(shared_folder: Any, opened: Checkpoint) -> Exports:
     def make(component: str, precision: str, fused: bool = False) -> Path:
-        name = "transformer" if component == "one_piece" else component
         folder = shared_folder.entry(
             f"export-{component}-{precision}-{'fused' if fused else 'standard'}",
             lambda target: export_component(
-                opened,
-                name,
-                precision,
+                specify(opened, GRAPHS[component], precision, "fp32"),
                 WeightFolder(target / "weights"),
-                compute="fp32",
-                split=component != "one_piece",
                 fused=fused,
             ),
         )
-        return Path(folder) / f"{name}.onnx"
+        return Path(folder) / f"{GRAPHS[component].name}.onnx"
 
     return make

@@ -9,11 +9,16 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from exporters.checkpoint import Checkpoint
-from exporters.export import component_source
+from exporters.components.component import Component
+from exporters.components.mmdit import ONE_PIECE
+from exporters.components.registry import COMPONENTS
 from fluxdeploy.bundle.manifest import RopeSpec
 from fluxdeploy.sampling.rope import joint_ids, rope_tables
 
 Array = NDArray[np.generic]
+
+GRAPHS: dict[str, Component] = {**COMPONENTS, "one_piece": ONE_PIECE}
+"""Components by the names that `exports` takes."""
 
 # (batch, text tokens, image rows, image columns, timesteps), rows and columns of 16 pixels
 SIZES = [(1, 1, 1, 1, 1), (2, 16, 3, 5, 4), (3, 7, 6, 2, 2), (1, 33, 2, 2, 7)]
@@ -41,8 +46,7 @@ def make_inputs(opened: Checkpoint, component: str, size: tuple[int, ...]) -> di
         "img_ids": ids[text:].astype(np.float32),
         "txt_ids": ids[:text].astype(np.float32),
     }
-    name = "transformer" if component == "one_piece" else component
-    chain, _ = component_source(opened, name, "fp32", component != "one_piece")
+    chain, _ = GRAPHS[component].source(opened, "fp32")
     vocabulary = {"clip": opened.clip.vocab_size, "t5": opened.t5.vocab_size}.get(component, 0)
     for spec in chain.inputs:
         shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]

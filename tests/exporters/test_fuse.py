@@ -11,10 +11,10 @@ import onnxruntime
 import pytest
 
 from exporters.checkpoint import Checkpoint
+from exporters.components.registry import COMPONENTS
 from exporters.components.run import run_reference
-from exporters.export import COMPONENTS, component_source
 from tests.exporters.conftest import Exports
-from tests.exporters.numbers import SIZES, error, make_inputs, run
+from tests.exporters.numbers import GRAPHS, SIZES, error, make_inputs, run
 from tests.support.checkpoints import SHAPES
 
 BLOCKS = SHAPES["dev"].double + SHAPES["dev"].single
@@ -31,9 +31,7 @@ def operators(path: Path) -> Counter[tuple[str, str]]:
 def test_fused_attention_equals_pytorch(
     exports: Exports, opened: Checkpoint, component: str, size: tuple[int, ...]
 ) -> None:
-    chain, weights = component_source(
-        opened, "transformer", "fp32", split=component == "transformer"
-    )
+    chain, weights = GRAPHS[component].source(opened, "fp32")
     inputs = make_inputs(opened, component, size)
     ((name, expected),) = run_reference(chain, weights, inputs).items()
     # The one-piece graph makes its RoPE tables in float32.

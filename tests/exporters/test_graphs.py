@@ -9,9 +9,10 @@ import pytest
 from onnx import TensorProto
 
 from exporters.checkpoint import Checkpoint
-from exporters.export import COMPONENTS, component_source
-from fluxdeploy.errors import ExportError
+from exporters.components.registry import COMPONENTS, find_component
+from fluxdeploy.errors import ExportError, UsageError
 from tests.exporters.conftest import Exports
+from tests.exporters.numbers import GRAPHS as BY_NAME
 from tests.support.checkpoints import SHAPES
 
 GRAPHS = [
@@ -176,17 +177,13 @@ def test_guidance_is_absent_without_its_embedding(checkpoint: object, source: Pa
     from exporters.checkpoint import open_checkpoint
 
     schnell = open_checkpoint(checkpoint("schnell"))  # type: ignore[operator]
-    for name, split in (("conditioner", True), ("transformer", False)):
-        chain, _ = component_source(schnell, name, "fp32", split)
+    for name in ("conditioner", "one_piece"):
+        chain, _ = BY_NAME[name].source(schnell, "fp32")
         assert "guidance" not in [spec.name for spec in chain.inputs]
 
 
-@pytest.mark.parametrize(
-    ("name", "precision", "words"),
-    [("clip", "fp12", "'fp12' is not exported; fp32, bf16, fp16"), ("unet", "fp32", "'unet'")],
-)
-def test_unknown_component_or_precision(
-    opened: Checkpoint, name: str, precision: str, words: str
-) -> None:
-    with pytest.raises(ExportError, match=words):
-        component_source(opened, name, precision)
+def test_unknown_component_or_compute_type(opened: Checkpoint) -> None:
+    with pytest.raises(ExportError, match="'fp12' is not exported; fp32, bf16, fp16"):
+        COMPONENTS["clip"].source(opened, "fp12")
+    with pytest.raises(UsageError, match=r"'unet'; there are clip, t5"):
+        find_component("unet")

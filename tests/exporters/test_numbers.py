@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from exporters.checkpoint import Checkpoint
+from exporters.components.registry import COMPONENTS
 from exporters.components.run import run_reference
-from exporters.export import COMPONENTS, component_source
 from fluxdeploy.bundle.manifest import RopeSpec
 from fluxdeploy.sampling.rope import joint_ids, rope_tables
 from tests.exporters.conftest import Exports
@@ -25,7 +25,7 @@ def test_onnx_runtime_equals_pytorch(
     exports: Exports, opened: Checkpoint, component: str, precision: str, bound: float
 ) -> None:
     path = exports(component, precision)
-    chain, weights = component_source(opened, component, "fp32")
+    chain, weights = COMPONENTS[component].source(opened, "fp32")
     for size in SIZES:
         inputs = make_inputs(opened, component, size)
         expected = run_reference(chain, weights, inputs)

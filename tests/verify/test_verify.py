@@ -17,7 +17,7 @@ pytest.importorskip("torch")
 
 import onnx
 
-from fluxdeploy.build.build import BuildRequest
+from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.bundle.tensorfile import TensorFileWriter, read_header, read_tensor
 from fluxdeploy.cli import main
 from tests.conftest import SharedFolder, build_bundle

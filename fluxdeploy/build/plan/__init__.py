@@ -3,7 +3,6 @@
 Nothing is written, and no weight is read.
 """
 
-from fluxdeploy.build.plan.activations import Workload
 from fluxdeploy.build.plan.figures import ComponentPlan, DiskPlan, Phase, Plan, RunMemory
 from fluxdeploy.build.plan.planner import CPU_SESSION, make_plan
 
@@ -14,6 +13,5 @@ __all__ = [
     "Phase",
     "Plan",
     "RunMemory",
-    "Workload",
     "make_plan",
 ]

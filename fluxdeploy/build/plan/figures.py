@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fluxdeploy.build.plan.activations import Workload
 from fluxdeploy.errors import BundleError, UsageError
+from fluxdeploy.kernels import CallSizes
 
 __all__ = ["ComponentPlan", "DiskPlan", "Phase", "Plan", "RunMemory"]
 
@@ -21,7 +21,7 @@ class ComponentPlan:
     engine: the engine file, 0 where the runtime opens the ONNX file.
     resident: its weights where it runs.
     activations, largest_activations: what a run takes besides, at the plan's `usual` and
-        `largest` workload.
+        `largest` call.
     """
 
     name: str
@@ -94,8 +94,8 @@ class Plan:
     disk: DiskPlan
     build: tuple[Phase, ...]
     free_memory: int | None
-    usual: Workload
-    largest: Workload
+    usual: CallSizes
+    largest: CallSizes
     run: RunMemory
     largest_run: RunMemory
     impossible: tuple[str, ...] = ()

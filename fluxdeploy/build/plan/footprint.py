@@ -16,8 +16,8 @@ from fluxdeploy.build.staging import Staging
 from fluxdeploy.precision import PRECISIONS, Quantization
 
 if TYPE_CHECKING:
-    from exporters.checkpoint import Checkpoint, StoredTensor
     from exporters.components.chain import Chain
+    from exporters.export import ExportSpec
 
 __all__ = [
     "WIDTHS",
@@ -41,69 +41,55 @@ class Footprint:
     linked, written: those that stay as they are in the checkpoint's files, and those that are
         converted or quantized into new ones.
     graph: all of them in the types that the graph computes with, as an engine holds them.
-    packed: the part of `graph` that is quantized, and `quantized` how many numbers those are.
-    largest_packed: the numbers of the largest tensor that is quantized.
+    quantized: how many numbers of them are quantized, and `largest_quantized` those of the largest
+        tensor that is.
     largest_stage: the weights of the largest stage in float32, as PyTorch runs it, with the largest
         tensor once more, as it is read.
     sources: the checkpoint's files that the linked ones lie in.
     """
 
-    chain: Chain
     parameters: int
     linked: int
     written: int
     graph: int
-    packed: int
     quantized: int
-    largest_packed: int
+    largest_quantized: int
     largest_stage: int
     sources: frozenset[Path]
 
 
-def weigh(checkpoint: Checkpoint, name: str, precision: str, compute: str) -> Footprint:
-    """Add up the weights of a component. The rules are those of `exporters.weights.bind`.
+def weigh(spec: ExportSpec) -> Footprint:
+    """Add up the weights of a component, by what is to become of each."""
+    from exporters.weights.decide import Storing
 
-    Raises `CheckpointError` for a missing tensor and for a wrong shape or type.
-    """
-    from exporters.checkpoint.tensors import find_tensor
-    from exporters.components.policy import is_quantized
-    from exporters.export import component_source
-
-    quantization, width = PRECISIONS[precision].quantization, WIDTHS[compute]
-    chain, weights = component_source(checkpoint, name, compute)
-    shapes = {
-        stage.scope + parameter: tuple(value.shape)
-        for stage in chain.stages
-        for parameter, value in stage.piece.module.named_parameters()
-    }
-    linked = written = graph = packed = quantized = largest_packed = 0
+    quantization, width = PRECISIONS[spec.precision].quantization, WIDTHS[spec.compute]
+    parameters = linked = written = graph = quantized = largest = 0
     sources = set()
-    for tensor, shape in shapes.items():
-        stored, count = find_tensor(weights, tensor, shape), count_elements(shape)
-        linear = tensor.removesuffix(".weight")
-        if quantization is not None and linear != tensor and is_quantized(name, linear):
-            packed += _packed_bytes(quantization, shape, width)
+    for placement in spec.placements:
+        stored, count = placement.stored, count_elements(placement.stored.shape)
+        parameters += count
+        if placement.how is Storing.QUANTIZED:
+            assert quantization is not None
+            size = _packed_bytes(quantization, stored.shape, width)
+            graph += size
+            written += size
             quantized += count
-            largest_packed = max(largest_packed, count)
+            largest = max(largest, count)
             continue
         graph += width * count
-        if not _is_kept(stored, compute):
-            written += width * count
-        elif quantization is not None:
-            written += stored.nbytes
-        else:
+        if placement.how is Storing.LINKED:
             linked += stored.nbytes
             sources.add(Path(os.path.realpath(stored.file)))
+        else:
+            written += stored.nbytes if placement.how is Storing.COPIED else width * count
     return Footprint(
-        chain=chain,
-        parameters=sum(map(count_elements, shapes.values())),
+        parameters=parameters,
         linked=linked,
-        written=written + packed,
-        graph=graph + packed,
-        packed=packed,
+        written=written,
+        graph=graph,
         quantized=quantized,
-        largest_packed=largest_packed,
-        largest_stage=_largest_stage(chain),
+        largest_quantized=largest,
+        largest_stage=_largest_stage(spec.chain),
         sources=frozenset(sources),
     )
 
@@ -114,13 +100,6 @@ def _packed_bytes(quantization: Quantization, shape: tuple[int, ...], width: int
     if quantization.format == "nvfp4":
         return count // 2 + count // 16 + 4  # half a byte each, a byte a block, and one float32
     return count + width * shape[0]  # a byte each, and a scale a row
-
-
-def _is_kept(stored: StoredTensor, compute: str) -> bool:
-    """Whether a weight's bytes stay as they are: the graph's own type, or one that it widens."""
-    same = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}[compute]
-    kinds = ("F32", "F16", "BF16") if compute == "fp32" else (same,)
-    return stored.scale is None and stored.dtype in kinds
 
 
 def _largest_stage(chain: Chain) -> int:

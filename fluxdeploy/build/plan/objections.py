@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
-from engines import Runtime
 from fluxdeploy.build.plan.figures import DiskPlan, Phase, RunMemory
+from fluxdeploy.build.resolve import BuildSpec
 from fluxdeploy.machine import Memory
 
 __all__ = ["find_impossible", "find_remarks", "find_shortages"]
 
 
-def find_impossible(
-    runtime: Runtime,
-    targets: tuple[str, ...],
-    precisions: Mapping[str, str],
-    compute: Mapping[str, str],
-) -> Iterator[str]:
-    """What a target has not, each once, with the components that would need it.
-
-    precisions, compute: by component, what it is built in and what the rest of it computes in.
-    """
+def find_impossible(spec: BuildSpec) -> Iterator[str]:
+    """What a target has not, each once, with the components that would need it."""
+    runtime, targets = spec.runtime, spec.targets
     names: dict[str, list[str]] = {}
-    for name, precision in precisions.items():
+    for component in spec.components:
         for target in targets:
             # What an engine computes in is one for all its targets, the first one's.
-            for needed in (precision, compute[name]):
+            for needed in (component.precision, component.compute):
                 problem = runtime.precision_problem(target, needed)
                 if problem is not None:
-                    names.setdefault(problem, []).append(name)
+                    names.setdefault(problem, []).append(component.name)
                     break
     for problem, who in names.items():
         yield f"{', '.join(who)}: {problem}"
@@ -74,17 +67,12 @@ def find_shortages(
     return shortages, warnings
 
 
-def find_remarks(
-    runtime: Runtime,
-    targets: tuple[str, ...],
-    precisions: Mapping[str, str],
-    usual: RunMemory,
-    free: int | None,
-) -> Iterator[str]:
+def find_remarks(spec: BuildSpec, usual: RunMemory, free: int | None) -> Iterator[str]:
     """What a user should know of engines that will be built.
 
     usual: what a picture of the usual size takes. free: bytes of memory, None where unknown.
     """
+    runtime, targets = spec.runtime, spec.targets
     told: dict[str, list[str]] = {}
     for target in targets:
         building, running = runtime.can_build(target), runtime.availability(target)
@@ -95,7 +83,7 @@ def find_remarks(
     for why, unusable in told.items():
         yield f"{runtime.name} engines for {', '.join(unusable)} {why}"
     on_cpu = targets[0] == "cpu"
-    emulated = [name for name, used in precisions.items() if used.startswith("fp8")]
+    emulated = [c.name for c in spec.components if c.precision.startswith("fp8")]
     if on_cpu and emulated:
         yield (
             f"{', '.join(emulated)}: a CPU has no FP8; it is emulated, with the same numbers "

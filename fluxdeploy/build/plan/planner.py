@@ -6,11 +6,7 @@ import itertools
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from engines import Runtime
-from fluxdeploy.build.checkpoint import check_family
-from fluxdeploy.build.plan.activations import Kernels, Workload, activation_bytes
 from fluxdeploy.build.plan.figures import ComponentPlan, DiskPlan, Phase, Plan, RunMemory
 from fluxdeploy.build.plan.footprint import (
     WIDTHS,
@@ -22,15 +18,14 @@ from fluxdeploy.build.plan.footprint import (
     weigh,
 )
 from fluxdeploy.build.plan.objections import find_impossible, find_remarks, find_shortages
-from fluxdeploy.build.sizes import SizeRange, overall, resolution_buckets
+from fluxdeploy.build.resolve import BuildSpec, ComponentSpec
+from fluxdeploy.build.sizes import overall, resolution_buckets
 from fluxdeploy.bundle.manifest import MANIFEST_NAME, DimensionRange, Manifest, from_json
-from fluxdeploy.errors import BundleError, UsageError
+from fluxdeploy.errors import BundleError
+from fluxdeploy.kernels import CallSizes, Kernels
 from fluxdeploy.machine import read_memory
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.text import TOKENIZER_FILES
-
-if TYPE_CHECKING:
-    from exporters.checkpoint import Checkpoint
 
 __all__ = ["CPU_SESSION", "make_plan"]
 
@@ -55,79 +50,29 @@ _ENGINE_FILE = 12_000_000
 _GRAPH, _STAGE = 100_000, 35_000
 """Bytes of an ONNX file, and of each of its stages."""
 
-_GROUPS = (("clip", "t5", "conditioner"), ("transformer",), ("vae_decoder",))
-"""What `--low-vram` has open at a time. The VAE's encoder is not run."""
-
 # What `exporters.check.golden` makes: a 64x96 picture, two prompts of 16 tokens, two steps.
 _GOLDEN = {"B": 2, "S": 16, "N": 2, "L": 24, "T": 40, "h": 8, "w": 12, "H": 64, "W": 96}
 
 
-def make_plan(
-    checkpoint: Checkpoint,
-    destination: Path,
-    runtime: Runtime,
-    targets: tuple[str, ...],
-    precision: str = "bf16",
-    component_precisions: Mapping[str, str] | None = None,
-    sizes: SizeRange | None = None,
-) -> Plan:
-    """Plan the build of `checkpoint` at `destination`, for `targets` of `runtime`.
+def make_plan(spec: BuildSpec, destination: Path) -> Plan:
+    """Plan a build at `destination`.
 
-    What cannot be is in the plan's `problems`; `require_possible` raises it. Raises `UsageError`
-    for names, precisions and sizes that do not exist, and `CheckpointError` for a checkpoint that
-    is incomplete.
+    What cannot be is in the plan's `problems`; `require_possible` raises it.
     """
-    return _Planner(
-        checkpoint, destination, runtime, targets, precision, component_precisions or {}, sizes
-    ).plan()
+    return _Planner(spec, destination).plan()
 
 
 class _Planner:
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        destination: Path,
-        runtime: Runtime,
-        targets: tuple[str, ...],
-        precision: str,
-        overrides: Mapping[str, str],
-        sizes: SizeRange | None,
-    ) -> None:
-        from exporters.components.precisions import (
-            check_precision,
-            component_compute,
-            component_precision,
-        )
-        from exporters.export import COMPONENTS
-
-        check_family(checkpoint)
-        for name in overrides:
-            if name not in COMPONENTS:
-                raise UsageError(
-                    f"--component-precision names {name!r}; the components are "
-                    f"{', '.join(COMPONENTS)}."
-                )
-        self.checkpoint = checkpoint
+    def __init__(self, spec: BuildSpec, destination: Path) -> None:
+        self.spec = spec
+        self.checkpoint, self.runtime, self.targets = spec.checkpoint, spec.runtime, spec.targets
         self.destination = destination
-        self.runtime = runtime
-        self.targets = targets
-        self.precisions = {}
-        for name in COMPONENTS:
-            asked = overrides.get(name, component_precision(name, precision))
-            check_precision(name, asked)
-            self.precisions[name] = runtime.precision(targets[0], asked)
-        self.compute = {
-            name: component_compute(name, used, runtime.compute(targets[0], used))
-            for name, used in self.precisions.items()
-        }
-        self.ranges = self._ranges(sizes or SizeRange())
-        self.usual, self.largest = self._workloads()
+        self.components = {component.name: component for component in spec.components}
+        self.dimensions = self._dimensions()
+        self.usual, self.largest = self._calls()
 
     def plan(self) -> Plan:
-        parts = {
-            name: weigh(self.checkpoint, name, precision, self.compute[name])
-            for name, precision in self.precisions.items()
-        }
+        parts = {name: weigh(component.export) for name, component in self.components.items()}
         components = {name: self._component(name, part) for name, part in parts.items()}
         disk, reusable = self._disk(parts, components)
         build = tuple(self._phases(parts))
@@ -135,8 +80,7 @@ class _Planner:
         largest_run = self._run(components, largest=True)
         memory = read_memory()
         shortages, warnings = find_shortages(disk, reusable, build, memory, self.destination)
-        warnings += find_remarks(self.runtime, self.targets, self.precisions, run, memory.available)
-        impossible = find_impossible(self.runtime, self.targets, self.precisions, self.compute)
+        warnings += find_remarks(self.spec, run, memory.available)
         return Plan(
             runtime=self.runtime.name,
             targets=self.targets,
@@ -148,64 +92,57 @@ class _Planner:
             largest=self.largest,
             run=run,
             largest_run=largest_run,
-            impossible=tuple(impossible),
+            impossible=tuple(find_impossible(self.spec)),
             shortages=tuple(shortages),
             warnings=tuple(warnings),
         )
 
-    def _ranges(self, sizes: SizeRange) -> Mapping[str, DimensionRange]:
-        """The sizes that the engines are to take, by symbol."""
+    def _dimensions(self) -> Mapping[str, DimensionRange]:
+        """The sizes that engines are to take, by symbol, whatever the runtime."""
         defaults, latents = self.checkpoint.defaults, self.checkpoint.latents
+        sizes = self.spec.request.sizes
         return overall(resolution_buckets(set(_GOLDEN), sizes, defaults, latents))
 
-    def _workloads(self) -> tuple[Workload, Workload]:
+    def _calls(self) -> tuple[CallSizes, CallSizes]:
         """The usual one is one picture of the checkpoint's own size."""
-        defaults, pixels = self.checkpoint.defaults, 2 * self.checkpoint.vae.spatial_factor
+        defaults, pixels = self.checkpoint.defaults, self.checkpoint.token_pixels
         image = (defaults.height // pixels) * (defaults.width // pixels)
-        recorded = self.checkpoint.settings.get("max_sequence_length", 512)
         text, steps = defaults.max_sequence_length, defaults.num_inference_steps
-        most = max(text, min(recorded, self.ranges["S"].max))
+        most = max(text, min(self.checkpoint.max_text_tokens, self.dimensions["S"].max))
         return (
-            Workload(1, text, image, steps),
-            Workload(self.ranges["B"].max, most, self.ranges["L"].max, steps),
+            CallSizes(1, text, image, steps),
+            CallSizes(self.dimensions["B"].max, most, self.dimensions["L"].max, steps),
         )
 
-    def _resident(self, name: str, part: Footprint) -> int:
+    def _resident(self, component: ComponentSpec, part: Footprint) -> int:
         """Bytes of a component's weights where it runs.
 
         ONNX Runtime has integer products of its own, and widens all other quantized weights.
         """
-        if self.runtime.builds or self.precisions[name] == "int8-dynamic":
+        quantization = PRECISIONS[component.precision].quantization
+        whole = quantization is not None and quantization.activations == "dynamic"
+        if self.runtime.builds or whole:
             return part.graph
-        return part.graph + WIDTHS[self.compute[name]] * part.quantized
+        return part.graph + WIDTHS[component.compute] * part.quantized
 
     def _component(self, name: str, part: Footprint) -> ComponentPlan:
+        component = self.components[name]
         return ComponentPlan(
             name=name,
-            precision=self.precisions[name],
-            compute=self.compute[name],
+            precision=component.precision,
+            compute=component.compute,
             parameters=part.parameters,
             linked=part.linked,
             written=part.written,
             engine=part.graph + _ENGINE_FILE if self.runtime.builds else 0,
-            resident=self._resident(name, part),
-            activations=self._activations(name, self.usual),
-            largest_activations=self._activations(name, self.largest),
+            resident=self._resident(component, part),
+            activations=self._activations(component, self.usual),
+            largest_activations=self._activations(component, self.largest),
         )
 
-    def _activations(self, name: str, workload: Workload) -> int:
-        return activation_bytes(
-            self.checkpoint, name, workload, self._kernels(name), WIDTHS[self.compute[name]]
-        )
-
-    def _kernels(self, name: str) -> Kernels:
-        if self.runtime.builds:
-            return Kernels.TENSORRT
-        quantization = PRECISIONS[self.precisions[name]].quantization
-        plain = quantization is not None and quantization.attention
-        if plain or not self.runtime.fuses_attention(self.targets[0], self.compute[name]):
-            return Kernels.PLAIN
-        return Kernels.ONNX_RUNTIME
+    def _activations(self, component: ComponentSpec, sizes: CallSizes) -> int:
+        count = component.export.component.activations
+        return count(self.checkpoint, sizes, component.kernels, WIDTHS[component.compute])
 
     def _disk(
         self, parts: Mapping[str, Footprint], components: Mapping[str, ComponentPlan]
@@ -220,12 +157,15 @@ class _Planner:
             for file in TOKENIZER_FILES
             if (self.checkpoint.tokenizer(name) / file).is_file()
         )
-        graphs = sum(_GRAPH + _STAGE * len(part.chain.stages) for part in parts.values())
+        graphs = sum(
+            _GRAPH + _STAGE * len(component.export.chain.stages)
+            for component in self.components.values()
+        )
         disk = DiskPlan(
             written=sum(component.written for component in components.values()),
             copied=copied,
             engines=sum(component.engine for component in components.values()),
-            other=tokenizers + graphs + sum(map(self._golden_bytes, parts.values())),
+            other=tokenizers + graphs + sum(map(self._golden_bytes, self.components.values())),
             free=shutil.disk_usage(folder).free + staged_bytes(self.destination),
         )
         earlier = _earlier_manifest(self.destination)
@@ -246,29 +186,30 @@ class _Planner:
             == {(self.runtime.name, target) for target in self.targets}
         )
 
-    def _golden_bytes(self, part: Footprint) -> int:
+    def _golden_bytes(self, component: ComponentSpec) -> int:
         """The golden tensors' bytes; all are of 4 bytes an element."""
-        least = {symbol: span.min for symbol, span in self.ranges.items()}
+        chain = component.export.chain
+        least = {symbol: span.min for symbol, span in self.dimensions.items()}
         if not self.runtime.builds:
             least = {}
         sizes = {symbol: max(size, least.get(symbol, 1)) for symbol, size in _GOLDEN.items()}
         return sum(
             4 * count_elements(sizes[d] if isinstance(d, str) else d for d in spec.shape)
-            for spec in part.chain.inputs + part.chain.outputs
+            for spec in chain.inputs + chain.outputs
         )
 
     def _phases(self, parts: Mapping[str, Footprint]) -> Iterator[Phase]:
         """The phases of the build, each for the component that takes most."""
         yield Phase("export", "transformer", _PROCESS)
         quantized = {
-            name: part.largest_packed for name, part in parts.items() if part.largest_packed
+            name: part.largest_quantized for name, part in parts.items() if part.largest_quantized
         }
         if quantized:
             name = max(quantized, key=quantized.__getitem__)
             yield Phase("quantization", name, _PROCESS + _QUANTIZING * quantized[name])
         name, part = max(parts.items(), key=lambda item: item[1].largest_stage)
         stage = _PROCESS + part.largest_stage
-        if any(PRECISIONS[precision].calibrated for precision in self.precisions.values()):
+        if any(PRECISIONS[c.precision].calibrated for c in self.components.values()):
             yield Phase("calibration", "transformer", stage + self._calibration())
         yield Phase("PyTorch reference", name, stage)
         name, part = max(parts.items(), key=lambda item: item[1].graph)
@@ -286,11 +227,12 @@ class _Planner:
         from exporters.calibrate.trajectory import default_calibration
 
         calibration, config = default_calibration(self.checkpoint), self.checkpoint.transformer
-        pixels = 2 * self.checkpoint.vae.spatial_factor
+        pixels = self.checkpoint.token_pixels
         image = max((h // pixels) * (w // pixels) for h, w in calibration.sizes)
-        workload = Workload(1, self.usual.text, image, calibration.steps)
-        running = activation_bytes(self.checkpoint, "transformer", workload, Kernels.PLAIN, 4)
-        rows = 2 * (workload.text + image) + calibration.steps * config.modulation_rows
+        sizes = CallSizes(1, self.usual.text, image, calibration.steps)
+        transformer = self.components["transformer"].export.component
+        running = transformer.activations(self.checkpoint, sizes, Kernels.PLAIN, 4)
+        rows = 2 * (sizes.text + image) + calibration.steps * config.modulation_rows
         samples = len(calibration.prompts) * len(calibration.sizes)
         return running + samples * 4 * rows * config.width
 
@@ -305,9 +247,13 @@ class _Planner:
             weights = sum(components[name].resident for name in names)
             return weights + (max(scratch) if self.runtime.builds else sum(scratch))
 
+        turns: dict[str, tuple[str, ...]] = {}
+        for name, component in self.components.items():
+            if turn := component.export.component.turn:
+                turns[turn] = (*turns.get(turn, ()), name)
         return RunMemory(
-            all_open=together(tuple(itertools.chain(*_GROUPS))),
-            low_vram=max(together(group) for group in _GROUPS),
+            all_open=together(tuple(itertools.chain(*turns.values()))),
+            low_vram=max(together(names) for names in turns.values()),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +12,11 @@ import pytest
 
 from engines import Runtime, runtimes
 from exporters.checkpoint import Checkpoint
-from exporters.export import export_component
+from exporters.components.registry import COMPONENTS
+from exporters.export import export_component, specify
 from exporters.weights.bind import WeightFolder
 from fluxdeploy.build.plan import ComponentPlan, Plan, make_plan, planner
+from fluxdeploy.build.resolve import BuildRequest, resolve
 from fluxdeploy.build.sizes import SizeRange
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.bundle.tensorfile import read_header
@@ -32,21 +35,37 @@ def by_name(plan: Plan) -> dict[str, ComponentPlan]:
     return {component.name: component for component in plan.components}
 
 
+def plan_for(
+    checkpoint: Checkpoint,
+    out: Path,
+    runtime: Runtime,
+    targets: tuple[str, ...],
+    precision: str = "bf16",
+    component_precisions: Mapping[str, str] | None = None,
+    sizes: SizeRange | None = None,
+) -> Plan:
+    request = BuildRequest(
+        precision=precision,
+        component_precision=component_precisions or {},
+        sizes=sizes or SizeRange(),
+    )
+    return make_plan(resolve(request, checkpoint, runtime, targets), out)
+
+
 def rtx(checkpoint: Checkpoint, out: Path, precision: str, *targets: str) -> Plan:
-    return make_plan(checkpoint, out, runtime("tensorrt-rtx"), targets, precision, sizes=FULL)
+    return plan_for(checkpoint, out, runtime("tensorrt-rtx"), targets, precision, sizes=FULL)
 
 
 @pytest.mark.parametrize(("component", "precision"), [("clip", "fp16"), ("t5", "int8-weights")])
 def test_bytes_written_are_those_of_the_export(
     demo: Checkpoint, out: Path, component: str, precision: str
 ) -> None:
-    planned = make_plan(
+    planned = plan_for(
         demo, out, runtime("onnxruntime"), CPU, component_precisions={component: precision}
     )
     part = by_name(planned)[component]
-    exported = export_component(
-        demo, component, precision, WeightFolder(out / "weights"), compute=part.compute
-    )
+    spec = specify(demo, COMPONENTS[component], precision, part.compute)
+    exported = export_component(spec, WeightFolder(out / "weights"))
     tensors = [
         tensor for file in exported.weights for tensor in read_header(out / file).tensors.values()
     ]
@@ -55,7 +74,7 @@ def test_bytes_written_are_those_of_the_export(
 
 
 def test_a_bundle_takes_what_was_planned(demo: Checkpoint, demo_bundle: Path, out: Path) -> None:
-    plan = make_plan(demo, out, runtime("onnxruntime"), CPU)
+    plan = plan_for(demo, out, runtime("onnxruntime"), CPU)
     checkpoint = {file.resolve().stat().st_size for file in demo.files}
     files = {record.path: record.size for _, record in open_bundle(demo_bundle).manifest.files()}
     weights = {path: size for path, size in files.items() if path.startswith("onnx/weights/")}
@@ -104,7 +123,7 @@ def test_fp4_takes_nine_sixteenths_of_a_byte(flux_dev: Checkpoint, out: Path) ->
 
 
 def test_fp4_is_not_for_onnx_runtime(demo: Checkpoint, out: Path) -> None:
-    plan = make_plan(demo, out, runtime("onnxruntime"), CPU, "fp4")
+    plan = plan_for(demo, out, runtime("onnxruntime"), CPU, "fp4")
     with pytest.raises(UsageError, match=r"^transformer: ONNX Runtime has no FP4.*; use fp8\.$"):
         plan.require_possible()
 
@@ -126,7 +145,7 @@ def test_memory_grows_with_the_picture_and_low_vram_takes_less(
 
 
 def test_cpu_sessions_hold_float32_weights(flux_dev: Checkpoint, out: Path) -> None:
-    part = by_name(make_plan(flux_dev, out, runtime("onnxruntime"), CPU))["transformer"]
+    part = by_name(plan_for(flux_dev, out, runtime("onnxruntime"), CPU))["transformer"]
     assert (part.precision, part.compute) == ("fp32", "fp32")
     assert part.linked == 2 * part.parameters
     assert part.resident == 4 * part.parameters
@@ -144,7 +163,7 @@ def test_cpu_sessions_hold_float32_weights(flux_dev: Checkpoint, out: Path) -> N
 def test_only_attention_that_is_not_fused_holds_its_scores(
     flux_dev: Checkpoint, out: Path, name: str, precision: str, holds: bool
 ) -> None:
-    part = by_name(make_plan(flux_dev, out, runtime(name), CPU, precision))["transformer"]
+    part = by_name(plan_for(flux_dev, out, runtime(name), CPU, precision))["transformer"]
     scores = 24 * (512 + 4096) ** 2 * 4
     assert (part.activations > 2 * scores) == holds
 
@@ -163,7 +182,7 @@ def test_only_attention_that_is_not_fused_holds_its_scores(
 def test_what_a_gpu_has_not_is_impossible(
     demo: Checkpoint, out: Path, precision: str, targets: tuple[str, ...], says: str
 ) -> None:
-    plan = make_plan(demo, out, runtime("tensorrt-rtx"), targets, precision)
+    plan = plan_for(demo, out, runtime("tensorrt-rtx"), targets, precision)
     assert any(says in line for line in plan.problems), plan.problems
     with pytest.raises(UsageError):
         plan.require_possible()
@@ -171,37 +190,37 @@ def test_what_a_gpu_has_not_is_impossible(
 
 def test_possible_plans_pass(demo: Checkpoint, out: Path) -> None:
     for precision in ("fp8", "int8", "bf16"):
-        make_plan(
+        plan_for(
             demo, out, runtime("tensorrt-rtx"), ("sm89", "sm120"), precision
         ).require_possible()
     blackwell = "sm120", "sm121"
-    make_plan(demo, out, runtime("tensorrt-rtx"), blackwell, "fp4").require_possible()
+    plan_for(demo, out, runtime("tensorrt-rtx"), blackwell, "fp4").require_possible()
     with pytest.raises(UsageError, match="one --target"):
-        make_plan(demo, out, runtime("onnxruntime"), ("cpu", "cuda")).require_possible()
+        plan_for(demo, out, runtime("onnxruntime"), ("cpu", "cuda")).require_possible()
 
 
 def test_a_small_disk_is_refused(
     demo: Checkpoint, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = make_plan(demo, out, runtime("onnxruntime"), CPU, "int8")
+    plan = plan_for(demo, out, runtime("onnxruntime"), CPU, "int8")
     needed = plan.disk.needed
     _have_free(monkeypatch, needed)
-    make_plan(demo, out, runtime("onnxruntime"), CPU, "int8").require_possible()
+    plan_for(demo, out, runtime("onnxruntime"), CPU, "int8").require_possible()
     _have_free(monkeypatch, needed - 1000)
-    small = make_plan(demo, out, runtime("onnxruntime"), CPU, "int8")
+    small = plan_for(demo, out, runtime("onnxruntime"), CPU, "int8")
     with pytest.raises(BundleError, match="free some space"):
         small.require_possible()
     # What a build that was cut off has made already is not needed twice.
     staged = out.parent / ".bundle.building" / "onnx" / "weights"
     staged.mkdir(parents=True)
     (staged / "transformer.int8-dynamic.safetensors").write_bytes(bytes(1000))
-    make_plan(demo, out, runtime("onnxruntime"), CPU, "int8").require_possible()
+    plan_for(demo, out, runtime("onnxruntime"), CPU, "int8").require_possible()
 
 
 def test_an_earlier_bundle_may_be_enough(
     demo: Checkpoint, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = make_plan(demo, out, runtime("onnxruntime"), CPU, "int8")
+    plan = plan_for(demo, out, runtime("onnxruntime"), CPU, "int8")
     engine = SimpleNamespace(runtime="onnxruntime", target="cpu")
     earlier = {
         part.name: SimpleNamespace(
@@ -211,12 +230,12 @@ def test_an_earlier_bundle_may_be_enough(
     }
     monkeypatch.setattr(planner, "_earlier_manifest", lambda _: SimpleNamespace(components=earlier))
     _have_free(monkeypatch, plan.disk.needed - 1000)
-    again = make_plan(demo, out, runtime("onnxruntime"), CPU, "int8")
+    again = plan_for(demo, out, runtime("onnxruntime"), CPU, "int8")
     again.require_possible()
     assert any("earlier bundle" in line for line in again.warnings)
     engine.target = "cuda"
     with pytest.raises(BundleError):
-        make_plan(demo, out, runtime("onnxruntime"), CPU, "int8").require_possible()
+        plan_for(demo, out, runtime("onnxruntime"), CPU, "int8").require_possible()
 
 
 def _have_free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
@@ -228,7 +247,7 @@ def test_files_of_another_disk_are_copied_once(
     demo: Checkpoint, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planner, "can_link", lambda file, folder: False)
-    plan = make_plan(demo, out, runtime("onnxruntime"), CPU)
+    plan = plan_for(demo, out, runtime("onnxruntime"), CPU)
     assert plan.disk.copied == sum(file.stat().st_size for file in demo.files)
 
 
@@ -236,7 +255,7 @@ def test_little_memory_is_told(
     flux_dev: Checkpoint, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planner, "read_memory", lambda: Memory(56 << 30, 8 << 30, 8 << 30))
-    cpu = make_plan(flux_dev, out, runtime("onnxruntime"), CPU)
+    cpu = plan_for(flux_dev, out, runtime("onnxruntime"), CPU)
     assert not cpu.shortages
     assert any("not every engine will be checked" in line for line in cpu.warnings)
     assert any("--low-vram" in line for line in cpu.warnings)
@@ -248,15 +267,15 @@ def test_little_memory_is_told(
 
 
 def test_emulation_is_told(demo: Checkpoint, out: Path) -> None:
-    plan = make_plan(demo, out, runtime("onnxruntime"), CPU, "fp8")
+    plan = plan_for(demo, out, runtime("onnxruntime"), CPU, "fp8")
     assert any("emulated" in line for line in plan.warnings)
     assert {"quantization", "calibration"} <= {phase.name for phase in plan.build}
 
 
 def test_unknown_names_are_usage_errors(demo: Checkpoint, out: Path) -> None:
     with pytest.raises(UsageError, match="decoder"):
-        make_plan(demo, out, runtime("onnxruntime"), CPU, component_precisions={"decoder": "fp32"})
+        plan_for(demo, out, runtime("onnxruntime"), CPU, component_precisions={"decoder": "fp32"})
     with pytest.raises(UsageError, match="vae_decoder"):
-        make_plan(
+        plan_for(
             demo, out, runtime("onnxruntime"), CPU, component_precisions={"vae_decoder": "fp8"}
         )

@@ -18,7 +18,8 @@ from exporters.calibrate.range_file import read_ranges, write_ranges
 from exporters.calibrate.ranges import Ranges, measure_ranges
 from exporters.calibrate.trajectory import Calibration
 from exporters.checkpoint import Checkpoint, open_checkpoint
-from exporters.export import component_source, export_component
+from exporters.components.registry import COMPONENTS
+from exporters.export import export_component, specify
 from exporters.graph.trace import trace_chain
 from exporters.weights.bind import NO_LEDGER, Ledger, WeightFolder
 from fluxdeploy.progress import Progress
@@ -87,7 +88,7 @@ def traced(shared_folder: Any, opened: Checkpoint) -> Callable[[str], ir.Model]:
     """`traced(compute)`: the transformer's trace, which takes nearly all the time of an export."""
 
     def make(compute: str, folder: Path) -> None:
-        chain, _ = component_source(opened, "transformer", compute)
+        chain, _ = COMPONENTS["transformer"].source(opened, compute)
         folder.mkdir()
         ir.save(trace_chain(chain), folder / "transformer.onnx")
 
@@ -112,9 +113,8 @@ def export_into(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("exporters.export.trace_chain", lambda chain: traced(compute))
             weights = WeightFolder(folder / "weights")
-            exported = export_component(
-                checkpoint, "transformer", precision, weights, compute, ranges, ledger=ledger
-            )
+            spec = specify(checkpoint, COMPONENTS["transformer"], precision, compute)
+            exported = export_component(spec, weights, ranges, ledger=ledger)
         return folder / exported.path
 
     return export

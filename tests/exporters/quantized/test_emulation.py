@@ -20,8 +20,9 @@ from exporters.calibrate.ranges import Ranges
 from exporters.calibrate.trajectory import Sample, start_samples
 from exporters.checkpoint import Checkpoint
 from exporters.components.chain import Chain, Stage
+from exporters.components.registry import COMPONENTS
 from exporters.components.run import run_reference, run_samples
-from exporters.export import component_source, export_component
+from exporters.export import export_component, specify
 from exporters.models import mmdit
 from exporters.weights.bind import WeightFolder
 from fluxdeploy.precision import PRECISIONS
@@ -185,7 +186,7 @@ def test_the_velocity_is_as_noisy_as_the_emulations(
     monkeypatch: pytest.MonkeyPatch,
     precision: str,
 ) -> None:
-    chain, weights = component_source(opened, "transformer", "fp32")
+    chain, weights = COMPONENTS["transformer"].source(opened, "fp32")
     inputs = sample.inputs(0)
     exact = run_reference(chain, weights, inputs)["velocity"]
     emulation = Emulation(precision, ranges)
@@ -202,10 +203,11 @@ def test_the_conditioner_is_quantized_by_its_weights_alone(
     opened: Checkpoint, tmp_path: Path
 ) -> None:
     folder = WeightFolder(tmp_path / "weights")
-    exported = export_component(opened, "conditioner", "fp8-weights", folder, "fp32")
+    spec = specify(opened, COMPONENTS["conditioner"], "fp8-weights", "fp32")
+    exported = export_component(spec, folder)
     # The AdaLN linears: two of a double-stream block and one of a single-stream one.
     assert exported.quantized == 6
-    chain, weights = component_source(opened, "conditioner", "fp32")
+    chain, weights = COMPONENTS["conditioner"].source(opened, "fp32")
     random = np.random.RandomState(5)
     inputs: dict[str, Array] = {}
     for spec in chain.inputs:

@@ -22,8 +22,8 @@ from exporters.check.fidelity import LIMIT, measure_fidelity
 from exporters.check.readback import read_attentions, read_linears
 from exporters.checkpoint import Checkpoint
 from exporters.components.chain import Stage
+from exporters.components.registry import COMPONENTS
 from exporters.components.run import WatchAttention, watch_linears
-from exporters.export import component_source
 from fluxdeploy.errors import ExportError, NumericError
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
@@ -52,7 +52,7 @@ def measure(checkpoint: Checkpoint, path: Path) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def inputs(opened: Checkpoint) -> dict[str, tuple[list[Tensor], Tensor]]:
     """What each linear is fed in the float32 network, and its weight."""
-    chain, weights = component_source(opened, "transformer", "fp32")
+    chain, weights = COMPONENTS["transformer"].source(opened, "fp32")
     found: dict[str, tuple[list[Tensor], Tensor]] = {}
 
     def see(name: str, linear: nn.Linear, x: Tensor, output: Tensor) -> None:
@@ -79,7 +79,7 @@ def test_ratios_are_those_of_the_rounding(
     assert how is not None
     assert found.keys() == LINEARS | (ATTENTION_LAYERS if how.attention else set())
     found = {name: ratio for name, ratio in found.items() if name in LINEARS}
-    assert list(found) == list(linears(component_source(opened, "transformer", "fp32")[0]))
+    assert list(found) == list(linears(COMPONENTS["transformer"].source(opened, "fp32")[0]))
     narrow, end, headroom = {"fp8": (to_fp8, 448, 2.0), "int8": (to_int8, 127, 1.2)}[how.format]
     for name, ratio in found.items():
         samples, weight = inputs[name]
@@ -99,7 +99,7 @@ def test_ratios_of_attention_are_those_of_the_rounding(
     quantized: Quantized, opened: Checkpoint, ranges: Ranges
 ) -> None:
     """Against the network's own linears and norms, and against attention written out in float64."""
-    chain, weights = component_source(opened, "transformer", "fp32")
+    chain, weights = COMPONENTS["transformer"].source(opened, "fp32")
     scope = ""
     power: dict[str, list[float]] = {}
     merged: dict[str, list[Tensor]] = {}
@@ -443,7 +443,7 @@ def test_the_middle_of_the_schedule_is_measured(
 
 def test_calibration_and_one_sample_are_independent(opened: Checkpoint) -> None:
     """A sample's way does not depend on the ones beside it."""
-    chain, weights = component_source(opened, "transformer", "fp32")
+    chain, weights = COMPONENTS["transformer"].source(opened, "fp32")
     together = start_samples(opened, SHORT, QUIET)
     take_step(chain, weights, together, 0)
     alone = start_samples(opened, SHORT, QUIET)[:1]

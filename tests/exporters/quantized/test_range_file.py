@@ -16,7 +16,7 @@ from exporters.calibrate.range_file import read_prompts, read_ranges, write_rang
 from exporters.calibrate.ranges import Ranges, attentions, linears
 from exporters.calibrate.trajectory import Calibration
 from exporters.checkpoint import Checkpoint, open_checkpoint
-from exporters.export import component_source
+from exporters.components.registry import COMPONENTS
 from fluxdeploy.errors import BundleError, ExportError, UsageError
 
 DIGEST = "0123456789abcdef" * 4
@@ -29,7 +29,7 @@ def opened(checkpoint: Callable[..., Path]) -> Checkpoint:
 
 @pytest.fixture
 def ranges(opened: Checkpoint) -> Ranges:
-    chain, _ = component_source(opened, "transformer", "fp32")
+    chain, _ = COMPONENTS["transformer"].source(opened, "fp32")
     heads = {name: math.pi / (i + 1) for i, name in enumerate(attentions(chain))}
     return Ranges(
         checkpoint=DIGEST,

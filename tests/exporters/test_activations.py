@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
-from fluxdeploy.build.plan.activations import Kernels, Workload, activation_bytes
+from exporters.components.activations import transformer_bytes, vae_decoder_bytes
+from exporters.components.registry import COMPONENTS
+from fluxdeploy.kernels import CallSizes, Kernels
 
-RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "plan_memory.json"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "plan_memory.json"
 ROWS: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"]
 
 # The sizes of benchmarks/plan_memory.py.
 MIDDLING: Any = SimpleNamespace(
-    transformer=TransformerConfig(
-        64, 64, 512, 64, 2048, 2, 4, 256, 128, True, (8, 28, 28), 10000.0
-    ),
+    transformer=TransformerConfig(64, 64, 512, 64, 2048, 2, 4, 256, 128, True, (8, 28, 28)),
     vae=VaeConfig(16, (64, 128, 256, 256), 2, 32, 0.3611, 0.1159),
     t5=SimpleNamespace(d_model=256, d_ff=640, num_heads=8),
     clip=SimpleNamespace(
@@ -31,9 +31,8 @@ MIDDLING: Any = SimpleNamespace(
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['kernels']}-{row['component']}")
 def test_measured(row: dict[str, Any]) -> None:
     element = 2 if row["precision"] == "bf16" else 4
-    planned = activation_bytes(
-        MIDDLING, row["component"], Workload(**row["workload"]), Kernels(row["kernels"]), element
-    )
+    count = COMPONENTS[row["component"]].activations
+    planned = count(MIDDLING, CallSizes(**row["sizes"]), Kernels(row["kernels"]), element)
     assert planned == row["planned"], "run benchmarks/plan_memory.py again"
     assert 1 / 1.2 <= planned / row["activations"] <= 1.5
 
@@ -41,7 +40,7 @@ def test_measured(row: dict[str, Any]) -> None:
 def test_only_plain_attention_pays_for_scores() -> None:
     def grown(kernels: Kernels) -> float:
         small, large = (
-            activation_bytes(MIDDLING, "transformer", Workload(1, 512, image, 1), kernels, 2)
+            transformer_bytes(MIDDLING, CallSizes(1, 512, image, 1), kernels, 2)
             for image in (512, 15872)
         )
         return large / small
@@ -53,9 +52,7 @@ def test_only_plain_attention_pays_for_scores() -> None:
 
 def test_the_vae_takes_one_picture_at_a_time() -> None:
     one, four = (
-        activation_bytes(
-            MIDDLING, "vae_decoder", Workload(batch, 512, 4096, 1), Kernels.TENSORRT, 2
-        )
+        vae_decoder_bytes(MIDDLING, CallSizes(batch, 512, 4096, 1), Kernels.TENSORRT, 2)
         for batch in (1, 4)
     )
     assert one == four

@@ -1,0 +1,132 @@
+"""How much memory a run of a component takes besides its weights.
+
+An engine's memory is not known before it is built, and a session's not before it runs. The formulas
+below count the tensors that are alive at the peak of each network: the attention or the MLP of a
+block, and the VAE's level of full resolution. How many of them a runtime has alive at once was
+measured; `benchmarks/plan_memory.py` compares the formulas with measurements.
+
+Symbols: B pictures at once (the VAE has one), S text tokens, L image tokens, T = S + L, N steps,
+D a network's width, F its MLP's, h heads, M modulation rows, P pixels and p latent pixels of a
+picture, C the channels with which the VAE's level of full resolution begins or ends.
+
+Plain attention, as PyTorch and ONNX Runtime compute it: all is float32, and attention's scores are
+in memory, three times at once.
+
+    transformer  4 B (T (5 D + F) + 3 h T²)
+    t5           4 B (S (6 D + 3 F) + 3 h S²) + 4 h S², the position bias
+    clip         as t5, with S = 77 and no bias
+    conditioner  4 (3 N B M D + B S (E + D)), E the width of T5
+    VAE          4 max(6 C P, 3 p²), with p² the scores of its one attention
+
+ONNX Runtime's own attention on CPUs, which the transformer has there in float32, keeps no scores:
+
+    transformer  4 B T (14 D + 2 F)
+
+TensorRT fuses the attention of transformer and VAE, so that memory grows with T and P alone.
+Tensors are in the type that the component computes in, of e bytes, but for norms, which are in
+float32. T5's attention has a bias and is not fused.
+
+    transformer  B T (13 e D + 2 e F) + 12 MB
+    t5           B (4 + e) h S² + 4 h S² + e B S (6 D + 3 F)
+    clip         as t5, with S = 77 and no bias
+    conditioner  4 (4 N B M D + B S (E + D))
+    VAE          (4 + 3 e) C P
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fluxdeploy.kernels import CallSizes, Kernels
+
+if TYPE_CHECKING:
+    from exporters.components.component import Networks
+
+__all__ = [
+    "clip_bytes",
+    "conditioner_bytes",
+    "t5_bytes",
+    "transformer_bytes",
+    "vae_decoder_bytes",
+    "vae_encoder_bytes",
+]
+
+_SCORES = 3
+"""Copies of attention's scores that ONNX Runtime has alive at once."""
+
+_PICTURE = 6
+"""Tensors of the full resolution that ONNX Runtime has alive at once in the VAE."""
+
+_MYELIN = 12_000_000
+"""Bytes that TensorRT's fused blocks take at any size."""
+
+
+def transformer_bytes(networks: Networks, sizes: CallSizes, kernels: Kernels, element: int) -> int:
+    """Of the MM-DiT without its conditioner; `element` are the bytes of its compute type."""
+    config = networks.transformer
+    tokens = sizes.text + sizes.image
+    if kernels is Kernels.ONNX_RUNTIME:
+        return 4 * sizes.batch * tokens * (14 * config.width + 2 * config.mlp_width)
+    if kernels is Kernels.TENSORRT:
+        token = element * (13 * config.width + 2 * config.mlp_width)
+        return sizes.batch * tokens * token + _MYELIN
+    heads = config.width // config.head_dim
+    streams = tokens * (5 * config.width + config.mlp_width)
+    return 4 * sizes.batch * (streams + _SCORES * heads * tokens**2)
+
+
+def conditioner_bytes(networks: Networks, sizes: CallSizes, kernels: Kernels, element: int) -> int:
+    """Of the conditioner, whose rows of modulation are in float32 whatever it computes in."""
+    config, batch = networks.transformer, sizes.batch
+    rows = sizes.steps * batch * config.modulation_rows * config.width
+    text = batch * sizes.text * (config.text_width + config.width)
+    return 4 * ((4 if kernels is Kernels.TENSORRT else 3) * rows + text)
+
+
+def t5_bytes(networks: Networks, sizes: CallSizes, kernels: Kernels, element: int) -> int:
+    """Of T5, with its position bias."""
+    t5 = networks.t5
+    widths = (t5.d_model, t5.d_ff, t5.num_heads)
+    bias: int = 4 * t5.num_heads * sizes.text**2
+    return _encoder_bytes(sizes.batch, sizes.text, widths, kernels, element) + bias
+
+
+def clip_bytes(networks: Networks, sizes: CallSizes, kernels: Kernels, element: int) -> int:
+    """Of CLIP, whose text always has all of its positions."""
+    clip = networks.clip
+    widths = (clip.hidden_size, clip.intermediate_size, clip.num_attention_heads)
+    return _encoder_bytes(sizes.batch, clip.max_position_embeddings, widths, kernels, element)
+
+
+def _encoder_bytes(
+    batch: int, tokens: int, widths: tuple[int, int, int], kernels: Kernels, element: int
+) -> int:
+    """Of a text encoder of some width, MLP width and heads."""
+    width, mlp_width, heads = widths
+    scores = heads * tokens**2
+    streams = tokens * (6 * width + 3 * mlp_width)
+    if kernels is Kernels.TENSORRT:
+        return batch * ((4 + element) * scores + element * streams)
+    return 4 * batch * (_SCORES * scores + streams)
+
+
+def vae_decoder_bytes(networks: Networks, sizes: CallSizes, kernels: Kernels, element: int) -> int:
+    """Of the decoder, which enters its last level with the channels of the one before."""
+    channels = networks.vae.channels
+    return _vae_bytes(networks, channels[min(1, len(channels) - 1)], sizes, kernels, element)
+
+
+def vae_encoder_bytes(networks: Networks, sizes: CallSizes, kernels: Kernels, element: int) -> int:
+    """Of the encoder."""
+    return _vae_bytes(networks, networks.vae.channels[0], sizes, kernels, element)
+
+
+def _vae_bytes(
+    networks: Networks, channels: int, sizes: CallSizes, kernels: Kernels, element: int
+) -> int:
+    """Of one picture: they go through the VAE one at a time."""
+    latents = networks.transformer.patch_size**2 * sizes.image
+    pixels = latents * networks.vae.spatial_factor**2
+    if kernels is Kernels.TENSORRT:
+        return (4 + 3 * element) * channels * pixels
+    return 4 * max(_PICTURE * channels * pixels, _SCORES * latents**2)

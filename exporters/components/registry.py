@@ -1,0 +1,48 @@
+"""The components of a bundle. A component joins by a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from exporters.components.component import Component
+from exporters.components.mmdit import CONDITIONER, ONE_PIECE, TRANSFORMER
+from exporters.components.text_encoders import CLIP, T5
+from exporters.components.vae import VAE_DECODER, VAE_ENCODER
+from fluxdeploy.errors import UsageError
+
+__all__ = ["COMPONENTS", "ONE_PIECE_COMPONENTS", "choose_precisions", "find_component"]
+
+
+def _by_name(components: Iterable[Component]) -> Mapping[str, Component]:
+    return {component.name: component for component in components}
+
+
+COMPONENTS = _by_name((CLIP, T5, CONDITIONER, TRANSFORMER, VAE_DECODER, VAE_ENCODER))
+"""In the order in which a picture passes them."""
+
+ONE_PIECE_COMPONENTS = _by_name((CLIP, T5, ONE_PIECE, VAE_DECODER, VAE_ENCODER))
+"""What other tools expect: one transformer, and no conditioner."""
+
+
+def find_component(name: str, components: Mapping[str, Component] = COMPONENTS) -> Component:
+    """The component of a name. Raises `UsageError` for one that there is not."""
+    if name not in components:
+        raise UsageError(f"There is no component {name!r}; there are {', '.join(components)}.")
+    return components[name]
+
+
+def choose_precisions(
+    components: Mapping[str, Component], precision: str, overrides: Mapping[str, str]
+) -> dict[str, str]:
+    """What each component is to be built in, where the transformer is to be in `precision`.
+
+    Raises `UsageError` for an override of a component that there is not, and for a precision that a
+    component is not built in.
+    """
+    for name in overrides:
+        find_component(name, components)
+    chosen = {}
+    for name, component in components.items():
+        chosen[name] = overrides.get(name, component.precision_beside(precision))
+        component.check_precision(chosen[name])
+    return chosen

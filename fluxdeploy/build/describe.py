@@ -1,0 +1,54 @@
+"""The manifest of a bundle that has been made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fluxdeploy import __version__
+from fluxdeploy.build.keys import tool_versions
+from fluxdeploy.build.run import BuildRun
+from fluxdeploy.bundle.manifest import (
+    SCHEMA_VERSION,
+    ComponentRecord,
+    Manifest,
+    QualityRecord,
+    TokenizerRecord,
+)
+from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
+from fluxdeploy.precision import PRECISIONS
+
+__all__ = ["describe"]
+
+
+def describe(
+    run: BuildRun,
+    tokenizers: Mapping[str, TokenizerRecord],
+    components: Mapping[str, ComponentRecord],
+) -> Manifest:
+    """All that a host must know of what a run has made."""
+    checkpoint, request = run.spec.checkpoint, run.spec.request
+    guided = checkpoint.transformer.guidance_embedding
+    row = PRECISIONS[components["transformer"].precision]
+    name = request.checkpoint or DEFAULT_CHECKPOINT
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        family="flux.1",
+        variant="dev" if guided else "schnell",
+        guidance_embedding=guided,
+        components=components,
+        latents=checkpoint.latents,
+        rope=checkpoint.rope,
+        schedule=checkpoint.schedule,
+        tokenizers=tokenizers,
+        defaults=checkpoint.defaults,
+        quality=QualityRecord(row.min_psnr, row.min_ssim, row.min_sqnr),
+        provenance={
+            "checkpoint": {
+                "name": name if name in DEMO_CHECKPOINTS else checkpoint.root.resolve().name,
+                "layout": checkpoint.layout,
+                "sha256": run.hashes.digest,
+            },
+            "requested_precision": request.precision,
+            "tools": {"fluxdeploy": __version__} | tool_versions(),
+        },
+    )

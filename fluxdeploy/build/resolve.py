@@ -1,0 +1,163 @@
+"""Settling a build once: what is asked, held against a checkpoint and a runtime.
+
+What comes out is read by `plan` and by `build`; nothing of it is decided again. Headers are read,
+and no weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engines import Runtime
+from fluxdeploy.build.checkpoint import check_family
+from fluxdeploy.build.sizes import SizeRange, any_size, overall, resolution_buckets
+from fluxdeploy.bundle.manifest import DimensionRange, EngineRecord
+from fluxdeploy.kernels import Kernels
+from fluxdeploy.precision import PRECISIONS
+
+if TYPE_CHECKING:
+    from exporters.checkpoint import Checkpoint
+    from exporters.export import ExportSpec
+
+__all__ = ["BuildRequest", "BuildSpec", "ComponentSpec", "resolve"]
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build. `checkpoint` None is the default, no `targets` are the best one here.
+
+    `precision` is the transformer's and decides the others' (docs/bundle.md);
+    `component_precision` overrides single ones. `calibration` is a file of prompts, or the
+    calibration.json of another bundle of the same checkpoint, where static scales are needed.
+    `sizes`, `memory_limit` and `weight_streaming` are for runtimes that build engines.
+    """
+
+    checkpoint: str | None = None
+    precision: str = "bf16"
+    component_precision: Mapping[str, str] = field(default_factory=dict)
+    runtime: str = "auto"
+    targets: tuple[str, ...] = ()
+    sizes: SizeRange = field(default_factory=SizeRange)
+    calibration: Path | None = None
+    memory_limit: int | None = None
+    weight_streaming: bool = False
+
+
+@dataclass(frozen=True)
+class ComponentSpec:
+    """A component of the bundle that is to be built.
+
+    export: its chain, its weights and what becomes of them. kernels: what will compute it.
+    profiles: the sizes that its engines are built for. engines: one for each target.
+    """
+
+    export: ExportSpec
+    kernels: Kernels
+    profiles: tuple[Mapping[str, DimensionRange], ...]
+    engines: tuple[EngineRecord, ...]
+
+    @property
+    def name(self) -> str:
+        return self.export.name
+
+    @property
+    def fused(self) -> bool:
+        """Whether its attention is ONNX Runtime's own operator in the graph."""
+        return self.kernels is Kernels.ONNX_RUNTIME
+
+    @property
+    def precision(self) -> str:
+        return self.export.precision
+
+    @property
+    def compute(self) -> str:
+        return self.export.compute
+
+
+@dataclass(frozen=True)
+class BuildSpec:
+    """All of a bundle that is to be built, and for what."""
+
+    request: BuildRequest
+    checkpoint: Checkpoint
+    runtime: Runtime
+    targets: tuple[str, ...]
+    components: tuple[ComponentSpec, ...]
+
+    def component(self, name: str) -> ComponentSpec:
+        return next(spec for spec in self.components if spec.name == name)
+
+
+def resolve(
+    request: BuildRequest, checkpoint: Checkpoint, runtime: Runtime, targets: tuple[str, ...]
+) -> BuildSpec:
+    """Settle what `request` asks of a checkpoint, for `targets` of `runtime`.
+
+    A component that the checkpoint lacks and a bundle may lack is left out. Raises `UsageError` for
+    names, precisions and sizes that do not exist, and `CheckpointError` for a checkpoint that is
+    incomplete or whose networks do not belong together.
+    """
+    from exporters.components.registry import COMPONENTS, choose_precisions
+    from exporters.export import specify
+
+    check_family(checkpoint)
+    asked = choose_precisions(COMPONENTS, request.precision, request.component_precision)
+    components = []
+    for name, component in COMPONENTS.items():
+        if not component.present(checkpoint):
+            continue
+        precision = runtime.precision(targets[0], asked[name])
+        usual = runtime.compute(targets[0], precision)
+        compute = component.compute_type(precision, usual)
+        export = specify(checkpoint, component, precision, compute)
+        specs = export.chain.inputs + export.chain.outputs
+        symbols = {d for spec in specs for d in spec.shape if isinstance(d, str)}
+        profiles = _profiles(symbols, request, checkpoint, runtime)
+        engines = _list_engines(runtime, targets, name, overall(profiles))
+        kernels = _kernels(runtime, targets[0], precision, compute)
+        components.append(ComponentSpec(export, kernels, profiles, engines))
+    return BuildSpec(request, checkpoint, runtime, targets, tuple(components))
+
+
+def _profiles(
+    symbols: set[str], request: BuildRequest, checkpoint: Checkpoint, runtime: Runtime
+) -> tuple[Mapping[str, DimensionRange], ...]:
+    defaults, latents = checkpoint.defaults, checkpoint.latents
+    if runtime.builds:
+        return resolution_buckets(symbols, request.sizes, defaults, latents)
+    return (any_size(symbols, defaults, latents),)
+
+
+def _kernels(runtime: Runtime, target: str, precision: str, compute: str) -> Kernels:
+    if runtime.builds:
+        return Kernels.TENSORRT
+    quantization = PRECISIONS[precision].quantization
+    plain = quantization is not None and quantization.attention
+    if plain or not runtime.fuses_attention(target, compute):
+        return Kernels.PLAIN
+    return Kernels.ONNX_RUNTIME
+
+
+def _list_engines(
+    runtime: Runtime,
+    targets: tuple[str, ...],
+    component: str,
+    dimensions: Mapping[str, DimensionRange],
+) -> tuple[EngineRecord, ...]:
+    """An engine for each target: one that serves several has fewer kernels merged."""
+    version = runtime.version()
+    return tuple(
+        EngineRecord(
+            runtime.name, version, target, _engine_path(runtime, target, component), dimensions
+        )
+        for target in targets
+    )
+
+
+def _engine_path(runtime: Runtime, target: str, component: str) -> str:
+    if not runtime.builds:
+        return f"onnx/{component}.onnx"
+    return f"engines/{runtime.name}/{target}/{component}.engine"
