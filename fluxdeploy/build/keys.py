@@ -19,8 +19,15 @@ __all__ = ["content_key", "digest", "sources_digest", "tool_versions"]
 
 _TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
-_SOURCES = ("exporters", "engines", "fluxdeploy/bundle", "fluxdeploy/sampling", "fluxdeploy/build")
-_OTHER_SOURCES = ("exporters/training",)
+_SOURCES = (
+    "engines/**/*.py",
+    "exporters/**/*.py",
+    "fluxdeploy/*.py",
+    "fluxdeploy/build/**/*.py",
+    "fluxdeploy/bundle/**/*.py",
+    "fluxdeploy/sampling/**/*.py",
+)
+_NOT_SOURCES = "exporters/training"
 """Of those, what no bundle is made by."""
 
 
@@ -75,8 +82,7 @@ def sources_digest() -> str:
 
 def _sources() -> Iterator[Path]:
     root = Path(__file__).parents[2]
-    left_out = tuple(root / folder for folder in _OTHER_SOURCES)
-    for folder in _SOURCES:
-        for path in sorted((root / folder).rglob("*.py")):
-            if not any(path.is_relative_to(other) for other in left_out):
+    for pattern in _SOURCES:
+        for path in sorted(root.glob(pattern)):
+            if not path.is_relative_to(root / _NOT_SOURCES):
                 yield path

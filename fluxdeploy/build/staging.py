@@ -1,6 +1,6 @@
 """Building a bundle so that nobody ever sees half of one.
 
-A build works in `.<name>.building` beside the bundle `<name>`. Each finished piece is recorded
+A build works in `.<name>.building` beside the bundle `<name>`. Each finished artifact is recorded
 there, so that a build that was cut off goes on where it stopped. At the end the whole folder is
 swapped in, and an earlier bundle stays as it was until then. Nothing written holds a time, so the
 result does not depend on how often the build was stopped.
@@ -41,13 +41,13 @@ __all__ = ["Staging"]
 
 OnBytes = Callable[[int], None]
 
-_PIECES = ".pieces"
+_ARTIFACTS = ".artifacts"
 _SCRATCH = ".scratch"
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """What `.pieces/<name>.json` holds: a finished piece, and what it was made from."""
+class _Artifact:
+    """What `.artifacts/<name>.json` holds: a finished artifact, and what it was made from."""
 
     key: str
     files: tuple[FileRecord, ...]
@@ -56,12 +56,12 @@ class _Piece:
 class Staging:
     """One build of the bundle at `destination`; a context manager.
 
-    The caller writes files below `root` and calls `record` after each finished piece, asks
+    The caller writes files below `root` and calls `record` after each finished artifact, asks
     `finished` before it makes one, and ends with `commit`. A file below `root` that belongs to no
-    recorded piece is removed on entering: it may be half written, or share its bytes with an
+    recorded artifact is removed on entering: it may be half written, or share its bytes with an
     earlier bundle through a hard link, and must not be written to in place.
 
-    Leaving without `commit` keeps the recorded pieces for the next run. Raises `BundleError`
+    Leaving without `commit` keeps the recorded artifacts for the next run. Raises `BundleError`
     where the destination must not be replaced, where another build is running there, or where
     the disk refuses.
     """
@@ -74,7 +74,7 @@ class Staging:
         self.root = self._parent / f".{self.destination.name}.building"
         self._aside = self._parent / f".{self.destination.name}.previous"
         self._lock: int | None = None
-        self._pieces: dict[str, _Piece] = {}
+        self._artifacts: dict[str, _Artifact] = {}
         # Files below `root` that this process has hashed, or made and recorded.
         self._intact: dict[str, FileRecord] = {}
         self._earlier: Manifest | None = None
@@ -93,7 +93,7 @@ class Staging:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock is not None and not self._pieces:
+        if self._lock is not None and not self._artifacts:
             shutil.rmtree(self.root, ignore_errors=True)  # nothing in it helps the next run
         self._unlock()
 
@@ -110,19 +110,19 @@ class Staging:
             else:
                 os.rename(self._aside, self.destination)
         self._earlier = _read_manifest(self.destination)
-        self._pieces = dict(self._read_pieces())
+        self._artifacts = dict(self._read_artifacts())
         # A manifest is here where a build was stopped just before the swap, or just after it,
         # while it removed the earlier bundle. Either way its components can be used again.
         manifest = _read_manifest(self.root)
         if manifest is not None:
             for name, component in manifest.components.items():
-                if name not in self._pieces:
-                    self._write_piece(name, _Piece(component.key, component.files))
+                if name not in self._artifacts:
+                    self._write_artifact(name, _Artifact(component.key, component.files))
         scratch = [path for path in files_below(self.root) if path.startswith(f"{_SCRATCH}/")]
-        prune(self.root, {*self._piece_files(), *self._piece_records(), *scratch})
+        prune(self.root, {*self._artifact_files(), *self._artifact_records(), *scratch})
 
     def scratch(self, name: str) -> Path:
-        """A file for what a piece that is being made knows so far: kept from run to run, and
+        """A file for what an artifact that is being made knows so far: kept from run to run, and
         removed by `commit`.
         """
         folder = self.root / _SCRATCH
@@ -130,48 +130,52 @@ class Staging:
             folder.mkdir(exist_ok=True)
         return folder / name
 
-    def _read_pieces(self) -> Iterator[tuple[str, _Piece]]:
-        for path in sorted((self.root / _PIECES).glob("*.json")):
+    def _read_artifacts(self) -> Iterator[tuple[str, _Artifact]]:
+        for path in sorted((self.root / _ARTIFACTS).glob("*.json")):
             try:
-                piece = parse(_Piece, load_strict(path.read_text("utf-8")))
+                artifact = parse(_Artifact, load_strict(path.read_text("utf-8")))
             except (OSError, ValueError):
                 continue
-            if not any(path_problem(record.path) for record in piece.files):
-                yield unquote(path.stem), piece
+            if not any(path_problem(record.path) for record in artifact.files):
+                yield unquote(path.stem), artifact
 
-    def _piece_files(self) -> dict[str, FileRecord]:
-        return {record.path: record for piece in self._pieces.values() for record in piece.files}
+    def _artifact_files(self) -> dict[str, FileRecord]:
+        return {
+            record.path: record
+            for artifact in self._artifacts.values()
+            for record in artifact.files
+        }
 
-    def _piece_records(self) -> list[str]:
-        return [_piece_path(name) for name in self._pieces]
+    def _artifact_records(self) -> list[str]:
+        return [_artifact_path(name) for name in self._artifacts]
 
-    def _write_piece(self, name: str, piece: _Piece) -> None:
-        path = self.root / _piece_path(name)
+    def _write_artifact(self, name: str, artifact: _Artifact) -> None:
+        path = self.root / _artifact_path(name)
         with disk_errors("write", path):
             path.parent.mkdir(exist_ok=True)
-            write_atomic(path, json.dumps(to_plain(piece)))
-        self._pieces[name] = piece
+            write_atomic(path, json.dumps(to_plain(artifact)))
+        self._artifacts[name] = artifact
 
     def finished(
         self, name: str, key: str, on_bytes: OnBytes | None = None
     ) -> tuple[FileRecord, ...] | None:
-        """The files of the piece `name` where one made from the same `key` can be used again.
+        """The files of the artifact `name` where one made from the same `key` can be used again.
 
         It comes from an earlier build that was stopped, or is the component `name` of the bundle
         that is being replaced, whose files are then hard-linked below `root`. Every file's size
-        and SHA-256 is checked once; `on_bytes` hears of the bytes hashed. None where the piece
+        and SHA-256 is checked once; `on_bytes` hears of the bytes hashed. None where the artifact
         must be made: its stale files are gone then.
         """
-        piece = self._pieces.get(name)
-        if piece is not None:
-            if piece.key == key and self._verify(piece.files, on_bytes):
-                return piece.files
+        artifact = self._artifacts.get(name)
+        if artifact is not None:
+            if artifact.key == key and self._verify(artifact.files, on_bytes):
+                return artifact.files
             self._forget(name)
         component = self._earlier.components.get(name) if self._earlier is not None else None
         if component is None or component.key != key:
             return None
-        # Another piece may hold newer bytes under the same name.
-        held = self._piece_files()
+        # Another artifact may hold newer bytes under the same name.
+        held = self._artifact_files()
         if any(held.get(record.path, record) != record for record in component.files):
             return None
         missing = [r for r in component.files if self._intact.get(r.path) != r]
@@ -181,7 +185,7 @@ class Staging:
             link_or_copy(self.destination / record.path, self.root / record.path)
         self._sync(record.path for record in missing)
         self._intact.update((record.path, record) for record in missing)
-        self._write_piece(name, _Piece(key, component.files))
+        self._write_artifact(name, _Artifact(key, component.files))
         return component.files
 
     def _verify(self, records: Iterable[FileRecord], on_bytes: OnBytes | None) -> bool:
@@ -192,11 +196,11 @@ class Staging:
         return True
 
     def _forget(self, name: str) -> None:
-        piece = self._pieces.pop(name)
+        artifact = self._artifacts.pop(name)
         with disk_errors("remove a part of", self.root):
-            (self.root / _piece_path(name)).unlink(missing_ok=True)
-            held = self._piece_files()
-            for record in piece.files:
+            (self.root / _artifact_path(name)).unlink(missing_ok=True)
+            held = self._artifact_files()
+            for record in artifact.files:
                 if record.path not in held:
                     self._intact.pop(record.path, None)
                     (self.root / record.path).unlink(missing_ok=True)
@@ -209,7 +213,7 @@ class Staging:
         known: Mapping[str, str] | None = None,
         on_bytes: OnBytes | None = None,
     ) -> tuple[FileRecord, ...]:
-        """Make sure that a piece's files are on the disk, and remember that it is finished.
+        """Make sure that an artifact's files are on the disk, and remember that it is finished.
 
         `paths` are below `root`, absolute or relative to it. `known` gives the SHA-256 of files
         (by path relative to `root`) that need not be read again, `on_bytes` hears of the bytes
@@ -224,7 +228,7 @@ class Staging:
         for absolute, digest in hash_files(unknown, on_bytes).items():
             sums[unknown[absolute]] = digest
         records = tuple(FileRecord(path, sizes[path], sums[path]) for path in relative)
-        self._write_piece(name, _Piece(key, records))
+        self._write_artifact(name, _Artifact(key, records))
         self._intact.update((record.path, record) for record in records)
         return records
 
@@ -232,7 +236,7 @@ class Staging:
         given = Path(path)
         relative = (given.relative_to(self.root) if given.is_absolute() else given).as_posix()
         problem = path_problem(relative)
-        if problem is not None or relative.split("/")[0] in (_PIECES, _SCRATCH, MANIFEST_NAME):
+        if problem is not None or relative.split("/")[0] in (_ARTIFACTS, _SCRATCH, MANIFEST_NAME):
             raise ValueError(f"the path {relative!r} {problem or 'is reserved'}")
         return relative
 
@@ -269,12 +273,12 @@ class Staging:
         self._check_whole(records.values(), on_bytes)
         _check_replaceable(self.destination)
         with disk_errors("write", self.root):
-            prune(self.root, {*records, *self._piece_records()})
+            prune(self.root, {*records, *self._artifact_records()})
         write_atomic(self.root / MANIFEST_NAME, text)
-        # The records of pieces outlive the writing of the manifest, which can stand in for them.
+        # The records of artifacts outlive the writing of the manifest, which can stand in for them.
         with disk_errors("replace", self.destination):
-            if self._pieces:
-                shutil.rmtree(self.root / _PIECES)
+            if self._artifacts:
+                shutil.rmtree(self.root / _ARTIFACTS)
             sync_folder(self.root)
             self._swap()
         self._unlock()
@@ -322,8 +326,8 @@ class Staging:
             os.close(earlier)
 
 
-def _piece_path(name: str) -> str:
-    return f"{_PIECES}/{quote(name, safe='')}.json"
+def _artifact_path(name: str) -> str:
+    return f"{_ARTIFACTS}/{quote(name, safe='')}.json"
 
 
 def _check_replaceable(destination: Path) -> None:

@@ -105,7 +105,7 @@ def test_a_stopped_build_goes_on_where_it_was(
         records = stage.record("t5", KEY, COMPONENT)
     assert not destination.exists()
     with Staging(destination) as stage:
-        # What no recorded piece names may be half written.
+        # What no recorded artifact names may be half written.
         assert not (stage.root / "tokenizer").exists()
         assert stage.finished("tokenizer", "k") is None
         counts: list[int] = []
@@ -138,11 +138,11 @@ def test_a_piece_that_is_not_as_recorded_is_made_again(
         path.rename(tmp_path / "moved")
         path.symlink_to(tmp_path / "moved")
     elif damage == "record":
-        (stage.root / ".pieces/t5.json").write_text('{"key": "t5 from somewhere"}')
+        (stage.root / ".artifacts/t5.json").write_text('{"key": "t5 from somewhere"}')
     with Staging(destination) as stage:
         assert stage.finished("t5", "another" if damage == "key" else KEY) is None
-        # Stale files are gone, but for the one that another finished piece has too.
-        assert _names(stage.root) == {".pieces/shares.json", "onnx/weights/t5.safetensors"}
+        # Stale files are gone, but for the one that another finished artifact has too.
+        assert _names(stage.root) == {".artifacts/shares.json", "onnx/weights/t5.safetensors"}
         assert stage.finished("shares", "s") is not None
 
 
@@ -215,7 +215,7 @@ def test_record_refuses_what_is_no_file_of_the_build(tmp_path: Path) -> None:
         (stage.root / "x").symlink_to("/etc/passwd")
         with pytest.raises(BundleError, match="x was not written"):
             stage.record("x", "k", ["x"])
-        for path in ("../x", ".pieces/x.json", "fluxdeploy.json", tmp_path / "x"):
+        for path in ("../x", ".artifacts/x.json", "fluxdeploy.json", tmp_path / "x"):
             with pytest.raises(ValueError, match=r"path|x"):
                 stage.record("x", "k", [path])
 
