@@ -17,7 +17,7 @@ from fluxdeploy.bundle.tensorfile import TensorFileWriter
 from fluxdeploy.sampling.rope import joint_ids, rope_tables
 from fluxdeploy.sampling.schedule import sigmas
 
-__all__ = ["golden_inputs", "write_golden"]
+__all__ = ["golden_inputs", "golden_sizes", "write_golden"]
 
 Array = NDArray[np.generic]
 
@@ -41,26 +41,14 @@ def golden_inputs(
     is a larger one of the same proportions.
     """
     rows, columns = _grid(latents, ranges)
-    tokens = rows * columns
-    h, w = rows * latents.patch_size, columns * latents.patch_size
-    batch = min(_BATCH, ranges["B"].max) if "B" in ranges else _BATCH
-    sizes = {
-        "B": batch,
-        "S": _TEXT,
-        "N": _STEPS,
-        "L": tokens,
-        "h": h,
-        "w": w,
-        "H": h * latents.spatial_factor,
-        "W": w * latents.spatial_factor,
-    }
+    sizes = golden_sizes(latents, ranges)
     random = np.random.RandomState(0)
     cos, sin = rope_tables(joint_ids(_TEXT, rows, columns), rope)
     given: dict[str, Array] = {
         "rope_cos": cos,
         "rope_sin": sin,
-        "timestep": sigmas(schedule, _STEPS, tokens)[:-1],
-        "guidance": np.full(batch, 3.5, np.float32),
+        "timestep": sigmas(schedule, _STEPS, rows * columns)[:-1],
+        "guidance": np.full(sizes["B"], 3.5, np.float32),
     }
     inputs: dict[str, Array] = {}
     for spec in chain.inputs:
@@ -76,6 +64,23 @@ def golden_inputs(
         else:
             inputs[spec.name] = random.standard_normal(shape).astype(np.float32)
     return inputs
+
+
+def golden_sizes(latents: LatentSpec, ranges: Mapping[str, DimensionRange]) -> dict[str, int]:
+    """The size of every symbol in golden tensors, where an engine takes sizes in `ranges`."""
+    rows, columns = _grid(latents, ranges)
+    h, w = rows * latents.patch_size, columns * latents.patch_size
+    return {
+        "B": min(_BATCH, ranges["B"].max) if "B" in ranges else _BATCH,
+        "S": _TEXT,
+        "N": _STEPS,
+        "L": rows * columns,
+        "T": _TEXT + rows * columns,
+        "h": h,
+        "w": w,
+        "H": h * latents.spatial_factor,
+        "W": w * latents.spatial_factor,
+    }
 
 
 def _grid(latents: LatentSpec, ranges: Mapping[str, DimensionRange]) -> tuple[int, int]:

@@ -92,7 +92,7 @@ def open_recorded(bundle: Bundle, name: str, progress: Progress) -> Checkpoint:
 def check_family(checkpoint: Checkpoint) -> None:
     """Refuse networks that do not belong together, and FLUX.1's tools (Fill, Canny, Depth)."""
     transformer, vae = checkpoint.transformer, checkpoint.vae
-    packed = 4 * vae.latent_channels
+    packed = transformer.patch_size**2 * vae.latent_channels
     if transformer.in_channels != packed or transformer.out_channels != packed:
         raise CheckpointError(
             f"The transformer takes {transformer.in_channels} channels and gives "

@@ -20,7 +20,13 @@ from fluxdeploy.build.plan.footprint import (
 from fluxdeploy.build.plan.objections import find_impossible, find_remarks, find_shortages
 from fluxdeploy.build.resolve import BuildSpec, ComponentSpec
 from fluxdeploy.build.sizes import overall, resolution_buckets
-from fluxdeploy.bundle.manifest import MANIFEST_NAME, DimensionRange, Manifest, from_json
+from fluxdeploy.bundle.manifest import (
+    MANIFEST_NAME,
+    SYMBOLS,
+    DimensionRange,
+    Manifest,
+    from_json,
+)
 from fluxdeploy.errors import BundleError
 from fluxdeploy.kernels import CallSizes, Kernels
 from fluxdeploy.machine import read_memory
@@ -49,9 +55,6 @@ _ENGINE_FILE = 12_000_000
 
 _GRAPH, _STAGE = 100_000, 35_000
 """Bytes of an ONNX file, and of each of its stages."""
-
-# What `exporters.check.golden` makes: a 64x96 picture, two prompts of 16 tokens, two steps.
-_GOLDEN = {"B": 2, "S": 16, "N": 2, "L": 24, "T": 40, "h": 8, "w": 12, "H": 64, "W": 96}
 
 
 def make_plan(spec: BuildSpec, destination: Path) -> Plan:
@@ -101,7 +104,7 @@ class _Planner:
         """The sizes that engines are to take, by symbol, whatever the runtime."""
         defaults, latents = self.checkpoint.defaults, self.checkpoint.latents
         sizes = self.spec.request.sizes
-        return overall(resolution_buckets(set(_GOLDEN), sizes, defaults, latents))
+        return overall(resolution_buckets(set(SYMBOLS), sizes, defaults, latents))
 
     def _calls(self) -> tuple[CallSizes, CallSizes]:
         """The usual one is one picture of the checkpoint's own size."""
@@ -188,11 +191,10 @@ class _Planner:
 
     def _golden_bytes(self, component: ComponentSpec) -> int:
         """The golden tensors' bytes; all are of 4 bytes an element."""
+        from exporters.check.golden import golden_sizes
+
         chain = component.export.chain
-        least = {symbol: span.min for symbol, span in self.dimensions.items()}
-        if not self.runtime.builds:
-            least = {}
-        sizes = {symbol: max(size, least.get(symbol, 1)) for symbol, size in _GOLDEN.items()}
+        sizes = golden_sizes(self.checkpoint.latents, component.engines[0].dimensions)
         return sum(
             4 * count_elements(sizes[d] if isinstance(d, str) else d for d in spec.shape)
             for spec in chain.inputs + chain.outputs
