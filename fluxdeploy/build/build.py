@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines import BuildSettings, Runtime, choose_builder
+from engines import AttentionKernels, BuildSettings, Runtime, choose_builder
 from fluxdeploy import __version__
 from fluxdeploy.build.checkpoint import hash_checkpoint, open_source
 from fluxdeploy.build.engines import build_engines, check_engine, list_engines
@@ -291,6 +291,7 @@ class _Session:
         from exporters.export import export_component
 
         ledger = WeightPieces(self.staging, record.key)
+        kernels = self.runtime.attention(self.targets[0], record.precision, record.compute)
         exported = export_component(
             self.checkpoint,
             name,
@@ -298,7 +299,7 @@ class _Session:
             self.weights,
             compute=record.compute,
             ranges=self._ranges[0] if PRECISIONS[record.precision].calibrated else None,
-            fused=self.runtime.fuses_attention(self.targets[0], record.compute),
+            fused=kernels is AttentionKernels.ONNX_RUNTIME,
             progress=self.progress,
             ledger=ledger,
         )

@@ -8,12 +8,8 @@ from typing import TYPE_CHECKING
 
 from engines import BuildSettings, EngineOptions, EngineSource, Runtime
 from engines.golden import measure_component, require
-from engines.tensorrt.fusion import Expectation, check
 from fluxdeploy.build.keys import weight_bytes
-from fluxdeploy.build.plan import CPU_SESSION
-from fluxdeploy.bundle.files import write_atomic
 from fluxdeploy.bundle.manifest import ComponentRecord, DimensionRange, EngineRecord
-from fluxdeploy.errors import EngineError
 from fluxdeploy.machine import read_memory
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
@@ -55,27 +51,29 @@ def build_engines(
     root: Path,
     progress: Progress,
 ) -> list[str]:
-    """Build a component's engines below `root`, hold their kernels against what was asked.
+    """Build a component's engines below `root`.
 
-    Returns their files, with the reports of their kernels. Raises `EngineError` for an engine that
-    is made of other kernels, and what `Runtime.build` does.
+    Returns their files, with those that the runtime writes beside them. Raises what
+    `Runtime.build` does.
     """
-    source = EngineSource(component, record.precision, root / "onnx" / exported.path, record.inputs)
-    expected = _expectation(component, record, exported)
+    source = EngineSource(
+        component,
+        PRECISIONS[record.precision],
+        record.compute,
+        root / "onnx" / exported.path,
+        record.inputs,
+        exported.quantized,
+        exported.attentions,
+        # The VAE's attention has one head, of all its channels.
+        one_head=component.startswith("vae_"),
+        weight_bytes=exported.weight_bytes,
+    )
     paths = []
     for engine in record.engines:
         file = root / engine.path
         file.parent.mkdir(parents=True, exist_ok=True)
-        fusion = runtime.build(source, (engine.target,), settings, file, progress).fusion
-        report = f"{engine.path.removesuffix('.engine')}.kernels.json"
-        write_atomic(root / report, fusion.as_json())
-        if problems := check(fusion, expected):
-            raise EngineError(
-                f"The {component} engine for {engine.target} is not the {record.precision} engine "
-                f"that was asked for: {'; '.join(problems)}. Its kernels are listed in "
-                f"{root / report}."
-            )
-        paths += [engine.path, report]
+        made = runtime.build(source, (engine.target,), settings, file, progress)
+        paths += [path.relative_to(root).as_posix() for path in made]
     return paths
 
 
@@ -94,8 +92,9 @@ def check_engine(
     else:
         progress.note(f"  {component}: not checked, since {available.detail}")
         return
-    needed, free = weight_bytes(root / "onnx", component) * CPU_SESSION, read_memory().available
-    if engine.target == "cpu" and free is not None and needed > free:
+    weights = weight_bytes(root / "onnx", component)
+    needed, free = runtime.opening_memory(engine.target, weights), read_memory().available
+    if free is not None and needed > free:
         progress.note(
             f"  {component}: not checked, since its engine needs about {needed / 2**30:.0f} GiB of "
             f"memory and {free / 2**30:.0f} GiB are free; run `fluxdeploy verify` where it fits"
@@ -104,17 +103,3 @@ def check_engine(
     assert record.golden is not None
     with runtime.open(component, record, engine, root, EngineOptions()) as opened:
         require(component, measure_component(opened, root / record.golden.path), record.golden)
-
-
-def _expectation(component: str, record: ComponentRecord, exported: Exported) -> Expectation:
-    """What the engine of a component must be made of, going by its precision and its graph."""
-    quantization = PRECISIONS[record.precision].quantization
-    gemms: dict[str, int] = {}
-    # The VAE's one attention has a single head as wide as the network, which no kernel fuses.
-    attention = None if component.startswith("vae_") else record.compute
-    if quantization is not None:
-        kind = {"nvfp4": "fp4"}.get(quantization.format, quantization.format)
-        gemms[kind if quantization.activations else f"{kind}-weights"] = exported.quantized
-        if quantization.attention:
-            attention = "fp8" if kind == "fp4" else kind
-    return Expectation(exported.attentions, attention, gemms, record.compute, exported.weight_bytes)

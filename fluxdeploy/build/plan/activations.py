@@ -36,21 +36,14 @@ float32. T5's attention has a bias and is not fused.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import TYPE_CHECKING
+
+from engines import AttentionKernels
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
 
-__all__ = ["Kernels", "Workload", "activation_bytes"]
-
-
-class Kernels(Enum):
-    """What computes a component: see the formulas above."""
-
-    PLAIN = "plain"
-    ONNX_RUNTIME = "ONNX Runtime's attention"
-    TENSORRT = "TensorRT"
+__all__ = ["Workload", "activation_bytes"]
 
 
 _SCORES = 3
@@ -74,14 +67,14 @@ class Workload:
 
 
 def activation_bytes(
-    checkpoint: Checkpoint, name: str, workload: Workload, kernels: Kernels, element: int
+    checkpoint: Checkpoint, name: str, workload: Workload, kernels: AttentionKernels, element: int
 ) -> int:
     """Bytes that a run of a component takes besides its weights.
 
     `element` are the bytes of the type that the component computes in. Pictures go through the VAE
     one at a time.
     """
-    fused = kernels is Kernels.TENSORRT
+    fused = kernels is AttentionKernels.TENSORRT
     if name == "transformer":
         return _transformer(checkpoint, workload, kernels, element)
     if name == "conditioner":
@@ -104,12 +97,14 @@ def activation_bytes(
     return _vae(checkpoint, name, workload, fused, element)
 
 
-def _transformer(checkpoint: Checkpoint, workload: Workload, kernels: Kernels, element: int) -> int:
+def _transformer(
+    checkpoint: Checkpoint, workload: Workload, kernels: AttentionKernels, element: int
+) -> int:
     config = checkpoint.transformer
     tokens = workload.text + workload.image
-    if kernels is Kernels.ONNX_RUNTIME:
+    if kernels is AttentionKernels.ONNX_RUNTIME:
         return 4 * workload.batch * tokens * (14 * config.width + 2 * config.mlp_width)
-    if kernels is Kernels.TENSORRT:
+    if kernels is AttentionKernels.TENSORRT:
         token = element * (13 * config.width + 2 * config.mlp_width)
         return workload.batch * tokens * token + _MYELIN
     heads = config.width // config.head_dim

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines import Runtime
+from engines import AttentionKernels, Runtime
 from fluxdeploy.build.checkpoint import check_family
-from fluxdeploy.build.plan.activations import Kernels, Workload, activation_bytes
+from fluxdeploy.build.plan.activations import Workload, activation_bytes
 from fluxdeploy.build.plan.figures import ComponentPlan, DiskPlan, Phase, Plan, RunMemory
 from fluxdeploy.build.plan.footprint import (
     WIDTHS,
@@ -32,11 +32,7 @@ from fluxdeploy.text import TOKENIZER_FILES
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
 
-__all__ = ["CPU_SESSION", "make_plan"]
-
-CPU_SESSION = 2.5
-"""Memory of a CPU session while it opens, as a multiple of its float32 weights: constants are
-folded and packed while the originals are still there. A safe estimate."""
+__all__ = ["make_plan"]
 
 _PROCESS = 800_000_000
 """Bytes of a build's process itself: PyTorch, and the traced graph of a full-size transformer."""
@@ -44,13 +40,6 @@ _PROCESS = 800_000_000
 _QUANTIZING = 8
 """Bytes for each element of the tensor that is quantized: as it is stored, in float32, and twice
 in 8 bits, as it is and transposed."""
-
-_ENGINE_BUILD = 3
-"""Memory of TensorRT's builder as a multiple of the weights it is given, as measured."""
-_ENGINE_OVERHEAD = 300_000_000
-"""Bytes of the builder without any weights."""
-_ENGINE_FILE = 12_000_000
-"""Bytes of an engine besides its weights, at most: kernels, tactics, names."""
 
 _GRAPH, _STAGE = 100_000, 35_000
 """Bytes of an ONNX file, and of each of its stages."""
@@ -171,11 +160,8 @@ class _Planner:
         )
 
     def _resident(self, name: str, part: Footprint) -> int:
-        """Bytes of a component's weights where it runs.
-
-        ONNX Runtime has integer products of its own, and widens all other quantized weights.
-        """
-        if self.runtime.builds or self.precisions[name] == "int8-dynamic":
+        """Bytes of a component's weights where it runs."""
+        if not self.runtime.widens_weights(self.targets[0], self.precisions[name]):
             return part.graph
         return part.graph + WIDTHS[self.compute[name]] * part.quantized
 
@@ -187,25 +173,16 @@ class _Planner:
             parameters=part.parameters,
             linked=part.linked,
             written=part.written,
-            engine=part.graph + _ENGINE_FILE if self.runtime.builds else 0,
+            engine=self.runtime.engine_size(part.graph),
             resident=self._resident(name, part),
             activations=self._activations(name, self.usual),
             largest_activations=self._activations(name, self.largest),
         )
 
     def _activations(self, name: str, workload: Workload) -> int:
-        return activation_bytes(
-            self.checkpoint, name, workload, self._kernels(name), WIDTHS[self.compute[name]]
-        )
-
-    def _kernels(self, name: str) -> Kernels:
-        if self.runtime.builds:
-            return Kernels.TENSORRT
-        quantization = PRECISIONS[self.precisions[name]].quantization
-        plain = quantization is not None and quantization.attention
-        if plain or not self.runtime.fuses_attention(self.targets[0], self.compute[name]):
-            return Kernels.PLAIN
-        return Kernels.ONNX_RUNTIME
+        precision, compute = self.precisions[name], self.compute[name]
+        kernels = self.runtime.attention(self.targets[0], precision, compute)
+        return activation_bytes(self.checkpoint, name, workload, kernels, WIDTHS[compute])
 
     def _disk(
         self, parts: Mapping[str, Footprint], components: Mapping[str, ComponentPlan]
@@ -273,11 +250,11 @@ class _Planner:
         yield Phase("PyTorch reference", name, stage)
         name, part = max(parts.items(), key=lambda item: item[1].graph)
         if self.runtime.builds:
-            needed = _PROCESS + _ENGINE_OVERHEAD + _ENGINE_BUILD * part.graph
-            yield Phase("engine", name, needed)
-        if self.targets[0] == "cpu" and self.runtime.availability("cpu").ok:
-            name, part = max(parts.items(), key=lambda item: item[1].parameters)
-            yield Phase("check", name, int(CPU_SESSION * 4 * part.parameters))
+            yield Phase("engine", name, _PROCESS + self.runtime.building_memory(part.graph))
+        name, part = max(parts.items(), key=lambda item: item[1].parameters)
+        needed = self.runtime.opening_memory(self.targets[0], 4 * part.parameters)
+        if needed and self.runtime.availability(self.targets[0]).ok:
+            yield Phase("check", name, needed)
 
     def _calibration(self) -> int:
         """What the measuring of ranges holds besides a stage: what that computes, and of every
@@ -289,7 +266,9 @@ class _Planner:
         pixels = 2 * self.checkpoint.vae.spatial_factor
         image = max((h // pixels) * (w // pixels) for h, w in calibration.sizes)
         workload = Workload(1, self.usual.text, image, calibration.steps)
-        running = activation_bytes(self.checkpoint, "transformer", workload, Kernels.PLAIN, 4)
+        running = activation_bytes(
+            self.checkpoint, "transformer", workload, AttentionKernels.PLAIN, 4
+        )
         rows = 2 * (workload.text + image) + calibration.steps * config.modulation_rows
         samples = len(calibration.prompts) * len(calibration.sizes)
         return running + samples * 4 * rows * config.width
@@ -300,10 +279,9 @@ class _Planner:
             return component.largest_activations if largest else component.activations
 
         def together(names: tuple[str, ...]) -> int:
-            # TensorRT's engines take turns with one block; ONNX Runtime's sessions keep their own.
             scratch = [activations(name) for name in names]
             weights = sum(components[name].resident for name in names)
-            return weights + (max(scratch) if self.runtime.builds else sum(scratch))
+            return weights + (max(scratch) if self.runtime.shares_scratch else sum(scratch))
 
         return RunMemory(
             all_open=together(tuple(itertools.chain(*_GROUPS))),

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from engines import AttentionKernels
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
-from fluxdeploy.build.plan.activations import Kernels, Workload, activation_bytes
+from fluxdeploy.build.plan.activations import Workload, activation_bytes
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "plan_memory.json"
 ROWS: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"]
@@ -32,29 +33,33 @@ MIDDLING: Any = SimpleNamespace(
 def test_measured(row: dict[str, Any]) -> None:
     element = 2 if row["precision"] == "bf16" else 4
     planned = activation_bytes(
-        MIDDLING, row["component"], Workload(**row["workload"]), Kernels(row["kernels"]), element
+        MIDDLING,
+        row["component"],
+        Workload(**row["workload"]),
+        AttentionKernels(row["kernels"]),
+        element,
     )
     assert planned == row["planned"], "run benchmarks/plan_memory.py again"
     assert 1 / 1.2 <= planned / row["activations"] <= 1.5
 
 
 def test_only_plain_attention_pays_for_scores() -> None:
-    def grown(kernels: Kernels) -> float:
+    def grown(kernels: AttentionKernels) -> float:
         small, large = (
             activation_bytes(MIDDLING, "transformer", Workload(1, 512, image, 1), kernels, 2)
             for image in (512, 15872)
         )
         return large / small
 
-    assert grown(Kernels.PLAIN) > 100
-    assert grown(Kernels.ONNX_RUNTIME) == 16
-    assert grown(Kernels.TENSORRT) < 16
+    assert grown(AttentionKernels.PLAIN) > 100
+    assert grown(AttentionKernels.ONNX_RUNTIME) == 16
+    assert grown(AttentionKernels.TENSORRT) < 16
 
 
 def test_the_vae_takes_one_picture_at_a_time() -> None:
     one, four = (
         activation_bytes(
-            MIDDLING, "vae_decoder", Workload(batch, 512, 4096, 1), Kernels.TENSORRT, 2
+            MIDDLING, "vae_decoder", Workload(batch, 512, 4096, 1), AttentionKernels.TENSORRT, 2
         )
         for batch in (1, 4)
     )
