@@ -127,6 +127,22 @@ def test_threads(bundle: Make, threads: int) -> None:
     assert engine.model().get_property("INFERENCE_NUM_THREADS") == threads
 
 
+def test_the_gpu_that_is_asked_for(bundle: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def session(path: str, settings: Any, providers: list[Any]) -> None:
+        asked.extend(providers)
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    cuda = engine_record(target="cuda")
+    with pytest.raises(EngineError, match="cannot open tiny .*no GPU"):
+        OnnxRuntime().open("tiny", record(cuda), cuda, bundle().root, EngineOptions(device=3))
+    (provider, choices), fallback = asked
+    assert (provider, choices["device_id"]) == ("CUDAExecutionProvider", 3)
+    assert fallback == "CPUExecutionProvider"
+
+
 @pytest.mark.parametrize("content", [b"", b"not a graph" * 50, None])
 def test_broken_file(bundle: Make, runtime: str, content: bytes | None) -> None:
     made = bundle(engine_record(runtime))

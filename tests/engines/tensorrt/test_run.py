@@ -67,6 +67,25 @@ def test_bindings_and_runs(machine: Machine, resident: tuple[str, ...]) -> None:
     assert right(binding.run(changing), inputs), "after another one used the engine"
 
 
+def test_all_is_done_on_the_gpu_that_was_asked_for(machine: Machine) -> None:
+    engine, _ = machine.open(device=1)
+    inputs = arrays()
+    assert right(engine.bind({}).run(inputs), inputs)
+    engine.close()
+    assert {name for name in machine.cuda.calls if name.startswith("device")} == {"device 1"}
+
+
+def test_resident_inputs_are_the_bindings_own(machine: Machine) -> None:
+    """The copy is done when `bind` returns: what the caller does with the array changes nothing."""
+    engine, _ = machine.open()
+    inputs = arrays()
+    answer = expected(**inputs)
+    placed, changing = split(inputs, "scale", "ids")
+    binding = engine.bind(placed)
+    placed["scale"][:] = np.nan
+    assert (binding.run(changing)["y"] == answer).all()
+
+
 def test_resident_inputs_are_uploaded_once(machine: Machine) -> None:
     engine, _ = machine.open()
     inputs = arrays()

@@ -75,6 +75,29 @@ def test_why_it_cannot_run(pretend: Pretend, machine: dict[str, object], detail:
         runtime.open("tiny", record(engine), engine, Path("missing"), EngineOptions())
 
 
+def test_the_gpu_that_is_asked_for_is_the_one_that_counts(
+    pretend: Pretend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend()
+    gpus = ["sm89", "sm120"]
+    monkeypatch.setattr(module, "compute_capability", lambda device=0: gpus[device])
+    runtime = TensorRtRtx()
+    assert [runtime.availability("sm120", device).ok for device in (0, 1)] == [False, True]
+    engine = EngineRecord("tensorrt-rtx", "1.7.1", "sm89", "tiny.engine", RANGES)
+    with pytest.raises(EngineError, match="tiny was built for sm89, but the GPU is sm120"):
+        runtime.open("tiny", record(engine), engine, Path("missing"), EngineOptions(device=1))
+
+
+def test_timings_are_kept_by_runtime_version_and_target(
+    pretend: Pretend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    kept = Path("/cache/fluxdeploy/tensorrt-1.7.1-sm90.timings")
+    assert TensorRt()._timings(("sm90",)) == kept
+    assert TensorRtRtx()._timings(("sm89",)) is None, "it measures nothing"
+
+
 def test_an_engine_of_another_version_is_refused_before_it_is_read(pretend: Pretend) -> None:
     pretend()
     engine = EngineRecord("tensorrt-rtx", "1.6.0", "sm89", "tiny.engine", RANGES)
