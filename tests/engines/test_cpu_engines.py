@@ -136,7 +136,7 @@ def test_the_gpu_that_is_asked_for(bundle: Make, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     cuda = engine_record(target="cuda")
-    with pytest.raises(EngineError, match="cannot open tiny .*no GPU"):
+    with pytest.raises(EngineError, match=r"cannot open tiny .*no GPU"):
         OnnxRuntime().open("tiny", record(cuda), cuda, bundle().root, EngineOptions(device=3))
     (provider, choices), fallback = asked
     assert (provider, choices["device_id"]) == ("CUDAExecutionProvider", 3)
