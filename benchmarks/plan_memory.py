@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from exporters.components.registry import COMPONENTS
-from fluxdeploy.kernels import CallSizes, Kernels
+from fluxdeploy.kernels import AttentionKernels, CallSizes
 from fluxdeploy.machine import describe_machine
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ TARGET = "sm89"
 
 @dataclass(frozen=True)
 class Case:
-    """A component and what it is run on, and by: a value of `Kernels`."""
+    """A component and what it is run on, and by: a value of `AttentionKernels`."""
 
     kernels: str
     component: str
@@ -63,24 +63,24 @@ class Case:
 
 
 def _cases() -> Iterator[Case]:
-    def case(kernels: Kernels, component: str, precision: str, *sizes: int) -> Case:
+    def case(kernels: AttentionKernels, component: str, precision: str, *sizes: int) -> Case:
         return Case(kernels.value, component, precision, CallSizes(*sizes))
 
     # Batch, text tokens, image tokens, steps.
     for sizes in ((2, 128, 529, 28), (1, 128, 1024, 28), (1, 128, 2025, 28)):
-        yield case(Kernels.PLAIN, "transformer", "fp32", *sizes)
-        yield case(Kernels.ONNX_RUNTIME, "transformer", "fp32", *sizes)
+        yield case(AttentionKernels.PLAIN, "transformer", "fp32", *sizes)
+        yield case(AttentionKernels.ONNX_RUNTIME, "transformer", "fp32", *sizes)
     for sizes in ((1, 128, 64, 28), (1, 128, 256, 28)):
-        yield case(Kernels.PLAIN, "vae_decoder", "fp32", *sizes)
-    yield case(Kernels.PLAIN, "vae_encoder", "fp32", 1, 128, 256, 28)
-    yield case(Kernels.PLAIN, "t5", "fp32", 1, 512, 256, 28)
-    yield case(Kernels.PLAIN, "conditioner", "fp32", 1, 128, 256, 28)
+        yield case(AttentionKernels.PLAIN, "vae_decoder", "fp32", *sizes)
+    yield case(AttentionKernels.PLAIN, "vae_encoder", "fp32", 1, 128, 256, 28)
+    yield case(AttentionKernels.PLAIN, "t5", "fp32", 1, 512, 256, 28)
+    yield case(AttentionKernels.PLAIN, "conditioner", "fp32", 1, 128, 256, 28)
     for sizes in ((1, 128, 1024, 28), (2, 512, 4096, 28)):
-        yield case(Kernels.TENSORRT, "transformer", "bf16", *sizes)
+        yield case(AttentionKernels.TENSORRT, "transformer", "bf16", *sizes)
     for sizes in ((1, 128, 1024, 28), (1, 128, 4096, 28), (1, 128, 16384, 28)):
-        yield case(Kernels.TENSORRT, "vae_decoder", "bf16", *sizes)
-    yield case(Kernels.TENSORRT, "t5", "bf16", 1, 512, 256, 28)
-    yield case(Kernels.TENSORRT, "conditioner", "bf16", 1, 512, 256, 28)
+        yield case(AttentionKernels.TENSORRT, "vae_decoder", "bf16", *sizes)
+    yield case(AttentionKernels.TENSORRT, "t5", "bf16", 1, 512, 256, 28)
+    yield case(AttentionKernels.TENSORRT, "conditioner", "bf16", 1, 512, 256, 28)
 
 
 @click.command()
@@ -100,7 +100,11 @@ def main(json_file: Path | None, folder: Path, number: int | None) -> None:
     cases = list(_cases())
     if number is not None:
         case = cases[number]
-        measure = _build_engine if Kernels(case.kernels) is Kernels.TENSORRT else _run_session
+        measure = (
+            _build_engine
+            if AttentionKernels(case.kernels) is AttentionKernels.TENSORRT
+            else _run_session
+        )
         click.echo(json.dumps(measure(_graph(folder, case), case)))
         return
     from exporters.checkpoint import open_checkpoint
@@ -121,7 +125,7 @@ def main(json_file: Path | None, folder: Path, number: int | None) -> None:
         measured = json.loads(done.stdout.splitlines()[-1])
         element = 2 if case.precision == "bf16" else 4
         count = COMPONENTS[case.component].activations
-        planned = count(checkpoint, case.sizes, Kernels(case.kernels), element)
+        planned = count(checkpoint, case.sizes, AttentionKernels(case.kernels), element)
         rows.append(asdict(case) | measured | {"planned": planned})
         ratio = planned / measured["activations"]
         click.echo(f"{case.kernels}: {case.component} {case.sizes}: {ratio:.2f}", err=True)
@@ -175,7 +179,7 @@ def _export(checkpoint: Checkpoint, folder: Path, case: Case) -> None:
     path = _graph(folder, case)
     if not path.exists():
         weights = WeightFolder(path.parent / "weights")
-        fused = Kernels(case.kernels) is Kernels.ONNX_RUNTIME
+        fused = AttentionKernels(case.kernels) is AttentionKernels.ONNX_RUNTIME
         spec = specify(checkpoint, COMPONENTS[case.component], case.precision)
         export_component(spec, weights, fused=fused)
 

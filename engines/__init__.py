@@ -4,11 +4,11 @@ from engines.base import (
     Array,
     Availability,
     Binding,
-    BuildReport,
     BuildSettings,
     Engine,
     EngineOptions,
     EngineSource,
+    Extra,
     Runtime,
 )
 from engines.registry import (
@@ -20,24 +20,22 @@ from engines.registry import (
     runtime_names,
     runtimes,
 )
-from engines.targets import precision_problem
 
 __all__ = [
     "AUTO",
     "Array",
     "Availability",
     "Binding",
-    "BuildReport",
     "BuildSettings",
     "Engine",
     "EngineOptions",
     "EngineSource",
+    "Extra",
     "Runtime",
     "choose_builder",
     "choose_runtime",
     "choose_target",
     "open_engine",
-    "precision_problem",
     "runtime_names",
     "runtimes",
 ]

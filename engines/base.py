@@ -1,12 +1,13 @@
-"""What every runtime's engine looks like to a host."""
+"""The contract: what a runtime says of itself to all others, and what its engines do for a host."""
 
 from __future__ import annotations
 
+import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +19,29 @@ from fluxdeploy.bundle.manifest import (
     TensorSpec,
 )
 from fluxdeploy.errors import EngineError, UsageError
+from fluxdeploy.kernels import AttentionKernels
+from fluxdeploy.precision import Precision
+from fluxdeploy.progress import Progress
 
-if TYPE_CHECKING:
-    from engines.tensorrt.fusion import FusionReport
-    from fluxdeploy.progress import Progress
+__all__ = [
+    "CPU_SESSION",
+    "Array",
+    "Availability",
+    "Binding",
+    "BuildSettings",
+    "Engine",
+    "EngineOptions",
+    "EngineSource",
+    "Extra",
+    "Runtime",
+]
 
 Array = NDArray[np.generic]
 _Held = TypeVar("_Held")
+
+CPU_SESSION = 2.5
+"""Memory of a CPU session while it opens, as a multiple of its float32 weights: constants are
+folded and packed while the originals are still there. A safe estimate."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +49,11 @@ class EngineOptions:
     """How to run an engine on this machine; nothing here changes its numbers.
 
     `threads` is the number of CPU threads (None: the runtime's own choice), `device` the index of
-    the GPU where the engine's target is one. With `cuda_graphs` a TensorRT engine records its work
-    once for each exact shape and replays it.
+    the GPU where the engine's target is one.
     """
 
     threads: int | None = None
     device: int = 0
-    cuda_graphs: bool = False
 
 
 class Binding(ABC):
@@ -113,13 +128,34 @@ class Availability:
 
 
 @dataclass(frozen=True)
+class Extra:
+    """An extra of pyproject.toml: its name, what it is for in words, and the packages it brings."""
+
+    name: str
+    purpose: str
+    packages: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class EngineSource:
-    """What an engine is built from: the ONNX file of a component, and its inputs."""
+    """What an engine is built from, and what it is asked to be.
+
+    component, onnx, inputs: the component, its ONNX file, and the tensors that it takes.
+    precision, compute: what is quantized, and the type of all the rest.
+    quantized: how many linears are quantized. attentions: how many softmaxes there are.
+    one_head: whether attention has a single head as wide as the network, which no kernel fuses.
+    weight_bytes: all weights, in the types that the graph has them in.
+    """
 
     component: str
-    precision: str
+    precision: Precision
+    compute: str
     onnx: Path
     inputs: tuple[TensorSpec, ...]
+    quantized: int
+    attentions: int
+    one_head: bool
+    weight_bytes: int
 
 
 @dataclass(frozen=True)
@@ -129,63 +165,90 @@ class BuildSettings:
     `profiles` are the resolution buckets: each gives the sizes of every symbol of the inputs, and
     the engine is tuned for each bucket's `opt`. `memory_limit` bounds the scratch memory of one
     kernel in bytes. With `weight_streaming` an engine may run with weights that do not all fit on
-    the GPU. `timing_cache` is a file that keeps what was measured for the next build; runtimes
-    that measure nothing leave it alone.
+    the GPU.
     """
 
     profiles: tuple[Mapping[str, DimensionRange], ...]
     memory_limit: int | None = None
     weight_streaming: bool = False
-    timing_cache: Path | None = None
-
-
-@dataclass(frozen=True)
-class BuildReport:
-    """What a build gave: the engine file's size in bytes, the time it took, and its kernels."""
-
-    engine_bytes: int
-    seconds: float
-    fusion: FusionReport
 
 
 class Runtime(ABC):
-    """A runtime: what it can run here, and how its engines are opened.
+    """A runtime: all that others need to know of it, and how its engines are made and opened.
 
-    `targets` are the kinds of device it knows, best first. Where `builds` is false it opens ONNX
-    files as they are, and there is nothing to build.
+    name: what `--runtime` and manifests call it.
+    targets: the kinds of device it knows, best first.
+    distributions: the packages that hold it, of which one is enough.
+    extra: what installs it, or its way to a GPU; None where the base has everything.
+    builds: false where it opens ONNX files as they are, and there is nothing to build.
+    shares_scratch: whether all open engines compute in one block of memory, by turns.
+
+    A precision is a row of `PRECISIONS` by its name. What a runtime does with one follows from the
+    row's format and activations: a new row over a format that it knows needs no word here.
     """
 
     name: str
     targets: tuple[str, ...]
+    distributions: tuple[str, ...]
+    extra: Extra | None = None
     builds: bool = False
+    shares_scratch: bool = False
 
-    @abstractmethod
     def version(self) -> str:
-        """The installed version, empty where it is not installed. Imports nothing heavy."""
+        """The installed version, empty where it is not installed. Imports nothing of it."""
+        for distribution in self.distributions:
+            try:
+                return importlib.metadata.version(distribution)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return ""
 
     @abstractmethod
-    def availability(self, target: str) -> Availability:
-        """Whether engines for `target` can run on this machine."""
+    def availability(self, target: str, device: int = 0) -> Availability:
+        """Whether engines for `target` can run here, on the GPU of that index where it is one."""
 
     def can_build(self, target: str) -> Availability:
         """Whether engines for `target` can be built on this machine."""
         return Availability(True, "it opens ONNX files: there is nothing to build")
 
-    @abstractmethod
     def precision(self, target: str, precision: str) -> str:
         """The precision that a component really gets where `precision` is asked for."""
+        return precision
 
     @abstractmethod
     def compute(self, target: str, precision: str) -> str:
         """The type that everything which `precision` does not quantize computes in."""
 
-    def fuses_attention(self, target: str, compute: str) -> bool:
-        """Whether attention computing in `compute` is ONNX Runtime's own operator."""
-        return False
-
     def precision_problem(self, target: str, precision: str) -> str | None:
         """Why engines for `target` cannot have `precision`, or None where they can."""
         return None
+
+    def emulates(self, target: str, precision: str) -> bool:
+        """Whether engines only have the numbers of a precision there, and not its speed."""
+        return False
+
+    def widens_weights(self, target: str, precision: str) -> bool:
+        """Whether quantized weights are in memory in the type that the rest computes in."""
+        return False
+
+    def attention(self, target: str, precision: str, compute: str) -> AttentionKernels:
+        """What computes attention where a component has `precision` and the rest `compute`."""
+        return AttentionKernels.PLAIN
+
+    def opening_memory(self, target: str, weights: int) -> int:
+        """Bytes of host memory that opening an engine takes, of `weights` bytes in float32.
+
+        0 where nothing speaks against trying.
+        """
+        return int(CPU_SESSION * weights) if target == "cpu" else 0
+
+    def building_memory(self, weights: int) -> int:
+        """Bytes of host memory that a build takes, of `weights` bytes as the graph has them."""
+        return 0
+
+    def engine_size(self, weights: int) -> int:
+        """Bytes of an engine's file at most, of `weights` bytes as the graph has them."""
+        return 0
 
     @abstractmethod
     def open(
@@ -209,11 +272,13 @@ class Runtime(ABC):
         settings: BuildSettings,
         destination: Path,
         progress: Progress,
-    ) -> BuildReport:
+    ) -> tuple[Path, ...]:
         """Build one engine file at `destination` that serves every one of `targets`.
 
-        The file is there whole or not at all; Ctrl-C stops the build. Raises `UsageError`, before
-        any work, for targets, precisions and sizes that cannot be, `EngineError` where the runtime
-        refuses, and `BundleError` where the disk does.
+        Returns the files that were written: the engine, and what the runtime has to tell of it in
+        files beside it. The engine is there whole or not at all; Ctrl-C stops the build. Raises
+        `UsageError`, before any work, for targets, precisions and sizes that cannot be,
+        `EngineError` where the runtime refuses and where the engine is not what `source` asks for,
+        and `BundleError` where the disk refuses.
         """
         raise UsageError(f"{self.name} opens ONNX files as they are: there is nothing to build.")

@@ -18,7 +18,7 @@ __all__ = ["Cuda", "pinned_array"]
 
 
 class Cuda:
-    """Streams, memory, copies and graphs. Addresses and streams are plain integers.
+    """Streams, memory and copies. Addresses and streams are plain integers.
 
     Every call raises `EngineError` where CUDA reports a failure. Calls concern the device that
     `use_device` set in the calling thread.
@@ -110,25 +110,6 @@ class Cuda:
         """Queue a copy of `size` bytes from device to host."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", host, device, size, kind, stream)
-
-    def begin_capture(self, stream: int) -> None:
-        """Record what this thread queues on a stream, instead of running it."""
-        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._call("cudaStreamBeginCapture", stream, mode)
-
-    def end_capture(self, stream: int) -> Any:
-        """The recorded work, ready for `launch`."""
-        graph = self._call("cudaStreamEndCapture", stream)
-        try:
-            return self._call("cudaGraphInstantiate", graph, 0)
-        finally:
-            self._call("cudaGraphDestroy", graph)
-
-    def launch(self, graph: Any, stream: int) -> None:
-        self._call("cudaGraphLaunch", graph, stream)
-
-    def destroy_graph(self, graph: Any) -> None:
-        self._call("cudaGraphExecDestroy", graph)
 
 
 class _Pinned:

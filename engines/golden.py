@@ -11,27 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Engine
-from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, GoldenRecord
+from fluxdeploy.bundle.manifest import GoldenRecord
 from fluxdeploy.bundle.tensorfile import read_header, read_tensor
 from fluxdeploy.errors import BundleError, NumericError
-from fluxdeploy.precision import PRECISIONS
 
-__all__ = [
-    "OBJECTS_PICTURES",
-    "Deviation",
-    "is_emulated",
-    "measure_component",
-    "objects_kept",
-    "require",
-]
+__all__ = ["Deviation", "measure_component", "require"]
 
 Array = NDArray[Any]
-
-OBJECTS_PICTURES = 20
-"""How many pictures it takes to compare objects: of fewer, one more or less would decide."""
-
-_OBJECTS_LOST = 0.1
-"""The largest share of pictures that may lose their objects."""
 
 
 @dataclass(frozen=True)
@@ -101,22 +87,6 @@ def require(component: str, deviation: Deviation, golden: GoldenRecord) -> None:
             f"{deviation.cosine:.6f}); allowed are {golden.max_error:g} and "
             f"{golden.min_cosine:g}. Use a wider precision for it."
         )
-
-
-def is_emulated(record: ComponentRecord, engine: EngineRecord) -> bool:
-    """Whether an engine only has the numbers of its precision, and not its speed.
-
-    No CPU multiplies in FP8: there the values are rounded to it, and multiplied in `compute`.
-    """
-    quantization = PRECISIONS[record.precision].quantization
-    return quantization is not None and quantization.format == "fp8" and engine.target == "cpu"
-
-
-def objects_kept(share: float, reference: float, pictures: int) -> bool:
-    """Whether a bundle draws the right objects about as often as PyTorch does."""
-    lost = reference - share
-    # The shares are multiples of 1 / pictures, which floats round.
-    return pictures < OBJECTS_PICTURES or lost <= _OBJECTS_LOST + 0.01 / pictures
 
 
 def _read_golden(path: Path) -> tuple[Mapping[str, Array], Mapping[str, Array]]:

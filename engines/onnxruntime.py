@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import io
 from collections.abc import Mapping
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engines.base import Array, Availability, Binding, Engine, EngineOptions, Runtime
+from engines.base import (
+    Array,
+    Availability,
+    Binding,
+    Engine,
+    EngineOptions,
+    Extra,
+    Runtime,
+)
 from engines.gpu import has_nvidia_driver
 from engines.tensors import BoundInputs, check_inputs, output_shape
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError
+from fluxdeploy.kernels import AttentionKernels
 from fluxdeploy.machine import describe_cpu
-from fluxdeploy.precision import PRECISIONS
+from fluxdeploy.precision import PRECISIONS, Quantization
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -27,7 +36,7 @@ __all__ = ["OnnxRuntime"]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERRORS = 3  # the least severity that is logged
-_DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
+_FORMATS = ("fp8", "int8")
 
 
 class OnnxRuntime(Runtime):
@@ -35,16 +44,10 @@ class OnnxRuntime(Runtime):
 
     name = "onnxruntime"
     targets = ("cuda", "cpu")
+    distributions = ("onnxruntime", "onnxruntime-gpu")
+    extra = Extra("gpu", "ONNX Runtime on NVIDIA GPUs", ("onnxruntime-gpu",))
 
-    def version(self) -> str:
-        for distribution in _DISTRIBUTIONS:
-            try:
-                return importlib.metadata.version(distribution)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-        return ""
-
-    def availability(self, target: str) -> Availability:
+    def availability(self, target: str, device: int = 0) -> Availability:
         if importlib.util.find_spec("onnxruntime") is None:
             return Availability(False, "not installed: pip install onnxruntime")
         import onnxruntime
@@ -59,8 +62,15 @@ class OnnxRuntime(Runtime):
 
     def precision(self, target: str, precision: str) -> str:
         """On CPUs bf16 becomes fp32, for want of kernels, and int8 has scales made as it runs."""
-        on_cpu = {"bf16": "fp32", "int8": "int8-dynamic"}
-        return on_cpu.get(precision, precision) if target == "cpu" else precision
+        if target != "cpu":
+            return precision
+        quantization = _quantization(precision)
+        if quantization is None:
+            return "fp32" if precision == "bf16" else precision
+        if quantization.format == "int8" and quantization.activations == "static":
+            wanted = replace(quantization, activations="dynamic", attention=False)
+            return next(n for n, row in PRECISIONS.items() if row.quantization == wanted)
+        return precision
 
     def compute(self, target: str, precision: str) -> str:
         """float16 around quantized weights on GPUs: its kernels take no scales in bfloat16."""
@@ -68,15 +78,34 @@ class OnnxRuntime(Runtime):
             return self.precision(target, precision)
         return "fp32" if target == "cpu" else "fp16"
 
-    def fuses_attention(self, target: str, compute: str) -> bool:
-        """On CPUs the operator has a kernel for float32 alone."""
-        return compute == "fp32" or target == "cuda"
-
     def precision_problem(self, target: str, precision: str) -> str | None:
         """FP4 takes an operator of TensorRT's own, and the products of a GPU that has them."""
-        if precision.partition("-")[0] == "fp4":
-            return "ONNX Runtime has no FP4, which is for TensorRT and TensorRT-RTX; use fp8"
-        return None
+        quantization = _quantization(precision)
+        if quantization is None or quantization.format in _FORMATS:
+            return None
+        return (
+            f"ONNX Runtime has no {precision.upper()}, which takes an engine that is built for a "
+            "GPU; use fp8"
+        )
+
+    def emulates(self, target: str, precision: str) -> bool:
+        """No CPU multiplies in FP8: values are rounded to it, and multiplied in `compute`."""
+        quantization = _quantization(precision)
+        return target == "cpu" and quantization is not None and quantization.format == "fp8"
+
+    def widens_weights(self, target: str, precision: str) -> bool:
+        """Only integers with scales made as it runs have products of their own."""
+        quantization = _quantization(precision)
+        return quantization is not None and not _is_dynamic(quantization)
+
+    def attention(self, target: str, precision: str, compute: str) -> AttentionKernels:
+        """Its operator takes no Q/DQ, and has a kernel for float32 alone on CPUs."""
+        quantization = _quantization(precision)
+        if quantization is not None and quantization.attention:
+            return AttentionKernels.PLAIN
+        if compute == "fp32" or target == "cuda":
+            return AttentionKernels.ONNX_RUNTIME
+        return AttentionKernels.PLAIN
 
     def open(
         self,
@@ -87,6 +116,16 @@ class OnnxRuntime(Runtime):
         options: EngineOptions,
     ) -> Engine:
         return _OnnxRuntimeEngine(component, record, engine, root / engine.path, options)
+
+
+def _quantization(precision: str) -> Quantization | None:
+    """How a precision quantizes; None too for one of a bundle that a later version has built."""
+    row = PRECISIONS.get(precision)
+    return None if row is None else row.quantization
+
+
+def _is_dynamic(quantization: Quantization) -> bool:
+    return quantization.format == "int8" and quantization.activations == "dynamic"
 
 
 def _has_vnni() -> bool:
@@ -110,11 +149,12 @@ def _session(
     # A session's threads would go on looking for work for some milliseconds after a run, on the
     # cores that the next component's threads need. A picture of the demo took 1.7 times as long.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
-    if precision.startswith("fp8"):
+    quantization = _quantization(precision)
+    if quantization is not None and quantization.format == "fp8":
         # Its rewriting of quantized products is for integers: it would leave a graph that is
         # refused. FP8 runs as its emulation, with the same numbers.
         settings.add_session_config_entry("session.disable_quant_qdq", "1")
-    if precision == "int8-dynamic" and not _has_vnni():
+    if quantization is not None and _is_dynamic(quantization) and not _has_vnni():
         # Without it, products of unsigned and signed bytes overflow; this is a slower way around.
         settings.add_session_config_entry("session.x64quantprecision", "1")
     if options.threads is not None:

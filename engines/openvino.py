@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from collections.abc import Mapping
 from functools import cache
@@ -11,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engines.base import Array, Availability, Binding, Engine, EngineOptions, Runtime
+from engines.base import Array, Availability, Binding, Engine, EngineOptions, Extra, Runtime
 from engines.tensors import BoundInputs
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError
-from fluxdeploy.precision import PRECISIONS
+from fluxdeploy.precision import PRECISIONS, Precision
 
 if TYPE_CHECKING:
     import openvino
@@ -28,7 +27,7 @@ _WIDE = ("clip", "t5", "conditioner")
 missing in every step. With its hint for bfloat16, OpenVINO rounds the angles of the timestep's
 sines too, which puts a conditioner of FLUX.1's width off by a third of its range."""
 
-_PRECISIONS = ("fp32", "bf16", "int8", "int8-weights")
+_TYPES = ("fp32", "bf16")
 
 
 class OpenVino(Runtime):
@@ -36,29 +35,26 @@ class OpenVino(Runtime):
 
     name = "openvino"
     targets = ("cpu",)
+    distributions = ("openvino",)
+    extra = Extra("openvino", "OpenVINO on CPUs", ("openvino",))
 
-    def version(self) -> str:
-        try:
-            return importlib.metadata.version("openvino")
-        except importlib.metadata.PackageNotFoundError:
-            return ""
-
-    def availability(self, target: str) -> Availability:
+    def availability(self, target: str, device: int = 0) -> Availability:
         if importlib.util.find_spec("openvino") is None:
             return Availability(False, f"not installed: {_INSTALL}")
         return Availability(True, f"openvino {self.version()}")
-
-    def precision(self, target: str, precision: str) -> str:
-        return precision
 
     def compute(self, target: str, precision: str) -> str:
         """A processor without bfloat16 computes such graphs in float32, from the same bytes."""
         return precision if PRECISIONS[precision].quantization is None else "bf16"
 
     def precision_problem(self, target: str, precision: str) -> str | None:
-        if precision in _PRECISIONS:
+        possible = [name for name, row in PRECISIONS.items() if _has(row)]
+        if precision in possible:
             return None
-        return f"OpenVINO has no {precision} on CPUs; use {', '.join(_PRECISIONS[:-1])}"
+        return f"OpenVINO has no {precision} on CPUs; use {', '.join(possible)}"
+
+    def widens_weights(self, target: str, precision: str) -> bool:
+        return PRECISIONS[precision].quantization is not None
 
     def open(
         self,
@@ -69,6 +65,14 @@ class OpenVino(Runtime):
         options: EngineOptions,
     ) -> Engine:
         return _OpenVinoEngine(component, record, engine, root / engine.path, options)
+
+
+def _has(row: Precision) -> bool:
+    """Float types that it computes in, and integers with scales that are in the graph."""
+    quantization = row.quantization
+    if quantization is None:
+        return row.name in _TYPES
+    return quantization.format == "int8" and quantization.activations != "dynamic"
 
 
 @cache

@@ -183,17 +183,16 @@ def open_engine(
             f"The bundle {bundle.root} has no {component}; it holds "
             f"{', '.join(bundle.manifest.components)}."
         )
+    options = options or EngineOptions()
     reasons: list[tuple[str, str, str]] = []
     for candidate in runtimes(runtime):
         engines = {e.target: e for e in record.engines if e.runtime == candidate.name}
         for target in candidate.targets:
             if target not in engines:
                 continue
-            available = candidate.availability(target)
+            available = candidate.availability(target, options.device)
             if available.ok:
-                return candidate.open(
-                    component, record, engines[target], bundle.root, options or EngineOptions()
-                )
+                return candidate.open(component, record, engines[target], bundle.root, options)
             reasons.append((candidate.name, target, available.detail))
     built = sorted({f"{e.runtime} on {e.target}" for e in record.engines})
     why = _in_words(reasons) or f"it has engines for {', '.join(built) or 'nothing'}"

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["CallSizes", "Kernels"]
+__all__ = ["AttentionKernels", "CallSizes"]
 
 
-class Kernels(Enum):
-    """What computes a component, which decides how many of its tensors are alive at once."""
+class AttentionKernels(Enum):
+    """What computes a graph's attention, on which the memory that a run takes depends.
+
+    Plain kernels write the scores to memory. ONNX Runtime's own operator, which the graph must
+    hold, has them in tiles. TensorRT's builder merges attention into one kernel, but for one with
+    a bias.
+    """
 
     PLAIN = "plain"
     ONNX_RUNTIME = "ONNX Runtime's attention"

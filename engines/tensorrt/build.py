@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from engines.base import BuildReport, BuildSettings, EngineSource
-from engines.tensorrt.fusion import Products, read_report
+from engines.base import BuildSettings, EngineSource
+from engines.tensorrt.fusion import FusionReport, Products, read_report
 from fluxdeploy.bundle.files import disk_errors, replacing, write_atomic
 from fluxdeploy.bundle.manifest import DimensionRange, TensorSpec
 from fluxdeploy.errors import BundleError, EngineError, UsageError
@@ -64,18 +63,20 @@ def build_engine(
     source: EngineSource,
     targets: Sequence[str],
     settings: BuildSettings,
+    timings: Path | None,
     destination: Path,
     progress: Progress,
-) -> BuildReport:
-    """Build `destination`. The errors are those of `Runtime.build`.
+) -> FusionReport:
+    """Build `destination`; what became of the graph's products. The errors are `Runtime.build`'s.
 
-    The builder works in a thread of its own, so that Ctrl-C is noticed at once; it stops at its
-    next step.
+    `timings` is a file that keeps what was measured for the next build, None for a builder that
+    measures nothing. The builder works in a thread of its own, so that Ctrl-C is noticed at once;
+    it stops at its next step.
     """
     stop = threading.Event()
     where = "+".join(targets)
     task = progress.task(f"  {source.component}: building for {where}", total=1.0)
-    job = _Job(trt, source, targets, settings, task, stop)
+    job = _Job(trt, source, targets, settings, timings, task, stop)
     with ThreadPoolExecutor(1, thread_name_prefix="tensorrt-build") as pool:
         future = pool.submit(job.run, destination)
         try:
@@ -99,6 +100,7 @@ class _Job:
         source: EngineSource,
         targets: Sequence[str],
         settings: BuildSettings,
+        timings: Path | None,
         task: Task,
         stop: threading.Event,
     ) -> None:
@@ -106,12 +108,12 @@ class _Job:
         self.source = source
         self.targets = targets
         self.settings = settings
+        self.timings = None if timings is None else _Timings(timings)
         self.messages = _Messages(trt)
         self.monitor = _make_monitor(trt, _Phases(task, stop))
         self.stop = stop
 
-    def run(self, destination: Path) -> BuildReport:
-        started = time.monotonic()
+    def run(self, destination: Path) -> FusionReport:
         trt, logger = self.trt, self.messages.logger
         builder = trt.Builder(logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -121,17 +123,17 @@ class _Job:
             raise EngineError(self._parse_error(parser))
         config = self._configure(builder, network)
         products = _products(trt, network)
-        plan = builder.build_serialized_network(network, config)
-        if plan is None or self.stop.is_set():
+        engine = builder.build_serialized_network(network, config)
+        if engine is None or self.stop.is_set():
             raise self._build_error()
-        self._save_timings(config)
-        # IStreamWriter would be given the whole plan at once, as a copy: this is the buffer itself.
-        view = memoryview(plan)
+        if self.timings is not None:
+            self.timings.save(config)
+        # IStreamWriter would be given the whole file at once, as a copy: this is the buffer itself.
+        view = memoryview(engine)
         with disk_errors("write", destination), replacing(destination) as file:
             for start in range(0, len(view), _CHUNK):
                 file.write(view[start : start + _CHUNK])
-        fusion = read_report(self.messages.lines(), products, len(view))
-        return BuildReport(len(view), time.monotonic() - started, fusion)
+        return read_report(self.messages.lines(), products, len(view))
 
     def _configure(self, builder: Any, network: Any) -> Any:
         trt, settings = self.trt, self.settings
@@ -148,7 +150,8 @@ class _Job:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.memory_limit)
         if settings.weight_streaming:
             config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
-        self._load_timings(config)
+        if self.timings is not None:
+            self.timings.load(config)
         for profile in settings.profiles:
             self._add_profile(builder, config, network, profile)
         return config
@@ -175,27 +178,6 @@ class _Job:
                 f"{self.messages.reason() or 'it gives no reason'}."
             )
 
-    def _load_timings(self, config: Any) -> None:
-        path = self.settings.timing_cache
-        if path is None or _is_rtx(self.trt):
-            return
-        known = path.read_bytes() if path.is_file() else b""
-        cache = config.create_timing_cache(known)
-        # A cache of another GPU or version is no use, and no error: a new one takes its place.
-        if not config.set_timing_cache(cache, False):
-            config.set_timing_cache(config.create_timing_cache(b""), False)
-
-    def _save_timings(self, config: Any) -> None:
-        path = self.settings.timing_cache
-        if path is None or _is_rtx(self.trt):
-            return
-        cache = config.get_timing_cache()
-        if cache is not None:
-            # The cache only saves time: a build that cannot keep it is still a build.
-            with suppress(OSError, BundleError):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(path, bytes(cache.serialize()))
-
     def _parse_error(self, parser: Any) -> str:
         reasons = []
         for index in range(parser.num_errors):
@@ -217,14 +199,39 @@ class _Job:
         remedies = [remedy for sign, remedy in _REMEDIES if sign in reason]
         advice = f"; {remedies[0]}" if remedies else ""
         return EngineError(
-            f"TensorRT could not build {self.source.component} ({self.source.precision}) for "
+            f"TensorRT could not build {self.source.component} ({self.source.precision.name}) for "
             f"{', '.join(self.targets)}: {reason}{advice}."
         )
 
 
 def _is_rtx(trt: Any) -> bool:
-    """TensorRT-RTX builds for any GPU, compiles on the machine that runs it, and times nothing."""
+    """TensorRT-RTX builds for any GPU, and compiles on the machine that runs it."""
     return bool(trt.__name__ == "tensorrt_rtx")
+
+
+class _Timings:
+    """The file of a timing cache. It only saves time: a build that cannot keep it is still one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def load(self, config: Any) -> None:
+        """Give the builder what was measured before, and a place for what it will measure."""
+        known = b""
+        with suppress(OSError):
+            known = self._path.read_bytes()
+        # One of another GPU or version, or a broken one, is no use: a new one takes its place.
+        for data in (known, b""):
+            cache = config.create_timing_cache(data)
+            if cache is not None and config.set_timing_cache(cache, False):
+                return
+
+    def save(self, config: Any) -> None:
+        cache = config.get_timing_cache()
+        if cache is not None:
+            with suppress(OSError, BundleError):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(self._path, bytes(cache.serialize()))
 
 
 class _Messages:

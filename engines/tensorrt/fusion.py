@@ -14,9 +14,26 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from engines.base import EngineSource
 from fluxdeploy.errors import EngineError
 
-__all__ = ["Expectation", "FusionReport", "Kernel", "Products", "check", "read_report"]
+__all__ = [
+    "FORMATS",
+    "Expectation",
+    "FusionReport",
+    "Kernel",
+    "Products",
+    "check",
+    "expect",
+    "read_report",
+]
+
+FORMATS: Mapping[str, tuple[str, str]] = {
+    "fp8": ("fp8", "fp8"),
+    "int8": ("int8", "int8"),
+    "nvfp4": ("fp4", "fp8"),
+}
+"""The formats that there are kernels for, with the types of their linears and attentions."""
 
 _TYPES = {
     "Float": "fp32",
@@ -43,7 +60,7 @@ _WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 
 _WEIGHT_MARGIN = 1 << 16
 _KERNEL_BYTES = 256 << 10
-"""Bytes of a plan that one kernel's code takes at most; 50 to 60 KiB were seen."""
+"""Bytes of an engine that one kernel's code takes at most; 50 to 60 KiB were seen."""
 _MARGIN = 0.02
 _NAMED = 4
 
@@ -147,6 +164,26 @@ class Expectation:
     gemms: Mapping[str, int]
     compute: str
     weight_bytes: int
+
+
+def expect(source: EngineSource) -> Expectation:
+    """What an engine must be made of, going by its precision and its graph."""
+    quantization = source.precision.quantization
+    gemms: dict[str, int] = {}
+    attention = source.compute
+    if quantization is not None:
+        linear, eight_bits = FORMATS[quantization.format]
+        kind = linear if quantization.activations is not None else f"{linear}-weights"
+        gemms[kind] = source.quantized
+        if quantization.attention:
+            attention = eight_bits
+    return Expectation(
+        source.attentions,
+        None if source.one_head else attention,
+        gemms,
+        source.compute,
+        source.weight_bytes,
+    )
 
 
 def read_report(lines: Iterable[str], products: Products, engine_bytes: int) -> FusionReport:

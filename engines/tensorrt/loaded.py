@@ -1,4 +1,4 @@
-"""TensorRT's own objects: a plan that is read from disk, and the calls that running it takes."""
+"""TensorRT's own objects: an engine read from disk, and the calls that running it takes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from engines.base import EngineOptions
 from engines.cuda import Cuda
 from fluxdeploy.errors import EngineError
 
-__all__ = ["Plan", "Profile", "Shape", "load_plan"]
+__all__ = ["LoadedEngine", "Profile", "Shape", "load_engine"]
 
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]
@@ -23,7 +22,7 @@ _RESERVE = 1 << 30
 """Bytes to leave free on the GPU for activations before weights are streamed instead."""
 
 
-class Plan:
+class LoadedEngine:
     """A deserialized engine and its execution context: the calls into the library, no more.
 
     One context serves all profiles and shapes. Its scratch memory is the caller's. Methods raise
@@ -31,13 +30,14 @@ class Plan:
     """
 
     def __init__(
-        self, component: str, trt: Any, runtime: Any, engine: Any, errors: list[str], graphs: bool
+        self, component: str, trt: Any, runtime: Any, engine: Any, errors: list[str]
     ) -> None:
         self.component = component
         self._errors = errors
         self._trt, self._runtime, self._engine = trt, runtime, engine
-        self.records_graphs = False
-        self._context = self._make_context(graphs)
+        # Scratch memory is the caller's: one block for all engines.
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._context = engine.create_execution_context(strategy)
         if self._context is None:
             raise self._failure("cannot make an execution context")
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
@@ -47,18 +47,6 @@ class Plan:
             {name: self._profile_shapes(name, index) for name in inputs}
             for index in range(engine.num_optimization_profiles)
         )
-
-    def _make_context(self, graphs: bool) -> Any:
-        trt, engine = self._trt, self._engine
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if not hasattr(trt, "CudaGraphStrategy"):
-            return engine.create_execution_context(strategy)
-        config = engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(strategy)
-        if graphs:  # TensorRT-RTX records and replays by itself
-            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            self.records_graphs = True
-        return engine.create_execution_context(config)
 
     def _profile_shapes(self, name: str, index: int) -> tuple[Shape, Shape, Shape]:
         smallest, best, largest = self._engine.get_tensor_profile_shape(name, index)
@@ -94,10 +82,6 @@ class Plan:
     def set_scratch(self, address: int, size: int) -> None:
         self._context.set_device_memory(address, size)
 
-    def can_be_captured(self, stream: int) -> bool:
-        probe = getattr(self._context, "is_stream_capturable", None)
-        return probe is None or bool(probe(stream))
-
     def enqueue(self, stream: int) -> None:
         if not self._context.execute_async_v3(stream):
             raise self._failure("failed while it ran")
@@ -118,8 +102,8 @@ class Plan:
         return EngineError(f"{self.component}: TensorRT {what}: {reason.rstrip('.')}.")
 
 
-def load_plan(trt: Any, cuda: Cuda, path: Path, component: str, options: EngineOptions) -> Plan:
-    """Deserialize the plan at `path`, streamed from disk. The GPU must be the current device.
+def load_engine(trt: Any, cuda: Cuda, path: Path, component: str) -> LoadedEngine:
+    """Deserialize the engine at `path`, streamed from disk. The GPU must be the current device.
 
     Raises `EngineError` where the file cannot be read or is not for this machine.
     """
@@ -144,13 +128,13 @@ def load_plan(trt: Any, cuda: Cuda, path: Path, component: str, options: EngineO
     if engine is None:
         raise failure("the file is not an engine of this version")
     _stream_weights(cuda, engine)
-    return Plan(component, trt, runtime, engine, errors, options.cuda_graphs)
+    return LoadedEngine(component, trt, runtime, engine, errors)
 
 
 def _check_validity(
     trt: Any, runtime: Any, file: BinaryIO, failure: Callable[[str], EngineError]
 ) -> None:
-    """Let the library refuse a plan by its header, before gigabytes are read."""
+    """Let the library refuse an engine by its header, before gigabytes are read."""
     if not hasattr(runtime, "get_engine_validity"):
         return
     header = file.read(runtime.engine_header_size)
@@ -182,7 +166,7 @@ def _make_logger(trt: Any, errors: list[str]) -> Any:
 
 
 def _make_reader(trt: Any, file: BinaryIO) -> Any:
-    """A reader that gives the plan in pieces, or None where the library takes none."""
+    """A reader that gives the file in pieces, or None where the library takes none."""
     if not hasattr(trt, "IStreamReaderV2"):
         return None
     origins = {

@@ -1,7 +1,7 @@
 """Running TensorRT engines: memory, shapes, profiles, bindings.
 
-The library's own objects are behind `Plan`, CUDA's behind `Cuda`; what is here is the logic
-between them.
+The library's own objects are behind `LoadedEngine`, CUDA's behind `Cuda`; what is here is the
+logic between them.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
 from weakref import WeakSet
 
 import numpy as np
 
 from engines.base import Array, Binding, Engine, EngineOptions
 from engines.cuda import Cuda, pinned_array
-from engines.tensorrt.loaded import Plan, Profile, Shape
+from engines.tensorrt.loaded import LoadedEngine, Profile, Shape
 from engines.tensors import BoundInputs, output_shape
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, TensorSpec
 from fluxdeploy.errors import EngineError
@@ -66,14 +65,14 @@ class Scratch:
 
 
 class TensorRtEngine(Engine):
-    """A plan with the memory around it. Runs of engines that share a `Scratch` take turns."""
+    """A loaded engine with the memory around it. Engines that share a `Scratch` take turns."""
 
     def __init__(
         self,
         component: str,
         record: ComponentRecord,
         engine: EngineRecord,
-        plan: Plan,
+        loaded: LoadedEngine,
         cuda: Cuda,
         scratch: Scratch,
         options: EngineOptions,
@@ -81,32 +80,31 @@ class TensorRtEngine(Engine):
         super().__init__(component, record.inputs, record.outputs, engine.dimensions)
         self.cuda = cuda
         self.scratch = scratch
-        self.graphs = options.cuda_graphs and not plan.records_graphs
         self._device = options.device
-        self._plan: Plan | None = plan
+        self._loaded: LoadedEngine | None = loaded
         self.configured: object = None
         # A binding frees its own memory when it goes; those that are left go with the engine.
         self._bindings: WeakSet[_TensorRtBinding] = WeakSet()
         self._default: _TensorRtBinding | None = None
         try:
-            self._check_tensors(plan)
+            self._check_tensors(loaded)
             self.stream = cuda.create_stream()
         except BaseException:
-            plan.close()
+            loaded.close()
             raise
         scratch.retain()
 
-    def _check_tensors(self, plan: Plan) -> None:
+    def _check_tensors(self, loaded: LoadedEngine) -> None:
         wanted = {spec.name: spec.dtype for spec in (*self.inputs, *self.outputs)}
-        if plan.tensors != wanted:
+        if loaded.tensors != wanted:
             raise EngineError(
-                f"{self.component}: the engine has the tensors {plan.tensors}, and the manifest "
+                f"{self.component}: the engine has the tensors {loaded.tensors}, and the manifest "
                 f"says {wanted}. Build the bundle again."
             )
 
     @property
-    def plan(self) -> Plan:
-        return self._while_open(self._plan)
+    def loaded(self) -> LoadedEngine:
+        return self._while_open(self._loaded)
 
     def use_device(self) -> None:
         """CUDA's current device is a matter of the thread."""
@@ -125,26 +123,26 @@ class TensorRtEngine(Engine):
 
         Raises `EngineError` where the engine was closed.
         """
-        _ = self.plan
+        _ = self.loaded
         self._bindings.add(binding)
 
     def choose_profile(self, shapes: Mapping[str, Shape]) -> int:
         """The narrowest profile that takes these shapes: it is tuned closest to them."""
         fitting = [
             (_span(profile), index)
-            for index, profile in enumerate(self.plan.profiles)
+            for index, profile in enumerate(self.loaded.profiles)
             if all(_fits(shapes[name], profile[name]) for name in profile)
         ]
         if not fitting:
             asked = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
             raise EngineError(
                 f"{self.component}: no resolution bucket of this engine takes {asked}; it has "
-                f"{'; '.join(_in_words(profile) for profile in self.plan.profiles)}."
+                f"{'; '.join(_in_words(profile) for profile in self.loaded.profiles)}."
             )
         return min(fitting)[1]
 
     def close(self) -> None:
-        if self._plan is None:
+        if self._loaded is None:
             return
         with self.scratch.lock:
             self.use_device()
@@ -154,8 +152,8 @@ class TensorRtEngine(Engine):
             for binding in list(self._bindings):
                 binding.free()
             self._default = None
-            plan, self._plan = self._plan, None
-            plan.close()
+            loaded, self._loaded = self._loaded, None
+            loaded.close()
             with suppress(EngineError):
                 self.cuda.destroy_stream(self.stream)
             self.scratch.release()
@@ -200,8 +198,6 @@ class _TensorRtBinding(Binding):
         # The engine remembers whose shapes its context has, without keeping the binding alive.
         self._token = object()
         self._scratch_generation = -1
-        self._warm = False
-        self._graph: Any = None
         with engine.scratch.lock:
             engine.adopt(self)
             engine.use_device()
@@ -218,7 +214,7 @@ class _TensorRtBinding(Binding):
         engine = self._engine
         sizes = self._inputs.check(inputs)
         with engine.scratch.lock:
-            plan = engine.plan  # only now: another thread may have closed it
+            loaded = engine.loaded  # only now: another thread may have closed it
             engine.use_device()
             if sizes != self._sizes:
                 self._prepare(sizes, inputs)
@@ -228,8 +224,8 @@ class _TensorRtBinding(Binding):
                 engine.cuda.copy_in(
                     self._addresses[name], staged.ctypes.data, staged.nbytes, engine.stream
                 )
-            self._configure(plan)
-            self._execute(plan)
+            self._configure(loaded)
+            loaded.enqueue(engine.stream)
             for name, array in self._outputs.items():
                 engine.cuda.copy_out(
                     array.ctypes.data, self._addresses[name], array.nbytes, engine.stream
@@ -244,12 +240,11 @@ class _TensorRtBinding(Binding):
         ordered = {spec.name: shapes[spec.name] for spec in engine.inputs}
         profile = engine.choose_profile(ordered)
         self._sizes = None  # half made, should anything below fail
-        self._forget()
         for spec in (*self._inputs.changing, *engine.outputs):
             if (address := self._addresses.pop(spec.name, 0)) != 0:
                 engine.cuda.free(address)
         self._shapes, self._profile = ordered, profile
-        self._apply_shapes(engine.plan)
+        self._apply_shapes(engine.loaded)
         for spec in self._inputs.changing:
             self._staging[spec.name] = self._buffer(spec, ordered[spec.name])
         # New arrays, not the old ones resized: the caller may still look at those.
@@ -266,7 +261,7 @@ class _TensorRtBinding(Binding):
         return array
 
     def _output_shape(self, spec: TensorSpec, sizes: dict[str, int]) -> Shape:
-        shape = output_shape(spec, sizes) or self._engine.plan.shape(spec.name)
+        shape = output_shape(spec, sizes) or self._engine.loaded.shape(spec.name)
         if any(size < 0 for size in shape):
             raise EngineError(
                 f"{self._engine.component}: the shape of {spec.name} does not follow from the "
@@ -274,14 +269,14 @@ class _TensorRtBinding(Binding):
             )
         return shape
 
-    def _apply_shapes(self, plan: Plan) -> None:
-        plan.set_profile(self._profile, self._engine.stream)
+    def _apply_shapes(self, loaded: LoadedEngine) -> None:
+        loaded.set_profile(self._profile, self._engine.stream)
         self._engine.cuda.synchronize(self._engine.stream)
         for name, shape in self._shapes.items():
-            plan.set_shape(name, shape)
+            loaded.set_shape(name, shape)
         self._engine.configured = None
 
-    def _configure(self, plan: Plan) -> None:
+    def _configure(self, loaded: LoadedEngine) -> None:
         """Give the context this binding's shapes and addresses, where it has others."""
         engine = self._engine
         if (
@@ -289,49 +284,16 @@ class _TensorRtBinding(Binding):
             and self._scratch_generation == engine.scratch.generation
         ):
             return
-        self._forget()
-        self._apply_shapes(plan)
-        size = plan.scratch_size()
-        plan.set_scratch(engine.scratch.require(size), size)
+        self._apply_shapes(loaded)
+        size = loaded.scratch_size()
+        loaded.set_scratch(engine.scratch.require(size), size)
         for name, address in self._addresses.items():
-            plan.set_address(name, address)
+            loaded.set_address(name, address)
         self._scratch_generation = engine.scratch.generation
         engine.configured = self._token
 
-    def _execute(self, plan: Plan) -> None:
-        """Run, and record the work on the second run of one configuration.
-
-        The first run does what cannot be recorded, such as setting up kernels.
-        """
-        engine = self._engine
-        if self._graph is not None:
-            engine.cuda.launch(self._graph, engine.stream)
-            return
-        if engine.graphs and self._warm and plan.can_be_captured(engine.stream):
-            engine.cuda.begin_capture(engine.stream)
-            try:
-                plan.enqueue(engine.stream)
-            except EngineError:
-                with suppress(EngineError):  # the stream must leave the recording either way
-                    engine.cuda.destroy_graph(engine.cuda.end_capture(engine.stream))
-                raise
-            self._graph = engine.cuda.end_capture(engine.stream)
-            engine.cuda.launch(self._graph, engine.stream)
-            return
-        plan.enqueue(engine.stream)
-        self._warm = True
-
-    def _forget(self) -> None:
-        """Drop the recorded work: addresses or shapes are about to change."""
-        self._warm = False
-        if self._graph is not None:
-            graph, self._graph = self._graph, None
-            self._engine.cuda.destroy_graph(graph)
-
     def free(self) -> None:
         """Free what lies on the device. Arrays that the caller holds stay."""
-        with suppress(EngineError):
-            self._forget()
         for address in self._addresses.values():
             with suppress(EngineError):
                 self._engine.cuda.free(address)

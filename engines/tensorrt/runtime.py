@@ -7,7 +7,6 @@ kinds of GPU at once and needs none to build; TensorRT builds for the GPU of thi
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,17 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from engines.base import (
     Availability,
-    BuildReport,
     BuildSettings,
     Engine,
     EngineOptions,
     EngineSource,
+    Extra,
     Runtime,
 )
 from engines.gpu import compute_capability, has_cuda_python, has_nvidia_driver
-from engines.targets import GENERATIONS, check_precision_targets, precision_problem
+from engines.targets import GENERATIONS, hardware_problem, in_words
+from engines.tensorrt.fusion import FORMATS, check, expect
+from fluxdeploy.bundle.files import user_cache, write_atomic
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError, UsageError
+from fluxdeploy.kernels import AttentionKernels
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 
@@ -34,32 +36,32 @@ if TYPE_CHECKING:
 
 __all__ = ["TensorRt", "TensorRtRtx"]
 
+_BUILDER = 3
+"""Memory of the builder as a multiple of the weights it is given, as measured."""
+_BUILDER_OVERHEAD = 300_000_000
+"""Bytes of the builder without any weights."""
+_ENGINE_FILE = 12_000_000
+"""Bytes of an engine besides its weights, at most: kernels, tactics, names."""
+
 
 class TensorRt(Runtime):
     """TensorRT. Its engines run on the compute capability that they were built on."""
 
     name = "tensorrt"
     targets: tuple[str, ...] = tuple(reversed(GENERATIONS))
+    distributions: tuple[str, ...] = ("tensorrt", "tensorrt_cu13", "tensorrt_cu12")
+    extra: Extra = Extra("tensorrt", "TensorRT", ("cuda-python", "tensorrt"))
     builds = True
+    shares_scratch = True
 
     product = "TensorRT"
     module = "tensorrt"
-    extra = "tensorrt"
-    distributions: tuple[str, ...] = ("tensorrt", "tensorrt_cu13", "tensorrt_cu12")
 
     def __init__(self) -> None:
         self._scratch: dict[int, Scratch] = {}
 
-    def version(self) -> str:
-        for distribution in self.distributions:
-            try:
-                return importlib.metadata.version(distribution)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-        return ""
-
-    def availability(self, target: str) -> Availability:
-        if problem := self._missing() or self._gpu_problem(target):
+    def availability(self, target: str, device: int = 0) -> Availability:
+        if problem := self._missing() or self._gpu_problem(target, device):
             return Availability(False, problem)
         return Availability(True, f"{self.product} {self.version()}, and the GPU is {target}")
 
@@ -68,9 +70,6 @@ class TensorRt(Runtime):
             return Availability(False, f"{self.product} builds for the GPU it has: {problem}")
         return Availability(True, f"{self.product} {self.version()}")
 
-    def precision(self, target: str, precision: str) -> str:
-        return precision
-
     def compute(self, target: str, precision: str) -> str:
         """bfloat16 around whatever is quantized, and float16 where there is no bfloat16."""
         if PRECISIONS[precision].quantization is None:
@@ -78,7 +77,28 @@ class TensorRt(Runtime):
         return "fp16" if target == "sm75" else "bf16"
 
     def precision_problem(self, target: str, precision: str) -> str | None:
-        return precision_problem(precision, target)
+        """The limits are the hardware's, but for three.
+
+        Scales made as it runs are in operators that TensorRT does not read, a format needs kernels,
+        and TensorRT-RTX has no float32 products for Turing, so that float16 is all there is.
+        """
+        quantization = PRECISIONS[precision].quantization
+        if quantization is not None and quantization.activations == "dynamic":
+            return f"{precision} is for ONNX Runtime on CPUs; use int8 on GPUs"
+        if quantization is not None and quantization.format not in FORMATS:
+            return f"{self.product} has no kernels for {precision}; use bf16"
+        if precision == "fp32" and target == "sm75":
+            return f"{in_words(target)} has no float32 products in TensorRT-RTX; use fp16"
+        return hardware_problem(target, precision)
+
+    def attention(self, target: str, precision: str, compute: str) -> AttentionKernels:
+        return AttentionKernels.TENSORRT
+
+    def building_memory(self, weights: int) -> int:
+        return _BUILDER_OVERHEAD + _BUILDER * weights
+
+    def engine_size(self, weights: int) -> int:
+        return weights + _ENGINE_FILE
 
     def build(
         self,
@@ -87,7 +107,11 @@ class TensorRt(Runtime):
         settings: BuildSettings,
         destination: Path,
         progress: Progress,
-    ) -> BuildReport:
+    ) -> tuple[Path, ...]:
+        """The second file, `<component>.kernels.json`, lists the engine's kernels.
+
+        It is there for an engine of other kernels than were asked for, too.
+        """
         from engines.tensorrt.build import build_engine, check_profiles
 
         unique = tuple(dict.fromkeys(targets))
@@ -97,16 +121,33 @@ class TensorRt(Runtime):
                     f"{self.name} has no target {target!r}; its targets are "
                     f"{', '.join(self.targets)}."
                 )
+            if problem := self.precision_problem(target, source.precision.name):
+                raise UsageError(
+                    f"{source.component} cannot be {source.precision.name}: {problem}."
+                )
         if not unique:
             raise UsageError(f"{self.name} needs a target; it has {', '.join(self.targets)}.")
-        check_precision_targets(source.component, source.precision, unique)
         check_profiles(source.component, source.inputs, settings.profiles)
         trt = self._import()
         for target in unique:
             available = self.can_build(target)
             if not available.ok:
                 raise UsageError(f"{self.name} cannot build for {target}: {available.detail}.")
-        return build_engine(trt, source, unique, settings, destination, progress)
+        timings = self._timings(unique)
+        fusion = build_engine(trt, source, unique, settings, timings, destination, progress)
+        report = destination.with_suffix(".kernels.json")
+        write_atomic(report, fusion.as_json())
+        if problems := check(fusion, expect(source)):
+            raise EngineError(
+                f"The {source.component} engine for {', '.join(unique)} is not the "
+                f"{source.precision.name} engine that was asked for: {'; '.join(problems)}. Its "
+                f"kernels are listed in {report}."
+            )
+        return destination, report
+
+    def _timings(self, targets: Sequence[str]) -> Path | None:
+        """What the builder measured for these targets, for whatever it builds next."""
+        return user_cache() / f"{self.name}-{self.version()}-{'+'.join(targets)}.timings"
 
     def open(
         self,
@@ -118,14 +159,14 @@ class TensorRt(Runtime):
     ) -> Engine:
         self._check(component, engine, options.device)
         from engines.cuda import Cuda
-        from engines.tensorrt.loaded import load_plan
+        from engines.tensorrt.loaded import load_engine
         from engines.tensorrt.run import Scratch, TensorRtEngine
 
         cuda = Cuda()
         cuda.use_device(options.device)
-        plan = load_plan(self._import(), cuda, root / engine.path, component, options)
+        loaded = load_engine(self._import(), cuda, root / engine.path, component)
         scratch = self._scratch.setdefault(options.device, Scratch(cuda))
-        return TensorRtEngine(component, record, engine, plan, cuda, scratch, options)
+        return TensorRtEngine(component, record, engine, loaded, cuda, scratch, options)
 
     def _check(self, component: str, engine: EngineRecord, device: int) -> None:
         """Refuse what cannot run, before the GPU is touched."""
@@ -142,14 +183,14 @@ class TensorRt(Runtime):
 
     def _missing(self) -> str | None:
         if importlib.util.find_spec(self.module) is None:
-            return f"not installed: pip install fluxdeploy[{self.extra}]"
+            return f"not installed: pip install fluxdeploy[{self.extra.name}]"
         return None
 
     def _gpu_problem(self, target: str, device: int = 0) -> str | None:
         if not has_nvidia_driver():
             return "installed, but there is no NVIDIA driver"
         if not has_cuda_python():
-            return f"cuda-python is not installed: pip install fluxdeploy[{self.extra}]"
+            return f"cuda-python is not installed: pip install fluxdeploy[{self.extra.name}]"
         try:
             found = compute_capability(device)
         except EngineError as error:
@@ -166,7 +207,7 @@ class TensorRt(Runtime):
         except ImportError as error:
             raise MissingDependencyError(
                 f"{self.product} cannot be imported ({error}): pip install "
-                f"fluxdeploy[{self.extra}]."
+                f"fluxdeploy[{self.extra.name}]."
             ) from error
 
 
@@ -175,14 +216,18 @@ class TensorRtRtx(TensorRt):
 
     name = "tensorrt-rtx"
     targets = ("sm121", "sm120", "sm89", "sm86", "sm80", "sm75")
+    distributions = ("tensorrt_rtx",)
+    extra = Extra("rtx", "TensorRT-RTX", ("cuda-python", "tensorrt-rtx"))
 
     product = "TensorRT-RTX"
     module = "tensorrt_rtx"
-    extra = "rtx"
-    distributions = ("tensorrt_rtx",)
 
     def can_build(self, target: str) -> Availability:
         """Building needs no GPU."""
         if problem := self._missing():
             return Availability(False, problem)
         return Availability(True, f"{self.product} {self.version()}, which needs no GPU to build")
+
+    def _timings(self, targets: Sequence[str]) -> Path | None:
+        """It times nothing."""
+        return None

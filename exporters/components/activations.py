@@ -37,7 +37,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fluxdeploy.kernels import CallSizes, Kernels
+from fluxdeploy.kernels import AttentionKernels, CallSizes
 
 if TYPE_CHECKING:
     from exporters.components.component import Networks
@@ -61,13 +61,15 @@ _MYELIN = 12_000_000
 """Bytes that TensorRT's fused blocks take at any size."""
 
 
-def transformer_bytes(networks: Networks, sizes: CallSizes, kernels: Kernels, element: int) -> int:
+def transformer_bytes(
+    networks: Networks, sizes: CallSizes, kernels: AttentionKernels, element: int
+) -> int:
     """Of the MM-DiT without its conditioner; `element` are the bytes of its compute type."""
     config = networks.transformer
     tokens = sizes.text + sizes.image
-    if kernels is Kernels.ONNX_RUNTIME:
+    if kernels is AttentionKernels.ONNX_RUNTIME:
         return 4 * sizes.batch * tokens * (14 * config.width + 2 * config.mlp_width)
-    if kernels is Kernels.TENSORRT:
+    if kernels is AttentionKernels.TENSORRT:
         token = element * (13 * config.width + 2 * config.mlp_width)
         return sizes.batch * tokens * token + _MYELIN
     heads = config.width // config.head_dim
@@ -75,15 +77,17 @@ def transformer_bytes(networks: Networks, sizes: CallSizes, kernels: Kernels, el
     return 4 * sizes.batch * (streams + _SCORES * heads * tokens**2)
 
 
-def conditioner_bytes(networks: Networks, sizes: CallSizes, kernels: Kernels, element: int) -> int:
+def conditioner_bytes(
+    networks: Networks, sizes: CallSizes, kernels: AttentionKernels, element: int
+) -> int:
     """Of the conditioner, whose rows of modulation are in float32 whatever it computes in."""
     config, batch = networks.transformer, sizes.batch
     rows = sizes.steps * batch * config.modulation_rows * config.width
     text = batch * sizes.text * (config.text_width + config.width)
-    return 4 * ((4 if kernels is Kernels.TENSORRT else 3) * rows + text)
+    return 4 * ((4 if kernels is AttentionKernels.TENSORRT else 3) * rows + text)
 
 
-def t5_bytes(networks: Networks, sizes: CallSizes, kernels: Kernels, element: int) -> int:
+def t5_bytes(networks: Networks, sizes: CallSizes, kernels: AttentionKernels, element: int) -> int:
     """Of T5, with its position bias."""
     t5 = networks.t5
     widths = (t5.d_model, t5.d_ff, t5.num_heads)
@@ -91,7 +95,9 @@ def t5_bytes(networks: Networks, sizes: CallSizes, kernels: Kernels, element: in
     return _encoder_bytes(sizes.batch, sizes.text, widths, kernels, element) + bias
 
 
-def clip_bytes(networks: Networks, sizes: CallSizes, kernels: Kernels, element: int) -> int:
+def clip_bytes(
+    networks: Networks, sizes: CallSizes, kernels: AttentionKernels, element: int
+) -> int:
     """Of CLIP, whose text always has all of its positions."""
     clip = networks.clip
     widths = (clip.hidden_size, clip.intermediate_size, clip.num_attention_heads)
@@ -99,34 +105,38 @@ def clip_bytes(networks: Networks, sizes: CallSizes, kernels: Kernels, element: 
 
 
 def _encoder_bytes(
-    batch: int, tokens: int, widths: tuple[int, int, int], kernels: Kernels, element: int
+    batch: int, tokens: int, widths: tuple[int, int, int], kernels: AttentionKernels, element: int
 ) -> int:
     """Of a text encoder of some width, MLP width and heads."""
     width, mlp_width, heads = widths
     scores = heads * tokens**2
     streams = tokens * (6 * width + 3 * mlp_width)
-    if kernels is Kernels.TENSORRT:
+    if kernels is AttentionKernels.TENSORRT:
         return batch * ((4 + element) * scores + element * streams)
     return 4 * batch * (_SCORES * scores + streams)
 
 
-def vae_decoder_bytes(networks: Networks, sizes: CallSizes, kernels: Kernels, element: int) -> int:
+def vae_decoder_bytes(
+    networks: Networks, sizes: CallSizes, kernels: AttentionKernels, element: int
+) -> int:
     """Of the decoder, which enters its last level with the channels of the one before."""
     channels = networks.vae.channels
     return _vae_bytes(networks, channels[min(1, len(channels) - 1)], sizes, kernels, element)
 
 
-def vae_encoder_bytes(networks: Networks, sizes: CallSizes, kernels: Kernels, element: int) -> int:
+def vae_encoder_bytes(
+    networks: Networks, sizes: CallSizes, kernels: AttentionKernels, element: int
+) -> int:
     """Of the encoder."""
     return _vae_bytes(networks, networks.vae.channels[0], sizes, kernels, element)
 
 
 def _vae_bytes(
-    networks: Networks, channels: int, sizes: CallSizes, kernels: Kernels, element: int
+    networks: Networks, channels: int, sizes: CallSizes, kernels: AttentionKernels, element: int
 ) -> int:
     """Of one picture: they go through the VAE one at a time."""
     latents = networks.transformer.patch_size**2 * sizes.image
     pixels = latents * networks.vae.spatial_factor**2
-    if kernels is Kernels.TENSORRT:
+    if kernels is AttentionKernels.TENSORRT:
         return (4 + 3 * element) * channels * pixels
     return 4 * max(_PICTURE * channels * pixels, _SCORES * latents**2)

@@ -14,13 +14,20 @@ from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.components.chain import Chain
 from exporters.components.pieces import COMPUTE_TYPES, ComputeType
 from fluxdeploy.errors import ExportError, UsageError
-from fluxdeploy.kernels import CallSizes, Kernels
-from fluxdeploy.precision import PRECISIONS
+from fluxdeploy.kernels import AttentionKernels, CallSizes
+from fluxdeploy.precision import PRECISIONS, Quantization
 
-__all__ = ["FLOATS", "Component", "Networks", "Turn"]
+__all__ = ["FLOATS", "WEIGHTS_ONLY", "Component", "Networks", "Turn"]
 
 FLOATS = tuple(name for name, row in PRECISIONS.items() if row.quantization is None)
 """The precisions in which nothing is quantized, which every component can have."""
+
+WEIGHTS_ONLY = tuple(
+    name
+    for name, row in PRECISIONS.items()
+    if row.quantization is None or row.quantization == Quantization(row.quantization.format)
+)
+"""Those in which nothing but weights is quantized, and those in which nothing is."""
 
 Turn = Literal["encode", "denoise", "decode"]
 """When a picture from text needs a component: what `--low-vram` has open at a time."""
@@ -56,8 +63,8 @@ class Component:
         the projections of image and text, the MLPs of timestep, guidance and pooled text, and the
         final AdaLN with its projection: they are small, and pictures are sensitive to them.
     overflows_fp16: whether its values leave float16's range; bfloat16 has float32's.
-    fused_attention: whether a runtime can compute its attention in one kernel. The VAE's has a
-        single head as wide as the network, which none does.
+    one_head: whether its attention has a single head as wide as the network, as the VAE's: no
+        runtime computes that in one kernel.
     vocabulary: of a text encoder, the number of token ids.
     present: whether a checkpoint has it; a bundle may lack a component.
     """
@@ -65,12 +72,12 @@ class Component:
     name: str
     part: str
     chain: Callable[[Networks, ComputeType], Chain]
-    activations: Callable[[Networks, CallSizes, Kernels, int], int]
+    activations: Callable[[Networks, CallSizes, AttentionKernels, int], int]
     turn: Turn | None = None
     precisions: tuple[str, ...] = FLOATS
     quantized: str | None = None
     overflows_fp16: bool = False
-    fused_attention: bool = True
+    one_head: bool = False
     vocabulary: Callable[[Networks], int] | None = None
     present: Callable[[Networks], bool] = lambda networks: True
 

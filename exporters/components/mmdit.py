@@ -9,7 +9,7 @@ import torch
 from exporters.checkpoint.config import TransformerConfig
 from exporters.components.activations import conditioner_bytes, transformer_bytes
 from exporters.components.chain import Chain, Stage, Value
-from exporters.components.component import FLOATS, Component
+from exporters.components.component import WEIGHTS_ONLY, Component
 from exporters.components.pieces import COMPUTE_TYPES, ComputeType, floats, make_piece, value_of
 from exporters.models import mmdit
 from fluxdeploy.bundle.manifest import Dimension, TensorSpec
@@ -268,7 +268,7 @@ CONDITIONER = Component(
     chain=lambda networks, compute: _conditioner_chain(networks.transformer, compute),
     activations=conditioner_bytes,
     turn="encode",
-    precisions=(*FLOATS, "fp8-weights", "int8-weights"),
+    precisions=WEIGHTS_ONLY,
     quantized=(
         r"transformer_blocks\.\d+\.(norm1|norm1_context)\.linear"
         r"|single_transformer_blocks\.\d+\.norm\.linear"

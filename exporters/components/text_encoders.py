@@ -9,7 +9,7 @@ from transformers import CLIPTextConfig, T5Config
 
 from exporters.components.activations import clip_bytes, t5_bytes
 from exporters.components.chain import Chain, Stage, Value
-from exporters.components.component import FLOATS, Component
+from exporters.components.component import WEIGHTS_ONLY, Component
 from exporters.components.pieces import ComputeType, floats, make_piece, token_ids, value_of
 from exporters.models import text_encoders
 
@@ -89,7 +89,7 @@ T5 = Component(
     chain=lambda networks, compute: _t5_chain(networks.t5, compute),
     activations=t5_bytes,
     turn="encode",
-    precisions=(*FLOATS, "fp8-weights", "int8-weights"),
+    precisions=WEIGHTS_ONLY,
     quantized=(
         r"encoder\.block\.\d+\.layer\."
         r"(0\.SelfAttention\.[qkvo]|1\.DenseReluDense\.(wi_0|wi_1|wo))"

@@ -50,7 +50,7 @@ VAE_DECODER = Component(
     activations=vae_decoder_bytes,
     turn="decode",
     overflows_fp16=True,
-    fused_attention=False,
+    one_head=True,
 )
 
 VAE_ENCODER = Component(
@@ -60,5 +60,5 @@ VAE_ENCODER = Component(
     activations=vae_encoder_bytes,
     present=lambda networks: networks.vae.encoder,
     overflows_fp16=True,
-    fused_attention=False,
+    one_head=True,
 )

@@ -40,7 +40,7 @@ class HostedContender(OpenedContender):
         return images
 
     def _opener(self, bundle: Bundle) -> Callable[[str], Engine]:
-        options = EngineOptions(threads=self._job.threads)
+        options = EngineOptions(self._job.threads, self._job.gpu)
 
         def open_timed(component: str) -> Engine:
             with self._watch.component("load"):

@@ -37,7 +37,8 @@ _PROMPT, _SEED = "a red circle above a blue square", 0
 class BenchRequest:
     """What is asked for. None is the first bundle's default.
 
-    checkpoint: what the bundles were made from, for peers that read it. size: height and width.
+    checkpoint: what the bundles were made from, for peers that read it. device: the index of the
+    GPU. size: height and width.
     """
 
     bundles: tuple[Path, ...]
@@ -48,6 +49,7 @@ class BenchRequest:
     steps: int | None
     batch: int
     threads: int | None
+    device: int = 0
 
 
 def parse_peers(text: str) -> tuple[str, ...]:
@@ -95,6 +97,7 @@ def choose_contenders(
         guidance=generation.guidance_scale,
         batch=generation.batch,
         text_tokens=generation.max_sequence_length,
+        gpu=request.device,
     )
     contenders = [_of_bundle(name, bundle, job) for name, bundle in bundles.items()]
     contenders += [_of_peer(name, job) for name in request.peers]

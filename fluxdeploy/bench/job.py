@@ -43,7 +43,8 @@ class Job:
 
     contender: a name of `PEERS`, or "bundle". bundle, checkpoint, folder: paths; `checkpoint` is
     empty where none is needed, `folder` is where the process may write. latents: a file with the
-    noise to begin with, float32 [B, L, C], packed; a bundle draws the same from `seed`.
+    noise to begin with, float32 [B, L, C], packed; a bundle draws the same from `seed`. gpu: the
+    index of the GPU where `device` is cuda.
     """
 
     contender: str
@@ -62,3 +63,4 @@ class Job:
     guidance: float
     batch: int
     text_tokens: int
+    gpu: int = 0

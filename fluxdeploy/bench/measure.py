@@ -98,7 +98,7 @@ def run_bench(
     noise: float32 [B, L, C], packed: what every picture begins with. Raises `NumericError` for a
     contender that draws something else, and `EngineError` for one that fails.
     """
-    meter = open_meter() if contenders[0].job.device != "cpu" else None
+    meter = open_meter(contenders[0].job.gpu) if contenders[0].job.device != "cpu" else None
     measured = {contender.name: _Measured() for contender in contenders}
     warmup = 0 if counts.one_by_one else counts.warmup
     laps: dict[str, list[Laps]] = {}

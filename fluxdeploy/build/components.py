@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from fluxdeploy.build.engines import build_engines, check_engine
+from engines import BuildSettings
+from fluxdeploy.build.engines import build_engines, check_engine, engine_source
 from fluxdeploy.build.keys import content_key
 from fluxdeploy.build.resolve import ComponentSpec
 from fluxdeploy.build.run import BuildRun
 from fluxdeploy.build.staging import Staging
 from fluxdeploy.bundle.manifest import ComponentRecord, FileRecord, GoldenRecord
 from fluxdeploy.precision import PRECISIONS
+
+if TYPE_CHECKING:
+    from exporters.export import Exported
 
 __all__ = ["WeightArtifacts", "make_component"]
 
@@ -54,7 +59,8 @@ def _make(
         component.export, run.weights, ranges, component.fused, progress, artifacts
     )
     paths = [f"onnx/{path}" for path in (exported.path, *exported.weights)]
-    paths += build_engines(component, exported, run.spec, staging.root, progress)
+    if run.spec.runtime.builds:
+        paths += _build_engines(component, exported, run)
     _write_golden(component, record.golden, run)
     paths.append(record.golden.path)
     check_engine(run.spec.runtime, component.name, record, staging.root, progress)
@@ -67,6 +73,13 @@ def _make(
         paths.append(ranges_file.path)
         known[ranges_file.path] = ranges_file.sha256
     return staging.record(component.name, record.key, paths, known)
+
+
+def _build_engines(component: ComponentSpec, exported: Exported, run: BuildRun) -> list[str]:
+    request, root = run.spec.request, run.staging.root
+    settings = BuildSettings(component.profiles, request.memory_limit, request.weight_streaming)
+    source = engine_source(component.export, exported, root)
+    return build_engines(run.spec.runtime, source, component.engines, settings, root, run.progress)
 
 
 def _write_golden(component: ComponentSpec, golden: GoldenRecord, run: BuildRun) -> None:

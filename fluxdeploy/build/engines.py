@@ -1,60 +1,59 @@
-"""The engines of a component that is being built: which they are, their making, their checks."""
+"""The engines of a component that is being built: their making, and their checks."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines import BuildSettings, EngineOptions, EngineSource, Runtime
 from engines.golden import measure_component, require
-from engines.tensorrt.fusion import Expectation, check
-from fluxdeploy.build.plan import CPU_SESSION
-from fluxdeploy.build.resolve import BuildSpec, ComponentSpec
-from fluxdeploy.bundle.files import write_atomic
-from fluxdeploy.bundle.manifest import ComponentRecord
-from fluxdeploy.errors import EngineError
+from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.machine import read_memory
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
-    from exporters.export import Exported
+    from exporters.export import Exported, ExportSpec
 
-__all__ = ["build_engines", "check_engine"]
+__all__ = ["build_engines", "check_engine", "engine_source", "weight_bytes"]
+
+
+def engine_source(spec: ExportSpec, exported: Exported, root: Path) -> EngineSource:
+    """What a component's engines are built from, and what they are asked to be."""
+    return EngineSource(
+        spec.name,
+        PRECISIONS[spec.precision],
+        spec.compute,
+        root / "onnx" / exported.path,
+        spec.chain.inputs,
+        exported.quantized,
+        exported.attentions,
+        spec.component.one_head,
+        exported.weight_bytes,
+    )
 
 
 def build_engines(
-    component: ComponentSpec, exported: Exported, spec: BuildSpec, root: Path, progress: Progress
+    runtime: Runtime,
+    source: EngineSource,
+    engines: Sequence[EngineRecord],
+    settings: BuildSettings,
+    root: Path,
+    progress: Progress,
 ) -> list[str]:
-    """Build a component's engines below `root`, hold their kernels against what was asked.
+    """Build a component's engines below `root`.
 
-    Returns their files, with the reports of their kernels; none where the runtime opens the ONNX
-    file. Raises `EngineError` for an engine that is made of other kernels, and what `Runtime.build`
-    does.
+    Returns their files, with those that the runtime writes beside them. Raises what
+    `Runtime.build` does.
     """
-    runtime, request = spec.runtime, spec.request
-    if not runtime.builds:
-        return []
-    settings = BuildSettings(component.profiles, request.memory_limit, request.weight_streaming)
-    inputs = component.export.chain.inputs
-    onnx = root / "onnx" / exported.path
-    source = EngineSource(component.name, component.precision, onnx, inputs)
-    expected = _expectation(component, exported)
     paths = []
-    for engine in component.engines:
+    for engine in engines:
         file = root / engine.path
         file.parent.mkdir(parents=True, exist_ok=True)
-        fusion = runtime.build(source, (engine.target,), settings, file, progress).fusion
-        report = f"{engine.path.removesuffix('.engine')}.kernels.json"
-        write_atomic(root / report, fusion.as_json())
-        if problems := check(fusion, expected):
-            raise EngineError(
-                f"The {component.name} engine for {engine.target} is not the "
-                f"{component.precision} engine that was asked for: {'; '.join(problems)}. Its "
-                f"kernels are listed in {root / report}."
-            )
-        paths += [engine.path, report]
+        made = runtime.build(source, (engine.target,), settings, file, progress)
+        paths += [path.relative_to(root).as_posix() for path in made]
     return paths
 
 
@@ -73,8 +72,9 @@ def check_engine(
     else:
         progress.note(f"  {component}: not checked, since {available.detail}")
         return
-    needed, free = _weight_bytes(root / "onnx", component) * CPU_SESSION, read_memory().available
-    if engine.target == "cpu" and free is not None and needed > free:
+    weights = weight_bytes(root / "onnx", component)
+    needed, free = runtime.opening_memory(engine.target, weights), read_memory().available
+    if free is not None and needed > free:
         progress.note(
             f"  {component}: not checked, since its engine needs about {needed / 2**30:.0f} GiB of "
             f"memory and {free / 2**30:.0f} GiB are free; run `fluxdeploy verify` where it fits"
@@ -85,24 +85,8 @@ def check_engine(
         require(component, measure_component(opened, root / record.golden.path), record.golden)
 
 
-def _expectation(component: ComponentSpec, exported: Exported) -> Expectation:
-    """What the engine of a component must be made of, going by its precision and its graph."""
-    quantization = PRECISIONS[component.precision].quantization
-    gemms: dict[str, int] = {}
-    fused = component.export.component.fused_attention
-    attention = component.compute if fused else None
-    if quantization is not None:
-        kind = {"nvfp4": "fp4"}.get(quantization.format, quantization.format)
-        gemms[kind if quantization.activations else f"{kind}-weights"] = exported.quantized
-        if quantization.attention:
-            attention = "fp8" if kind == "fp4" else kind
-    return Expectation(
-        exported.attentions, attention, gemms, component.compute, exported.weight_bytes
-    )
-
-
-def _weight_bytes(folder: Path, name: str) -> int:
-    """Bytes of a component's weights in float32."""
+def weight_bytes(folder: Path, name: str) -> int:
+    """Bytes of a component's weights in float32, going by its graph."""
     import onnx
 
     graph = onnx.load(folder / f"{name}.onnx", load_external_data=False).graph

@@ -15,14 +15,13 @@ from engines import Runtime
 from fluxdeploy.build.checkpoint import check_family
 from fluxdeploy.build.sizes import SizeRange, any_size, overall, resolution_buckets
 from fluxdeploy.bundle.manifest import DimensionRange, EngineRecord
-from fluxdeploy.kernels import Kernels
-from fluxdeploy.precision import PRECISIONS
+from fluxdeploy.kernels import AttentionKernels
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
     from exporters.export import ExportSpec
 
-__all__ = ["BuildRequest", "BuildSpec", "ComponentSpec", "resolve"]
+__all__ = ["BuildRequest", "BuildSpec", "ComponentSpec", "list_engines", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class ComponentSpec:
     """
 
     export: ExportSpec
-    kernels: Kernels
+    kernels: AttentionKernels
     profiles: tuple[Mapping[str, DimensionRange], ...]
     engines: tuple[EngineRecord, ...]
 
@@ -66,7 +65,7 @@ class ComponentSpec:
     @property
     def fused(self) -> bool:
         """Whether its attention is ONNX Runtime's own operator in the graph."""
-        return self.kernels is Kernels.ONNX_RUNTIME
+        return self.kernels is AttentionKernels.ONNX_RUNTIME
 
     @property
     def precision(self) -> str:
@@ -116,8 +115,8 @@ def resolve(
         specs = export.chain.inputs + export.chain.outputs
         symbols = {d for spec in specs for d in spec.shape if isinstance(d, str)}
         profiles = _profiles(symbols, request, checkpoint, runtime)
-        engines = _list_engines(runtime, targets, name, overall(profiles))
-        kernels = _kernels(runtime, targets[0], precision, compute)
+        engines = list_engines(runtime, targets, name, overall(profiles))
+        kernels = runtime.attention(targets[0], precision, compute)
         components.append(ComponentSpec(export, kernels, profiles, engines))
     return BuildSpec(request, checkpoint, runtime, targets, tuple(components))
 
@@ -131,17 +130,7 @@ def _profiles(
     return (any_size(symbols, defaults, latents),)
 
 
-def _kernels(runtime: Runtime, target: str, precision: str, compute: str) -> Kernels:
-    if runtime.builds:
-        return Kernels.TENSORRT
-    quantization = PRECISIONS[precision].quantization
-    plain = quantization is not None and quantization.attention
-    if plain or not runtime.fuses_attention(target, compute):
-        return Kernels.PLAIN
-    return Kernels.ONNX_RUNTIME
-
-
-def _list_engines(
+def list_engines(
     runtime: Runtime,
     targets: tuple[str, ...],
     component: str,

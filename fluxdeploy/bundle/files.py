@@ -29,6 +29,7 @@ __all__ = [
     "sha256_file",
     "sync_file",
     "sync_folder",
+    "user_cache",
     "write_atomic",
 ]
 
@@ -139,7 +140,7 @@ class HashCache:
 
     def __init__(self, folder: Path | None = None) -> None:
         """`folder` is where the cache lies; the user's cache folder where it is not given."""
-        self._path = (folder or _user_cache()) / "hashes.json"
+        self._path = (folder or user_cache()) / "hashes.json"
 
     def hash_files(
         self, paths: Iterable[str | os.PathLike[str]], on_bytes: OnBytes | None = None
@@ -191,7 +192,8 @@ class HashCache:
             pass
 
 
-def _user_cache() -> Path:
+def user_cache() -> Path:
+    """The user's folder for what only saves time."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification says to ignore a relative path.
     root = base if os.path.isabs(base) else os.path.expanduser("~/.cache")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fluxdeploy.bench.job import PEERS
-from fluxdeploy.cli.options import RUNTIME, parse_size
+from fluxdeploy.cli.options import DEVICE, RUNTIME, parse_size
 from fluxdeploy.errors import UsageError
 from fluxdeploy.progress import Progress
 
@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     help="Start a contender anew for each turn, where memory is too small for all of them.",
 )
 @RUNTIME
+@DEVICE
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
@@ -102,6 +103,7 @@ def command(
     cold_starts: int,
     one_by_one: bool,
     runtime: str,
+    device: int,
     threads: int | None,
     json_file: Path | None,
     plot: Path | None,
@@ -138,7 +140,7 @@ def command(
             )
     if plot is not None:
         check_plot(plot)
-    request = BenchRequest(bundles, peers, checkpoint, runtime, size, steps, batch, threads)
+    request = BenchRequest(bundles, peers, checkpoint, runtime, size, steps, batch, threads, device)
     with Progress() as progress:
         contenders, noise = choose_contenders(request, progress)
         baseline = peers[0] if peers else contenders[0].name

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,43 +21,16 @@ from fluxdeploy.machine import describe_cpu, read_memory
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from engines import Extra
+
+__all__ = ["BASE", "command", "packages_by_extra"]
+
 BASE = "base"
 
-PACKAGES: dict[str, tuple[str, ...]] = {
-    BASE: (
-        "click",
-        "numpy",
-        "onnxruntime",
-        "pillow",
-        "rich",
-        "safetensors",
-        "sentencepiece",
-        "tokenizers",
-    ),
-    "export": (
-        "huggingface_hub",
-        "ml_dtypes",
-        "onnx",
-        "onnx-ir",
-        "onnxscript",
-        "torch",
-        "transformers",
-    ),
-    "openvino": ("openvino",),
-    "gpu": ("onnxruntime-gpu",),
-    "tensorrt": ("cuda-python", "tensorrt"),
-    "rtx": ("cuda-python", "tensorrt-rtx"),
-}
-"""The distributions behind each extra that a user may want; pyproject.toml has their versions."""
+_COMMANDS = {BASE: "generate, inspect, doctor", "export": "build, export, verify"}
+"""What the packages that every runtime needs are for; the others are the runtimes' own."""
 
-_PURPOSES = {
-    BASE: "generate, inspect, doctor",
-    "export": "build, export, verify",
-    "openvino": "OpenVINO on CPUs",
-    "gpu": "ONNX Runtime on NVIDIA GPUs",
-    "tensorrt": "TensorRT",
-    "rtx": "TensorRT-RTX",
-}
+_REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)[^;]*(?:;.*\bextra == .(?P<extra>[\w-]+))?")
 
 _GPU_FIELDS = ("name", "memory.total", "driver_version", "compute_cap")
 
@@ -94,7 +68,7 @@ def _make_report() -> dict[str, Any]:
         "gpus": _list_gpus(),
         "packages": _list_packages(),
         **_describe_runtimes(),
-        "notes": _find_conflicts(),
+        "notes": _find_notes(),
     }
 
 
@@ -131,15 +105,45 @@ def _parse_gpus(output: str) -> list[dict[str, Any]]:
     return gpus
 
 
+def packages_by_extra() -> dict[str, tuple[str, ...]]:
+    """The packages of the base and of each extra that a user may want.
+
+    Those of the base and of `export` are what the installed distribution asks for; each runtime
+    tells its own.
+    """
+    packages: dict[str, list[str]] = {name: [] for name in _COMMANDS}
+    for line in _requirements() or ():
+        found = _REQUIREMENT.match(line)
+        if found is not None and (extra := found["extra"] or BASE) in packages:
+            packages[extra].append(found["name"])
+    commands = {name: tuple(names) for name, names in packages.items()}
+    return commands | {extra.name: extra.packages for extra in _runtimes_extras()}
+
+
+def _requirements() -> list[str] | None:
+    """What the distribution asks for; None where this is a folder that was never installed."""
+    try:
+        return importlib.metadata.requires("fluxdeploy")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _runtimes_extras() -> tuple[Extra, ...]:
+    try:
+        import engines
+    except ImportError:  # NumPy is missing: the base's packages say so
+        return ()
+    return tuple(runtime.extra for runtime in engines.runtimes() if runtime.extra is not None)
+
+
 def _list_packages() -> dict[str, dict[str, str | None]]:
     packages = {
         extra: {name: _installed_version(name) for name in names}
-        for extra, names in PACKAGES.items()
+        for extra, names in packages_by_extra().items()
     }
     # The GPU package has all that the CPU one has, and stands in its place.
-    packages[BASE]["onnxruntime"] = (
-        packages[BASE]["onnxruntime"] or packages["gpu"]["onnxruntime-gpu"]
-    )
+    if "onnxruntime" in packages[BASE] and packages[BASE]["onnxruntime"] is None:
+        packages[BASE]["onnxruntime"] = _installed_version("onnxruntime-gpu")
     return packages
 
 
@@ -181,8 +185,13 @@ def _describe_runtimes() -> dict[str, Any]:
     return {"onnxruntime_providers": providers, "runtimes": runtimes, "auto": auto}
 
 
-def _find_conflicts() -> list[str]:
+def _find_notes() -> list[str]:
     notes = []
+    if _requirements() is None:
+        notes.append(
+            "fluxdeploy runs from a folder that is not installed, so that the packages it needs "
+            "are not known: pip install --editable ."
+        )
     if _installed_version("onnxruntime") and _installed_version("onnxruntime-gpu"):
         notes.append(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
@@ -219,12 +228,13 @@ def _show(report: dict[str, Any]) -> None:
 
     console.print("\n[bold]Packages[/bold]")
     packages = _make_table()
+    purposes = _COMMANDS | {extra.name: extra.purpose for extra in _runtimes_extras()}
     for extra, versions in report["packages"].items():
         lines = [", ".join(f"{name} {version}" for name, version in versions.items() if version)]
         if missing := [name for name, version in versions.items() if version is None]:
             install = escape("fluxdeploy" if extra == BASE else f"fluxdeploy[{extra}]")
             lines.append(f"[yellow]missing[/yellow] {', '.join(missing)}: pip install '{install}'")
-        packages.add_row(f"{extra}: {_PURPOSES[extra]}", "\n".join(filter(None, lines)))
+        packages.add_row(f"{extra}: {purposes[extra]}", "\n".join(filter(None, lines)))
     console.print(packages)
 
     console.print("\n[bold]Runtimes[/bold]")

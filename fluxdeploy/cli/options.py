@@ -15,6 +15,7 @@ __all__ = [
     "BUNDLE",
     "CALIBRATION",
     "COMPONENT_PRECISION",
+    "DEVICE",
     "MAX_BATCH",
     "MAX_SIZE",
     "MIN_SIZE",
@@ -65,6 +66,13 @@ THREADS = click.option(
     "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the runtime's choice]"
 )
 
+DEVICE = click.option(
+    "--device",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Which GPU, by its number, where there are several.",
+)
+
 
 def parse_size(value: str) -> tuple[int, int]:
     """WIDTHxHEIGHT in pixels, as (height, width)."""
@@ -78,29 +86,29 @@ MIN_SIZE = click.option(
     "--min-size",
     type=parse_size,
     metavar="WxH",
-    help="TensorRT: the smallest picture.  [default: a quarter of --opt-size each way]",
+    help="Built engines: the smallest picture.  [default: a quarter of --opt-size each way]",
 )
 
 OPT_SIZE = click.option(
     "--opt-size",
     type=parse_size,
     metavar="WxH",
-    help="TensorRT: the picture that engines are tuned for.  [default: the checkpoint's]",
+    help="Built engines: the picture that they are tuned for.  [default: the checkpoint's]",
 )
 
 MAX_SIZE = click.option(
     "--max-size",
     type=parse_size,
     metavar="WxH",
-    help="TensorRT: the largest picture. Any proportions with as many pixels will do.  "
-    "[default: twice --opt-size each way]",
+    help="Built engines: the largest picture. Any proportions with as many pixels will "
+    "do.  [default: twice --opt-size each way]",
 )
 
 MAX_BATCH = click.option(
     "--max-batch",
     type=click.IntRange(min=1, max=64),
     default=1,
-    help="TensorRT: pictures in one call.",
+    help="Built engines: pictures in one call.",
 )
 
 AS_JSON = click.option(

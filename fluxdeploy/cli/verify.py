@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fluxdeploy.cli.options import AS_JSON, BUNDLE, RUNTIME, THREADS
+from fluxdeploy.cli.options import AS_JSON, BUNDLE, DEVICE, RUNTIME, THREADS
 from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ _WORST = 5
     help="Draw how pictures and layers spread, with their thresholds, into this PNG file.",
 )
 @RUNTIME
+@DEVICE
 @THREADS
 @AS_JSON
 def command(
@@ -49,6 +50,7 @@ def command(
     pictures: int | None,
     plot: Path | None,
     runtime: str,
+    device: int,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -75,7 +77,7 @@ def command(
     if plot is not None:
         check_plot(plot)
         pictures = pictures or 1
-    options = EngineOptions(threads=threads)
+    options = EngineOptions(threads, device)
     with Progress(quiet=as_json) as progress:
         report = verify(bundle, checkpoint, runtime, options, progress, pictures)
     if plot is not None:
@@ -139,7 +141,7 @@ def _layers_table(report: LayersReport) -> Table:
 def _pictures_table(report: PicturesReport) -> Table:
     from rich.table import Table
 
-    from engines.golden import OBJECTS_PICTURES
+    from fluxdeploy.verify.pictures import OBJECTS_PICTURES
 
     count = len(report.pictures)
     pictures = "A picture" if count == 1 else f"{count} pictures"

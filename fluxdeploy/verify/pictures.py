@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines import Engine, EngineOptions
-from engines.golden import objects_kept
 from fluxdeploy.bundle import Bundle
 from fluxdeploy.bundle.manifest import QualityRecord
 from fluxdeploy.host.pipeline import FluxPipeline
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from fluxdeploy.demo.scenes import Scene
 
 __all__ = [
+    "OBJECTS_PICTURES",
     "LayersReport",
     "PictureReport",
     "PicturesReport",
@@ -33,9 +33,16 @@ __all__ = [
     "compare_pictures",
     "draw",
     "judge",
+    "objects_kept",
     "plan_pictures",
     "plan_scenes",
 ]
+
+OBJECTS_PICTURES = 20
+"""How many pictures it takes to compare objects: of fewer, one more or less would decide."""
+
+_OBJECTS_LOST = 0.1
+"""The largest share of pictures that may lose their objects."""
 
 _STEPS = 4
 _SIDE = 256
@@ -139,6 +146,13 @@ class PicturesReport:
             "passed": self.passed,
             "pictures": [asdict(picture) for picture in self.pictures],
         }
+
+
+def objects_kept(share: float, reference: float, pictures: int) -> bool:
+    """Whether a bundle draws the right objects about as often as PyTorch does."""
+    lost = reference - share
+    # The shares are multiples of 1 / pictures, which floats round.
+    return pictures < OBJECTS_PICTURES or lost <= _OBJECTS_LOST + 0.01 / pictures
 
 
 @dataclass(frozen=True)

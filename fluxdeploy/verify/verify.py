@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines import EngineOptions, open_engine
-from engines.golden import Deviation, is_emulated, measure_component
+from engines import EngineOptions, open_engine, runtimes
+from engines.golden import Deviation, measure_component
 from fluxdeploy.build.checkpoint import checkpoint_record, open_recorded
 from fluxdeploy.bundle import Bundle, open_bundle
 from fluxdeploy.demo import DEMO_CHECKPOINTS
@@ -32,7 +32,7 @@ __all__ = ["ComponentReport", "VerifyReport", "verify"]
 
 @dataclass(frozen=True)
 class ComponentReport:
-    """A component's engine against its golden tensors; see `engines.golden.is_emulated`."""
+    """A component's engine against its golden tensors; see `Runtime.emulates`."""
 
     name: str
     precision: str
@@ -146,7 +146,12 @@ def _verify_component(
     with open_engine(bundle, name, runtime, options) as engine:
         deviation = measure_component(engine, bundle.path(record.golden.path))
     # A bundle for a CPU has no engines for anything else.
-    emulated = any(is_emulated(record, built) for built in record.engines)
+    emulated = any(
+        known.emulates(built.target, record.precision)
+        for known in runtimes()
+        for built in record.engines
+        if built.runtime == known.name
+    )
     passed = deviation.within(record.golden)
     return ComponentReport(name, record.precision, emulated, deviation, passed)
 

@@ -16,12 +16,17 @@ import pytest
 from click.testing import CliRunner, Result
 
 import fluxdeploy.bench.measure
-from fluxdeploy.bench import choose
+from engines import EngineOptions
+from fluxdeploy.bench import bundle_contender, choose
 from fluxdeploy.bench.job import PEERS, Job
+from fluxdeploy.bench.measure import Contender
 from fluxdeploy.bench.process import ContenderProcess
 from fluxdeploy.bench.report.record import BenchReport, from_json
+from fluxdeploy.bench.stopwatch import Stopwatch
+from fluxdeploy.bundle import open_bundle
 from fluxdeploy.bundle.manifest import MANIFEST_NAME
 from fluxdeploy.cli import main
+from fluxdeploy.errors import EngineError
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,6 +138,28 @@ def test_a_peer_for_cpus_is_refused_beside_a_bundle_for_gpus(
     result = run("--bundle", demo_bundle, "--against", "openvino-bf16", *SMALL)
     assert result.exit_code == 2
     assert "The peer openvino-bf16 runs on the CPU" in result.stderr
+
+
+def test_the_gpu_that_is_asked_for_reaches_every_engine(
+    demo_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Job] = []
+
+    def stop(contenders: list[Contender], *others: object) -> None:
+        found.extend(contender.job for contender in contenders)
+        raise EngineError("enough")
+
+    monkeypatch.setattr(fluxdeploy.bench.measure, "run_bench", stop)
+    assert "enough" in run("--bundle", demo_bundle, "--device", 2, *SMALL).stderr
+    (job,) = found
+    opened: list[EngineOptions] = []
+    monkeypatch.setattr(
+        bundle_contender, "open_engine", lambda *given: opened.append(given[3]) or object()
+    )
+    monkeypatch.setattr(bundle_contender, "_TimedEngine", lambda *given: None)
+    contender = bundle_contender.HostedContender(job, Stopwatch())
+    contender._opener(open_bundle(demo_bundle))("clip")
+    assert opened == [EngineOptions(threads=1, device=2)]
 
 
 def test_another_network_is_not_timed(

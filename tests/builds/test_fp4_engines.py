@@ -11,8 +11,7 @@ pytest.importorskip("torch")
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
 from engines import BuildSettings, EngineSource, runtimes
-from engines.base import BuildReport
-from engines.tensorrt.fusion import Expectation, check
+from engines.tensorrt.fusion import FusionReport
 from exporters.calibrate.ranges import Ranges, attentions, linears
 from exporters.calibrate.trajectory import default_calibration
 from exporters.checkpoint import Checkpoint, open_checkpoint
@@ -26,6 +25,7 @@ from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.bundle.manifest import DimensionRange
 from fluxdeploy.bundle.tensorfile import read_header
 from fluxdeploy.errors import UsageError
+from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 from tests.conftest import SharedFolder
 
@@ -45,7 +45,7 @@ def full_width(shared_folder: SharedFolder) -> Checkpoint:
     return open_checkpoint(str(shared_folder.entry("full-width", make)))
 
 
-def make_engine(checkpoint: Checkpoint, folder: Path, target: str) -> tuple[Exported, BuildReport]:
+def make_engine(checkpoint: Checkpoint, folder: Path, target: str) -> tuple[Exported, FusionReport]:
     spec = specify(checkpoint, COMPONENTS["transformer"], "fp4")
     chain = spec.chain
     ranges = Ranges(
@@ -56,21 +56,32 @@ def make_engine(checkpoint: Checkpoint, folder: Path, target: str) -> tuple[Expo
     )
     weights = WeightFolder(folder / "weights")
     exported = export_component(spec, weights, ranges)
-    source = EngineSource("transformer", "fp4", folder / exported.path, chain.inputs)
+    source = EngineSource(
+        "transformer",
+        PRECISIONS["fp4"],
+        "bf16",
+        folder / exported.path,
+        chain.inputs,
+        exported.quantized,
+        exported.attentions,
+        one_head=False,
+        weight_bytes=exported.weight_bytes,
+    )
     (runtime,) = runtimes("tensorrt-rtx")
-    built = runtime.build(
+    engine, kernels = runtime.build(
         source, (target,), BuildSettings((SIZES,)), folder / "transformer.engine", QUIET
     )
-    return exported, built
+    report = FusionReport.from_json(kernels.read_text())
+    assert report.engine_bytes == engine.stat().st_size
+    return exported, report
 
 
 def test_full_width_runs_in_fp4_with_fp8_attention(full_width: Checkpoint, tmp_path: Path) -> None:
     """Every product of a block in FP4, those of one input in one kernel, and 9/16 byte a weight."""
     exported, built = make_engine(full_width, tmp_path, "sm120")
-    gemms = {"fp4": LINEARS, "bf16": 2}
-    expected = Expectation(2, "fp8", gemms, "bf16", exported.weight_bytes)
-    assert check(built.fusion, expected) == []
-    kernels = [k for k in built.fusion.kernels if "fp4" in k.inputs and "fp4" in k.constants]
+    assert built.gemms == {"fp4": LINEARS, "bf16": 2}
+    assert built.fused_attentions == {"fp8": 2}
+    kernels = [k for k in built.kernels if "fp4" in k.inputs and "fp4" in k.constants]
     assert len(kernels) == MERGED
     assert {kernel.kind for kernel in kernels} == {"gemm"}
 

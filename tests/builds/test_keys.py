@@ -17,7 +17,7 @@ from fluxdeploy.build import keys
 from fluxdeploy.build.checkpoint import CheckpointHashes, open_source
 from fluxdeploy.build.keys import content_key
 from fluxdeploy.build.resolve import BuildRequest, BuildSpec, ComponentSpec, resolve
-from fluxdeploy.kernels import Kernels
+from fluxdeploy.kernels import AttentionKernels
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,7 +126,7 @@ CHANGES: dict[str, Callable[[Given], Given]] = {
     "schedule": other_schedule,
     "precision": lambda given: given.with_export(precision="fp16"),
     "compute": lambda given: given.with_export(compute="fp16"),
-    "kernels": lambda given: given.with_component(kernels=Kernels.PLAIN),
+    "kernels": lambda given: given.with_component(kernels=AttentionKernels.PLAIN),
     "ranges": lambda given: dataclasses.replace(given, ranges="0" * 64),
     "runtime": lambda given: given.with_engine(runtime="openvino"),
     "runtime's version": lambda given: given.with_engine(runtime_version="0.1"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,27 @@ def test_the_gpu_package_stands_for_onnxruntime(monkeypatch: pytest.MonkeyPatch)
     packages = json.loads(run("--json").stdout)["packages"]
     assert packages["base"]["onnxruntime"] == "1.31.1"
     assert packages["base"]["numpy"] is None
+
+
+def test_a_folder_that_was_never_installed_knows_no_packages_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def requires(name: str) -> list[str]:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", requires)
+    report = json.loads(run("--json").stdout)
+    assert report["packages"]["base"] == {}
+    assert "tensorrt-rtx" in report["packages"]["rtx"]
+    assert any("pip install --editable" in note for note in report["notes"])
+
+
+def test_without_numpy_the_base_is_still_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "engines", None)
+    report = json.loads(run("--json").stdout)
+    assert set(report["packages"]) == {"base", "export"}
+    assert "numpy" in report["packages"]["base"]
+    assert "base: generate, inspect, doctor" in run().stdout
 
 
 def test_two_onnxruntime_packages_are_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:

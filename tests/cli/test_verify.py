@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from engines import EngineOptions
 from engines.golden import Deviation
 from fluxdeploy.bundle.manifest import QualityRecord
 from fluxdeploy.cli import main
@@ -53,7 +54,7 @@ def report(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     state: dict[str, Any] = {"report": REPORT}
 
     def verify(path: Path, checkpoint: str | None, *others: Any) -> VerifyReport:
-        state["checkpoint"], state["pictures"] = checkpoint, others[3]
+        state["checkpoint"], state["options"], state["pictures"] = checkpoint, others[1], others[3]
         return state["report"]
 
     monkeypatch.setattr(module, "verify", verify)
@@ -77,6 +78,12 @@ def test_the_tables_show_spreads_and_thresholds(report: dict[str, Any]) -> None:
     assert "single_transformer_blocks.1.proj_out" not in shown
     assert "3 pictures of 96x128 in 28 steps" in result.stdout
     assert report["pictures"] is None
+
+
+def test_threads_and_the_gpu_are_passed_on(report: dict[str, Any]) -> None:
+    assert run("--device", 1, "--threads", 2).exit_code == 0
+    assert report["options"] == EngineOptions(threads=2, device=1)
+    assert run("--device", -1).exit_code == 2
 
 
 def test_an_emulation_is_called_one(report: dict[str, Any]) -> None:

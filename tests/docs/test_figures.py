@@ -143,7 +143,7 @@ def test_the_conditioner_takes_the_share_that_the_readme_says() -> None:
 
 
 def test_the_memory_that_a_session_takes_is_what_the_build_plans_with() -> None:
-    from fluxdeploy.build.plan import CPU_SESSION
+    from engines.base import CPU_SESSION
 
     (said,) = re.findall(r"about ([\d.]+) times its float32 weights", README.read_text())
     assert float(said) == CPU_SESSION

@@ -15,6 +15,7 @@ pytest.importorskip("onnx")
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from engines import EngineSource
 from fluxdeploy.bundle.manifest import (
     ComponentRecord,
     DimensionRange,
@@ -22,6 +23,7 @@ from fluxdeploy.bundle.manifest import (
     FileRecord,
     TensorSpec,
 )
+from fluxdeploy.precision import PRECISIONS
 
 INPUTS = (
     TensorSpec("x", "float32", ("B", "T", 4)),
@@ -64,6 +66,30 @@ def record(*engines: EngineRecord) -> ComponentRecord:
 
 def engine_record(runtime: str = "onnxruntime", target: str = "cpu") -> EngineRecord:
     return EngineRecord(runtime, "1", target, "tiny.onnx", RANGES)
+
+
+def source(
+    component: str,
+    precision: str,
+    onnx: Path,
+    inputs: tuple[TensorSpec, ...],
+    quantized: int = 0,
+    attentions: int = 0,
+    weight_bytes: int = 0,
+) -> EngineSource:
+    """What is to be built, around bfloat16 where it is quantized."""
+    row = PRECISIONS[precision]
+    return EngineSource(
+        component,
+        row,
+        precision if row.quantization is None else "bf16",
+        onnx,
+        inputs,
+        quantized,
+        attentions,
+        one_head=False,
+        weight_bytes=weight_bytes,
+    )
 
 
 @pytest.fixture

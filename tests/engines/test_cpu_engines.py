@@ -11,6 +11,7 @@ import pytest
 from engines import Engine, EngineOptions, open_engine
 from engines.onnxruntime import OnnxRuntime
 from engines.openvino import OpenVino
+from engines.tensorrt.runtime import TensorRt
 from fluxdeploy.errors import EngineError
 from tests.engines.conftest import Make, arrays, engine_record, expected, record
 
@@ -126,6 +127,22 @@ def test_threads(bundle: Make, threads: int) -> None:
     assert engine.model().get_property("INFERENCE_NUM_THREADS") == threads
 
 
+def test_the_gpu_that_is_asked_for(bundle: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def session(path: str, settings: Any, providers: list[Any]) -> None:
+        asked.extend(providers)
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    cuda = engine_record(target="cuda")
+    with pytest.raises(EngineError, match=r"cannot open tiny .*no GPU"):
+        OnnxRuntime().open("tiny", record(cuda), cuda, bundle().root, EngineOptions(device=3))
+    (provider, choices), fallback = asked
+    assert (provider, choices["device_id"]) == ("CUDAExecutionProvider", 3)
+    assert fallback == "CPUExecutionProvider"
+
+
 @pytest.mark.parametrize("content", [b"", b"not a graph" * 50, None])
 def test_broken_file(bundle: Make, runtime: str, content: bytes | None) -> None:
     made = bundle(engine_record(runtime))
@@ -184,3 +201,16 @@ def test_openvino_keeps_bfloat16_and_takes_no_fp8() -> None:
     assert runtime.precision_problem("cpu", "int8") is None
     for name in ("fp8", "fp16", "int8-dynamic"):
         assert f"no {name} on CPUs; use fp32" in str(runtime.precision_problem("cpu", name))
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8-linears", "fp8-weights"])
+def test_fp8_is_emulated_on_a_cpu_alone(precision: str) -> None:
+    assert OnnxRuntime().emulates("cpu", precision)
+    assert not OnnxRuntime().emulates("cuda", precision)
+    assert not TensorRt().emulates("sm89", precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8-dynamic"])
+def test_what_a_cpu_computes_in_is_not_emulated(precision: str) -> None:
+    assert not OnnxRuntime().emulates("cpu", precision)
+    assert not OpenVino().emulates("cpu", precision)

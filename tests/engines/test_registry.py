@@ -5,10 +5,22 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from engines import AUTO, choose_target, open_engine, runtime_names, runtimes
+from engines import (
+    AUTO,
+    Availability,
+    choose_runtime,
+    choose_target,
+    open_engine,
+    registry,
+    runtime_names,
+    runtimes,
+)
+from engines.onnxruntime import OnnxRuntime
+from fluxdeploy.bundle.manifest import EngineRecord
 from fluxdeploy.errors import EngineError, UsageError
 from tests.engines.conftest import Make, arrays, engine_record, expected
 
@@ -80,3 +92,51 @@ def test_cuda_engine_without_a_gpu(bundle: Make) -> None:
     made = bundle(engine_record(target="cuda"), engine_record(target="cpu"))
     inputs = arrays()
     assert (open_engine(made, "tiny").run(inputs)["y"] == expected(**inputs)).all()
+
+
+def test_the_best_target_is_opened_whatever_the_bundle_s_order(
+    bundle: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU before the CPU, and the registry's runtimes from first to last."""
+    opened: list[tuple[str, str]] = []
+
+    class Pretended(OnnxRuntime):
+        def availability(self, target: str, device: int = 0) -> Availability:
+            return Availability(True, "")
+
+        def open(self, component: str, record: Any, engine: EngineRecord, *others: Any) -> Any:
+            opened.append((engine.runtime, engine.target))
+
+    class PretendedToo(Pretended):
+        name = "openvino"
+        targets = ("cpu",)
+
+    made = {"onnxruntime": Pretended(), "openvino": PretendedToo()}
+    monkeypatch.setattr(registry, "_runtime", made.__getitem__)
+    monkeypatch.setattr(registry, "_RUNTIMES", dict.fromkeys(made))
+    engines = [
+        engine_record("openvino", "cpu"),
+        engine_record("onnxruntime", "cpu"),
+        engine_record("onnxruntime", "cuda"),
+    ]
+    for engine in (engines, engines[::-1], engines[:2], engines[:1]):
+        open_engine(bundle(*engine), "tiny")
+    best = ("onnxruntime", "cuda")
+    assert opened == [best, best, ("onnxruntime", "cpu"), ("openvino", "cpu")]
+    assert choose_target()[1] == "cuda"
+    assert choose_target("openvino")[0].name == "openvino"
+
+
+@pytest.mark.parametrize("targets", [("sm89", "sm120"), ("sm120", "sm89"), ("sm89",) * 2])
+def test_targets_keep_the_order_in_which_they_were_asked_for(targets: tuple[str, ...]) -> None:
+    """The first one's types are those of all."""
+    assert choose_runtime("tensorrt-rtx", targets)[1] == tuple(dict.fromkeys(targets))
+
+
+def test_targets_and_runtimes_stand_from_best_to_worst() -> None:
+    assert runtime_names() == ("tensorrt", "tensorrt-rtx", "onnxruntime", "openvino")
+    for name in ("tensorrt", "tensorrt-rtx"):
+        (runtime,) = runtimes(name)
+        numbers = [int(target.removeprefix("sm")) for target in runtime.targets]
+        assert numbers == sorted(numbers, reverse=True)
+    assert runtimes("onnxruntime")[0].targets == ("cuda", "cpu")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from engines import precision_problem
-from engines.targets import GENERATIONS, check_precision_targets
+from engines import BuildSettings
+from engines.targets import GENERATIONS
+from engines.tensorrt.runtime import TensorRt
 from fluxdeploy.errors import UsageError
+from fluxdeploy.progress import Progress
+from tests.engines.conftest import INPUTS, RANGES, source
 
 FP8 = ("fp8", "fp8-linears", "fp8-weights")
 PRECISIONS = (*FP8, "int8", "int8-weights", "int8-dynamic", "fp4", "fp32", "bf16", "fp16")
@@ -14,7 +19,7 @@ PRECISIONS = (*FP8, "int8", "int8-weights", "int8-dynamic", "fp4", "fp32", "bf16
 
 @pytest.mark.parametrize("target", GENERATIONS)
 def test_what_the_hardware_has(target: str) -> None:
-    possible = {p for p in PRECISIONS if precision_problem(p, target) is None}
+    possible = {p for p in PRECISIONS if TensorRt().precision_problem(target, p) is None}
     number = int(target[2:])
     assert {"fp16", "int8", "int8-weights"} <= possible
     assert ("bf16" in possible) == (number >= 80)
@@ -35,5 +40,7 @@ def test_what_the_hardware_has(target: str) -> None:
     ],
 )
 def test_refusals_say_what_to_use(precision: str, targets: tuple[str, ...], words: str) -> None:
+    asked = source("transformer", precision, Path("missing.onnx"), INPUTS)
+    settings = BuildSettings((RANGES,))
     with pytest.raises(UsageError, match=f"^transformer cannot be {precision}: .*{words}"):
-        check_precision_targets("transformer", precision, targets)
+        TensorRt().build(asked, targets, settings, Path("missing"), Progress(quiet=True))

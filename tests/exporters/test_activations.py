@@ -12,7 +12,7 @@ import pytest
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.components.activations import transformer_bytes, vae_decoder_bytes
 from exporters.components.registry import COMPONENTS
-from fluxdeploy.kernels import CallSizes, Kernels
+from fluxdeploy.kernels import AttentionKernels, CallSizes
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "plan_memory.json"
 ROWS: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"]
@@ -32,27 +32,27 @@ MIDDLING: Any = SimpleNamespace(
 def test_measured(row: dict[str, Any]) -> None:
     element = 2 if row["precision"] == "bf16" else 4
     count = COMPONENTS[row["component"]].activations
-    planned = count(MIDDLING, CallSizes(**row["sizes"]), Kernels(row["kernels"]), element)
+    planned = count(MIDDLING, CallSizes(**row["sizes"]), AttentionKernels(row["kernels"]), element)
     assert planned == row["planned"], "run benchmarks/plan_memory.py again"
     assert 1 / 1.2 <= planned / row["activations"] <= 1.5
 
 
 def test_only_plain_attention_pays_for_scores() -> None:
-    def grown(kernels: Kernels) -> float:
+    def grown(kernels: AttentionKernels) -> float:
         small, large = (
             transformer_bytes(MIDDLING, CallSizes(1, 512, image, 1), kernels, 2)
             for image in (512, 15872)
         )
         return large / small
 
-    assert grown(Kernels.PLAIN) > 100
-    assert grown(Kernels.ONNX_RUNTIME) == 16
-    assert grown(Kernels.TENSORRT) < 16
+    assert grown(AttentionKernels.PLAIN) > 100
+    assert grown(AttentionKernels.ONNX_RUNTIME) == 16
+    assert grown(AttentionKernels.TENSORRT) < 16
 
 
 def test_the_vae_takes_one_picture_at_a_time() -> None:
     one, four = (
-        vae_decoder_bytes(MIDDLING, CallSizes(batch, 512, 4096, 1), Kernels.TENSORRT, 2)
+        vae_decoder_bytes(MIDDLING, CallSizes(batch, 512, 4096, 1), AttentionKernels.TENSORRT, 2)
         for batch in (1, 4)
     )
     assert one == four

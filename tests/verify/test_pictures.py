@@ -29,6 +29,7 @@ from fluxdeploy.verify.pictures import (
     Plan,
     draw,
     judge,
+    objects_kept,
     plan_pictures,
     plan_scenes,
 )
@@ -72,6 +73,24 @@ def test_objects_count_from_twenty_pictures_on() -> None:
     assert not report(*[kept] * 17, *[lost] * 3).passed
     assert report(*[kept] * 17, *[lost] * 3).objects == (0.85, 1.0)
     assert report(PICTURE).objects is None
+
+
+@pytest.mark.parametrize(
+    ("right", "expected", "pictures", "kept"),
+    [
+        (18, 20, 20, True),
+        (17, 20, 20, False),
+        (0, 19, 19, True),
+        (41, 46, 50, True),
+        (40, 46, 50, False),
+        (50, 10, 50, True),
+        *[(count * 7 // 10, count * 8 // 10, count, True) for count in (20, 30, 70, 300)],
+    ],
+)
+def test_a_tenth_of_many_pictures_may_lose_their_objects(
+    right: int, expected: int, pictures: int, kept: bool
+) -> None:
+    assert objects_kept(right / pictures, expected / pictures, pictures) is kept
 
 
 def test_one_layer_past_its_gate_fails() -> None:

@@ -27,6 +27,8 @@ class DiffusersContender(OpenedContender):
 
         super().__init__(job, watch)
         torch.set_num_threads(job.threads)
+        if job.device != "cpu":
+            torch.cuda.set_device(job.gpu)  # what "cuda" means from here on
         load = _LOADERS.get(job.contender.partition("-")[0], _eager_loader)(job)
         with watch.component("load"):
             self._pipe = load()

@@ -28,9 +28,12 @@ def optimum_loader(job: Job) -> Callable[[], Any]:
         convert_apart("fluxdeploy.bench.peers.optimum", job.checkpoint, folder, failure)
     options = SessionOptions()
     options.intra_op_num_threads = job.threads
-    provider = "CPUExecutionProvider" if job.device == "cpu" else "CUDAExecutionProvider"
+    where: dict[str, Any] = {"provider": "CPUExecutionProvider"}
+    if job.device != "cpu":
+        choices = {"device_id": job.gpu}
+        where = {"provider": "CUDAExecutionProvider", "provider_options": choices}
     return lambda: ORTFluxPipeline.from_pretrained(
-        folder, export=False, session_options=options, provider=provider
+        folder, export=False, session_options=options, **where
     )
 
 

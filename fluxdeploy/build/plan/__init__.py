@@ -4,10 +4,9 @@ Nothing is written, and no weight is read.
 """
 
 from fluxdeploy.build.plan.figures import ComponentPlan, DiskPlan, Phase, Plan, RunMemory
-from fluxdeploy.build.plan.planner import CPU_SESSION, make_plan
+from fluxdeploy.build.plan.planner import make_plan
 
 __all__ = [
-    "CPU_SESSION",
     "ComponentPlan",
     "DiskPlan",
     "Phase",

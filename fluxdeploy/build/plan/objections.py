@@ -82,14 +82,13 @@ def find_remarks(spec: BuildSpec, usual: RunMemory, free: int | None) -> Iterato
             told.setdefault(f"will not be checked here: {running.detail}", []).append(target)
     for why, unusable in told.items():
         yield f"{runtime.name} engines for {', '.join(unusable)} {why}"
-    on_cpu = targets[0] == "cpu"
-    emulated = [c.name for c in spec.components if c.precision.startswith("fp8")]
-    if on_cpu and emulated:
+    emulated = [c.name for c in spec.components if runtime.emulates(targets[0], c.precision)]
+    if emulated:
         yield (
             f"{', '.join(emulated)}: a CPU has no FP8; it is emulated, with the same numbers "
             "and neither faster nor smaller in memory"
         )
-    if on_cpu and free is not None and usual.all_open > free:
+    if targets[0] == "cpu" and free is not None and usual.all_open > free:
         fits = usual.low_vram <= free
         advice = "run it with --low-vram" if fits else "even --low-vram is too much"
         yield (

@@ -28,16 +28,12 @@ from fluxdeploy.bundle.manifest import (
     from_json,
 )
 from fluxdeploy.errors import BundleError
-from fluxdeploy.kernels import CallSizes, Kernels
+from fluxdeploy.kernels import AttentionKernels, CallSizes
 from fluxdeploy.machine import read_memory
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.text import TOKENIZER_FILES
 
-__all__ = ["CPU_SESSION", "make_plan"]
-
-CPU_SESSION = 2.5
-"""Memory of a CPU session while it opens, as a multiple of its float32 weights: constants are
-folded and packed while the originals are still there. A safe estimate."""
+__all__ = ["make_plan"]
 
 _PROCESS = 800_000_000
 """Bytes of a build's process itself: PyTorch, and the traced graph of a full-size transformer."""
@@ -45,13 +41,6 @@ _PROCESS = 800_000_000
 _QUANTIZING = 8
 """Bytes for each element of the tensor that is quantized: as it is stored, in float32, and twice
 in 8 bits, as it is and transposed."""
-
-_ENGINE_BUILD = 3
-"""Memory of TensorRT's builder as a multiple of the weights it is given, as measured."""
-_ENGINE_OVERHEAD = 300_000_000
-"""Bytes of the builder without any weights."""
-_ENGINE_FILE = 12_000_000
-"""Bytes of an engine besides its weights, at most: kernels, tactics, names."""
 
 _GRAPH, _STAGE = 100_000, 35_000
 """Bytes of an ONNX file, and of each of its stages."""
@@ -118,13 +107,8 @@ class _Planner:
         )
 
     def _resident(self, component: ComponentSpec, part: Footprint) -> int:
-        """Bytes of a component's weights where it runs.
-
-        ONNX Runtime has integer products of its own, and widens all other quantized weights.
-        """
-        quantization = PRECISIONS[component.precision].quantization
-        whole = quantization is not None and quantization.activations == "dynamic"
-        if self.runtime.builds or whole:
+        """Bytes of a component's weights where it runs."""
+        if not self.runtime.widens_weights(self.targets[0], component.precision):
             return part.graph
         return part.graph + WIDTHS[component.compute] * part.quantized
 
@@ -137,7 +121,7 @@ class _Planner:
             parameters=part.parameters,
             linked=part.linked,
             written=part.written,
-            engine=part.graph + _ENGINE_FILE if self.runtime.builds else 0,
+            engine=self.runtime.engine_size(part.graph),
             resident=self._resident(component, part),
             activations=self._activations(component, self.usual),
             largest_activations=self._activations(component, self.largest),
@@ -216,11 +200,11 @@ class _Planner:
         yield Phase("PyTorch reference", name, stage)
         name, part = max(parts.items(), key=lambda item: item[1].graph)
         if self.runtime.builds:
-            needed = _PROCESS + _ENGINE_OVERHEAD + _ENGINE_BUILD * part.graph
-            yield Phase("engine", name, needed)
-        if self.targets[0] == "cpu" and self.runtime.availability("cpu").ok:
-            name, part = max(parts.items(), key=lambda item: item[1].parameters)
-            yield Phase("check", name, int(CPU_SESSION * 4 * part.parameters))
+            yield Phase("engine", name, _PROCESS + self.runtime.building_memory(part.graph))
+        name, part = max(parts.items(), key=lambda item: item[1].parameters)
+        needed = self.runtime.opening_memory(self.targets[0], 4 * part.parameters)
+        if needed and self.runtime.availability(self.targets[0]).ok:
+            yield Phase("check", name, needed)
 
     def _calibration(self) -> int:
         """What the measuring of ranges holds besides a stage: what that computes, and of every
@@ -233,7 +217,7 @@ class _Planner:
         image = max((h // pixels) * (w // pixels) for h, w in calibration.sizes)
         sizes = CallSizes(1, self.usual.text, image, calibration.steps)
         transformer = self.components["transformer"].export.component
-        running = transformer.activations(self.checkpoint, sizes, Kernels.PLAIN, 4)
+        running = transformer.activations(self.checkpoint, sizes, AttentionKernels.PLAIN, 4)
         rows = 2 * (sizes.text + image) + calibration.steps * config.modulation_rows
         samples = len(calibration.prompts) * len(calibration.sizes)
         return running + samples * 4 * rows * config.width
@@ -244,10 +228,9 @@ class _Planner:
             return component.largest_activations if largest else component.activations
 
         def together(names: tuple[str, ...]) -> int:
-            # TensorRT's engines take turns with one block; ONNX Runtime's sessions keep their own.
             scratch = [activations(name) for name in names]
             weights = sum(components[name].resident for name in names)
-            return weights + (max(scratch) if self.runtime.builds else sum(scratch))
+            return weights + (max(scratch) if self.runtime.shares_scratch else sum(scratch))
 
         turns: dict[str, tuple[str, ...]] = {}
         for name, component in self.components.items():

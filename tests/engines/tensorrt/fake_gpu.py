@@ -1,4 +1,4 @@
-"""A GPU whose memory is host memory, and a plan that computes the tiny component on it."""
+"""A GPU whose memory is host memory, and an engine that computes the tiny component on it."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from engines.tensorrt.loaded import Profile, Shape
 from fluxdeploy.errors import EngineError
 from tests.engines.conftest import INPUTS, OUTPUTS, expected
 
-__all__ = ["FakeCuda", "FakePlan", "profile"]
+__all__ = ["FakeCuda", "FakeLoaded", "profile"]
 
 
 class FakeCuda(Cuda):
     """Checks that every address belongs to a living block, and that copies stay inside it.
 
-    Work is done at once, but for what is recorded between `begin_capture` and `end_capture`.
+    As on a GPU, what a stream is given is done by the time that somebody waits for it: here then,
+    and not before. Freeing memory waits for all streams.
     """
 
     def __init__(self) -> None:
         self.device: dict[int, Any] = {}
         self.host: dict[int, Any] = {}
         self.streams: set[int] = set()
-        self.graphs: set[int] = set()
         self.calls: Counter[str] = Counter()
-        self.recording: list[Callable[[], None]] | None = None
         self.memory = 1 << 40
-        self._recorded: dict[int, list[Callable[[], None]]] = {}
+        self._queues: dict[int, list[Callable[[], None]]] = {}
 
     def use_device(self, device: int) -> None:
         self.calls[f"device {device}"] += 1
@@ -53,6 +52,8 @@ class FakeCuda(Cuda):
         return ctypes.addressof(block)
 
     def free(self, address: int) -> None:
+        for stream in self.streams:
+            self.synchronize(stream)
         del self.device[address]
 
     def free_host(self, address: int) -> None:
@@ -65,41 +66,32 @@ class FakeCuda(Cuda):
     def destroy_stream(self, stream: int) -> None:
         self.streams.remove(stream)
 
+    def queue(self, stream: int, work: Callable[[], None]) -> None:
+        assert stream in self.streams
+        self._queues.setdefault(stream, []).append(work)
+
     def synchronize(self, stream: int) -> None:
         assert stream in self.streams
-        assert self.recording is None
+        queued, self._queues[stream] = self._queues.get(stream, []), []
+        for work in queued:
+            work()
 
     def copy_in(self, device: int, host: int, size: int, stream: int) -> None:
         self.calls["copy_in"] += 1
-        assert stream in self.streams
-        assert size <= len(self.device[device])
-        ctypes.memmove(device, host, size)
+
+        def work() -> None:
+            assert size <= len(self.device[device])
+            ctypes.memmove(device, host, size)
+
+        self.queue(stream, work)
 
     def copy_out(self, host: int, device: int, size: int, stream: int) -> None:
-        assert size <= len(self.device[device])
-        assert size <= len(self.host[host])
-        ctypes.memmove(host, device, size)
+        def work() -> None:
+            assert size <= len(self.device[device])
+            assert size <= len(self.host[host])
+            ctypes.memmove(host, device, size)
 
-    def begin_capture(self, stream: int) -> None:
-        assert self.recording is None
-        self.recording = []
-
-    def end_capture(self, stream: int) -> Any:
-        assert self.recording is not None
-        graph = len(self._recorded) + 1
-        self._recorded[graph], self.recording = self.recording, None
-        self.graphs.add(graph)
-        self.calls["capture"] += 1
-        return graph
-
-    def launch(self, graph: Any, stream: int) -> None:
-        assert graph in self.graphs
-        self.calls["launch"] += 1
-        for work in self._recorded[graph]:
-            work()
-
-    def destroy_graph(self, graph: Any) -> None:
-        self.graphs.remove(graph)
+        self.queue(stream, work)
 
 
 def profile(batch: tuple[int, int, int], tokens: tuple[int, int, int]) -> Profile:
@@ -115,11 +107,10 @@ def profile(batch: tuple[int, int, int], tokens: tuple[int, int, int]) -> Profil
     }
 
 
-class FakePlan:
-    """As `Plan`: the tiny component, computed from what lies at the addresses it was given."""
+class FakeLoaded:
+    """As `LoadedEngine`: the tiny component, from what lies at the addresses it was given."""
 
     component = "tiny"
-    records_graphs = False
 
     def __init__(self, cuda: FakeCuda, *profiles: Profile, scratch: int = 1000) -> None:
         self.cuda = cuda
@@ -158,9 +149,6 @@ class FakePlan:
     def set_scratch(self, address: int, size: int) -> None:
         self._block = address, size
 
-    def can_be_captured(self, stream: int) -> bool:
-        return True
-
     def enqueue(self, stream: int) -> None:
         assert not self.closed
         self.calls["enqueue"] += 1
@@ -170,6 +158,7 @@ class FakePlan:
         assert block is not None
 
         def work() -> None:
+            assert not self.closed
             assert len(self.cuda.device[block[0]]) >= block[1], "the scratch block is gone"
             inputs = {
                 spec.name: self._array(addresses[spec.name], shapes[spec.name], spec.dtype)
@@ -178,10 +167,7 @@ class FakePlan:
             result = expected(**inputs)
             self._array(addresses["y"], result.shape, "float32")[...] = result
 
-        if self.cuda.recording is None:
-            work()
-        else:
-            self.cuda.recording.append(work)
+        self.cuda.queue(stream, work)
 
     def _array(self, address: int, shape: Shape, dtype: str) -> Any:
         size = int(np.prod(shape)) * 4

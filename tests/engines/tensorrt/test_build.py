@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +17,14 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
 import tensorrt_rtx as trt
 
-from engines import BuildSettings, EngineSource
-from engines.tensorrt.build import _Messages, _Phases
+from engines import BuildSettings
+from engines.tensorrt.build import _Messages, _Phases, _Timings
+from engines.tensorrt.fusion import FusionReport
 from engines.tensorrt.runtime import TensorRtRtx
 from fluxdeploy.bundle.manifest import DimensionRange, TensorSpec
 from fluxdeploy.errors import BundleError, EngineError
 from fluxdeploy.progress import Progress, Task
+from tests.engines.conftest import source
 from tests.engines.tensorrt.block import INPUTS, RANGES, Block, write_block
 
 PLAIN = Block(linears=(), attention=())
@@ -40,35 +43,97 @@ def build(tmp_path: Path) -> Build:
         precision: str = "bf16",
         destination: Path | None = None,
     ) -> Any:
-        source = EngineSource("block", precision, path or write_block(tmp_path, PLAIN), inputs)
-        to = destination or tmp_path / "block.plan"
-        return TensorRtRtx().build(source, targets, settings, to, progress or Progress(quiet=True))
+        asked = source(
+            "block",
+            precision,
+            path or write_block(tmp_path, PLAIN),
+            inputs,
+            attentions=1,
+            weight_bytes=2 << 20,
+        )
+        to = destination or tmp_path / "block.engine"
+        return TensorRtRtx().build(asked, targets, settings, to, progress or Progress(quiet=True))
 
     return make
 
 
-def test_a_build_shows_its_progress_and_replaces_the_file(build: Build, tmp_path: Path) -> None:
-    plan = tmp_path / "block.plan"
-    plan.write_bytes(b"an earlier one")
+def test_a_build_shows_its_progress_and_replaces_the_file(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    engine = tmp_path / "block.engine"
+    engine.write_bytes(b"an earlier one")
     told = io.StringIO()
     settings = BuildSettings((RANGES,), memory_limit=1 << 30, weight_streaming=True)
-    cache = tmp_path / "timings"
-    report = build(
-        BuildSettings(**{**vars(settings), "timing_cache": cache}),
-        ("sm80", "sm86"),
-        Progress(stream=told),
-    )
-    assert plan.stat().st_size == report.engine_bytes > 1 << 20
-    assert report.seconds > 0
+    files = build(settings, ("sm80", "sm86"), Progress(stream=told))
+    assert files == (engine, tmp_path / "block.kernels.json")
+    report = FusionReport.from_json(files[1].read_text())
+    assert engine.stat().st_size == report.engine_bytes > 1 << 20
     assert "block: building for sm80+sm86: " in told.getvalue()
-    assert not cache.exists(), "TensorRT-RTX measures nothing"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["block.onnx", "block.plan"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "block.engine",
+        "block.kernels.json",
+        "block.onnx",
+    ], "no cache of timings: TensorRT-RTX measures nothing"
+
+
+class Config:
+    """A builder's configuration, which knows the timings of one GPU."""
+
+    def __init__(self) -> None:
+        self.given: list[bytes] = []
+        self.cache: Any = None
+
+    def create_timing_cache(self, data: bytes) -> Any:
+        self.given.append(data)
+        broken = data.startswith(b"broken")
+        return None if broken else SimpleNamespace(data=data, serialize=lambda: data + b" measured")
+
+    def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        fits = not cache.data.startswith(b"another GPU")
+        self.cache = cache if fits else None
+        return fits
+
+    def get_timing_cache(self) -> Any:
+        return self.cache
+
+
+@pytest.mark.parametrize(
+    ("known", "kept"),
+    [
+        (None, b" measured"),
+        (b"ours", b"ours measured"),
+        (b"another GPU's", b" measured"),
+        (b"broken", b" measured"),
+    ],
+)
+def test_timings_are_kept_for_the_next_build(
+    tmp_path: Path, known: bytes | None, kept: bytes
+) -> None:
+    path = tmp_path / "cache" / "tensorrt.timings"
+    if known is not None:
+        path.parent.mkdir()
+        path.write_bytes(known)
+    timings, config = _Timings(path), Config()
+    timings.load(config)
+    assert config.given[0] == (known or b"")
+    timings.save(config)
+    assert path.read_bytes() == kept
+
+
+def test_timings_that_cannot_be_kept_are_no_reason_to_fail(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    timings, config = _Timings(tmp_path / "file" / "tensorrt.timings"), Config()
+    timings.load(config)
+    timings.save(config)
+    assert config.given == [b""]
 
 
 def test_too_little_memory(build: Build, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"build block \(bf16\) for sm89: .*raise the builder's"):
         build(BuildSettings((RANGES,), memory_limit=1 << 10))
-    assert not (tmp_path / "block.plan").exists()
+    assert not (tmp_path / "block.engine").exists()
 
 
 def test_a_type_that_the_target_has_not(build: Build, tmp_path: Path) -> None:
@@ -122,7 +187,7 @@ def test_a_bucket_that_the_graph_cannot_have(build: Build) -> None:
 
 def test_a_folder_that_is_not_there(build: Build, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"Cannot write .*there is no such file or folder"):
-        build(destination=tmp_path / "missing" / "block.plan")
+        build(destination=tmp_path / "missing" / "block.engine")
 
 
 def test_ctrl_c_stops_a_build(build: Build, tmp_path: Path) -> None:
@@ -153,7 +218,7 @@ def test_ctrl_c_stops_a_build(build: Build, tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGINT, usual)
     assert hit.is_set()
-    assert not (tmp_path / "block.plan").exists()
+    assert not (tmp_path / "block.engine").exists()
 
 
 def test_nested_phases_are_one_bar() -> None:

@@ -7,12 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from engines import BuildSettings, EngineSource
-from engines.tensorrt.fusion import Expectation, FusionReport, Products, check, read_report
-from engines.tensorrt.runtime import TensorRtRtx
+from engines import BuildSettings
+from engines.tensorrt.fusion import (
+    Expectation,
+    FusionReport,
+    Products,
+    check,
+    expect,
+    read_report,
+)
 from fluxdeploy.bundle.manifest import DimensionRange
 from fluxdeploy.errors import EngineError
 from fluxdeploy.progress import Progress
+from tests.engines.conftest import source
 
 PRODUCTS = Products(
     frozenset({"q", "k", "v", "out", "final"}), frozenset({"scores", "mixed"}), frozenset({"soft"})
@@ -128,6 +135,26 @@ def test_float32_engines_have_no_fused_attention() -> None:
     assert "not fused" in check(report, WANTED)[0]
 
 
+@pytest.mark.parametrize(
+    ("precision", "attention", "gemms"),
+    [
+        ("bf16", "bf16", {}),
+        ("fp8", "fp8", {"fp8": 4}),
+        ("fp8-linears", "bf16", {"fp8": 4}),
+        ("fp8-weights", "bf16", {"fp8-weights": 4}),
+        ("int8", "bf16", {"int8": 4}),
+        ("int8-weights", "bf16", {"int8-weights": 4}),
+        ("fp4", "fp8", {"fp4": 4}),
+    ],
+)
+def test_what_a_precision_asks_of_an_engine(
+    precision: str, attention: str, gemms: dict[str, int]
+) -> None:
+    asked = source("x", precision, Path("x.onnx"), (), 4, 1, 10)
+    assert expect(asked) == Expectation(1, attention, gemms, "bf16", 10)
+    assert expect(replace(asked, one_head=True)).attention_type is None
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"kernels": 3}', '{"kernels": [{"name": 1}]}'])
 def test_what_is_no_report(text: str) -> None:
     with pytest.raises(EngineError, match="not a fusion report"):
@@ -147,18 +174,22 @@ class TestRealEngines:
     def build(
         self, folder: Path, targets: tuple[str, ...] = ("sm89",), buckets: int = 1, **how: object
     ) -> FusionReport:
+        import tensorrt_rtx
+
+        from engines.tensorrt.build import build_engine
         from tests.engines.tensorrt.block import INPUTS, RANGES, Block, write_block
 
         path = write_block(folder, Block(**how))
-        source = EngineSource("block", "bf16", path, INPUTS)
+        asked = source("block", "bf16", path, INPUTS)
         profiles = tuple(
             RANGES | {"L": DimensionRange(64, 256 * n, 1024 * n)} for n in range(1, buckets + 1)
         )
         settings = BuildSettings(profiles)
-        destination = folder / "block.plan"
-        report = TensorRtRtx().build(source, targets, settings, destination, Progress(quiet=True))
-        assert destination.stat().st_size == report.engine_bytes == report.fusion.engine_bytes
-        return report.fusion
+        destination = folder / "block.engine"
+        progress = Progress(quiet=True)
+        report = build_engine(tensorrt_rtx, asked, targets, settings, None, destination, progress)
+        assert destination.stat().st_size == report.engine_bytes
+        return report
 
     def expectation(self, narrow: int = 6) -> Expectation:
         from tests.engines.tensorrt.block import HIDDEN, LINEARS, OUT, WIDTH

@@ -1,4 +1,4 @@
-"""Reading plans and calling the library, which is pretended here: it needs a GPU."""
+"""Reading engines and calling the library, which is pretended here: it needs a GPU."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines import EngineOptions
-from engines.tensorrt import loaded
-from engines.tensorrt.loaded import Plan, load_plan
+from engines.tensorrt import loaded as module
+from engines.tensorrt.loaded import LoadedEngine, load_engine
 from fluxdeploy.errors import EngineError
 from tests.engines.tensorrt.fake_gpu import FakeCuda
 
 
 class Library:
-    """As much of `tensorrt_rtx` as a plan needs. `events` is what happened."""
+    """As much of `tensorrt_rtx` as a loaded engine needs. `events` is what happened."""
 
     def __init__(self) -> None:
         library = self
@@ -33,7 +32,6 @@ class Library:
         self.EngineValidity = SimpleNamespace(INVALID="invalid")
         self.TensorIOMode = SimpleNamespace(INPUT="in")
         self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
-        self.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
 
         class Runtime:
             engine_header_size = 4
@@ -88,13 +86,8 @@ class Library:
                 assert name == "x"
                 return [[1, 4], [2, 4], [3 + index, 4]]
 
-            def create_runtime_config(self) -> Any:
-                return SimpleNamespace(
-                    set_execution_context_allocation_strategy=lambda s: library.events.append(s)
-                )
-
-            def create_execution_context(self, config: Any) -> Any:
-                library.config = config
+            def create_execution_context(self, strategy: str) -> Any:
+                library.events.append(strategy)
                 return None if library.refuses == "context" else Context()
 
             def __del__(self) -> None:
@@ -118,7 +111,6 @@ class Library:
 
         self.Runtime = Runtime
         self.engine: Any = None
-        self.config: Any = None
 
     def nptype(self, kind: str) -> Any:
         return np.float32
@@ -131,45 +123,38 @@ def library() -> Library:
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(loaded, "_CHUNK", 1000)
-    made = tmp_path / "tiny.plan"
+    monkeypatch.setattr(module, "_CHUNK", 1000)
+    made = tmp_path / "tiny.engine"
     made.write_bytes(os.urandom(4096))
     return made
 
 
-def load(library: Library, path: Path, graphs: bool = False, memory: int = 1 << 40) -> Plan:
+def load(library: Library, path: Path, memory: int = 1 << 40) -> LoadedEngine:
     cuda = FakeCuda()
     cuda.memory = memory
-    return load_plan(library, cuda, path, "tiny", EngineOptions(cuda_graphs=graphs))
+    return load_engine(library, cuda, path, "tiny")
 
 
-def test_a_plan_is_read_in_pieces(library: Library, path: Path) -> None:
-    plan = load(library, path)
+def test_an_engine_is_read_in_pieces(library: Library, path: Path) -> None:
+    loaded = load(library, path)
     data = path.read_bytes()
     assert ("header", data[:4]) in library.events
     assert data[:6] + data[8:] in library.events
     assert "user" in library.events, "scratch memory is the caller's"
-    assert plan.tensors == {"x": "float32", "y": "float32"}
-    assert [profile["x"][2] for profile in plan.profiles] == [(3, 4), (4, 4)]
-    assert plan.profiles[0]["x"] == ((1, 4), (2, 4), (3, 4))
-    assert not plan.records_graphs
-    plan.set_profile(0, 7)
-    plan.set_profile(1, 7)
+    assert loaded.tensors == {"x": "float32", "y": "float32"}
+    assert [profile["x"][2] for profile in loaded.profiles] == [(3, 4), (4, 4)]
+    assert loaded.profiles[0]["x"] == ((1, 4), (2, 4), (3, 4))
+    loaded.set_profile(0, 7)
+    loaded.set_profile(1, 7)
     assert [e for e in library.events if e[0] == "profile"] == [("profile", 1, 7)]
 
 
 def test_things_go_in_their_order(library: Library, path: Path) -> None:
-    plan = load(library, path)
+    loaded = load(library, path)
     library.engine = None
-    plan.close()
-    plan.close()
+    loaded.close()
+    loaded.close()
     assert library.events[-3:] == ["context gone", "engine gone", "runtime gone"]
-
-
-def test_graphs_are_left_to_a_library_that_records_them(library: Library, path: Path) -> None:
-    plan = load(library, path, graphs=True)
-    assert plan.records_graphs
-    assert library.config.cuda_graph_strategy == "whole"
 
 
 @pytest.mark.parametrize(("memory", "budget"), [(1 << 40, None), (1 << 30, 123)])
@@ -182,10 +167,10 @@ def test_weights_are_streamed_where_they_do_not_fit(
 
 
 def test_what_cannot_be_opened(library: Library, path: Path, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"cannot open tiny \(.*missing.plan\): No such file"):
-        load(library, tmp_path / "missing.plan")
+    with pytest.raises(EngineError, match=r"cannot open tiny \(.*missing.engine\): No such file"):
+        load(library, tmp_path / "missing.engine")
     library.readable = False
-    with pytest.raises(EngineError, match=r"tiny.plan\): magic tag does not match\."):
+    with pytest.raises(EngineError, match=r"tiny.engine\): magic tag does not match\."):
         load(library, path)
     library.valid = False
     library.events.clear()
@@ -206,9 +191,9 @@ def test_refusals_of_the_library(library: Library, path: Path, refuses: str, wor
     library.refuses = refuses
 
     def use() -> None:
-        plan = load(library, path)
-        plan.set_shape("x", (5,))
-        plan.enqueue(1)
+        loaded = load(library, path)
+        loaded.set_shape("x", (5,))
+        loaded.enqueue(1)
 
     with pytest.raises(EngineError, match=words):
         use()

@@ -1,4 +1,4 @@
-"""Running TensorRT engines: profiles, buffers, bindings, graphs, closing. On a pretended GPU."""
+"""Running TensorRT engines: profiles, buffers, bindings, closing. On a pretended GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engines.gpu import has_nvidia_driver
 from engines.tensorrt.run import Scratch, TensorRtEngine
 from fluxdeploy.errors import EngineError
 from tests.engines.conftest import arrays, engine_record, expected, record
-from tests.engines.tensorrt.fake_gpu import FakeCuda, FakePlan, profile
+from tests.engines.tensorrt.fake_gpu import FakeCuda, FakeLoaded, profile
 
 WIDE = profile((1, 1, 8), (1, 2, 16))
 NARROW = profile((1, 2, 2), (2, 3, 4))
@@ -31,14 +31,14 @@ class Machine:
         self.scratch = Scratch(self.cuda)
 
     def open(
-        self, *profiles: Any, scratch: int = 1000, graphs: bool = False
-    ) -> tuple[TensorRtEngine, FakePlan]:
-        plan = FakePlan(self.cuda, *(profiles or (WIDE,)), scratch=scratch)
+        self, *profiles: Any, scratch: int = 1000, device: int = 0
+    ) -> tuple[TensorRtEngine, FakeLoaded]:
+        loaded = FakeLoaded(self.cuda, *(profiles or (WIDE,)), scratch=scratch)
         made = engine_record("tensorrt-rtx", "sm89")
-        fake: Any = plan
-        options = EngineOptions(cuda_graphs=graphs)
+        fake: Any = loaded
+        options = EngineOptions(device=device)
         engine = TensorRtEngine("tiny", record(made), made, fake, self.cuda, self.scratch, options)
-        return engine, plan
+        return engine, loaded
 
 
 @pytest.fixture
@@ -55,10 +55,9 @@ def right(result: Mapping[str, Any], inputs: dict[str, Any]) -> bool:
     return bool((result["y"] == expected(**inputs)).all())
 
 
-@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("resident", [(), ("scale",), ("scale", "ids"), ("x", "scale", "ids")])
-def test_bindings_and_runs(machine: Machine, resident: tuple[str, ...], graphs: bool) -> None:
-    engine, _ = machine.open(graphs=graphs)
+def test_bindings_and_runs(machine: Machine, resident: tuple[str, ...]) -> None:
+    engine, _ = machine.open()
     inputs = arrays()
     placed, changing = split(inputs, *resident)
     binding = engine.bind(placed)
@@ -66,6 +65,25 @@ def test_bindings_and_runs(machine: Machine, resident: tuple[str, ...], graphs: 
         assert right(binding.run(changing), inputs)
     assert right(engine.run(inputs), inputs)
     assert right(binding.run(changing), inputs), "after another one used the engine"
+
+
+def test_all_is_done_on_the_gpu_that_was_asked_for(machine: Machine) -> None:
+    engine, _ = machine.open(device=1)
+    inputs = arrays()
+    assert right(engine.bind({}).run(inputs), inputs)
+    engine.close()
+    assert {name for name in machine.cuda.calls if name.startswith("device")} == {"device 1"}
+
+
+def test_resident_inputs_are_the_bindings_own(machine: Machine) -> None:
+    """The copy is done when `bind` returns: what the caller does with the array changes nothing."""
+    engine, _ = machine.open()
+    inputs = arrays()
+    answer = expected(**inputs)
+    placed, changing = split(inputs, "scale", "ids")
+    binding = engine.bind(placed)
+    placed["scale"][:] = np.nan
+    assert (binding.run(changing)["y"] == answer).all()
 
 
 def test_resident_inputs_are_uploaded_once(machine: Machine) -> None:
@@ -104,9 +122,8 @@ def test_outputs_outlive_the_engine(machine: Machine) -> None:
     assert not machine.cuda.host
 
 
-@pytest.mark.parametrize("graphs", [False, True])
-def test_shapes_may_change_between_calls(machine: Machine, graphs: bool) -> None:
-    engine, plan = machine.open(NARROW, WIDE, graphs=graphs)
+def test_shapes_may_change_between_calls(machine: Machine) -> None:
+    engine, loaded = machine.open(NARROW, WIDE)
     inputs = arrays(2, 3)
     placed, _ = split(inputs, "scale", "ids")
     binding = engine.bind(placed)
@@ -114,19 +131,19 @@ def test_shapes_may_change_between_calls(machine: Machine, graphs: bool) -> None
         x = arrays(2, tokens, seed=tokens)["x"]
         result = binding.run({"x": x})
         assert right(result, {"x": x, **placed})
-        assert plan.active == (0 if tokens == 3 else 1)
-    shapes = plan.calls["set_shape"]
+        assert loaded.active == (0 if tokens == 3 else 1)
+    shapes = loaded.calls["set_shape"]
     binding.run({"x": x})
-    assert plan.calls["set_shape"] == shapes, "nothing is set again for the same shapes"
+    assert loaded.calls["set_shape"] == shapes, "nothing is set again for the same shapes"
 
 
 @pytest.mark.parametrize("order", [(WIDE, NARROW), (NARROW, WIDE)])
 def test_the_narrowest_profile_is_taken(machine: Machine, order: tuple[Any, ...]) -> None:
-    engine, plan = machine.open(*order)
+    engine, loaded = machine.open(*order)
     for batch, tokens, best in ((1, 2, NARROW), (2, 4, NARROW), (2, 5, WIDE), (3, 4, WIDE)):
         inputs = arrays(batch, tokens)
         assert right(engine.run(inputs), inputs)
-        assert order[plan.active] is best
+        assert order[loaded.active] is best
 
 
 def test_sizes_between_the_profiles_are_refused(machine: Machine) -> None:
@@ -139,8 +156,8 @@ def test_sizes_between_the_profiles_are_refused(machine: Machine) -> None:
 
 
 def test_engines_share_one_scratch_block(machine: Machine) -> None:
-    """A block that grows takes a new address: the others, and their graphs, must follow."""
-    small, _ = machine.open(scratch=100, graphs=True)
+    """A block that grows takes a new address: the others must follow."""
+    small, _ = machine.open(scratch=100)
     inputs = arrays()
     for _ in range(3):
         assert right(small.run(inputs), inputs)
@@ -155,24 +172,8 @@ def test_engines_share_one_scratch_block(machine: Machine) -> None:
     assert not machine.cuda.device
 
 
-def test_a_graph_is_recorded_once_for_a_shape(machine: Machine) -> None:
-    engine, plan = machine.open(graphs=True)
-    placed, changing = split(arrays(), "scale", "ids")
-    binding = engine.bind(placed)
-    for _ in range(6):
-        assert right(binding.run(changing), placed | changing)
-    assert machine.cuda.calls["capture"] == 1
-    assert machine.cuda.calls["launch"] == 5
-    assert plan.calls["enqueue"] == 2
-    other = arrays(2, 5)["x"]
-    for _ in range(3):
-        assert right(binding.run({"x": other}), {"x": other, **placed})
-    assert machine.cuda.calls["capture"] == 2
-    assert len(machine.cuda.graphs) == 1, "that of the old shape is gone"
-
-
-def test_bindings_take_turns_with_graphs(machine: Machine) -> None:
-    engine, _ = machine.open(NARROW, WIDE, graphs=True)
+def test_bindings_take_turns(machine: Machine) -> None:
+    engine, _ = machine.open(NARROW, WIDE)
     made = [(engine.bind({}), arrays(2, tokens, seed=tokens)) for tokens in (3, 9, 9)]
     for turns in (1, 3, 1):
         for binding, inputs in made:
@@ -181,14 +182,13 @@ def test_bindings_take_turns_with_graphs(machine: Machine) -> None:
 
 
 def test_a_failed_run_leaves_the_engine_usable(machine: Machine) -> None:
-    engine, plan = machine.open(graphs=True)
+    engine, loaded = machine.open()
     inputs = arrays()
     assert right(engine.run(inputs), inputs)
-    plan.fails = True
+    loaded.fails = True
     with pytest.raises(EngineError, match="failed while it ran"):
         engine.run(inputs)
-    plan.fails = False
-    assert machine.cuda.recording is None
+    loaded.fails = False
     for _ in range(3):
         assert right(engine.run(inputs), inputs)
 
@@ -218,20 +218,20 @@ def test_bad_tensors(machine: Machine) -> None:
     assert right(binding.run({"x": strided}), placed | changing)
 
 
-def test_a_plan_with_other_tensors_is_refused(machine: Machine) -> None:
-    plan: Any = FakePlan(machine.cuda, WIDE)
-    plan.tensors["x"] = "float16"
+def test_an_engine_with_other_tensors_is_refused(machine: Machine) -> None:
+    loaded: Any = FakeLoaded(machine.cuda, WIDE)
+    loaded.tensors["x"] = "float16"
     made = engine_record("tensorrt-rtx", "sm89")
     with pytest.raises(EngineError, match=r"'x': 'float16'.*the manifest says.*'x': 'float32'"):
         TensorRtEngine(
-            "tiny", record(made), made, plan, machine.cuda, machine.scratch, EngineOptions()
+            "tiny", record(made), made, loaded, machine.cuda, machine.scratch, EngineOptions()
         )
-    assert plan.closed
+    assert loaded.closed
 
 
 def test_bindings_free_their_memory_when_they_go(machine: Machine) -> None:
     """A host makes one for each picture, for days."""
-    engine, _ = machine.open(graphs=True)
+    engine, _ = machine.open()
     inputs = arrays()
     counts = []
     for _ in range(3):
@@ -240,12 +240,12 @@ def test_bindings_free_their_memory_when_they_go(machine: Machine) -> None:
             binding.run(inputs)
         del binding
         gc.collect()
-        counts.append((len(machine.cuda.device), len(machine.cuda.host), len(machine.cuda.graphs)))
-    assert counts == [(1, 0, 0)] * 3, "only the scratch block is left"
+        counts.append((len(machine.cuda.device), len(machine.cuda.host)))
+    assert counts == [(1, 0)] * 3, "only the scratch block is left"
 
 
 def test_closing_frees_everything(machine: Machine) -> None:
-    engine, plan = machine.open(graphs=True)
+    engine, loaded = machine.open()
     inputs = arrays()
     placed, changing = split(inputs, "scale", "ids")
     binding = engine.bind(placed)
@@ -254,10 +254,9 @@ def test_closing_frees_everything(machine: Machine) -> None:
         engine.run(inputs)
     engine.close()
     engine.close()
-    assert plan.closed
+    assert loaded.closed
     assert not machine.cuda.device
     assert not machine.cuda.streams
-    assert not machine.cuda.graphs
     for call in (
         lambda: engine.run(inputs),
         lambda: engine.bind(placed),
@@ -283,22 +282,19 @@ def test_names_of_the_libraries_exist() -> None:
     context = (
         "active_optimization_profile set_optimization_profile_async set_input_shape "
         "set_tensor_address get_tensor_shape update_device_memory_size_for_shapes "
-        "set_device_memory is_stream_capturable execute_async_v3"
+        "set_device_memory execute_async_v3"
     )
     engine = (
-        "create_execution_context create_runtime_config get_tensor_name num_io_tensors "
+        "create_execution_context get_tensor_name num_io_tensors "
         "get_tensor_mode get_tensor_dtype num_optimization_profiles get_tensor_profile_shape "
         "streamable_weights_size weight_streaming_budget_v2 get_weight_streaming_automatic_budget"
     )
-    config = "set_execution_context_allocation_strategy cuda_graph_strategy"
     runtime = "deserialize_cuda_engine get_engine_validity engine_header_size"
     for kind, names in (
         (trt.IExecutionContext, context),
         (trt.ICudaEngine, engine),
-        (trt.IRuntimeConfig, config),
         (trt.Runtime, runtime),
         (trt.ExecutionContextAllocationStrategy, "USER_MANAGED"),
-        (trt.CudaGraphStrategy, "WHOLE_GRAPH_CAPTURE"),
         (trt.EngineValidity, "INVALID"),
         (trt.SeekPosition, "SET CUR END"),
     ):
@@ -314,7 +310,6 @@ def test_names_of_cuda_python_exist() -> None:
         runtime.cudaError_t,
         runtime.cudaDeviceAttr,
         runtime.cudaMemcpyKind,
-        runtime.cudaStreamCaptureMode,
     )
     assert len(names) > 20
     for name in names:

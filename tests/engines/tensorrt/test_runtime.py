@@ -13,7 +13,6 @@ from engines import (
     AUTO,
     BuildSettings,
     EngineOptions,
-    EngineSource,
     choose_builder,
     choose_runtime,
     choose_target,
@@ -23,7 +22,7 @@ from engines.tensorrt.runtime import TensorRt, TensorRtRtx
 from fluxdeploy.bundle.manifest import DimensionRange, EngineRecord
 from fluxdeploy.errors import EngineError, FluxDeployError, MissingDependencyError, UsageError
 from fluxdeploy.progress import Progress
-from tests.engines.conftest import INPUTS, RANGES, record
+from tests.engines.conftest import INPUTS, RANGES, record, source
 
 Pretend = Callable[..., None]
 
@@ -71,14 +70,37 @@ def test_why_it_cannot_run(pretend: Pretend, machine: dict[str, object], detail:
     available = runtime.availability("sm89")
     assert not available.ok
     assert re.search(detail, available.detail)
-    engine = EngineRecord("tensorrt-rtx", "1.7.1", "sm89", "tiny.plan", RANGES)
+    engine = EngineRecord("tensorrt-rtx", "1.7.1", "sm89", "tiny.engine", RANGES)
     with pytest.raises(FluxDeployError, match=detail.rstrip("$")):
         runtime.open("tiny", record(engine), engine, Path("missing"), EngineOptions())
 
 
+def test_the_gpu_that_is_asked_for_is_the_one_that_counts(
+    pretend: Pretend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend()
+    gpus = ["sm89", "sm120"]
+    monkeypatch.setattr(module, "compute_capability", lambda device=0: gpus[device])
+    runtime = TensorRtRtx()
+    assert [runtime.availability("sm120", device).ok for device in (0, 1)] == [False, True]
+    engine = EngineRecord("tensorrt-rtx", "1.7.1", "sm89", "tiny.engine", RANGES)
+    with pytest.raises(EngineError, match="tiny was built for sm89, but the GPU is sm120"):
+        runtime.open("tiny", record(engine), engine, Path("missing"), EngineOptions(device=1))
+
+
+def test_timings_are_kept_by_runtime_version_and_target(
+    pretend: Pretend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    kept = Path("/cache/fluxdeploy/tensorrt-1.7.1-sm90.timings")
+    assert TensorRt()._timings(("sm90",)) == kept
+    assert TensorRtRtx()._timings(("sm89",)) is None, "it measures nothing"
+
+
 def test_an_engine_of_another_version_is_refused_before_it_is_read(pretend: Pretend) -> None:
     pretend()
-    engine = EngineRecord("tensorrt-rtx", "1.6.0", "sm89", "tiny.plan", RANGES)
+    engine = EngineRecord("tensorrt-rtx", "1.6.0", "sm89", "tiny.engine", RANGES)
     with pytest.raises(EngineError, match=r"built with TensorRT-RTX 1\.6\.0, and 1\.7\.1 is"):
         TensorRtRtx().open("tiny", record(engine), engine, Path("missing"), EngineOptions())
 
@@ -186,10 +208,10 @@ def test_refused_before_any_work(
     words: str,
 ) -> None:
     pretend(installed=())
-    source = EngineSource("tiny", precision, tmp_path / "missing.onnx", INPUTS)
+    asked = source("tiny", precision, tmp_path / "missing.onnx", INPUTS)
     with pytest.raises(UsageError, match=words):
         TensorRtRtx().build(
-            source, targets, BuildSettings(profiles), tmp_path / "e", Progress(quiet=True)
+            asked, targets, BuildSettings(profiles), tmp_path / "e", Progress(quiet=True)
         )
 
 
@@ -197,7 +219,7 @@ def test_building_without_the_package(pretend: Pretend, tmp_path: Path) -> None:
     pretend(installed=())
     runtime = TensorRt()
     runtime.module = "tensorrt_that_is_not_there"
-    source = EngineSource("tiny", "bf16", tmp_path / "missing.onnx", INPUTS)
+    asked = source("tiny", "bf16", tmp_path / "missing.onnx", INPUTS)
     settings = BuildSettings((RANGES,))
     with pytest.raises(MissingDependencyError, match=r"pip install fluxdeploy\[tensorrt\]"):
-        runtime.build(source, ("sm89",), settings, tmp_path / "e", Progress(quiet=True))
+        runtime.build(asked, ("sm89",), settings, tmp_path / "e", Progress(quiet=True))
