@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import onnx
@@ -11,6 +12,7 @@ import onnx_ir as ir
 from exporters.checkpoint import Checkpoint, Weights
 from exporters.components import chains
 from exporters.components.chain import Chain
+from exporters.components.policy import is_quantized
 from exporters.components.precisions import check_precision
 from exporters.graph.fuse import fuse_attention
 from exporters.graph.quantize import quantize
@@ -22,7 +24,7 @@ from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
-    from exporters.calibrate.ranges import Ranges
+    from exporters.calibrate.ranges import ActivationRanges
 
 __all__ = ["COMPONENTS", "Exported", "component_source", "export_component"]
 
@@ -85,7 +87,7 @@ def export_component(
     precision: str,
     folder: WeightFolder,
     compute: str = "bf16",
-    ranges: Ranges | None = None,
+    ranges: ActivationRanges | None = None,
     split: bool = True,
     fused: bool = False,
     progress: Progress | None = None,
@@ -112,7 +114,10 @@ def export_component(
     model = trace_chain(chain)
     task.finish()
     boundary = len(chain.inputs)
-    packed = quantize(model, boundary, name, quantization, ranges) if quantization else {}
+    packed = {}
+    if quantization is not None:
+        chosen = partial(is_quantized, name)
+        packed = quantize(model, boundary, name, chosen, quantization, ranges)
     if fused:
         fuse_attention(model)
     files = bind(

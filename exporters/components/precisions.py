@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from fluxdeploy.errors import UsageError
 from fluxdeploy.precision import PRECISIONS
@@ -14,8 +14,8 @@ _FLOATS = tuple(name for name, row in PRECISIONS.items() if row.quantization is 
 _OVERFLOW_FP16 = ("t5", "vae_decoder", "vae_encoder")
 """Components whose values leave float16's range; bfloat16 has float32's."""
 
-_ALLOWED: Mapping[str, tuple[str, ...]] = {
-    "transformer": tuple(PRECISIONS),
+_ALLOWED: Mapping[str, Collection[str]] = {
+    "transformer": PRECISIONS,
     "conditioner": (*_FLOATS, "fp8-weights", "int8-weights"),
     "t5": (*_FLOATS, "fp8-weights", "int8-weights"),
 }

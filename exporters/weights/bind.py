@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from exporters.checkpoint.tensors import StoredTensor, Weights, find_tensor
 from exporters.components.chain import Chain
-from exporters.weights.storage import GLOBAL_SCALE_SUFFIX, SCALE_SUFFIX, Packed
+from exporters.formats import Packed
 from exporters.weights.write import Group, WrittenTensor, shards, write_files
 from fluxdeploy.bundle.files import disk_errors, link_or_copy
 from fluxdeploy.bundle.tensorfile import read_header
@@ -138,7 +138,7 @@ def bind(
     # Casts come in between, which leaves the order of these nodes as it is.
     order = {node: place for place, node in enumerate(graph)}
     packed = packed or {}
-    scales = {name + suffix for name in packed for suffix in (SCALE_SUFFIX, GLOBAL_SCALE_SUFFIX)}
+    scales = {scale for name, how in packed.items() for scale in how.parameters(name)}
     by_name = {str(value.name): value for value in parameters}
     linked: list[tuple[ir.Value, StoredTensor]] = []
     written: list[WrittenTensor] = []

@@ -38,7 +38,7 @@ from fluxdeploy.progress import Progress
 from fluxdeploy.text import TOKENIZER_FILES, load_clip_tokenizer, load_t5_tokenizer
 
 if TYPE_CHECKING:
-    from exporters.calibrate.ranges import Ranges
+    from exporters.calibrate.ranges import ActivationRanges
     from exporters.checkpoint import Checkpoint
 
 __all__ = ["BuildRequest", "build"]
@@ -210,7 +210,7 @@ class _Session:
         return TokenizerRecord(folder, length, files)
 
     @cached_property
-    def _ranges(self) -> tuple[Ranges, FileRecord]:
+    def _ranges(self) -> tuple[ActivationRanges, FileRecord]:
         """The transformer's activation ranges, read or measured, and their file in the bundle."""
         from exporters.calibrate.find import find_ranges, open_calibration
         from exporters.calibrate.range_file import read_ranges, write_ranges

@@ -13,7 +13,7 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 from engines import BuildSettings, EngineSource, runtimes
 from engines.base import BuildReport
 from engines.tensorrt.fusion import Expectation, check
-from exporters.calibrate.ranges import Ranges, attentions, linears
+from exporters.calibrate.ranges import ActivationRanges, attentions, linears
 from exporters.calibrate.trajectory import default_calibration
 from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.export import Exported, component_source, export_component
@@ -45,7 +45,7 @@ def full_width(shared_folder: SharedFolder) -> Checkpoint:
 
 def make_engine(checkpoint: Checkpoint, folder: Path, target: str) -> tuple[Exported, BuildReport]:
     chain, _ = component_source(checkpoint, "transformer", "bf16")
-    ranges = Ranges(
+    ranges = ActivationRanges(
         "",
         default_calibration(checkpoint),
         dict.fromkeys(linears(chain), 8.0),

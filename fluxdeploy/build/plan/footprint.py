@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxdeploy.build.staging import Staging
-from fluxdeploy.precision import PRECISIONS, Quantization
+from fluxdeploy.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint, StoredTensor
@@ -68,6 +68,7 @@ def weigh(checkpoint: Checkpoint, name: str, precision: str, compute: str) -> Fo
     from exporters.checkpoint.tensors import find_tensor
     from exporters.components.policy import is_quantized
     from exporters.export import component_source
+    from exporters.formats import FORMATS
 
     quantization, width = PRECISIONS[precision].quantization, WIDTHS[compute]
     chain, weights = component_source(checkpoint, name, compute)
@@ -82,7 +83,7 @@ def weigh(checkpoint: Checkpoint, name: str, precision: str, compute: str) -> Fo
         stored, count = find_tensor(weights, tensor, shape), count_elements(shape)
         linear = tensor.removesuffix(".weight")
         if quantization is not None and linear != tensor and is_quantized(name, linear):
-            packed += _packed_bytes(quantization, shape, width)
+            packed += FORMATS[quantization.format].nbytes(shape, width)
             quantized += count
             largest_packed = max(largest_packed, count)
             continue
@@ -106,14 +107,6 @@ def weigh(checkpoint: Checkpoint, name: str, precision: str, compute: str) -> Fo
         largest_stage=_largest_stage(chain),
         sources=frozenset(sources),
     )
-
-
-def _packed_bytes(quantization: Quantization, shape: tuple[int, ...], width: int) -> int:
-    """What a quantized weight [out, in] takes, with scales of `width` bytes."""
-    count = count_elements(shape)
-    if quantization.format == "nvfp4":
-        return count // 2 + count // 16 + 4  # half a byte each, a byte a block, and one float32
-    return count + width * shape[0]  # a byte each, and a scale a row
 
 
 def _is_kept(stored: StoredTensor, compute: str) -> bool:

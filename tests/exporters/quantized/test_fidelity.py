@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from exporters.calibrate.ranges import Ranges, linears
+from exporters.calibrate.ranges import ActivationRanges, linears
 from exporters.calibrate.trajectory import start_samples, take_step
 from exporters.check.fidelity import LIMIT, measure_fidelity
 from exporters.check.readback import read_attentions, read_linears
@@ -69,7 +69,7 @@ def inputs(opened: Checkpoint) -> dict[str, tuple[list[Tensor], Tensor]]:
 def test_ratios_are_those_of_the_rounding(
     quantized: Quantized,
     opened: Checkpoint,
-    ranges: Ranges,
+    ranges: ActivationRanges,
     inputs: dict[str, tuple[list[Tensor], Tensor]],
     precision: str,
     compute: str,
@@ -96,7 +96,7 @@ def test_ratios_are_those_of_the_rounding(
 
 
 def test_ratios_of_attention_are_those_of_the_rounding(
-    quantized: Quantized, opened: Checkpoint, ranges: Ranges
+    quantized: Quantized, opened: Checkpoint, ranges: ActivationRanges
 ) -> None:
     """Against the network's own linears and norms, and against attention written out in float64."""
     chain, weights = component_source(opened, "transformer", "fp32")
@@ -341,7 +341,7 @@ def test_other_linears_than_the_policys_are_refused(
     by: str,
     message: str,
 ) -> None:
-    from exporters.quantize import policy
+    from exporters.components import policy
 
     pattern = policy._PATTERNS["transformer"].pattern.replace("0\\.proj", "0.proj")
     changed = re.compile(pattern.replace(replaced, by))

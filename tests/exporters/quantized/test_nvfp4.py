@@ -8,13 +8,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from exporters.calibrate.ranges import Ranges
+from exporters.calibrate.ranges import ActivationRanges
 from exporters.checkpoint import Checkpoint
-from exporters.formats.nvfp4 import pack_fp4
+from exporters.formats import FORMATS, Packed
 from fluxdeploy.bundle.tensorfile import read_header
 from fluxdeploy.errors import CheckpointError, ExportError
 from tests.exporters.quantized.conftest import LINEARS, ExportInto, Quantized
@@ -40,7 +41,8 @@ def pack(
     rows, columns = weight.shape
     parts = (weight[start : start + some].copy() for start in range(0, rows, some))
     largest = float(np.abs(weight).max()) if largest is None else largest
-    codes, scales, whole = pack_fp4(parts, (rows, columns), "layer.weight", largest)
+    packed = Packed(FORMATS["nvfp4"], ir.DataType.BFLOAT16)
+    codes, scales, whole = packed.pack(parts, (rows, columns), "layer.weight", lambda: largest)
     return (
         unpacked(codes, (columns, rows), TensorProto.FLOAT4E2M1),
         unpacked(scales, (columns // BLOCK, rows), TensorProto.FLOAT8E4M3FN),
@@ -148,7 +150,7 @@ def block_scales(graph: Graph, node: onnx.NodeProto, compute: str) -> onnx.NodeP
 
 @pytest.mark.parametrize("compute", COMPUTE)
 def test_both_sides_of_a_product_are_in_blocks(
-    quantized: Quantized, opened: Checkpoint, ranges: Ranges, compute: str
+    quantized: Quantized, opened: Checkpoint, ranges: ActivationRanges, compute: str
 ) -> None:
     path = quantized("fp4", compute)
     graph = Graph(path)
@@ -221,7 +223,7 @@ def test_weights_come_back_and_one_input_means_one_scale(
 def test_another_width_is_refused_in_words(
     export_into: ExportInto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exporters.graph.quantize.BLOCK", 1000)
+    monkeypatch.setattr("exporters.formats.nvfp4._BLOCK", 1000)
     refusal = r"takes \d+ numbers and gives \d+; FP4 needs multiples of 1000 and 2\. Use fp8"
     with pytest.raises(ExportError, match=refusal):
         export_into(tmp_path, "fp4", "bf16")
