@@ -215,7 +215,7 @@ def scale_attention(path: Path, factors: dict[tuple[str, str], float]) -> None:
 
 def scale_weight(path: Path, linear: str, factor: float) -> None:
     """Change the scales of a linear's weight in its file."""
-    scales = read_linears(path)[linear].scales
+    _, scales = read_linears(path)[linear].parts
     place = {entry.key: entry.value for entry in scales.external_data}
     file, offset = path.parent / place["location"], int(place["offset"])
     dtype = onnx.helper.tensor_dtype_to_np_dtype(scales.data_type)
@@ -361,10 +361,14 @@ def test_graphs_of_another_checkpoint_are_refused(
         measure(open_short(schnell), graph)
 
 
-def test_weights_of_another_shape_are_refused(copy: Path, opened: Checkpoint) -> None:
+@pytest.mark.parametrize(("part", "shape"), [("weight", [240, 192]), ("weight.scale", [48])])
+def test_weights_of_another_shape_are_refused(
+    copy: Path, opened: Checkpoint, part: str, shape: list[int]
+) -> None:
     def change(graph: onnx.GraphProto) -> None:
-        (weight,) = (t for t in graph.initializer if t.name == f"{LAST}.weight")
-        weight.dims[:] = [weight.dims[0] // 2, weight.dims[1] * 2]
+        (tensor,) = (t for t in graph.initializer if t.name == f"{LAST}.{part}")
+        assert list(tensor.dims) != shape
+        tensor.dims[:] = shape
 
     edit(copy, change)
     with pytest.raises(ExportError, match=f"does not fit this checkpoint: {LAST} is not 96x480"):
@@ -391,9 +395,10 @@ def test_graphs_in_another_form_are_refused(copy: Path, change: Change) -> None:
 
 def test_broken_files_are_refused(copy: Path, opened: Checkpoint) -> None:
     linear = read_linears(copy)[LAST]
+    weight, _ = linear.parts
     (weights,) = (copy.parent / "weights").iterdir()
     whole = weights.read_bytes()
-    place = {entry.key: entry.value for entry in linear.weight.external_data}
+    place = {entry.key: entry.value for entry in weight.external_data}
     weights.write_bytes(whole[: int(place["offset"]) + 100])
     with pytest.raises(ExportError, match="was cut off"):
         linear.dequantized()
