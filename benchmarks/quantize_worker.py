@@ -15,7 +15,7 @@ import time
 
 from export_worker import peak_bytes
 
-from exporters.calibrate.ranges import Ranges, attentions, linears
+from exporters.calibrate.ranges import ActivationRanges, attentions, linears
 from exporters.calibrate.trajectory import default_calibration
 from exporters.checkpoint import open_checkpoint
 from exporters.components.registry import COMPONENTS
@@ -48,7 +48,7 @@ def main(source: str, output: str, precision: str) -> None:
     checkpoint = open_checkpoint(source)
     chain, _ = COMPONENTS["transformer"].source(checkpoint, "fp32")
     # A sparse checkpoint's activations are all the same: 1 stands for each of them.
-    ranges = Ranges(
+    ranges = ActivationRanges(
         "",
         default_calibration(checkpoint),
         dict.fromkeys(linears(chain), 1.0),

@@ -12,19 +12,19 @@ import onnx_ir as ir
 from exporters.checkpoint import Checkpoint, Weights
 from exporters.components.chain import Chain
 from exporters.components.component import Component
+from exporters.formats import Packed
 from exporters.graph.fuse import fuse_attention
 from exporters.graph.quantize import quantize
 from exporters.graph.trace import trace_chain
 from exporters.weights.bind import NO_LEDGER, Ledger, WeightFolder, bind
 from exporters.weights.decide import Placement, decide
-from exporters.weights.storage import Packed
 from fluxdeploy.bundle.files import write_atomic
 from fluxdeploy.errors import ExportError
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
-    from exporters.calibrate.ranges import Ranges
+    from exporters.calibrate.ranges import ActivationRanges
 
 __all__ = ["ExportSpec", "Exported", "export_component", "specify"]
 
@@ -87,7 +87,7 @@ class Exported:
 def export_component(
     spec: ExportSpec,
     folder: WeightFolder,
-    ranges: Ranges | None = None,
+    ranges: ActivationRanges | None = None,
     fused: bool = False,
     progress: Progress | None = None,
     ledger: Ledger = NO_LEDGER,

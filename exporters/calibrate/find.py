@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from exporters.calibrate.range_file import read_prompts, read_ranges
-from exporters.calibrate.ranges import Ranges, measure_ranges
+from exporters.calibrate.ranges import ActivationRanges, measure_ranges
 from exporters.calibrate.trajectory import Calibration, default_calibration
 from exporters.checkpoint import Checkpoint
 from fluxdeploy.progress import Progress
@@ -16,7 +16,7 @@ __all__ = ["find_ranges", "open_calibration"]
 
 def open_calibration(
     checkpoint: Checkpoint, digest: str, given: Path | None
-) -> Ranges | Calibration:
+) -> ActivationRanges | Calibration:
     """What `--calibration` names: ranges (`.json`), or a calibration with the prompts of a file.
 
     None is the default calibration. `digest` is the SHA-256 of the checkpoint. Raises `ExportError`
@@ -29,13 +29,13 @@ def open_calibration(
 
 
 def find_ranges(
-    source: Ranges | Calibration,
+    source: ActivationRanges | Calibration,
     checkpoint: Checkpoint,
     digest: str,
     state: Path | None,
     progress: Progress,
-) -> Ranges:
+) -> ActivationRanges:
     """The ranges themselves, measured where they are not known yet. See `measure_ranges`."""
-    if isinstance(source, Ranges):
+    if isinstance(source, ActivationRanges):
         return source
     return measure_ranges(checkpoint, digest, source, state, progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from exporters.calibrate.ranges import Ranges, attentions, linears
+from exporters.calibrate.ranges import ActivationRanges, attentions, linears
 from exporters.checkpoint import Checkpoint
 from exporters.components.registry import COMPONENTS
 from fluxdeploy.bundle.files import write_atomic
@@ -17,7 +17,7 @@ __all__ = ["read_prompts", "read_ranges", "write_ranges"]
 _VERSION = 1
 
 
-def write_ranges(ranges: Ranges, path: Path) -> None:
+def write_ranges(ranges: ActivationRanges, path: Path) -> None:
     """Write ranges as JSON, whole or not at all; equal ranges give equal bytes.
 
     Raises `BundleError` where the disk refuses.
@@ -26,7 +26,7 @@ def write_ranges(ranges: Ranges, path: Path) -> None:
     write_atomic(path, json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_ranges(path: Path, checkpoint: Checkpoint, digest: str) -> Ranges:
+def read_ranges(path: Path, checkpoint: Checkpoint, digest: str) -> ActivationRanges:
     """Read the ranges of a checkpoint whose weights have the SHA-256 `digest`.
 
     Raises `ExportError` for a file that is missing or broken, of another version, of another
@@ -47,7 +47,7 @@ def read_ranges(path: Path, checkpoint: Checkpoint, digest: str) -> Ranges:
             f"{_VERSION}. Remove the file to have them measured again."
         )
     try:
-        ranges = parse(Ranges, plain)
+        ranges = parse(ActivationRanges, plain)
     except FieldError as error:
         raise _broken(path, str(error)) from error
     if ranges.checkpoint != digest:
@@ -68,7 +68,7 @@ def _broken(path: Path, problem: str) -> ExportError:
     )
 
 
-def _check_complete(ranges: Ranges, checkpoint: Checkpoint) -> None:
+def _check_complete(ranges: ActivationRanges, checkpoint: Checkpoint) -> None:
     for i, size in enumerate(ranges.calibration.sizes):
         if len(size) != 2:
             raise FieldError(f"calibration.sizes[{i}]", "must be a height and a width")

@@ -30,7 +30,7 @@ from fluxdeploy.bundle.typed_json import load_strict, to_plain
 from fluxdeploy.errors import CheckpointError
 from fluxdeploy.progress import Progress
 
-__all__ = ["Ranges", "attentions", "linears", "measure_ranges"]
+__all__ = ["ActivationRanges", "attentions", "linears", "measure_ranges"]
 
 _METHOD = 1
 """Raised whenever another code would measure other numbers, so that no old state is taken over."""
@@ -41,7 +41,7 @@ _KEY_NORMS = ("attn.norm_k.weight", "attn.norm_added_k.weight")
 
 
 @dataclass(frozen=True)
-class Ranges:
+class ActivationRanges:
     """The largest magnitudes of a transformer's activations, without any headroom.
 
     checkpoint: SHA-256 of the weights that they belong to.
@@ -67,7 +67,7 @@ def measure_ranges(
     calibration: Calibration,
     state: Path | None,
     progress: Progress,
-) -> Ranges:
+) -> ActivationRanges:
     """Run the float32 transformer over a calibration and record how large its activations get.
 
     `digest` is the SHA-256 of the checkpoint's weights. `state` is a file for what is known after
@@ -99,16 +99,22 @@ def measure_ranges(
     if state is not None:
         with disk_errors("remove", state):
             state.unlink(missing_ok=True)
-    return Ranges(digest, calibration, recorder.inputs, recorder.values, queries, keys)
+    return ActivationRanges(digest, calibration, recorder.inputs, recorder.values, queries, keys)
 
 
 def linears(chain: Chain) -> tuple[str, ...]:
-    """The names of all linears of a transformer's blocks, in order: `Ranges.inputs` has these."""
+    """The names of all linears of a transformer's blocks, in order.
+
+    `ActivationRanges.inputs` has these.
+    """
     return tuple(stage.scope + name for stage in _blocks(chain) for name in _linears(stage))
 
 
 def attentions(chain: Chain) -> tuple[str, ...]:
-    """The names of a transformer's attentions, in order: what `Ranges.values` and others have."""
+    """The names of a transformer's attentions, in order.
+
+    `ActivationRanges.values`, `queries` and `keys` have these.
+    """
     return tuple(f"{stage.scope}attn" for stage in _blocks(chain))
 
 

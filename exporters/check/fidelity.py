@@ -17,19 +17,12 @@ from torch import Tensor, nn
 
 from exporters.calibrate.ranges import linears
 from exporters.calibrate.trajectory import Calibration, start_samples, take_step
-from exporters.check.readback import (
-    QuantizedAttention,
-    QuantizedLinear,
-    read_attentions,
-    read_linears,
-    to_fp8,
-)
+from exporters.check.readback import QuantizedAttention, read_attentions, read_linears
 from exporters.checkpoint import Checkpoint
 from exporters.components.chain import Stage
 from exporters.components.registry import COMPONENTS
 from exporters.components.run import WatchAttention, watch_linears
-from exporters.formats.nvfp4 import BLOCK
-from exporters.graph.quantize import LARGEST
+from exporters.formats import EightBits, QuantizedLinear
 from fluxdeploy.errors import ExportError, NumericError
 from fluxdeploy.progress import Progress
 
@@ -40,9 +33,9 @@ LIMIT = 144.0
 numbers."""
 
 _FARTHEST = 16.0
-"""How many times past its largest value a tensor's scale may reach. E4M3 is a floating-point type,
-in which a scale that is far too large costs nothing until values vanish: no ratio would show it.
-Bounds, headroom and the way from one step to another make 3 times of it in `demo:dev`."""
+"""How many times past its largest value a tensor's scale may reach. In a floating-point type a
+scale that is far too large costs nothing until values vanish: no ratio would show it. Bounds,
+headroom and the way from one step to another make 3 times of it in `demo:dev`."""
 
 _INPUTS = re.compile(r"(.*\.attn)\.(?:to_[qkv]|add_[qkv]_proj)")
 
@@ -118,38 +111,38 @@ class _Meter:
         if quantized is None:
             return
         rows, columns = linear.weight.shape
-        scales = [rows] if quantized.global_scale is None else [columns // BLOCK, rows]
-        if [*quantized.weight.dims, *quantized.scales.dims] != [columns, rows, *scales]:
+        if not quantized.fits(rows, columns):
             raise ExportError(
-                f"{self._path} does not fit this checkpoint: {name} is not "
-                f"{rows}x{columns} with a scale a row, or a block of it."
+                f"{self._path} does not fit this checkpoint: {name} is not {rows}x{columns}, or "
+                "its scales are not of such a weight."
             )
         exact = output - linear.bias
-        self._add(name, exact, quantized.quantized_input(x) @ quantized.dequantized())
+        self._add(name, exact, quantized.narrow(x) @ quantized.dequantized())
 
     def see_attention(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
         name = f"{self.scope}attn"
-        scales = self._attentions.get(name)
-        if scales is None:
+        quantized = self._attentions.get(name)
+        if quantized is None:
             return
+        numbers = quantized.numbers
         narrow = [
-            self._narrow(f"{name}.{part}", x, scale)
+            self._narrow(f"{name}.{part}", numbers, x, scale)
             for part, x, scale in (
-                ("query", query, scales.query),
-                ("key", key, scales.key),
-                ("value", value, scales.value),
+                ("query", query, quantized.query),
+                ("key", key, quantized.key),
+                ("value", value, quantized.value),
             )
         ]
         # A head at a time: the scores of all of them are the largest tensors of the network.
         heads = zip(*(x.unbind(1) for x in (*narrow, output)), strict=True)
         for q, k, v, exact in heads:
-            shares = to_fp8(torch.softmax(q @ k.mT, dim=-1), scales.softmax)
+            shares = numbers.emulate(torch.softmax(q @ k.mT, dim=-1), quantized.softmax)
             self._add(f"{name}.output", exact, shares @ v)
 
-    def _narrow(self, name: str, x: Tensor, scale: float) -> Tensor:
-        self._reach[name] = scale * LARGEST["F8_E4M3"]
+    def _narrow(self, name: str, numbers: EightBits, x: Tensor, scale: float) -> Tensor:
+        self._reach[name] = scale * numbers.largest
         self._largest[name] = max(self._largest[name], x.abs().max().item())
-        narrow = to_fp8(x, scale)
+        narrow = numbers.emulate(x, scale)
         self._add(name, x, narrow)
         return narrow
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -74,7 +74,7 @@ class Component:
     chain: Callable[[Networks, ComputeType], Chain]
     activations: Callable[[Networks, CallSizes, AttentionKernels, int], int]
     turn: Turn | None = None
-    precisions: tuple[str, ...] = FLOATS
+    precisions: Collection[str] = FLOATS
     quantized: str | None = None
     overflows_fp16: bool = False
     one_head: bool = False

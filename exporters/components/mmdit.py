@@ -257,7 +257,7 @@ TRANSFORMER = Component(
     chain=lambda networks, compute: _transformer_chain(networks.transformer, compute),
     activations=transformer_bytes,
     turn="denoise",
-    precisions=tuple(PRECISIONS),
+    precisions=PRECISIONS,
     quantized=_BLOCK_LINEARS,
 )
 

@@ -16,8 +16,8 @@ from typing import Protocol
 import onnx_ir as ir
 
 from exporters.checkpoint.tensors import StoredTensor
+from exporters.formats import Packed
 from exporters.weights.decide import Placement, Storing
-from exporters.weights.storage import Packed
 from exporters.weights.write import Group, WrittenTensor, shards, write_files
 from fluxdeploy.bundle.files import disk_errors, link_or_copy
 from fluxdeploy.bundle.tensorfile import read_header

@@ -22,9 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from exporters.checkpoint.tensors import StoredTensor
-from exporters.formats.eight_bits import pack_weight
-from exporters.formats.nvfp4 import pack_fp4
-from exporters.weights.storage import Packed
+from exporters.formats import Packed
 from fluxdeploy.bundle.tensorfile import DTYPE_BITS, TensorFileWriter, from_float32
 from fluxdeploy.errors import CheckpointError
 
@@ -179,11 +177,10 @@ def _parts(tensor: WrittenTensor) -> Iterator[np.ndarray]:
     stored, packed = tensor.stored, tensor.packed
     if packed is not None:
         rows, columns = stored.shape
-        if packed.dtype == "F4":
-            largest = tensor.group.largest if tensor.group is not None else _largest(stored)
-            yield from pack_fp4(_read_rows(stored), (rows, columns), stored.name, largest)
-        else:
-            yield from pack_weight(_read_rows(stored), (rows, columns), packed, stored.name)
+        group = tensor.group or Group([stored])
+        yield from packed.pack(
+            _read_rows(stored), (rows, columns), stored.name, lambda: group.largest
+        )
         return
     for values in _read(stored):
         narrow = from_float32(values, tensor.dtype)

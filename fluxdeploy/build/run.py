@@ -13,7 +13,7 @@ from fluxdeploy.bundle.manifest import FileRecord
 from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
-    from exporters.calibrate.ranges import Ranges
+    from exporters.calibrate.ranges import ActivationRanges
 
 __all__ = ["BuildRun"]
 
@@ -36,7 +36,7 @@ class BuildRun:
         self.weights = WeightFolder(staging.root / "onnx" / "weights")
 
     @cached_property
-    def ranges(self) -> tuple[Ranges, FileRecord]:
+    def ranges(self) -> tuple[ActivationRanges, FileRecord]:
         """The transformer's activation ranges, read or measured, and their file in the bundle."""
         from exporters.calibrate.find import find_ranges, open_calibration
         from exporters.calibrate.range_file import read_ranges, write_ranges

@@ -112,14 +112,14 @@ def test_an_engine_of_another_kind_fails_the_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Q, K and V without the softmax in 8 bits leave attention in pieces."""
-    from exporters.quantize import graph
+    from exporters.formats import EightBits
 
-    whole = graph._Rewrite._through_8_bits
+    whole = EightBits.narrow
 
-    def forgetful(self: Any, value: Any, largest: float) -> Any:
-        return value if largest == 1.0 else whole(self, value, largest)
+    def forgetful(self: Any, edit: Any, value: Any, largest: float) -> Any:
+        return value if largest == 1.0 else whole(self, edit, value, largest)
 
-    monkeypatch.setattr(graph._Rewrite, "_through_8_bits", forgetful)
+    monkeypatch.setattr(EightBits, "narrow", forgetful)
     request = BuildRequest(precision="fp8", runtime="tensorrt-rtx", targets=("sm89",))
     with pytest.raises(EngineError, match=r"transformer engine for sm89 is not the fp8 engine"):
         build(request, tmp_path / "bundle", QUIET)
@@ -138,7 +138,7 @@ def full_width(shared_folder: SharedFolder) -> Path:
 def test_full_width_in_fp8_is_about_half_of_bf16(full_width: Path, tmp_path: Path) -> None:
     """One fused FP8 attention a block, FP8 products, and an engine of 0.55 of bf16's at most."""
     from engines import BuildSettings, EngineSource, runtimes
-    from exporters.calibrate.ranges import Ranges, attentions, linears
+    from exporters.calibrate.ranges import ActivationRanges, attentions, linears
     from exporters.calibrate.trajectory import default_calibration
     from exporters.checkpoint import open_checkpoint
     from exporters.components.registry import COMPONENTS
@@ -161,7 +161,7 @@ def test_full_width_in_fp8_is_about_half_of_bf16(full_width: Path, tmp_path: Pat
         folder = tmp_path / precision
         spec = specify(checkpoint, COMPONENTS["transformer"], precision)
         chain = spec.chain
-        ranges = Ranges(
+        ranges = ActivationRanges(
             "",
             default_calibration(checkpoint),
             dict.fromkeys(linears(chain), 8.0),

@@ -12,7 +12,7 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
 from engines import BuildSettings, EngineSource, runtimes
 from engines.tensorrt.fusion import FusionReport
-from exporters.calibrate.ranges import Ranges, attentions, linears
+from exporters.calibrate.ranges import ActivationRanges, attentions, linears
 from exporters.calibrate.trajectory import default_calibration
 from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.components.registry import COMPONENTS
@@ -48,7 +48,7 @@ def full_width(shared_folder: SharedFolder) -> Checkpoint:
 def make_engine(checkpoint: Checkpoint, folder: Path, target: str) -> tuple[Exported, FusionReport]:
     spec = specify(checkpoint, COMPONENTS["transformer"], "fp4")
     chain = spec.chain
-    ranges = Ranges(
+    ranges = ActivationRanges(
         "",
         default_calibration(checkpoint),
         dict.fromkeys(linears(chain), 8.0),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxdeploy.build.staging import Staging
-from fluxdeploy.precision import PRECISIONS, Quantization
+from fluxdeploy.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from exporters.components.chain import Chain
@@ -60,6 +60,7 @@ class Footprint:
 
 def weigh(spec: ExportSpec) -> Footprint:
     """Add up the weights of a component, by what is to become of each."""
+    from exporters.formats import FORMATS
     from exporters.weights.decide import Storing
 
     quantization, width = PRECISIONS[spec.precision].quantization, WIDTHS[spec.compute]
@@ -70,7 +71,7 @@ def weigh(spec: ExportSpec) -> Footprint:
         parameters += count
         if placement.how is Storing.QUANTIZED:
             assert quantization is not None
-            size = _packed_bytes(quantization, stored.shape, width)
+            size = FORMATS[quantization.format].nbytes(stored.shape, width)
             graph += size
             written += size
             quantized += count
@@ -92,14 +93,6 @@ def weigh(spec: ExportSpec) -> Footprint:
         largest_stage=_largest_stage(spec.chain),
         sources=frozenset(sources),
     )
-
-
-def _packed_bytes(quantization: Quantization, shape: tuple[int, ...], width: int) -> int:
-    """What a quantized weight [out, in] takes, with scales of `width` bytes."""
-    count = count_elements(shape)
-    if quantization.format == "nvfp4":
-        return count // 2 + count // 16 + 4  # half a byte each, a byte a block, and one float32
-    return count + width * shape[0]  # a byte each, and a scale a row
 
 
 def _largest_stage(chain: Chain) -> int:

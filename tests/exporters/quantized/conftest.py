@@ -15,7 +15,7 @@ pytest.importorskip("diffusers")
 import onnx_ir as ir
 
 from exporters.calibrate.range_file import read_ranges, write_ranges
-from exporters.calibrate.ranges import Ranges, measure_ranges
+from exporters.calibrate.ranges import ActivationRanges, measure_ranges
 from exporters.calibrate.trajectory import Calibration
 from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.components.registry import COMPONENTS
@@ -74,7 +74,7 @@ def opened(source: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def ranges(shared_folder: Any, opened: Checkpoint) -> Ranges:
+def ranges(shared_folder: Any, opened: Checkpoint) -> ActivationRanges:
     def make(folder: Path) -> None:
         folder.mkdir()
         measured = measure_ranges(opened, DIGEST, SHORT, None, Progress(quiet=True))
@@ -101,7 +101,7 @@ def traced(shared_folder: Any, opened: Checkpoint) -> Callable[[str], ir.Model]:
 
 @pytest.fixture(scope="session")
 def export_into(
-    opened: Checkpoint, ranges: Ranges, traced: Callable[[str], ir.Model]
+    opened: Checkpoint, ranges: ActivationRanges, traced: Callable[[str], ir.Model]
 ) -> ExportInto:
     def export(
         folder: Path,

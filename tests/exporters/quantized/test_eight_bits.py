@@ -10,14 +10,14 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from exporters.formats.eight_bits import pack_weight
-from exporters.weights.storage import Packed
+from exporters.formats import FORMATS, Packed
 from fluxdeploy.errors import CheckpointError
 
 NARROW: dict[str, tuple[Any, float]] = {
     "F8_E4M3": (ml_dtypes.float8_e4m3fn, 448.0),
     "I8": (np.int8, 127.0),
 }
+FORMAT = {"F8_E4M3": "fp8", "I8": "int8"}
 SCALES: dict[ir.DataType, Any] = {
     ir.DataType.FLOAT: np.float32,
     ir.DataType.FLOAT16: np.float16,
@@ -35,7 +35,8 @@ def pack(
     """What is stored, [in, out], and the scales [out] as float32; `some` rows are given at once."""
     parts = (weight[start : start + some].copy() for start in range(0, len(weight), some))
     shape = weight.shape[0], weight.shape[1]
-    raw, scales = pack_weight(parts, shape, Packed(dtype, scale_type), "layer.weight")
+    packed = Packed(FORMATS[FORMAT[dtype]], scale_type)
+    raw, scales = packed.pack(parts, shape, "layer.weight", pytest.fail)
     assert raw.flags.c_contiguous
     values = raw.view(NARROW[dtype][0])
     assert values.shape == weight.shape[::-1]

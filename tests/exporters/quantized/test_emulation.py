@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from torch import Tensor, nn
 
-from exporters.calibrate.ranges import Ranges
+from exporters.calibrate.ranges import ActivationRanges
 from exporters.calibrate.trajectory import Sample, start_samples
 from exporters.checkpoint import Checkpoint
 from exporters.components.chain import Chain, Stage
@@ -78,7 +78,7 @@ def to_dynamic(x: Tensor) -> Tensor:
 class Emulation:
     """The float32 pieces with rounded weights, inputs and attention."""
 
-    def __init__(self, precision: str, ranges: Ranges) -> None:
+    def __init__(self, precision: str, ranges: ActivationRanges) -> None:
         self.how, self.ranges = PRECISIONS[precision].quantization, ranges
         self.to_8_bits = {"fp8": to_fp8, "int8": to_int8}[self.how.format]
         self.end = {"fp8": 448.0, "int8": 127.0}[self.how.format]
@@ -144,7 +144,11 @@ def ends(graph: Graph, linear: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("precision", ON_CPUS)
 def test_every_product_is_the_emulations(
-    quantized: Quantized, opened: Checkpoint, ranges: Ranges, sample: Sample, precision: str
+    quantized: Quantized,
+    opened: Checkpoint,
+    ranges: ActivationRanges,
+    sample: Sample,
+    precision: str,
 ) -> None:
     """Each on the inputs that it had: over the whole network one value that rounds the other way
     changes which way the next ones round."""
@@ -181,7 +185,7 @@ def test_every_product_is_the_emulations(
 def test_the_velocity_is_as_noisy_as_the_emulations(
     quantized: Quantized,
     opened: Checkpoint,
-    ranges: Ranges,
+    ranges: ActivationRanges,
     sample: Sample,
     monkeypatch: pytest.MonkeyPatch,
     precision: str,

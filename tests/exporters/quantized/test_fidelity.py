@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from exporters.calibrate.ranges import Ranges, linears
+from exporters.calibrate.ranges import ActivationRanges, linears
 from exporters.calibrate.trajectory import start_samples, take_step
 from exporters.check.fidelity import LIMIT, measure_fidelity
 from exporters.check.readback import read_attentions, read_linears
@@ -69,7 +68,7 @@ def inputs(opened: Checkpoint) -> dict[str, tuple[list[Tensor], Tensor]]:
 def test_ratios_are_those_of_the_rounding(
     quantized: Quantized,
     opened: Checkpoint,
-    ranges: Ranges,
+    ranges: ActivationRanges,
     inputs: dict[str, tuple[list[Tensor], Tensor]],
     precision: str,
     compute: str,
@@ -96,7 +95,7 @@ def test_ratios_are_those_of_the_rounding(
 
 
 def test_ratios_of_attention_are_those_of_the_rounding(
-    quantized: Quantized, opened: Checkpoint, ranges: Ranges
+    quantized: Quantized, opened: Checkpoint, ranges: ActivationRanges
 ) -> None:
     """Against the network's own linears and norms, and against attention written out in float64."""
     chain, weights = COMPONENTS["transformer"].source(opened, "fp32")
@@ -215,7 +214,7 @@ def scale_attention(path: Path, factors: dict[tuple[str, str], float]) -> None:
 
 def scale_weight(path: Path, linear: str, factor: float) -> None:
     """Change the scales of a linear's weight in its file."""
-    scales = read_linears(path)[linear].scales
+    _, scales = read_linears(path)[linear].parts
     place = {entry.key: entry.value for entry in scales.external_data}
     file, offset = path.parent / place["location"], int(place["offset"])
     dtype = onnx.helper.tensor_dtype_to_np_dtype(scales.data_type)
@@ -332,7 +331,7 @@ def test_attention_with_two_scales_is_refused(copy: Path) -> None:
         ("(0.proj|2)", "(2)", r"transformer_blocks\.0\.ff\.net\.0\.proj is not quantized"),
     ],
 )
-def test_other_linears_than_the_policys_are_refused(
+def test_other_linears_than_the_declared_ones_are_refused(
     export_into: ExportInto,
     opened: Checkpoint,
     tmp_path: Path,
@@ -341,12 +340,11 @@ def test_other_linears_than_the_policys_are_refused(
     by: str,
     message: str,
 ) -> None:
-    from exporters.quantize import policy
-
-    pattern = policy._PATTERNS["transformer"].pattern.replace("0\\.proj", "0.proj")
-    changed = re.compile(pattern.replace(replaced, by))
-    assert changed.pattern != pattern
-    monkeypatch.setitem(policy._PATTERNS, "transformer", changed)
+    transformer = COMPONENTS["transformer"]
+    pattern = str(transformer.quantized).replace("0\\.proj", "0.proj")
+    changed = dataclasses.replace(transformer, quantized=pattern.replace(replaced, by))
+    assert changed.quantized != pattern
+    monkeypatch.setitem(COMPONENTS, "transformer", changed)  # type: ignore[arg-type]
     path = export_into(tmp_path, "fp8-weights")
     with pytest.raises(ExportError, match=message):
         measure(opened, path)
@@ -361,10 +359,14 @@ def test_graphs_of_another_checkpoint_are_refused(
         measure(open_short(schnell), graph)
 
 
-def test_weights_of_another_shape_are_refused(copy: Path, opened: Checkpoint) -> None:
+@pytest.mark.parametrize(("part", "shape"), [("weight", [240, 192]), ("weight.scale", [48])])
+def test_weights_of_another_shape_are_refused(
+    copy: Path, opened: Checkpoint, part: str, shape: list[int]
+) -> None:
     def change(graph: onnx.GraphProto) -> None:
-        (weight,) = (t for t in graph.initializer if t.name == f"{LAST}.weight")
-        weight.dims[:] = [weight.dims[0] // 2, weight.dims[1] * 2]
+        (tensor,) = (t for t in graph.initializer if t.name == f"{LAST}.{part}")
+        assert list(tensor.dims) != shape
+        tensor.dims[:] = shape
 
     edit(copy, change)
     with pytest.raises(ExportError, match=f"does not fit this checkpoint: {LAST} is not 96x480"):
@@ -391,9 +393,10 @@ def test_graphs_in_another_form_are_refused(copy: Path, change: Change) -> None:
 
 def test_broken_files_are_refused(copy: Path, opened: Checkpoint) -> None:
     linear = read_linears(copy)[LAST]
+    weight, _ = linear.parts
     (weights,) = (copy.parent / "weights").iterdir()
     whole = weights.read_bytes()
-    place = {entry.key: entry.value for entry in linear.weight.external_data}
+    place = {entry.key: entry.value for entry in weight.external_data}
     weights.write_bytes(whole[: int(place["offset"]) + 100])
     with pytest.raises(ExportError, match="was cut off"):
         linear.dequantized()

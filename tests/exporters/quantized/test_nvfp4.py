@@ -8,13 +8,16 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from exporters.calibrate.ranges import Ranges
+from exporters.calibrate.ranges import ActivationRanges
+from exporters.check.readback import read_linears
 from exporters.checkpoint import Checkpoint
-from exporters.formats.nvfp4 import pack_fp4
+from exporters.formats import FORMATS, Packed
 from fluxdeploy.bundle.tensorfile import read_header
 from fluxdeploy.errors import CheckpointError, ExportError
 from tests.exporters.quantized.conftest import LINEARS, ExportInto, Quantized
@@ -40,7 +43,8 @@ def pack(
     rows, columns = weight.shape
     parts = (weight[start : start + some].copy() for start in range(0, rows, some))
     largest = float(np.abs(weight).max()) if largest is None else largest
-    codes, scales, whole = pack_fp4(parts, (rows, columns), "layer.weight", largest)
+    packed = Packed(FORMATS["nvfp4"], ir.DataType.BFLOAT16)
+    codes, scales, whole = packed.pack(parts, (rows, columns), "layer.weight", lambda: largest)
     return (
         unpacked(codes, (columns, rows), TensorProto.FLOAT4E2M1),
         unpacked(scales, (columns // BLOCK, rows), TensorProto.FLOAT8E4M3FN),
@@ -148,12 +152,13 @@ def block_scales(graph: Graph, node: onnx.NodeProto, compute: str) -> onnx.NodeP
 
 @pytest.mark.parametrize("compute", COMPUTE)
 def test_both_sides_of_a_product_are_in_blocks(
-    quantized: Quantized, opened: Checkpoint, ranges: Ranges, compute: str
+    quantized: Quantized, opened: Checkpoint, ranges: ActivationRanges, compute: str
 ) -> None:
     path = quantized("fp4", compute)
     graph = Graph(path)
     opsets = {entry.domain: entry.version for entry in graph.model.opset_import}
     assert opsets == {"": 23, "trt": 1}
+    assert graph.model.ir_version == 11, "the first with E2M1"
     assert {n.op_type for n in graph.nodes if n.domain} == {"TRT_FP4DynamicQuantize"}
     narrow = {n for n, t in graph.initializers.items() if t.data_type == TensorProto.FLOAT4E2M1}
     assert narrow == {f"{linear}.weight" for linear in LINEARS}
@@ -218,10 +223,37 @@ def test_weights_come_back_and_one_input_means_one_scale(
             assert (np.abs(wide.T - weight) <= blocks / 6 * (1 + 1 / 16) * 1.001).all()
 
 
+@pytest.mark.parametrize("compute", COMPUTE)
+def test_graphs_are_read_back(quantized: Quantized, ranges: ActivationRanges, compute: str) -> None:
+    """Weights as ONNX reads them, and inputs rounded by ml_dtypes, some of them past the end."""
+    path = quantized("fp4", compute)
+    found = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    linears = read_linears(path)
+    assert linears.keys() == LINEARS
+    for name, linear in linears.items():
+        numbers, scales, whole = (
+            found[f"{name}.{part}"].astype(np.float32)
+            for part in ("weight", "weight.scale", "weight.global_scale")
+        )
+        exact = numbers * (scales * whole).repeat(BLOCK, 0)
+        assert (linear.dequantized().numpy() == exact).all(), name
+        step = np.float32(2 * ranges.inputs[name] / 2688)
+        x = np.random.RandomState(7).standard_normal((8, 2 * BLOCK)).astype(np.float32)
+        x *= ranges.inputs[name] * np.logspace(-6, 0.5, 8, dtype=np.float32)[:, None]
+        blocks = x.reshape(8, 2, BLOCK)
+        peaks = np.abs(blocks).max(2, keepdims=True) / 6 / step
+        steps = np.clip(peaks, 2.0**-9, 448).astype(ml_dtypes.float8_e4m3fn)
+        steps = steps.astype(np.float32) * step
+        narrow = np.clip(blocks / steps, -6, 6).astype(ml_dtypes.float4_e2m1fn)
+        expected = (narrow.astype(np.float32) * steps).reshape(x.shape)
+        assert np.abs(expected).max() == pytest.approx(2 * ranges.inputs[name], rel=1e-6)
+        assert (linear.narrow(torch.from_numpy(x)).numpy() == expected).all(), name
+
+
 def test_another_width_is_refused_in_words(
     export_into: ExportInto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exporters.graph.quantize.BLOCK", 1000)
+    monkeypatch.setattr("exporters.formats.nvfp4._BLOCK", 1000)
     refusal = r"takes \d+ numbers and gives \d+; FP4 needs multiples of 1000 and 2\. Use fp8"
     with pytest.raises(ExportError, match=refusal):
         export_into(tmp_path, "fp4", "bf16")

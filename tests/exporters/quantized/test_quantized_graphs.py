@@ -13,9 +13,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from exporters.calibrate.ranges import Ranges
+from exporters.calibrate.ranges import ActivationRanges
 from exporters.checkpoint import Checkpoint
-from exporters.components.policy import is_quantized
+from exporters.components.registry import COMPONENTS
 from fluxdeploy.errors import ExportError
 from fluxdeploy.precision import PRECISIONS
 from tests.exporters.quantized.conftest import ATTENTIONS, JOINT, LINEARS, ExportInto, Quantized
@@ -173,7 +173,7 @@ def groups() -> list[set[str]]:
 
 @graphs
 def test_linears_that_share_an_input_share_its_scale(
-    quantized: Quantized, ranges: Ranges, precision: str, compute: str
+    quantized: Quantized, ranges: ActivationRanges, precision: str, compute: str
 ) -> None:
     graph = Graph(quantized(precision, compute))
     how = QUANTIZED[precision]
@@ -199,7 +199,7 @@ def test_linears_that_share_an_input_share_its_scale(
 @pytest.mark.parametrize("compute", COMPUTE)
 @pytest.mark.parametrize("precision", ["fp8", "fp4"])
 def test_attention_has_scales_in_all_four_places(
-    quantized: Quantized, ranges: Ranges, precision: str, compute: str
+    quantized: Quantized, ranges: ActivationRanges, precision: str, compute: str
 ) -> None:
     graph = Graph(quantized(precision, compute))
     assert graph.softmaxes.keys() == ATTENTIONS
@@ -229,7 +229,7 @@ def test_attention_is_left_alone_by_the_others(quantized: Quantized, precision: 
 @pytest.mark.parametrize("layer", ["transformer_blocks.1.ff.net.2", "transformer_blocks.1.attn"])
 def test_a_range_that_is_missing_is_named(
     export_into: ExportInto,
-    ranges: Ranges,
+    ranges: ActivationRanges,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     layer: str,
@@ -241,7 +241,10 @@ def test_a_range_that_is_missing_is_named(
 
 
 def test_a_scale_is_never_zero(
-    export_into: ExportInto, ranges: Ranges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export_into: ExportInto,
+    ranges: ActivationRanges,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Neither for an activation that always was, nor where rounding would make it one."""
     dead, tiny = "transformer_blocks.0.ff.net.2", "transformer_blocks.1.ff.net.2"
@@ -255,7 +258,7 @@ def test_a_scale_is_never_zero(
 
 
 def policy(component: str, linears: tuple[str, ...]) -> list[str]:
-    return [linear for linear in linears if is_quantized(component, linear)]
+    return [linear for linear in linears if COMPONENTS[component].is_quantized(linear)]
 
 
 def test_policy_spares_small_and_sensitive_linears() -> None:

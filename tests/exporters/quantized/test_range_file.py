@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("diffusers")
 
 from exporters.calibrate.range_file import read_prompts, read_ranges, write_ranges
-from exporters.calibrate.ranges import Ranges, attentions, linears
+from exporters.calibrate.ranges import ActivationRanges, attentions, linears
 from exporters.calibrate.trajectory import Calibration
 from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.components.registry import COMPONENTS
@@ -28,10 +28,10 @@ def opened(checkpoint: Callable[..., Path]) -> Checkpoint:
 
 
 @pytest.fixture
-def ranges(opened: Checkpoint) -> Ranges:
+def ranges(opened: Checkpoint) -> ActivationRanges:
     chain, _ = COMPONENTS["transformer"].source(opened, "fp32")
     heads = {name: math.pi / (i + 1) for i, name in enumerate(attentions(chain))}
-    return Ranges(
+    return ActivationRanges(
         checkpoint=DIGEST,
         calibration=Calibration(("", 'a sign: "Ω"'), 7, ((64, 96), (16, 16)), 4, 3.5),
         inputs={name: math.e * i for i, name in enumerate(linears(chain))},
@@ -41,7 +41,9 @@ def ranges(opened: Checkpoint) -> Ranges:
     )
 
 
-def test_ranges_come_back_equal(tmp_path: Path, opened: Checkpoint, ranges: Ranges) -> None:
+def test_ranges_come_back_equal(
+    tmp_path: Path, opened: Checkpoint, ranges: ActivationRanges
+) -> None:
     path = tmp_path / "ranges.json"
     write_ranges(ranges, path)
     assert read_ranges(path, opened, DIGEST) == ranges
@@ -51,7 +53,7 @@ def test_ranges_come_back_equal(tmp_path: Path, opened: Checkpoint, ranges: Rang
 
 
 def test_another_checkpoints_ranges_are_refused(
-    tmp_path: Path, opened: Checkpoint, ranges: Ranges, checkpoint: Callable[..., Path]
+    tmp_path: Path, opened: Checkpoint, ranges: ActivationRanges, checkpoint: Callable[..., Path]
 ) -> None:
     path = tmp_path / "ranges.json"
     write_ranges(ranges, path)
@@ -80,7 +82,7 @@ Change = Callable[[dict[str, Any]], Any]
     ],
 )
 def test_changed_files_are_refused(
-    tmp_path: Path, opened: Checkpoint, ranges: Ranges, change: Change, message: str
+    tmp_path: Path, opened: Checkpoint, ranges: ActivationRanges, change: Change, message: str
 ) -> None:
     path = tmp_path / "ranges.json"
     write_ranges(ranges, path)
@@ -111,7 +113,7 @@ def test_files_that_hold_no_ranges_are_refused(
         read_ranges(path, opened, DIGEST)
 
 
-def test_disk_errors_are_told(tmp_path: Path, opened: Checkpoint, ranges: Ranges) -> None:
+def test_disk_errors_are_told(tmp_path: Path, opened: Checkpoint, ranges: ActivationRanges) -> None:
     with pytest.raises(ExportError, match="No such file"):
         read_ranges(tmp_path / "absent.json", opened, DIGEST)
     with pytest.raises(BundleError, match="no such file or folder"):

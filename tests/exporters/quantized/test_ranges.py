@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from exporters.calibrate.ranges import Ranges, measure_ranges
+from exporters.calibrate.ranges import ActivationRanges, measure_ranges
 from exporters.calibrate.trajectory import Calibration, default_calibration
 from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.checkpoint.tensors import StoredTensor
@@ -50,7 +50,7 @@ def open_short(folder: Path) -> Checkpoint:
 
 def measure(
     checkpoint: Checkpoint, calibration: Calibration = QUICK, state: Path | None = None
-) -> Ranges:
+) -> ActivationRanges:
     return measure_ranges(checkpoint, DIGEST, calibration, state, Progress(quiet=True))
 
 
@@ -60,7 +60,7 @@ def opened(checkpoint: Callable[..., Path]) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def quick(opened: Checkpoint) -> Ranges:
+def quick(opened: Checkpoint) -> ActivationRanges:
     """What an uninterrupted run measures."""
     return measure(opened)
 
@@ -132,7 +132,9 @@ def test_ranges_are_what_diffusers_pipeline_shows(
             assert bound / 6 < seen[attention] < bound * (1 + 1e-6)
 
 
-def test_bounds_of_queries_and_keys_are_attained(opened: Checkpoint, quick: Ranges) -> None:
+def test_bounds_of_queries_and_keys_are_attained(
+    opened: Checkpoint, quick: ActivationRanges
+) -> None:
     weights = opened.part("transformer").weights
     head_dim = opened.transformer.head_dim
     for attention in quick.keys:
@@ -148,7 +150,7 @@ def test_bounds_of_queries_and_keys_are_attained(opened: Checkpoint, quick: Rang
             assert bounds[attention] == pytest.approx(scale * float(largest), rel=1e-5)
 
 
-def test_linears_that_share_an_input_have_equal_ranges(quick: Ranges) -> None:
+def test_linears_that_share_an_input_have_equal_ranges(quick: ActivationRanges) -> None:
     for block in ("transformer_blocks.1", "single_transformer_blocks.0"):
         shared = ["attn.to_q", "attn.to_k", "attn.to_v"]
         shared += ["proj_mlp"] if block.startswith("single") else []
@@ -204,7 +206,7 @@ STAGES = 1 + 2 + 1 + 2 + 1  # the chain of the small checkpoint: input, double, 
 
 
 def test_a_killed_measurement_goes_on_and_gives_equal_ranges(
-    opened: Checkpoint, quick: Ranges, tmp_path: Path, run_until: Callable[..., int]
+    opened: Checkpoint, quick: ActivationRanges, tmp_path: Path, run_until: Callable[..., int]
 ) -> None:
     state = tmp_path / "state"
     with pytest.raises(Killed):
@@ -217,7 +219,7 @@ def test_a_killed_measurement_goes_on_and_gives_equal_ranges(
 
 
 def test_a_state_of_another_measurement_or_a_broken_one_is_not_taken_over(
-    opened: Checkpoint, quick: Ranges, tmp_path: Path, run_until: Callable[..., int]
+    opened: Checkpoint, quick: ActivationRanges, tmp_path: Path, run_until: Callable[..., int]
 ) -> None:
     state = tmp_path / "state"
     other = dataclasses.replace(QUICK, seed=QUICK.seed + 1)

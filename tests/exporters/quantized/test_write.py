@@ -22,14 +22,15 @@ from safetensors.torch import load_file, save_file
 from exporters.check.readback import read_linears
 from exporters.checkpoint import Checkpoint
 from exporters.checkpoint.tensors import StoredTensor, read_tensors
+from exporters.formats import FORMATS, Packed
 from exporters.weights.bind import Ledger
-from exporters.weights.storage import Packed
 from exporters.weights.write import WrittenTensor, shards, write_files, write_tensors
 from fluxdeploy.bundle.tensorfile import DTYPE_BITS, read_header
 from fluxdeploy.errors import BundleError, CheckpointError
 from tests.exporters.quantized.conftest import LINEARS, ExportInto, Quantized, open_short
 
-FLOAT8 = ir.DataType.FLOAT8E4M3FN
+FP8 = Packed(FORMATS["fp8"], ir.DataType.FLOAT)
+INT8 = Packed(FORMATS["int8"], ir.DataType.FLOAT)
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 
 
@@ -205,10 +206,10 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("exporters.weights.write._CHUNK", 1 << 14)
     stored = stored_tensors(tmp_path, 6, 512, 1024)
     # A quantized one as it will be stored, and parts of what it is made from.
-    for dtype in ("I8", "F8_E4M3", "F4"):
-        packed = Packed(dtype, FLOAT8 if dtype == "F4" else ir.DataType.BFLOAT16)
-        quantized = [WrittenTensor(tensor.name, tensor, dtype, packed) for tensor in stored]
-        assert peak_memory(tmp_path / f"{dtype}.safetensors", quantized) < 1.5 * 512 * 1024
+    for name in ("int8", "fp8", "nvfp4"):
+        packed = Packed(FORMATS[name], ir.DataType.BFLOAT16)
+        quantized = [WrittenTensor(tensor.name, tensor, packed.dtype, packed) for tensor in stored]
+        assert peak_memory(tmp_path / f"{name}.safetensors", quantized) < 1.5 * 512 * 1024
     # Of what is only converted it is a part of one.
     size = stored[0].nbytes
     converted = [WrittenTensor(tensor.name, tensor, "BF16") for tensor in stored]
@@ -221,7 +222,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.M
 def test_progress_hears_of_every_byte(tmp_path: Path) -> None:
     stored = stored_tensors(tmp_path, 3, 8, 16)
     tensors = [
-        WrittenTensor("layer.0", stored[0], "F8_E4M3", Packed("F8_E4M3", ir.DataType.FLOAT)),
+        WrittenTensor("layer.0", stored[0], "F8_E4M3", FP8),
         WrittenTensor("layer.1", stored[1], "BF16"),
         WrittenTensor("layer.2", stored[2], "F32"),
     ]
@@ -250,18 +251,14 @@ def test_a_damaged_weight_leaves_no_file(tmp_path: Path) -> None:
     tensors["layer.0"][3, 5] = torch.nan
     save_file(tensors, tmp_path / "damaged.safetensors")
     damaged = dataclasses.replace(stored, file=tmp_path / "damaged.safetensors")
-    packed = Packed("I8", ir.DataType.FLOAT)
     with pytest.raises(CheckpointError, match=r"layer\.0 holds NaN"):
         write_tensors(
             tmp_path / "out.safetensors",
-            [WrittenTensor("layer.0", damaged, "I8", packed)],
+            [WrittenTensor("layer.0", damaged, "I8", INT8)],
             lambda _: None,
         )
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {"source.safetensors", "damaged.safetensors"}
-
-
-INT8 = Packed("I8", ir.DataType.FLOAT)
 
 
 def quantized_files(

@@ -1,0 +1,226 @@
+"""What a number format is: how it stores a weight, what a product looks like, and the way back.
+
+Graphs are of standard ONNX operators in the forms that TensorRT fuses and ONNX Runtime reads. A
+format is added by a module with a `Format` and its place in `exporters.formats.FORMATS`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx import TensorProto
+from torch import Tensor
+
+from exporters.formats.graph_edit import GraphEdit
+from exporters.formats.graph_file import GraphFile, read_values
+from exporters.formats.number_types import EightBits, NumberType
+from fluxdeploy.bundle.tensorfile import DTYPE_BITS
+
+__all__ = ["Activations", "Format", "Packed", "Part", "QuantizedLinear"]
+
+Activations = Literal["static", "dynamic"] | None
+"""How the input of a linear is quantized, as in `fluxdeploy.precision.Quantization`."""
+
+_STORED = {
+    ir.DataType.FLOAT: "F32",
+    ir.DataType.FLOAT16: "F16",
+    ir.DataType.BFLOAT16: "BF16",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the tensors that a weight is stored as: its scales, say. All are graph parameters.
+
+    suffix: what its name has after the weight's name; nothing for the weight's own numbers.
+    numbers: its type; None where it has that of the product.
+    """
+
+    suffix: str
+    shape: tuple[int, ...]
+    numbers: NumberType | None = None
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """How numbers are stored in few bits.
+
+    name: as in `fluxdeploy.precision.Quantization.format`.
+    numbers: the type of a weight's numbers. No other format has the same one: a graph's weights are
+        told by it.
+    activations: what the input of a linear may be quantized with; None for weights alone.
+    attention: the type that Q, K, V and the softmax's output are quantized to.
+    opsets, ir_version: what its operators need of a graph, beyond what traces have.
+    """
+
+    name: str
+    numbers: NumberType
+    activations: tuple[Activations, ...]
+    attention: EightBits
+    opsets: Mapping[str, int] = field(default_factory=dict, kw_only=True)
+    ir_version: int = field(default=0, kw_only=True)
+
+    @abstractmethod
+    def layout(self, rows: int, columns: int) -> tuple[Part, ...]:
+        """What a weight [rows, columns] is stored as; its own numbers, transposed, come first."""
+
+    def problem(self, rows: int, columns: int) -> str | None:
+        """Why a linear with a weight [rows, columns] cannot be had, and what to do; None if not."""
+        return None
+
+    @abstractmethod
+    def pack(
+        self,
+        parts: Iterable[NDArray[np.float32]],
+        shape: tuple[int, int],
+        scales: ir.DataType,
+        name: str,
+        largest: Callable[[], float],
+    ) -> Iterable[NDArray[np.uint8]]:
+        """A linear's weight [out, in] as the raw bytes of each part of its layout.
+
+        `parts` are the weight's rows in order, an even number at a time but for the last; they are
+        overwritten. `scales` is the type of the product, `name` the weight's name for messages.
+        `largest` gives the largest magnitude of the weight, or of the several that share a scale;
+        they are read for it. Raises `CheckpointError` for a weight that is not finite, or that the
+        scales cannot hold.
+        """
+
+    @abstractmethod
+    def multiply(
+        self,
+        edit: GraphEdit,
+        product: ir.Node,
+        weight: ir.Value,
+        activations: Activations,
+        largest: Callable[[], float],
+    ) -> Packed:
+        """Rewrite x · Wᵀ, a MatMul, where the parameter `weight` [out, in] is W.
+
+        `activations` is one of the format's. `largest` gives the largest magnitude of x that was
+        measured, for static scales. Raises `ExportError` where it is not known.
+        """
+
+    @abstractmethod
+    def read(self, file: GraphFile, weight: TensorProto) -> QuantizedLinear:
+        """The linear whose weight this is.
+
+        Raises `LookupError`, `TypeError` or `ValueError` for a graph in another form than that of
+        `multiply`.
+        """
+
+    @abstractmethod
+    def widen(self, *parts: Tensor) -> Tensor:
+        """The weight [in, out] that a graph multiplies with, of the values of its parts."""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """What the names of a weight's further parts have after its own name."""
+        return tuple(part.suffix for part in self.layout(0, 0)[1:])
+
+    def nbytes(self, shape: tuple[int, ...], scale_width: int) -> int:
+        """What a weight [out, in] takes, where the product's type has `scale_width` bytes."""
+        rows, columns = shape
+        return (
+            sum(
+                math.prod(part.shape)
+                * (DTYPE_BITS[part.numbers.stored] if part.numbers else 8 * scale_width)
+                for part in self.layout(rows, columns)
+            )
+            // 8
+        )
+
+    def declare(self, edit: GraphEdit, weight: ir.Value, scales: ir.DataType) -> list[ir.Value]:
+        """Give a parameter [out, in] the type and shape that is stored, and the graph its scales.
+
+        Returns the latter. `scales` is the type of those that have the product's.
+        """
+        assert weight.shape is not None
+        rows, columns = weight.shape.numpy()
+        numbers, *others = self.layout(rows, columns)
+        # The stored bytes are those of the transposed matrix: the product takes them as they are.
+        weight.type = ir.TensorType(self.numbers.onnx_type)
+        weight.shape = ir.Shape(numbers.shape)
+        return [
+            edit.parameter(
+                f"{weight.name}{part.suffix}",
+                part.shape,
+                part.numbers.onnx_type if part.numbers else scales,
+            )
+            for part in others
+        ]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How a weight [out, in] of a graph is stored.
+
+    scales: the type of those of its scales that have the product's.
+    group: weights of one group have a scale in common, so that an engine can merge their products;
+        one without a name is of none.
+    """
+
+    format: Format
+    scales: ir.DataType
+    group: str = ""
+
+    @property
+    def dtype(self) -> str:
+        """The safetensors type of its numbers."""
+        return self.format.numbers.stored
+
+    def parameters(self, name: str) -> list[str]:
+        """The names of the parameters that the graph has beside the weight `name`."""
+        return [name + suffix for suffix in self.format.suffixes]
+
+    def declarations(
+        self, name: str, rows: int, columns: int
+    ) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Name, safetensors type and shape of all that a weight [rows, columns] is stored as."""
+        scales = _STORED[self.scales]
+        return [
+            (name + part.suffix, part.numbers.stored if part.numbers else scales, part.shape)
+            for part in self.format.layout(rows, columns)
+        ]
+
+    def pack(
+        self,
+        parts: Iterable[NDArray[np.float32]],
+        shape: tuple[int, int],
+        name: str,
+        largest: Callable[[], float],
+    ) -> Iterable[NDArray[np.uint8]]:
+        """The raw bytes of what `declarations` lists: see `Format.pack`."""
+        return self.format.pack(parts, shape, self.scales, name, largest)
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """A linear as an exported graph has it.
+
+    parts: the initializers that its weight is stored as, in the order of the format's layout.
+        External data lies below `folder`.
+    narrow: what the graph does to the linear's input, float32 to float32.
+    """
+
+    format: Format
+    parts: Sequence[TensorProto]
+    narrow: Callable[[Tensor], Tensor]
+    folder: Path
+
+    def fits(self, rows: int, columns: int) -> bool:
+        """Whether it has the shapes of a weight [rows, columns]."""
+        expected = [list(part.shape) for part in self.format.layout(rows, columns)]
+        return [list(part.dims) for part in self.parts] == expected
+
+    def dequantized(self) -> Tensor:
+        """The weight [in, out] that the graph multiplies with, float32, read from its file."""
+        return self.format.widen(*(read_values(part, self.folder) for part in self.parts))
