@@ -129,14 +129,11 @@ class Format(ABC):
     def nbytes(self, shape: tuple[int, ...], scale_width: int) -> int:
         """What a weight [out, in] takes, where the product's type has `scale_width` bytes."""
         rows, columns = shape
-        return (
-            sum(
-                math.prod(part.shape)
-                * (DTYPE_BITS[part.numbers.stored] if part.numbers else 8 * scale_width)
-                for part in self.layout(rows, columns)
-            )
-            // 8
-        )
+        bits = 0
+        for part in self.layout(rows, columns):
+            width = DTYPE_BITS[part.numbers.stored] if part.numbers else 8 * scale_width
+            bits += width * math.prod(part.shape)
+        return bits // 8
 
     def declare(self, edit: GraphEdit, weight: ir.Value, scales: ir.DataType) -> list[ir.Value]:
         """Give a parameter [out, in] the type and shape that is stored, and the graph its scales.

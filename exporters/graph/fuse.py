@@ -185,8 +185,9 @@ def _made(
 
 
 def _instead(replaced: ir.Value, made: ir.Value) -> ir.Value:
-    """A value under its own name: the rewriter gives it the name of the one it replaces."""
-    replaced.name = made.name
+    """A value under its own name, but for outputs: the rewriter gives it that of the replaced."""
+    if not replaced.is_graph_output():
+        replaced.name = made.name
     return made
 
 

@@ -7,18 +7,66 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 
 from exporters.checkpoint import Checkpoint
 from exporters.components.registry import COMPONENTS
 from exporters.components.run import run_reference
+from exporters.graph.fuse import fuse_attention
+from exporters.models.mmdit import HeadNorm
+from fluxdeploy.bundle.manifest import RopeSpec
+from fluxdeploy.sampling.rope import joint_ids, rope_tables
 from tests.exporters.conftest import Exports
 from tests.exporters.numbers import GRAPHS, SIZES, error, make_inputs, run
 from tests.support.checkpoints import SHAPES
 
 BLOCKS = SHAPES["dev"].double + SHAPES["dev"].single
 NORMS = 4 * SHAPES["dev"].double + 2 * SHAPES["dev"].single
+
+ATTENTION = """
+<ir_version: 10, opset_import: ["": 22]>
+attention (
+    float[B, T, 2, 8] query, float[B, T, 2, 8] key, float[B, T, 2, 8] value,
+    float[T, 8] rope_cos, float[T, 8] rope_sin
+) => (float[B, T, 16] joint)
+<
+    int64[1] one = {1}, int64[5] pairs = {0, 0, 2, 4, 2}, int64[4] heads = {0, 0, 2, 8},
+    int64[3] flat = {0, 0, 16}, float scale = {0.4}
+>
+{
+    cos = Unsqueeze (rope_cos, one)
+    sin = Unsqueeze (rope_sin, one)
+    q_pairs = Reshape (query, pairs)
+    q_a, q_b = Split <axis = 4, num_outputs = 2> (q_pairs)
+    q_minus_b = Neg (q_b)
+    q_joined = Concat <axis = -1> (q_minus_b, q_a)
+    q_turned = Reshape (q_joined, heads)
+    q_with_cos = Mul (query, cos)
+    q_with_sin = Mul (q_turned, sin)
+    q_rotated = Add (q_with_cos, q_with_sin)
+    k_pairs = Reshape (key, pairs)
+    k_a, k_b = Split <axis = 4, num_outputs = 2> (k_pairs)
+    k_minus_b = Neg (k_b)
+    k_joined = Concat <axis = -1> (k_minus_b, k_a)
+    k_turned = Reshape (k_joined, heads)
+    k_with_cos = Mul (key, cos)
+    k_with_sin = Mul (k_turned, sin)
+    k_rotated = Add (k_with_cos, k_with_sin)
+    q = Transpose <perm = [0, 2, 1, 3]> (q_rotated)
+    k = Transpose <perm = [0, 2, 3, 1]> (k_rotated)
+    v = Transpose <perm = [0, 2, 1, 3]> (value)
+    q_scaled = Mul (q, scale)
+    scores = MatMul (q_scaled, k)
+    weights = Softmax <axis = -1> (scores)
+    mixed = MatMul (weights, v)
+    by_token = Transpose <perm = [0, 2, 1, 3]> (mixed)
+    joint = Reshape (by_token, flat)
+}
+"""
+"""Attention as the exporter writes it in float32, of two heads and with an odd scale."""
 
 
 def operators(path: Path) -> Counter[tuple[str, str]]:
@@ -117,3 +165,106 @@ def test_other_components_stay_standard(exports: Exports) -> None:
     for component in set(COMPONENTS) - {"transformer"}:
         path = exports(component, "fp32", fused=True)
         assert {domain for domain, _ in operators(path)} == {""}
+
+
+def fused(text: str) -> onnx.ModelProto:
+    model = ir.from_onnx_text(text)
+    fuse_attention(model)
+    return ir.to_proto(model)
+
+
+def test_heads_scale_and_rotation_are_those_of_the_standard_form(tmp_path: Path) -> None:
+    onnx.save(onnx.parser.parse_model(ATTENTION), tmp_path / "standard.onnx")
+    onnx.save(fused(ATTENTION), tmp_path / "fused.onnx")
+    assert operators(tmp_path / "fused.onnx")["com.microsoft", "MultiHeadAttention"] == 1
+    cos, sin = rope_tables(joint_ids(3, 2, 2), RopeSpec((2, 2, 4), 10000.0))
+    random = np.random.RandomState(1)
+    inputs = {
+        name: random.standard_normal((2, 7, 2, 8)).astype(np.float32)
+        for name in ("query", "key", "value")
+    }
+    inputs |= {"rope_cos": cos, "rope_sin": sin}
+    expected = run(tmp_path / "standard.onnx", inputs)["joint"]
+    assert error(run(tmp_path / "fused.onnx", inputs)["joint"], expected) < 1e-6
+
+
+OTHER_FORMS = {
+    "a bias": (
+        "weights = Softmax <axis = -1> (scores)",
+        "biased = Add (scores, scale) weights = Softmax <axis = -1> (biased)",
+    ),
+    "V in 8 bits": (
+        "mixed = MatMul (weights, v)",
+        "v_8 = QuantizeLinear (v, scale) v_wide = DequantizeLinear (v_8, scale)"
+        "mixed = MatMul (weights, v_wide)",
+    ),
+    "a softmax over queries": ("Softmax <axis = -1>", "Softmax <axis = 2>"),
+    "weights that are a result too": (
+        "float[B, T, 16] joint",
+        "float[B, T, 16] joint, float[B, 2, T, T] weights",
+    ),
+    "a scale that is computed": (
+        "q_scaled = Mul (q, scale)",
+        "factor = Exp (scale) q_scaled = Mul (q, factor)",
+    ),
+    "a scale for each channel": (
+        "float scale = {0.4}",
+        "float[8] scale = {1, 2, 3, 4, 5, 6, 7, 8}",
+    ),
+    "K without RoPE": ("(k_rotated)", "(key)"),
+    "pairs of halves": ("{0, 0, 2, 4, 2}", "{0, 0, 2, 2, 4}"),
+    "a turn the other way": ("(q_minus_b, q_a)", "(q_a, q_minus_b)"),
+    "tables for batches": ("int64[1] one = {1}", "int64[1] one = {0}"),
+    "tables as they are": ("Unsqueeze (rope_sin, one)", "Identity (rope_sin)"),
+}
+
+
+@pytest.mark.parametrize("form", OTHER_FORMS)
+def test_attention_in_another_form_stays_as_it_is(form: str) -> None:
+    before, after = OTHER_FORMS[form]
+    assert ATTENTION.count(before) == 1
+    text = ATTENTION.replace(before, after)
+    standard = ir.to_proto(ir.from_onnx_text(text))
+    assert fused(text).SerializeToString(deterministic=True) == standard.SerializeToString(
+        deterministic=True
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_all_blocks_share_two_half_tables(exports: Exports, precision: str) -> None:
+    path = exports("transformer", precision, fused=True)
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    halves = []
+    for table in ("rope_cos", "rope_sin"):
+        (reader,) = [node for node in nodes if table in node.input]
+        assert reader.op_type == "Slice"
+        halves += reader.output
+    rotations = [node for node in nodes if node.op_type == "RotaryEmbedding"]
+    assert all(node.input[2:] == halves for node in rotations)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_norms_of_16_bits_have_the_epsilon_of_pytorchs(
+    exports: Exports, tmp_path: Path, precision: str
+) -> None:
+    """Over numbers whose squares are as large as epsilon."""
+    norm = HeadNorm(8)
+    torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
+    x = 1e-3 * torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(2))
+    expected = norm(x).detach().numpy()
+    path = exports("transformer", precision, fused=True)
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    norms = [node for node in nodes if node.op_type == "RMSNormalization"]
+    for node in norms:
+        sizes = zip([*node.input, *node.output], ([2, 3, 4, 8], [8], [2, 3, 4, 8]), strict=True)
+        given, weight, result = [
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, size)
+            for name, size in sizes
+        ]
+        graph = onnx.helper.make_graph([node], "norm", [given, weight], [result])
+        opset = onnx.helper.make_opsetid("", 23)
+        model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
+        onnx.save(model, tmp_path / "norm.onnx")
+        inputs = {given.name: x.numpy(), weight.name: norm.weight.detach().numpy()}
+        assert error(run(tmp_path / "norm.onnx", inputs)[result.name], expected) < 1e-6
+    assert norms

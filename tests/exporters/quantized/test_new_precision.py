@@ -22,11 +22,12 @@ from exporters.checkpoint import Checkpoint
 from exporters.formats import FORMATS, EightBits
 from exporters.formats.row_scales import RowScaled
 from fluxdeploy.bundle.tensorfile import read_header
-from fluxdeploy.errors import ExportError
+from fluxdeploy.errors import ExportError, NumericError
 from fluxdeploy.precision import PRECISIONS, Precision, Quantization
 from fluxdeploy.progress import Progress
 from tests.exporters.quantized.conftest import ATTENTIONS, LINEARS, SHORT, ExportInto
 from tests.exporters.quantized.test_emulation import distance, ends, run
+from tests.exporters.quantized.test_fidelity import scale_attention
 from tests.exporters.quantized.test_quantized_graphs import Graph
 
 QUIET = Progress(quiet=True)
@@ -155,6 +156,10 @@ def test_a_new_format_is_read_back_and_measured(
     assert len(ratios) == len(LINEARS) + 4 * len(ATTENTIONS)
     # A bit less of fraction than E4M3 costs 6 dB.
     assert all(15 < ratio < 30 for ratio in ratios.values())
+    # Its own end says how far a scale reaches.
+    scale_attention(path, {("transformer_blocks.0.attn", "values"): 16})
+    with pytest.raises(NumericError, match=r"blocks\.0\.attn\.value .* at most 16 times"):
+        measure_fidelity(opened, path, SHORT, QUIET)
     # All that is known of it is known by that one entry.
     monkeypatch.delitem(FORMATS, e5m2)
     assert read_linears(path) == {}
