@@ -1,19 +1,19 @@
-"""The walls between the rooms: who may import whom, read from the source of every module.
-
-An import counts wherever it stands: at the top, in a function, under TYPE_CHECKING, and as a
-module's name in a string, which is how modules are loaded late.
-"""
+"""The walls between the rooms: who may import whom, and that nobody does in a circle."""
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support.imports import (
+    IMPORTS,
+    MODULES,
+    Import,
+    file_of,
+    imports_in,
+    neighbours,
+)
 
 _LEAVES = (
     "fluxdeploy.errors",
@@ -53,7 +53,6 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
 """What each room may see beside itself. A module belongs to the longest name that it begins with;
 `fluxdeploy` is the package's `__init__` alone, the door to the host."""
 
-_TRAINING = ("diffusers", "onnx", "onnx_ir", "onnxscript", "torch", "transformers")
 _WITH_TRAINING = (
     "exporters",
     "exporters.training",
@@ -61,9 +60,9 @@ _WITH_TRAINING = (
     "fluxdeploy.build",
     "fluxdeploy.verify",
 )
-"""The rooms that may import `_TRAINING`; no other ever does."""
+"""The rooms that may import `tests.support.imports.TRAINING`; no other ever does."""
 
-_STILL_BACK = frozenset(
+_STILL_BACK: frozenset[tuple[str, str]] = frozenset(
     {
         ("engines.base", "engines.tensorrt.fusion"),
         ("exporters.calibrate.range_file", "exporters.export"),
@@ -82,69 +81,12 @@ _STILL_BACK = frozenset(
 """Imports that still run back, as (module, import). An entry that no longer does must leave."""
 
 
-@dataclass(frozen=True)
-class Import:
-    """`module` imports `name` in this line."""
-
-    module: str
-    name: str
-    line: int
-
-    @property
-    def pair(self) -> tuple[str, str]:
-        return self.module, self.name
-
-    def __str__(self) -> str:
-        return f"{_file(self.module)}:{self.line}: {self.module} imports {self.name}"
-
-
-def _modules() -> dict[str, Path]:
-    found = {}
-    for tree in ("fluxdeploy", "engines", "exporters"):
-        for path in sorted((ROOT / tree).rglob("*.py")):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-MODULES = _modules()
-
-
-def _file(module: str) -> str:
-    return MODULES[module].relative_to(ROOT).as_posix()
-
-
-def imports_in(module: str, source: str) -> Iterator[Import]:
-    """What a module's source imports of this repository and of `_TRAINING`."""
-    for node in ast.walk(ast.parse(source)):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            where = f"{_file(module)}:{node.lineno}"
-            assert node.level == 0, f"{where}: name the whole module"
-            assert node.module
-            whole = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [name if name in MODULES else node.module for name in whole]
-        elif isinstance(node, ast.Constant) and node.value in MODULES and "." in node.value:
-            names = [node.value]
-        for name in dict.fromkeys(names):
-            known = name in MODULES or name.partition(".")[0] in _TRAINING
-            if known and name != module:
-                yield Import(module, name, getattr(node, "lineno", 0))
-
-
-IMPORTS = tuple(
-    found for name, path in MODULES.items() for found in imports_in(name, path.read_text("utf-8"))
-)
-
-
 def room(module: str) -> str:
     """The row of `FLOORS` that a module belongs to."""
     if module == "fluxdeploy":
         return module
     rooms = [row for row in FLOORS if row != "fluxdeploy" and f"{module}.".startswith(f"{row}.")]
-    assert rooms, f"{_file(module)} stands in no room: give it a row in FLOORS"
+    assert rooms, f"{file_of(module)} stands in no room: give it a row in FLOORS"
     return max(rooms, key=len)
 
 
@@ -172,26 +114,11 @@ def circular(imports: Iterable[Import]) -> list[Import]:
     for each in imports:
         if each.name in MODULES:
             edges.append((each.module, each.name, each))
-            edges += [(start, end, each) for start, end in _neighbours(each)]
+            edges += [(start, end, each) for start, end in neighbours(each)]
     after: dict[str, set[str]] = {}
     for start, end, _ in edges:
         after.setdefault(start, set()).add(end)
     return list(dict.fromkeys(each for start, end, each in edges if start in _reached(after, end)))
-
-
-def _neighbours(each: Import) -> list[tuple[str, str]]:
-    """The two neighbours that an import goes between; none where one of its ends holds the other.
-
-    They are spelt with slashes, since a package is not its `__init__`, the module of that name.
-    """
-    parts = (each.module.split("."), each.name.split("."))
-    shared = 0
-    while shared < min(map(len, parts)) and parts[0][shared] == parts[1][shared]:
-        shared += 1
-    if shared == 0 or shared == min(map(len, parts)):
-        return []
-    start, end = ("/".join(part[: shared + 1]) for part in parts)
-    return [(start, end)]
 
 
 def _reached(after: Mapping[str, set[str]], start: str) -> set[str]:
@@ -255,7 +182,7 @@ def test_what_is_said_to_run_back_does() -> None:
 def test_a_line_that_looks_upward_is_named(module: str, line: str) -> None:
     source = f"if TYPE_CHECKING:\n    def late():\n        {line}\n"
     (found,) = upward(imports_in(module, source))
-    assert str(found).startswith(f"{_file(module)}:3: {module} imports {found.name}")
+    assert str(found).startswith(f"{file_of(module)}:3: {module} imports {found.name}")
 
 
 @pytest.mark.parametrize(
