@@ -7,12 +7,12 @@ picture of their own. An arrow that others imply is left out; one that runs back
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tests.support.imports import IMPORTS
 
-__all__ = ["PICTURES", "draw", "exporters", "rooms"]
+__all__ = ["PICTURES", "draw", "exporters", "picture", "rooms"]
 
 DOCS = Path(__file__).resolve().parent
 
@@ -136,6 +136,11 @@ def draw(graph: Graph, title: str) -> str:
     return _svg(graph, title, rows, lines, sorted(back))
 
 
+def picture(graph: Callable[[], Graph]) -> str:
+    """One of `PICTURES` as SVG."""
+    return draw(graph(), str(graph.__doc__))
+
+
 def _svg(
     graph: Graph,
     title: str,
@@ -208,4 +213,4 @@ _PAGE = """\
 
 if __name__ == "__main__":
     for path, graph in PICTURES.items():
-        path.write_text(draw(graph(), (graph.__doc__ or "").partition("\n")[0]), encoding="utf-8")
+        path.write_text(picture(graph), encoding="utf-8")
