@@ -10,13 +10,12 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from tests.support.imports import IMPORTS
+from tests.support.imports import IMPORTS, LEAVES
 
 __all__ = ["PICTURES", "draw", "exporters", "picture", "rooms"]
 
 DOCS = Path(__file__).resolve().parent
 
-_LEAVES = ("errors", "machine", "precision", "progress")
 _WIDTH, _HEIGHT = 132, 34
 _COLUMN, _ROW = 24, 86
 _BEND = 8  # the width that a line takes where it passes a row
@@ -29,10 +28,12 @@ def rooms() -> Graph:
 
     def room(module: str) -> str:
         tree, _, rest = module.partition(".")
-        if tree != "fluxdeploy":
-            return tree if tree in ("engines", "exporters") else ""
+        if module in LEAVES:
+            return ", ".join(leaf.partition(".")[2] for leaf in LEAVES)
+        if tree in ("engines", "exporters"):
+            return tree
         name = rest.partition(".")[0]
-        return ", ".join(_LEAVES) if name in _LEAVES else "" if name == "__main__" else name
+        return name if tree == "fluxdeploy" and name != "__main__" else ""
 
     return _graph((room(each.module), room(each.name)) for each in IMPORTS)
 

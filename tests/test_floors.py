@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.imports import (
     IMPORTS,
+    LEAVES,
     MODULES,
     Import,
     file_of,
@@ -15,13 +16,7 @@ from tests.support.imports import (
     neighbours,
 )
 
-_LEAVES = (
-    "fluxdeploy.errors",
-    "fluxdeploy.machine",
-    "fluxdeploy.precision",
-    "fluxdeploy.progress",
-)
-_CONTRACT = (*_LEAVES, "fluxdeploy.bundle", "fluxdeploy.sampling")
+_CONTRACT = (*LEAVES, "fluxdeploy.bundle", "fluxdeploy.sampling")
 _BELOW_HOST = (*_CONTRACT, "fluxdeploy.text", "engines")
 _TOP = (
     *_BELOW_HOST,
@@ -35,7 +30,7 @@ _TOP = (
 )
 
 FLOORS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(_LEAVES, _LEAVES),
+    **dict.fromkeys(LEAVES, LEAVES),
     **dict.fromkeys(("fluxdeploy.bundle", "fluxdeploy.sampling"), _CONTRACT),
     "fluxdeploy.text": _CONTRACT,
     "engines": _CONTRACT,

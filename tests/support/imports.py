@@ -11,7 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["IMPORTS", "MODULES", "TRAINING", "Import", "file_of", "imports_in", "neighbours"]
+__all__ = [
+    "IMPORTS",
+    "LEAVES",
+    "MODULES",
+    "TRAINING",
+    "Import",
+    "file_of",
+    "imports_in",
+    "neighbours",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,6 +54,13 @@ def _modules() -> dict[str, Path]:
 
 
 MODULES = _modules()
+
+LEAVES = tuple(
+    module
+    for module, path in MODULES.items()
+    if module == f"fluxdeploy.{path.stem}" and path.stem != "__main__"
+)
+"""The single files of `fluxdeploy`, each about one thing that every room may need."""
 
 
 def file_of(module: str) -> str:
