@@ -1,7 +1,8 @@
 """Draws which room imports which, as docs/imports.svg: `python docs/imports.py`.
 
-A box is a room: a package below `fluxdeploy`, `engines`, or `exporters`, whose own packages have a
-picture of their own. An arrow that others imply is left out; one that runs back is red.
+A box is a room: a package below `fluxdeploy`, `engines`, or `exporters`, whose own packages have
+another picture, docs/imports_exporters.svg. An arrow that others imply is left out; one that runs
+back is red.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def rooms() -> Graph:
 
 
 def exporters() -> Graph:
-    """The packages of `exporters`, and `export`, the facade."""
+    """The packages and the single files of `exporters`, each with the others that it imports."""
 
     def package(module: str) -> str:
         tree, _, rest = module.partition(".")
