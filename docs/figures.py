@@ -128,7 +128,8 @@ def _quantization_quality(report: dict[str, Any]) -> str:
         f"Medians over {report['pictures']} prompts, each with a seed of its own, with `demo:dev`, "
         f"{report['steps']} steps,\n{report['width']}x{report['height']} pixels. "
         "The noisiest layer is the one with the lowest signal-to-quantization-noise\nratio. "
-        "Measured by [benchmarks/quantization_quality.py](../benchmarks/quantization_quality.py) on\n"
+        "Measured by "
+        "[benchmarks/quantization_quality.py](../benchmarks/quantization_quality.py) on\n"
         f"{_machine(report['machine'])}.\n"
     )
 
