@@ -23,7 +23,7 @@ help:
 	@echo "make demo   set up, build the default bundle, draw eight prompts into demo.png"
 	@echo "make test   set up and run the tests"
 	@echo "make lint   ruff and mypy"
-	@echo "make docs   regenerate docs/commands.md and the figures in README.md"
+	@echo "make docs   regenerate what docs/ has of commands, figures and imports"
 	@echo "make bench  export a full-size model: time, memory, bytes written"
 	@echo "make clean  remove .venv, caches and build leftovers"
 
@@ -39,7 +39,7 @@ demo: $(READY)
 	$(BIN)/fluxdeploy build
 	$(BIN)/fluxdeploy generate $(DEMO_PROMPTS) --seed 7 --out image.png --sheet demo.png
 	@echo "Look at demo.png: each picture has its prompt below it. Training saw none of these"
-	@echo "combinations. How often shapes, colours and places are right is in README.md, under Figures."
+	@echo "combinations. How often shapes, colours and places are right is in docs/figures.md."
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n auto --durations=10
@@ -52,6 +52,7 @@ lint: $(READY)
 docs: $(READY)
 	$(BIN)/python -m fluxdeploy.cli.reference docs/commands.md
 	$(BIN)/python docs/figures.py
+	$(BIN)/python docs/imports.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/export_scale.py

@@ -19,7 +19,7 @@ import numpy as np
 __all__ = ["BLOCKS", "Block", "fill"]
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+FIGURES = ROOT / "docs" / "figures.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 CHECKPOINTS = ROOT / "fluxdeploy" / "demo" / "checkpoints"
@@ -57,7 +57,7 @@ def _export_scale(report: dict[str, Any]) -> str:
     ]
     return (
         f"{_table(rows)}\n"
-        "Measured by [benchmarks/export_scale.py](benchmarks/export_scale.py) on\n"
+        "Measured by [benchmarks/export_scale.py](../benchmarks/export_scale.py) on\n"
         f"{_machine(report['machine'])}.\n"
         "The weights are zeros in a sparse file: this measures the export, not a disk.\n"
     )
@@ -128,7 +128,8 @@ def _quantization_quality(report: dict[str, Any]) -> str:
         f"Medians over {report['pictures']} prompts, each with a seed of its own, with `demo:dev`, "
         f"{report['steps']} steps,\n{report['width']}x{report['height']} pixels. "
         "The noisiest layer is the one with the lowest signal-to-quantization-noise\nratio. "
-        "Measured by [benchmarks/quantization_quality.py](benchmarks/quantization_quality.py) on\n"
+        "Measured by "
+        "[benchmarks/quantization_quality.py](../benchmarks/quantization_quality.py) on\n"
         f"{_machine(report['machine'])}.\n"
     )
 
@@ -142,7 +143,7 @@ def _quantize_scale(report: dict[str, Any]) -> str:
         f"{whole['rate'] / 1e6:.0f} MB/s, hashing included, and holds "
         f"{_megabytes(whole['peak_bytes'])} of memory at most. Killed after {killed['files']} "
         f"files,\na second run took {whole['resumed']} of them over. "
-        "Measured by [benchmarks/quantize_scale.py](benchmarks/quantize_scale.py) on\n"
+        "Measured by [benchmarks/quantize_scale.py](../benchmarks/quantize_scale.py) on\n"
         f"{_machine(report['machine'])}.\nThe weights are zeros that need no reading from a disk.\n"
     )
 
@@ -152,7 +153,7 @@ def _latency(report: dict[str, Any]) -> str:
     machine = report["demo"]["machine"]
     return (
         f"{_demo(report['demo'])}\n{_width(report)}"
-        "Measured by [benchmarks/latency.py](benchmarks/latency.py) on\n"
+        "Measured by [benchmarks/latency.py](../benchmarks/latency.py) on\n"
         f"{_machine(machine)}, ONNX Runtime {machine['packages']['onnxruntime']}, "
         f"OpenVINO {machine['packages']['openvino']}.\n"
     )
@@ -250,7 +251,7 @@ def _gpu_latency(report: dict[str, Any]) -> str:
         f"weights, one picture. Eager's step takes {steps} ms. Medians of {reports[0]['rounds']} "
         f"rounds with\ntheir middle 80%; eager against itself: {noise}.\nOur host's own work in a "
         f"step takes {hosts} ms. "
-        "Measured by\n[benchmarks/gpu_latency.py](benchmarks/gpu_latency.py) on "
+        "Measured by\n[benchmarks/gpu_latency.py](../benchmarks/gpu_latency.py) on "
         f"{machine['gpu']}, {machine['cores']} cores, Python {machine['python']},\n"
         f"PyTorch {packages['torch']}, ONNX Runtime {packages['onnxruntime']}.\n"
     )
@@ -370,15 +371,15 @@ class Block:
 
 
 BLOCKS: Mapping[str, Block] = {
-    "export_scale": Block(RESULTS / "export_scale.json", (README,), _export_scale),
-    "demo_scores": Block(RESULTS / "demo_scores.json", (README, MODEL_CARD), _demo_scores),
+    "export_scale": Block(RESULTS / "export_scale.json", (FIGURES,), _export_scale),
+    "demo_scores": Block(RESULTS / "demo_scores.json", (FIGURES, MODEL_CARD), _demo_scores),
     "demo_training": Block(CHECKPOINTS / "training.json", (MODEL_CARD,), _demo_training),
     "quantization_quality": Block(
-        RESULTS / "quantization_quality.json", (README,), _quantization_quality
+        RESULTS / "quantization_quality.json", (FIGURES,), _quantization_quality
     ),
-    "quantize_scale": Block(RESULTS / "quantize_scale.json", (README,), _quantize_scale),
-    "latency": Block(RESULTS / "latency.json", (README,), _latency),
-    "gpu_latency": Block(RESULTS / "gpu_latency.json", (README,), _gpu_latency),
+    "quantize_scale": Block(RESULTS / "quantize_scale.json", (FIGURES,), _quantize_scale),
+    "latency": Block(RESULTS / "latency.json", (FIGURES,), _latency),
+    "gpu_latency": Block(RESULTS / "gpu_latency.json", (FIGURES,), _gpu_latency),
     "host_step": Block(RESULTS / "host_step.json", (PERFORMANCE,), _host_step),
     "conditioner_split": Block(
         RESULTS / "conditioner_split.json", (PERFORMANCE,), _conditioner_split

@@ -5,12 +5,22 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-__all__ = ["PAGES", "ROOT", "anchors", "code_blocks", "links", "section", "tables"]
+__all__ = ["PAGES", "ROOT", "anchors", "code_blocks", "links", "name_of", "section", "tables"]
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "fluxdeploy" / "demo" / "checkpoints" / "README.md",
+)
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def name_of(page: Path) -> str:
+    """Where a page lies, as tests name it."""
+    return page.relative_to(ROOT).as_posix()
 
 
 def code_blocks(page: Path, language: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""No figure in the README is stale or made up."""
+"""No figure in the pages is stale or made up."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import importlib.util
 import json
 import re
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from tests.docs.pages import ROOT
+from tests.docs.pages import PAGES, ROOT, name_of, section, tables
 
-README = ROOT / "README.md"
+BUILD = ROOT / "docs" / "build.md"
+COMPONENTS = ROOT / "docs" / "components.md"
 
 
 @pytest.fixture
@@ -76,6 +78,12 @@ def test_every_block_is_checked_here(figures: ModuleType) -> None:
     assert set(figures.BLOCKS) == set(BLOCKS)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_of_a_page_is_filled_there(figures: ModuleType, page: Path) -> None:
+    marked = re.findall("<!-- (\\w+) -->", page.read_text())
+    assert set(marked) == {name for name, block in figures.BLOCKS.items() if page in block.pages}
+
+
 def test_a_report_becomes_a_table(figures: ModuleType) -> None:
     table = figures.BLOCKS["export_scale"].render(EXPORT_SCALE)
     assert "| time, imports included | 42 s | under 60 s |" in table
@@ -123,7 +131,7 @@ def test_scores_become_a_table_with_their_targets(figures: ModuleType) -> None:
     assert "A processor" in text
 
 
-def test_the_conditioner_takes_the_share_that_the_readme_says() -> None:
+def test_the_conditioner_takes_the_share_that_its_page_says() -> None:
     pytest.importorskip("torch")
     from exporters.components.pieces import COMPUTE_TYPES
     from exporters.components.registry import COMPONENTS
@@ -137,7 +145,7 @@ def test_the_conditioner_takes_the_share_that_the_readme_says() -> None:
         )
     )
     total = conditioner + transformer
-    text = " ".join(README.read_text().split())
+    text = " ".join(COMPONENTS.read_text().split())
     assert f"{conditioner / 1e9:.1f} of the {total / 1e9:.1f} billion parameters" in text
     assert f"the loop reads {conditioner / total:.0%} fewer weights" in text
 
@@ -145,20 +153,21 @@ def test_the_conditioner_takes_the_share_that_the_readme_says() -> None:
 def test_the_memory_that_a_session_takes_is_what_the_build_plans_with() -> None:
     from engines.base import CPU_SESSION
 
-    (said,) = re.findall(r"about ([\d.]+) times its float32 weights", README.read_text())
+    text = " ".join(BUILD.read_text().split())
+    (said,) = re.findall(r"about ([\d.]+) times its float32 weights", text)
     assert float(said) == CPU_SESSION
 
 
 def test_the_precisions_are_those_that_a_build_chooses() -> None:
     pytest.importorskip("torch")
     from exporters.components.registry import COMPONENTS
-    from fluxdeploy.precision import component_precision
-    from tests.docs.pages import section, tables
+    from fluxdeploy.precision import PRECISIONS
 
-    table = tables(section(README, "## What runs where"))[1]
+    (table,) = tables(section(BUILD, "## Precisions"))
     columns = ("transformer", "conditioner", "clip", "t5", "vae_decoder")
     assert {*columns, "vae_encoder"} == set(COMPONENTS)
+    assert sorted(row[0].partition(" ")[0] for row in table) == sorted(PRECISIONS)
     for asked, *row in table:
         asked = asked.partition(" ")[0]
         said = [cell.partition(",")[0] for cell in row]
-        assert said == [component_precision(name, asked) for name in columns], asked
+        assert said == [COMPONENTS[name].precision_beside(asked) for name in columns], asked

@@ -1,0 +1,143 @@
+"""What the pages tell to type works, against the default bundle."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from fluxdeploy.cli import COMMANDS, main
+from tests.docs.pages import PAGES, ROOT, code_blocks, name_of
+
+README = ROOT / "README.md"
+RUN = ROOT / "docs" / "run.md"
+
+CHECKPOINTS = {
+    "./FLUX.1-dev": "demo:dev",
+    "flux1-dev.safetensors": "demo:dev",
+    "black-forest-labs/FLUX.1-schnell": "demo:dev",
+}
+"""The pages' checkpoints, by the name of one that comes with the package."""
+
+SMALL = {
+    "generate": ["--width", "64", "--height", "48", "--steps", "2"],
+    "bench": [
+        "--size",
+        "64x48",
+        "--steps",
+        "1",
+        "--rounds",
+        "1",
+        "--warmup",
+        "0",
+        "--cold-starts",
+        "0",
+    ],
+}
+"""Options added to a command, so that it takes seconds; the last one of a kind counts."""
+
+NOT_RUN = ("build",)
+"""Only parsed: the fixture of the default bundle is a build, and tests/parity builds others."""
+
+
+def command_lines(page: Path) -> list[list[str]]:
+    lines = "\n".join(code_blocks(page, "sh")).splitlines()
+    words = [shlex.split(line, comments=True) for line in lines if line.startswith("fluxdeploy ")]
+    return [line[1:] for line in words]
+
+
+LINES = [(page, line) for page in PAGES for line in command_lines(page)]
+PYTHON = [
+    (page, number) for page in (README, RUN) for number in range(len(code_blocks(page, "python")))
+]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, demo_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with the default bundle under the names that the pages use."""
+    for name in ("bundle", "flux-dev"):
+        (tmp_path / name).symlink_to(demo_bundle, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_readme_shows_every_command() -> None:
+    assert {line[0] for line in command_lines(README)} == set(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("page", "line"), LINES, ids=[f"{name_of(page)}: {' '.join(line)}" for page, line in LINES]
+)
+def test_every_command_line_is_one_that_the_command_takes(page: Path, line: list[str]) -> None:
+    name, *arguments = line
+    command = main.get_command(click.Context(main), name)
+    assert command is not None
+    command.make_context(name, arguments, parent=click.Context(main))
+
+
+@pytest.mark.parametrize(
+    ("page", "written"),
+    [
+        ("README.md", ["sheet.png", "image-1.png", "star.png", "flux-onnx/transformer.onnx"]),
+        ("docs/run.md", ["sheet.png", "fox-1.png", "ring.png", "green.png"]),
+        ("docs/build.md", ["flux-onnx/transformer.onnx"]),
+    ],
+)
+def test_the_command_lines_run(workplace: Path, page: str, written: list[str]) -> None:
+    for line in command_lines(ROOT / page):
+        if line[0] in NOT_RUN:
+            continue
+        arguments = [CHECKPOINTS.get(word, word) for word in line] + SMALL.get(line[0], [])
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, f"{line}: {result.output}"
+    for path in written:
+        assert (workplace / path).is_file(), path
+
+
+def test_the_pages_whose_command_lines_run_are_all_that_have_some() -> None:
+    assert {name_of(page) for page, _ in LINES} == {"README.md", "docs/run.md", "docs/build.md"}
+
+
+@pytest.mark.parametrize(
+    ("page", "number"), PYTHON, ids=[f"{name_of(page)}[{number}]" for page, number in PYTHON]
+)
+def test_the_python_examples_run(
+    page: Path, number: int, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(compile(code_blocks(page, "python")[number], f"{name_of(page)}[{number}]", "exec"), {})
+    shown = capsys.readouterr().out
+    there = {path.name for path in workplace.glob("*.png")}
+    stopped = "step 3" in shown and "step 4" not in shown and "no picture was made" in shown
+    expected = {
+        ("README.md", 0): there == {"picture.png", "again.png"},
+        ("README.md", 1): stopped,
+        ("docs/run.md", 0): there == {f"picture-{index}.png" for index in range(4)},
+        ("docs/run.md", 1): there == {"heart.png"},
+        ("docs/run.md", 2): shown.strip() == "(1, 128, 128, 3) float32",
+        ("docs/run.md", 3): shown.strip()
+        in (
+            "{'a green ring': 'drawn', 'a red star': 'cancelled'}",
+            "{'a red star': 'cancelled', 'a green ring': 'drawn'}",
+        ),
+        ("docs/run.md", 4): shown.strip() == "4 steps",
+    }
+    assert expected[name_of(page), number], shown
+
+
+def test_the_errors_are_those_of_the_code() -> None:
+    from fluxdeploy import errors
+    from tests.docs.pages import section, tables
+
+    classes, codes = tables(section(RUN, "## Errors"))
+    assert {"FluxDeployError", *(row[0] for row in classes)} == set(errors.__all__)
+    assert [row[0] for row in codes] == ["0", "1", "2", "130"]
+
+
+def test_the_commands_are_those_of_the_code() -> None:
+    from tests.docs.pages import section, tables
+
+    (table,) = tables(section(RUN, "## Command line"))
+    assert [row[0] for row in table] == list(COMMANDS)
