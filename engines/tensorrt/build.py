@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -73,6 +74,9 @@ def build_engine(
     measures nothing. The builder works in a thread of its own, so that Ctrl-C is noticed at once;
     it stops at its next step.
     """
+    # What an earlier build has left is freed now. Freed while the builder works, an object of
+    # TensorRT waits for the builder's lock, and the builder for Python's, to tell its logger.
+    gc.collect()
     stop = threading.Event()
     where = "+".join(targets)
     task = progress.task(f"  {source.component}: building for {where}", total=1.0)
