@@ -55,7 +55,7 @@ def golden_inputs(
         "W": w * latents.spatial_factor,
     }
     random = np.random.RandomState(0)
-    cos, sin = rope_tables(joint_ids(_TEXT, rows, columns), rope)
+    cos, sin = rope_tables(joint_ids(_TEXT, rows, columns, len(rope.axes_dims)), rope)
     given: dict[str, Array] = {
         "rope_cos": cos,
         "rope_sin": sin,
