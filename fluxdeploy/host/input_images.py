@@ -45,8 +45,11 @@ def open_image(path: Path) -> tuple[Image.Image, str]:
         raise UsageError(f"{path} is larger than {_MAX_BYTES >> 20} MiB. Give a smaller picture.")
     data = path.read_bytes()
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            picture = _upright_rgb(image)
+        with warnings.catch_warnings():
+            # Of sizes, which are checked here, and of transparency, which is dropped.
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                picture = _upright_rgb(image)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
     except Image.DecompressionBombError:
@@ -120,7 +123,7 @@ def _lanczos(image: Image.Image, height: int, width: int) -> NDArray[np.float32]
 def _nearest(pictures: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
     """As torch's `interpolate`: from pixel floor(i * old / new), in float32."""
     rows, columns = (
-        np.minimum((np.arange(new) * np.float32(old / new)).astype(np.intp), old - 1)
+        np.minimum(np.arange(new, dtype=np.float32) * np.float32(old / new), old - 1)
         for old, new in zip(pictures.shape[1:3], (height, width), strict=True)
     )
-    return pictures[:, rows[:, None], columns]
+    return pictures[:, rows.astype(np.intp)[:, None], columns.astype(np.intp)]

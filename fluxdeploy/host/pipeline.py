@@ -198,7 +198,7 @@ class FluxPipeline:
 
     def _generate(
         self,
-        arguments: dict[str, Any],
+        arguments: Mapping[str, Any],
         of_tasks: Mapping[str, Any],
         callback: PipelineCallback | None,
         cancel: CancelToken | None,
@@ -212,7 +212,7 @@ class FluxPipeline:
             raise UsageError(f"`cancel` must be a CancelToken, not {type(cancel).__name__}.")
         kind, unused = choose_task(TASKS, of_tasks)
         if arguments["seed"] is None and arguments["latents"] is None:
-            arguments["seed"] = int.from_bytes(os.urandom(4), "little")
+            arguments = {**arguments, "seed": int.from_bytes(os.urandom(4), "little")}
         request = check_request(manifest, **arguments)
         for component in kind.components:
             if component not in manifest.components:
