@@ -147,7 +147,7 @@ def _inputs(checkpoint: Checkpoint, size: int, text_tokens: int) -> dict[str, Ar
     config, side = checkpoint.transformer, size // 16
     text = random.standard_normal((1, text_tokens, config.text_width), np.float32)
     pooled = random.standard_normal((1, config.pooled_width), np.float32)
-    ids = joint_ids(text_tokens, side, side)
+    ids = joint_ids(text_tokens, side, side, len(config.axes_dims))
     cos, sin = rope_tables(ids, RopeSpec(config.axes_dims, config.theta))
     ids = ids.astype(np.float32)
     return {

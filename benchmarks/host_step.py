@@ -28,8 +28,11 @@ from exporters.components.pieces import COMPUTE_TYPES
 from exporters.components.registry import COMPONENTS
 from exporters.synthetic.sparse_checkpoint import FLUX_DEV
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, RopeSpec, TensorSpec
-from fluxdeploy.host.loop import ModulatedTransformer, check_finite, sample_euler
+from fluxdeploy.host.finite import check_finite
+from fluxdeploy.host.loop import denoise
+from fluxdeploy.host.velocity import HiddenStates, ModulatedTransformer
 from fluxdeploy.machine import describe_machine
+from fluxdeploy.sampling import euler
 from fluxdeploy.sampling.rope import joint_ids, rope_tables
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -73,7 +76,7 @@ def make_inputs(size: int, steps: int) -> dict[str, Array]:
     def normal(*shape: int) -> Array:
         return random.standard_normal(shape, np.float32)
 
-    ids = joint_ids(TEXT_TOKENS, side, side)
+    ids = joint_ids(TEXT_TOKENS, side, side, len(config.axes_dims))
     cos, sin = rope_tables(ids, RopeSpec(config.axes_dims, config.theta))
     return {
         "hidden_states": normal(1, side * side, config.in_channels),
@@ -109,7 +112,7 @@ def arithmetic(given: dict[str, Array], rounds: int) -> dict[str, float]:
     sigmas = np.linspace(1, 0, steps + 1, dtype=np.float32)
 
     def loop() -> None:
-        sample_euler(latents, sigmas, lambda step, x: velocity)
+        denoise(euler, latents, sigmas, lambda step, x: velocity)
 
     return {
         "a step": medians(loop, rounds, steps),
@@ -138,10 +141,11 @@ def around_engine(
     with runtime.open("transformer", record, engine, root, EngineOptions()) as opened:
         resident = {n: given[n] for n in ("context", "rope_cos", "rope_sin")}
         binding = opened.bind(resident)
-        velocity = ModulatedTransformer(binding, given["modulation"], np.array([0]))
+        hidden = HiddenStates(latents.shape)
+        velocity = ModulatedTransformer(binding, given["modulation"], np.array([0]), hidden)
         changing = {"hidden_states": latents, "modulation": given["modulation"][0]}
         return {
-            "a step": medians(lambda: sample_euler(latents, sigmas, velocity), rounds, steps),
+            "a step": medians(lambda: denoise(euler, latents, sigmas, velocity), rounds, steps),
             "binding and call": medians(lambda: binding.run(changing), rounds, 1),
             "the call alone": medians(bare_call(opened, binding), rounds, 1),
         }

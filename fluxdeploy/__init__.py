@@ -9,13 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fluxdeploy.host.cancel import CancelToken
     from fluxdeploy.host.pipeline import FluxPipeline, FluxPipelineOutput
 
-__all__ = ["FluxPipeline", "FluxPipelineOutput", "__version__"]
+__all__ = ["CancelToken", "FluxPipeline", "FluxPipelineOutput", "__version__"]
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CancelToken": "fluxdeploy.host.cancel",
     "FluxPipeline": "fluxdeploy.host.pipeline",
     "FluxPipelineOutput": "fluxdeploy.host.pipeline",
 }

@@ -1,4 +1,4 @@
-"""Every error that `fluxdeploy` raises on purpose.
+"""Every error that `fluxdeploy` raises on purpose, and its warning.
 
 Each message is one or two sentences: what failed, what is allowed, what to do. The command line
 prints the message without a traceback and exits with 1 (2 for `UsageError`).
@@ -15,6 +15,7 @@ __all__ = [
     "FluxDeployError",
     "MissingDependencyError",
     "NumericError",
+    "UnusedArgumentWarning",
     "UsageError",
 ]
 
@@ -52,4 +53,8 @@ class MissingDependencyError(FluxDeployError):
 
 
 class Cancelled(FluxDeployError):
-    """A callback asked the pipeline to stop; no picture was made."""
+    """The call's `CancelToken` was cancelled; no picture was made."""
+
+
+class UnusedArgumentWarning(UserWarning):
+    """An argument does nothing beside the others; the picture is made all the same."""

@@ -150,7 +150,8 @@ def start_samples(
     ):
         shape = latent_shape(len(calibration.prompts), *size, latents)
         noise = pack(standard_normal(shape, calibration.seed), latents)
-        cos, sin = rope_tables(joint_ids(text_tokens, *grid), checkpoint.rope)
+        ids = joint_ids(text_tokens, *grid, len(checkpoint.rope.axes_dims))
+        cos, sin = rope_tables(ids, checkpoint.rope)
         steps = slice(number * calibration.steps, (number + 1) * calibration.steps)
         for start, condition in zip(noise, conditions, strict=True):
             constant = {"context": condition["context"], "rope_cos": cos, "rope_sin": sin}

@@ -43,7 +43,7 @@ def golden_inputs(
     rows, columns = _grid(latents, ranges)
     sizes = golden_sizes(latents, ranges)
     random = np.random.RandomState(0)
-    cos, sin = rope_tables(joint_ids(_TEXT, rows, columns), rope)
+    cos, sin = rope_tables(joint_ids(_TEXT, rows, columns, len(rope.axes_dims)), rope)
     given: dict[str, Array] = {
         "rope_cos": cos,
         "rope_sin": sin,

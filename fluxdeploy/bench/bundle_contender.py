@@ -28,9 +28,14 @@ class HostedContender(OpenedContender):
         super().__init__(job, watch)
         with watch.component("load"):
             bundle = open_bundle(Path(job.bundle))
-            self._pipe = FluxPipeline(bundle, load_tokenizers(bundle), self._opener(bundle))
+            # A prompt that was kept would cost nothing the next time; the peers keep none.
+            self._pipe = FluxPipeline(
+                bundle, load_tokenizers(bundle), self._opener(bundle), kept_text_bytes=0
+            )
 
     def _call(self, **arguments: Any) -> list[Image]:
+        if not self._pipe.bundle.manifest.guidance_embedding:
+            del arguments["guidance_scale"]
         images = self._pipe(
             **arguments,
             seed=self._job.seed,

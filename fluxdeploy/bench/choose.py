@@ -155,6 +155,8 @@ def _check_sizes(request: BenchRequest, bundles: Mapping[str, Bundle]) -> Genera
         "guidance_scale": defaults.guidance_scale,
         "num_images_per_prompt": request.batch,
         "max_sequence_length": defaults.max_sequence_length,
+        "seed": _SEED,
+        "latents": None,
     }
     generations = [check_request(bundle.manifest, **wanted) for bundle in bundles.values()]
     return generations[0]

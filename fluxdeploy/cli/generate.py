@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from fluxdeploy import __version__
 from fluxdeploy.cli.options import AS_JSON, BUNDLE, RUNTIME, THREADS
-from fluxdeploy.errors import UsageError
+from fluxdeploy.errors import UnusedArgumentWarning, UsageError
 from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
@@ -47,6 +51,17 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--num-images", type=click.IntRange(min=1), default=1, help="Pictures of each prompt."
+)
+@click.option(
+    "--image",
+    type=click.Path(path_type=Path),
+    help="A picture to start from, resized to width x height.",
+)
+@click.option(
+    "--strength",
+    type=float,
+    default=0.6,
+    help="How much of --image becomes noise, 0 to 1: that share of the steps is made.",
 )
 @click.option(
     "--max-sequence-length",
@@ -83,6 +98,8 @@ def command(
     guidance: float | None,
     seed: int | None,
     num_images: int,
+    image: Path | None,
+    strength: float,
     max_sequence_length: int | None,
     runtime: str,
     threads: int | None,
@@ -104,6 +121,7 @@ def command(
       fluxdeploy generate "a lighthouse at dusk" --bundle flux-dev --width 1024 --height 768
       fluxdeploy generate "a fox" --seed 7 --num-images 4 --out fox.png --json
       fluxdeploy generate "a green star" "a pink heart" --sheet sheet.png
+      fluxdeploy generate "a fox, oil on canvas" --image fox.png --strength 0.7
     """
     from fluxdeploy.host.pictures import PictureMetadata, picture_paths, save_picture, write_png
     from fluxdeploy.host.sheet import contact_sheet
@@ -114,22 +132,28 @@ def command(
     if sheet is not None:
         _check_sheet(sheet, paths)
 
+    from fluxdeploy.host.input_images import open_image
+
+    given, image_sha256 = (None, None) if image is None else open_image(image)
+
     from engines.base import EngineOptions
     from fluxdeploy.host.pipeline import FluxPipeline
+    from fluxdeploy.sampling.noising import first_step
 
     start = time.monotonic()
     options = EngineOptions(threads=threads)
     with (
         FluxPipeline.from_bundle(bundle, runtime, options, low_vram) as pipe,
         Progress(quiet=as_json) as progress,
+        _notices(progress, as_json),
     ):
         defaults = pipe.bundle.manifest.defaults
         steps = defaults.num_inference_steps if steps is None else steps
-        guidance = defaults.guidance_scale if guidance is None else guidance
         if max_sequence_length is None:
             max_sequence_length = defaults.max_sequence_length
+        made = steps if given is None else steps - first_step(steps, strength)
         # The decoding of a prompt's pictures is its last unit.
-        task = progress.task("Generating", total=len(prompts) * (max(steps, 0) + 1))
+        task = progress.task("Generating", total=len(prompts) * (max(made, 0) + 1))
 
         def on_step_end(
             pipe: FluxPipeline, step: int, timestep: float, state: Mapping[str, Any]
@@ -148,6 +172,8 @@ def command(
                 guidance_scale=guidance,
                 num_images_per_prompt=num_images,
                 seed=seed,
+                image=given,
+                strength=strength,
                 max_sequence_length=max_sequence_length,
                 callback_on_step_end=on_step_end,
             )
@@ -157,7 +183,7 @@ def command(
             seed = result.seed
         bundle_hash = pipe.bundle.content_hash
 
-    for number, (image, caption, path) in enumerate(zip(images, captions, paths, strict=True)):
+    for number, (picture, caption, path) in enumerate(zip(images, captions, paths, strict=True)):
         metadata = PictureMetadata(
             prompt=caption,
             negative_prompt=negative_prompt,
@@ -165,14 +191,16 @@ def command(
             seed=seed,
             index=number % num_images,
             num_inference_steps=steps,
-            guidance_scale=guidance,
+            guidance_scale=defaults.guidance_scale if guidance is None else guidance,
             max_sequence_length=max_sequence_length,
-            height=image.height,
-            width=image.width,
+            height=picture.height,
+            width=picture.width,
+            strength=None if given is None else strength,
+            image_sha256=image_sha256,
             bundle_hash=bundle_hash,
             fluxdeploy_version=__version__,
         )
-        save_picture(image, path, metadata)
+        save_picture(picture, path, metadata)
     if sheet is not None:
         write_png(contact_sheet(images, captions), sheet)
     seconds = time.monotonic() - start
@@ -193,6 +221,31 @@ def command(
     for path in paths if sheet is None else (*paths, sheet):
         click.echo(path)
     click.echo(f"{width}x{height}, seed {seed}, {steps} steps, {seconds:.1f} s", err=True)
+
+
+@contextmanager
+def _notices(progress: Progress, as_json: bool) -> Iterator[None]:
+    """Tell of options that do nothing, a line each on stderr."""
+    say = functools.partial(click.echo, err=True) if as_json else progress.note
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UnusedArgumentWarning)
+        show = warnings.showwarning
+
+        def tell(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, UnusedArgumentWarning):
+                say(f"Warning: {message}")
+            else:
+                show(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = tell
+        yield
 
 
 def _check_sheet(sheet: Path, paths: list[Path]) -> None:

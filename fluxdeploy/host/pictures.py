@@ -32,8 +32,9 @@ __all__ = [
 class PictureMetadata:
     """How a picture was made: enough to make it again with the same bundle.
 
-    `index` tells the pictures of one call apart: they share a seed. Each field is a text chunk of
-    the PNG under its own name; a field that is None has no chunk.
+    `index` tells the pictures of one call apart: they share a seed. `strength` and the SHA-256 of
+    the image's file are those of image to image, else None. Each field is a text chunk of the PNG
+    under its own name; a field that is None has no chunk.
     """
 
     prompt: str
@@ -46,6 +47,8 @@ class PictureMetadata:
     max_sequence_length: int
     height: int
     width: int
+    strength: float | None
+    image_sha256: str | None
     bundle_hash: str
     fluxdeploy_version: str
 
@@ -144,6 +147,8 @@ def read_metadata(path: Path) -> PictureMetadata:
             max_sequence_length=int(text["max_sequence_length"]),
             height=int(text["height"]),
             width=int(text["width"]),
+            strength=float(text["strength"]) if "strength" in text else None,
+            image_sha256=text.get("image_sha256"),
             bundle_hash=text["bundle_hash"],
             fluxdeploy_version=text["fluxdeploy_version"],
         )

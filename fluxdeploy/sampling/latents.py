@@ -1,4 +1,4 @@
-"""Latents between pixels and tokens: sizes, packing into tokens, and the VAE's scale.
+"""Latents between pixels and tokens: sizes, packing, the VAE's scale and its posterior.
 
 A picture of height x width pixels has h x w latents of `channels` channels, with
 h = height / spatial_factor; `patch_size`^2 neighbours are packed into one token, so that
@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 from fluxdeploy.bundle.manifest import LatentSpec
 from fluxdeploy.errors import UsageError
 
-__all__ = ["check_size", "latent_shape", "pack", "token_grid", "unpack", "unscale"]
+__all__ = [
+    "check_size",
+    "latent_shape",
+    "pack",
+    "sample_posterior",
+    "scale",
+    "token_grid",
+    "unpack",
+    "unscale",
+]
 
 
 def check_size(height: int, width: int, spec: LatentSpec) -> None:
@@ -75,3 +84,19 @@ def unpack(
 def unscale(latents: NDArray[np.float32], spec: LatentSpec) -> NDArray[np.float32]:
     """From the transformer's scale to the VAE's: z / scaling_factor + shift_factor, same shape."""
     return latents / np.float32(spec.scaling_factor) + np.float32(spec.shift_factor)
+
+
+def scale(latents: NDArray[np.float32], spec: LatentSpec) -> NDArray[np.float32]:
+    """The inverse of `unscale`: (z - shift_factor) * scaling_factor, same shape."""
+    return (latents - np.float32(spec.shift_factor)) * np.float32(spec.scaling_factor)
+
+
+def sample_posterior(
+    mean: NDArray[np.float32], logvar: NDArray[np.float32], noise: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """A draw of the VAE encoder's normal distribution: mean + exp(logvar / 2) * noise.
+
+    The log-variance is cut to -30..20, as diffusers does.
+    """
+    deviation: NDArray[np.float32] = np.exp(np.float32(0.5) * np.clip(logvar, -30.0, 20.0))
+    return mean + deviation * noise

@@ -1,7 +1,8 @@
 """Rotary position embedding: the ids of the joint sequence and their cosine and sine tables.
 
-Every token has an id (t, row, column). Each axis of the id turns its own share of a head's
-channels, `axes_dims`, with frequencies theta^(-2i/dim) as in RoFormer (arXiv 2104.09864).
+Every token has an id whose last two numbers are its row and column; FLUX.1's ids are (t, row,
+column). Each axis of the id turns its own share of a head's channels, `axes_dims`, with frequencies
+theta^(-2i/dim) as in RoFormer (arXiv 2104.09864).
 """
 
 from __future__ import annotations
@@ -15,11 +16,18 @@ from fluxdeploy.errors import BundleError
 __all__ = ["joint_ids", "rope_tables"]
 
 
-def joint_ids(text_tokens: int, rows: int, columns: int) -> NDArray[np.float64]:
-    """Ids [S + L, 3] of the joint sequence: zeros for text, then (0, row, column) row by row."""
-    ids = np.zeros((text_tokens + rows * columns, 3), np.float64)
-    ids[text_tokens:, 1] = np.repeat(np.arange(rows), columns)
-    ids[text_tokens:, 2] = np.tile(np.arange(columns), rows)
+def joint_ids(text_tokens: int, rows: int, columns: int, axes: int) -> NDArray[np.float64]:
+    """Ids [S + L, axes] of the joint sequence: zeros for text, then (..., row, column) row by row.
+
+    Raises `BundleError` for fewer than the two axes that a picture has.
+    """
+    if axes < 2:
+        raise BundleError(
+            f"The manifest gives RoPE {axes} axes. Rows and columns take two; rebuild the bundle."
+        )
+    ids = np.zeros((text_tokens + rows * columns, axes), np.float64)
+    ids[text_tokens:, -2] = np.repeat(np.arange(rows), columns)
+    ids[text_tokens:, -1] = np.tile(np.arange(columns), rows)
     return ids
 
 

@@ -64,16 +64,20 @@ def run(*args: object) -> Result:
 
 def test_every_option_reaches_the_pipeline(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "fox.png"
+    Image.new("RGB", (20, 10), (1, 2, 3)).save(tmp_path / "start.png")
     options = (
         "--negative-prompt blur --true-cfg-scale 2 --width 32 --height 48 --steps 3 --guidance 4.5 "
         "--seed 7 --num-images 2 --max-sequence-length 128 --runtime onnxruntime --threads 2 "
-        "--low-vram"
+        "--low-vram --strength 0.75"
     )
-    result = run("a fox", "--bundle", bundle, "--out", out, *options.split())
+    start = ("--image", tmp_path / "start.png")
+    result = run("a fox", "--bundle", bundle, "--out", out, *start, *options.split())
     assert result.exit_code == 0, result.stderr
     assert FakePipeline.opened == [(bundle, "onnxruntime", 2, True)]
     (call,) = FakePipeline.calls
     del call["callback_on_step_end"]
+    image = call.pop("image")
+    assert (image.size, image.getpixel((0, 0))) == ((20, 10), (1, 2, 3))
     assert call == {
         "prompt": "a fox",
         "negative_prompt": "blur",
@@ -84,9 +88,10 @@ def test_every_option_reaches_the_pipeline(bundle: Path, tmp_path: Path) -> None
         "guidance_scale": 4.5,
         "seed": 7,
         "num_images_per_prompt": 2,
+        "strength": 0.75,
         "max_sequence_length": 128,
     }
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["fox-0.png", "fox-1.png"]
+    assert sorted(path.name for path in tmp_path.glob("fox*")) == ["fox-0.png", "fox-1.png"]
 
 
 def test_the_bundle_has_the_defaults(bundle: Path, tmp_path: Path) -> None:

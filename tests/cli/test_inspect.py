@@ -35,6 +35,8 @@ def picture(tmp_path: Path) -> tuple[Path, PictureMetadata]:
         max_sequence_length=256,
         height=16,
         width=32,
+        strength=0.7,
+        image_sha256="cd" * 32,
         bundle_hash="ab" * 32,
         fluxdeploy_version="0.1.0",
     )

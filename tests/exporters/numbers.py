@@ -37,7 +37,7 @@ def make_inputs(opened: Checkpoint, component: str, size: tuple[int, ...]) -> di
     sizes = {"B": batch, "S": text, "L": rows * columns, "T": text + rows * columns, "N": steps}
     sizes |= {"h": 2 * rows, "w": 2 * columns, "H": 16 * rows, "W": 16 * columns}
     config = opened.transformer
-    ids = joint_ids(text, rows, columns)
+    ids = joint_ids(text, rows, columns, len(config.axes_dims))
     cos, sin = rope_tables(ids, RopeSpec(config.axes_dims, config.theta))
     random = np.random.RandomState(7)
     given: dict[str, Array] = {

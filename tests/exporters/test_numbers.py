@@ -63,7 +63,8 @@ def test_one_piece_transformer_equals_diffusers_and_the_split_pair(
     )
     diagonal = np.arange(size[0])
     config = opened.transformer
-    cos, sin = rope_tables(joint_ids(*size[1:4]), RopeSpec(config.axes_dims, config.theta))
+    ids = joint_ids(*size[1:4], len(config.axes_dims))
+    cos, sin = rope_tables(ids, RopeSpec(config.axes_dims, config.theta))
     split = run(
         exports("transformer", "fp32"),
         {

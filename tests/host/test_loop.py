@@ -9,7 +9,11 @@ import pytest
 from engines.base import Array, Binding
 from fluxdeploy.bundle.manifest import ScheduleSpec
 from fluxdeploy.errors import Cancelled, NumericError, UsageError
-from fluxdeploy.host.loop import ModulatedTransformer, check_finite, sample_euler
+from fluxdeploy.host.cancel import CancelToken
+from fluxdeploy.host.finite import check_finite
+from fluxdeploy.host.loop import denoise
+from fluxdeploy.host.velocity import HiddenStates, ModulatedTransformer
+from fluxdeploy.sampling import euler
 from fluxdeploy.sampling.schedule import sigmas
 
 
@@ -38,7 +42,7 @@ def test_a_straight_path_ends_at_the_picture_in_any_number_of_steps() -> None:
     start, picture = noise(2, 6, 4), np.flip(noise(2, 6, 4))
     for values in [(1, 0), (1, 0.75, 0.5, 0.25, 0), (1, 0.9, 0.1, 0)]:
         latents = start.copy()
-        sample_euler(latents, levels(*values), lambda step, x: start - picture)
+        denoise(euler, latents, levels(*values), lambda step, x: start - picture)
         np.testing.assert_allclose(latents, picture, atol=1e-6)
 
 
@@ -46,7 +50,7 @@ def test_a_linear_field_gives_the_product_of_eulers_steps() -> None:
     start = noise(1, 5, 4)
     latents = start.copy()
     # dx/dsigma = 3x: every step multiplies by 1 + 3 * (difference of levels).
-    sample_euler(latents, levels(1, 0.6, 0.25, 0), lambda step, x: 3 * x)
+    denoise(euler, latents, levels(1, 0.6, 0.25, 0), lambda step, x: 3 * x)
     np.testing.assert_allclose(latents, start * (-0.2 * -0.05 * 0.25), rtol=1e-4)
 
 
@@ -75,7 +79,8 @@ def test_steps_are_bit_equal_to_diffusers(
         expected = scheduler.step(velocity, timestep, expected, return_dict=False)[0]
 
     latents = noise(2, 9, 64)
-    sample_euler(
+    denoise(
+        euler,
         latents,
         sigmas(schedule_spec, steps, 4096),
         positive,
@@ -95,8 +100,10 @@ def test_the_transformer_gets_each_pictures_modulation_at_each_step(rows: list[i
         target = modulation[step, :, 0][rows][:, None]
         expected += difference * 0.5 * (expected - target)
     latents = start.copy()
-    transformer = ModulatedTransformer(ReusingBinding(0.5, shape), modulation, np.array(rows))
-    sample_euler(latents, levels(1, 0.5, 0.25, 0), transformer)
+    transformer = ModulatedTransformer(
+        ReusingBinding(0.5, shape), modulation, np.array(rows), HiddenStates(shape)
+    )
+    denoise(euler, latents, levels(1, 0.5, 0.25, 0), transformer)
     np.testing.assert_allclose(latents, expected, atol=1e-6)
 
 
@@ -106,8 +113,12 @@ def test_the_loop_allocates_nothing_that_grows_with_the_picture(guided: bool) ->
     latents = noise(*shape)
     modulation = noise(steps, 1, 3, 64)
     rows = np.array([0])
-    velocity = ModulatedTransformer(ReusingBinding(0.5, shape), modulation, rows)
-    negative = ModulatedTransformer(ReusingBinding(0.3, shape), modulation, rows)
+    velocity = ModulatedTransformer(
+        ReusingBinding(0.5, shape), modulation, rows, HiddenStates(shape)
+    )
+    negative = ModulatedTransformer(
+        ReusingBinding(0.3, shape), modulation, rows, HiddenStates(shape)
+    )
     started: list[int] = []
 
     def watch(step: int, x: np.ndarray) -> None:
@@ -117,7 +128,8 @@ def test_the_loop_allocates_nothing_that_grows_with_the_picture(guided: bool) ->
 
     tracemalloc.start()
     try:
-        sample_euler(
+        denoise(
+            euler,
             latents,
             sigmas_of(steps),
             velocity,
@@ -144,8 +156,12 @@ def test_the_callback_sees_every_step_and_may_replace_the_latents() -> None:
         return np.full_like(x, 10) if step == 1 else None
 
     latents = np.zeros((1, 2, 4), np.float32)
-    sample_euler(
-        latents, levels(1, 0.5, 0.25, 0), lambda step, x: np.ones_like(x), on_step_end=callback
+    denoise(
+        euler,
+        latents,
+        levels(1, 0.5, 0.25, 0),
+        lambda step, x: np.ones_like(x),
+        on_step_end=callback,
     )
     assert seen == [(0, -0.5), (1, -0.75), (2, 9.75)]
     np.testing.assert_array_equal(latents, 9.75)
@@ -153,7 +169,8 @@ def test_the_callback_sees_every_step_and_may_replace_the_latents() -> None:
 
 def test_a_callback_that_returns_another_shape_is_refused() -> None:
     with pytest.raises(UsageError, match=r"\[1, 3\]; they must keep the shape \[1, 2, 4\]"):
-        sample_euler(
+        denoise(
+            euler,
             noise(1, 2, 4),
             levels(1, 0),
             lambda step, x: x,
@@ -166,20 +183,29 @@ def test_a_callback_that_leaves_nan_is_named() -> None:
         x[0, 0, 0] = np.nan
 
     with pytest.raises(NumericError, match="callback_on_step_end left NaN"):
-        sample_euler(noise(1, 2, 4), levels(1, 0), lambda step, x: x, on_step_end=spoil)
+        denoise(euler, noise(1, 2, 4), levels(1, 0), lambda step, x: x, on_step_end=spoil)
 
 
-def test_interruption_stops_before_the_next_step() -> None:
-    stop, calls = [False], []
+def test_cancelling_stops_before_the_next_step() -> None:
+    token, calls = CancelToken(), []
 
     def velocity(step: int, x: np.ndarray) -> np.ndarray:
         calls.append(step)
-        stop[0] = step == 1
+        if step == 1:
+            token.cancel()
         return x
 
     with pytest.raises(Cancelled, match="after 2 of 4 steps"):
-        sample_euler(noise(1, 2, 4), sigmas_of(4), velocity, interrupted=lambda: stop[0])
+        denoise(euler, noise(1, 2, 4), sigmas_of(4), velocity, cancel=token)
     assert calls == [0, 1]
+
+
+def test_a_cancelled_loop_makes_no_step() -> None:
+    token, calls = CancelToken(), []
+    token.cancel()
+    with pytest.raises(Cancelled, match="after 0 of 4 steps"):
+        denoise(euler, noise(1, 2, 4), sigmas_of(4), lambda step, x: calls.append(1), cancel=token)
+    assert calls == []
 
 
 @pytest.mark.filterwarnings("error")
@@ -197,7 +223,7 @@ def test_a_non_finite_velocity_stops_with_component_and_step(bad: float, branch:
 
     pair = (spoiled, clean) if branch == "positive" else (clean, spoiled)
     with pytest.raises(NumericError, match="transformer gave NaN or infinity at step 3 of 4"):
-        sample_euler(noise(1, 2, 4), sigmas_of(4), pair[0], negative=pair[1], true_cfg_scale=2.0)
+        denoise(euler, noise(1, 2, 4), sigmas_of(4), pair[0], negative=pair[1], true_cfg_scale=2.0)
 
 
 def test_large_finite_values_raise_no_false_alarm() -> None:

@@ -29,6 +29,8 @@ METADATA = PictureMetadata(
     max_sequence_length=512,
     height=16,
     width=32,
+    strength=None,
+    image_sha256=None,
     bundle_hash="ab" * 32,
     fluxdeploy_version="0.1.0",
 )
@@ -67,6 +69,20 @@ def test_a_picture_of_own_latents_has_no_seed(tmp_path: Path, picture: Image.Ima
     path = tmp_path / "image.png"
     save_picture(picture, path, dataclasses.replace(METADATA, seed=None))
     assert read_metadata(path).seed is None
+
+
+def test_each_picture_of_a_call_keeps_its_own_index(tmp_path: Path, picture: Image.Image) -> None:
+    paths = picture_paths(tmp_path / "image.png", 3)
+    for index, path in enumerate(paths):
+        save_picture(picture, path, dataclasses.replace(METADATA, index=index))
+    assert [read_metadata(path).index for path in paths] == [0, 1, 2]
+
+
+def test_image_to_image_tells_its_strength_and_image(tmp_path: Path, picture: Image.Image) -> None:
+    path = tmp_path / "image.png"
+    metadata = dataclasses.replace(METADATA, strength=0.35, image_sha256="0f" * 32)
+    save_picture(picture, path, metadata)
+    assert read_metadata(path) == metadata
 
 
 def test_a_failed_write_keeps_the_old_picture(

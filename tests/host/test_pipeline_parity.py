@@ -13,6 +13,7 @@ import pytest
 from engines.base import Array
 from fluxdeploy.bundle.manifest import LatentSpec, Manifest, RopeSpec, ScheduleSpec
 from fluxdeploy.host.pipeline import FluxPipeline
+from tests.host.conftest import CharacterTokenizers
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -195,7 +196,7 @@ def pair(
         tokenizer_2=None,
         **modules,
     )
-    theirs.tokenizer = theirs.tokenizer_2 = TorchTokenizer(ours._tokenizers)
+    theirs.tokenizer = theirs.tokenizer_2 = TorchTokenizer(CharacterTokenizers())
     theirs.tokenizer_max_length = 77
     theirs.set_progress_bar_config(disable=True)
     return Pair(ours, theirs)

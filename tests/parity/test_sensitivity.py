@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import fluxdeploy.host.pipeline as host
 from engines import open_engine
 from engines.base import Array, Binding, Engine
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.host.pipeline import FluxPipeline
+from fluxdeploy.sampling import schedule
+from fluxdeploy.sampling.latents import pack, unpack
+from fluxdeploy.sampling.rope import joint_ids
 from fluxdeploy.text import load_tokenizers
 
 pytest.importorskip("diffusers")
@@ -182,7 +184,7 @@ def test_arguments_move_the_picture(
 
 def wrong_pack(latents: np.ndarray, spec: Any) -> np.ndarray:
     """Tokens with the patch's columns before its rows."""
-    tokens = PACK(latents, spec)
+    tokens = pack(latents, spec)
     patches = tokens.reshape(*tokens.shape[:2], spec.channels, 2, 2).swapaxes(3, 4)
     return np.ascontiguousarray(patches).reshape(tokens.shape)
 
@@ -190,22 +192,22 @@ def wrong_pack(latents: np.ndarray, spec: Any) -> np.ndarray:
 def wrong_unpack(tokens: np.ndarray, height: int, width: int, spec: Any) -> np.ndarray:
     """Latents of tokens whose patch is read columns first."""
     patches = tokens.reshape(*tokens.shape[:2], spec.channels, 2, 2).swapaxes(3, 4)
-    return UNPACK(np.ascontiguousarray(patches).reshape(tokens.shape), height, width, spec)
+    return unpack(np.ascontiguousarray(patches).reshape(tokens.shape), height, width, spec)
 
 
-def swapped_ids(text_tokens: int, rows: int, columns: int) -> np.ndarray:
-    return IDS(text_tokens, rows, columns)[:, [0, 2, 1]]
+def swapped_ids(text_tokens: int, rows: int, columns: int, axes: int) -> np.ndarray:
+    return joint_ids(text_tokens, rows, columns, axes)[:, [0, 2, 1]]
 
 
-def ids_from_one(text_tokens: int, rows: int, columns: int) -> np.ndarray:
-    ids = IDS(text_tokens, rows, columns)
+def ids_from_one(text_tokens: int, rows: int, columns: int, axes: int) -> np.ndarray:
+    ids = joint_ids(text_tokens, rows, columns, axes)
     ids[text_tokens:, 1:] += 1
     return ids
 
 
 def channel_last(latents: np.ndarray, spec: Any) -> np.ndarray:
     """Tokens with the patch before the channels."""
-    tokens = PACK(latents, spec)
+    tokens = pack(latents, spec)
     patches = tokens.reshape(*tokens.shape[:2], spec.channels, 4).swapaxes(2, 3)
     return np.ascontiguousarray(patches).reshape(tokens.shape)
 
@@ -220,23 +222,23 @@ def shifted_otherwise(spec: Any, steps: int, tokens: int) -> np.ndarray:
     )
 
 
-PACK, UNPACK, IDS, SIGMAS = host.pack, host.unpack, host.joint_ids, host.schedule.sigmas
+SIGMAS = schedule.sigmas
 
 
 @pytest.mark.parametrize(
     ("formula", "mistake"),
     [
-        ("pack", wrong_pack),
-        ("pack", channel_last),
-        ("unpack", wrong_unpack),
-        ("joint_ids", swapped_ids),
-        ("joint_ids", ids_from_one),
-        ("schedule.sigmas", shifted_otherwise),
+        ("host.tasks.text_to_image.pack", wrong_pack),
+        ("host.tasks.text_to_image.pack", channel_last),
+        ("host.decoding.unpack", wrong_unpack),
+        ("host.making.joint_ids", swapped_ids),
+        ("host.making.joint_ids", ids_from_one),
+        ("sampling.schedule.sigmas", shifted_otherwise),
     ],
 )
 def test_wrong_formulas_move_the_picture(
     formula: str, mistake: Callable[..., Any], pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = picture(pipe)
-    monkeypatch.setattr(f"fluxdeploy.host.pipeline.{formula}", mistake)
+    monkeypatch.setattr(f"fluxdeploy.{formula}", mistake)
     assert moved(expected, picture(pipe)) > THIRD

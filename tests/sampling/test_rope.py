@@ -23,7 +23,7 @@ def test_ids_and_tables_equal_diffusers(
         1, rows, columns, "cpu", torch.float32
     )
     reference_ids = torch.cat([torch.zeros(text, 3), image_ids])
-    ids = joint_ids(text, rows, columns)
+    ids = joint_ids(text, rows, columns, 3)
     np.testing.assert_array_equal(ids, reference_ids.numpy())
 
     reference = FluxPosEmbed(theta=theta, axes_dim=list(axes_dims))(reference_ids)
@@ -35,7 +35,7 @@ def test_ids_and_tables_equal_diffusers(
 
 
 def test_text_is_not_turned_and_pairs_share_an_angle(rope_spec: RopeSpec) -> None:
-    cos, sin = rope_tables(joint_ids(4, 3, 5), rope_spec)
+    cos, sin = rope_tables(joint_ids(4, 3, 5, 3), rope_spec)
     np.testing.assert_array_equal(cos[:4], 1)
     np.testing.assert_array_equal(sin[:4], 0)
     np.testing.assert_array_equal(cos[:, 0::2], cos[:, 1::2])
@@ -47,4 +47,4 @@ def test_text_is_not_turned_and_pairs_share_an_angle(rope_spec: RopeSpec) -> Non
 
 def test_another_number_of_axes_is_refused() -> None:
     with pytest.raises(BundleError, match="There must be 3"):
-        rope_tables(joint_ids(1, 1, 1), RopeSpec((16, 16), 10000.0))
+        rope_tables(joint_ids(1, 1, 1, 3), RopeSpec((16, 16), 10000.0))

@@ -1,0 +1,120 @@
+"""From prompts to what the transformer reads of them, and the encoded texts that are kept."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.base import Array
+from fluxdeploy.host.components import Run
+from fluxdeploy.text import Tokenizers
+
+__all__ = ["Condition", "EncodedPrompts", "PromptEncoder", "condition", "with_text"]
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """U distinct prompts of B pictures.
+
+    pooled: float32 [U, P], CLIP's. text: float32 [U, S, E], T5's. pictures: [B], the prompt of each
+    picture among the U.
+    """
+
+    pooled: NDArray[np.float32]
+    text: NDArray[np.float32]
+    pictures: NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What prompts and schedule make of the transformer: E noise levels, U prompts, B pictures.
+
+    context: float32 [B, S, D]. modulation: float32 [E, U, M, D]. pictures: [B], the prompt of each.
+    """
+
+    context: NDArray[np.float32]
+    modulation: NDArray[np.float32]
+    pictures: NDArray[np.intp]
+
+
+class PromptEncoder:
+    """Encodes prompts with `clip` and `t5`, and keeps up to `capacity` bytes of what they gave.
+
+    What is kept belongs to the token ids of the prompts that were encoded together, not to each
+    prompt alone: activations that are quantized by the whole batch's range make a prompt's numbers
+    depend on the others, and equal calls must give equal pictures whatever came before.
+    """
+
+    def __init__(self, tokenizers: Tokenizers, capacity: int) -> None:
+        self._tokenizers = tokenizers
+        self._capacity = capacity
+        self._kept: OrderedDict[tuple[str, int, bytes], NDArray[np.float32]] = OrderedDict()
+
+    def encode(
+        self, prompts: Sequence[str], images_each: int, length: int, run: Run
+    ) -> EncodedPrompts:
+        """Encode prompts padded or cut to `length` T5 tokens; equal ones are encoded once."""
+        distinct = list(dict.fromkeys(prompts))
+        clip_ids = self._tokenizers.clip(distinct)
+        t5_ids = self._tokenizers.t5(distinct, length)
+        return EncodedPrompts(
+            self._encoded("clip", "pooled_embeddings", clip_ids, run),
+            self._encoded("t5", "text_embeddings", t5_ids, run),
+            np.repeat([distinct.index(prompt) for prompt in prompts], images_each),
+        )
+
+    def forget(self) -> None:
+        """Free what is kept."""
+        self._kept.clear()
+
+    def _encoded(
+        self, component: str, output: str, ids: NDArray[np.int32], run: Run
+    ) -> NDArray[np.float32]:
+        key = (component, len(ids), ids.tobytes())
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        values = run(component, {"input_ids": ids})[output]
+        self._kept[key] = values
+        while sum(kept.nbytes for kept in self._kept.values()) > self._capacity:
+            self._kept.popitem(last=False)
+        return values
+
+
+def with_text(
+    encoded: EncodedPrompts, extra: NDArray[np.float32]
+) -> tuple[EncodedPrompts, NDArray[np.float32]]:
+    """Prompts with more text embeddings behind T5's, and those embeddings for each picture.
+
+    extra: float32 [U, X, E], those of each prompt, or [B, X, E], those of each picture, which then
+    has a prompt of its own.
+    """
+    pooled, text, pictures = encoded.pooled, encoded.text, encoded.pictures
+    of_pictures = extra[pictures] if len(extra) == len(text) else extra
+    if len(extra) != len(text):
+        pooled, text, pictures = pooled[pictures], text[pictures], np.arange(len(pictures))
+    joined = np.concatenate([text, extra], axis=1)
+    return EncodedPrompts(pooled, joined, pictures), of_pictures
+
+
+def condition(
+    encoded: EncodedPrompts,
+    levels: NDArray[np.float32],
+    guidance_scale: float | None,
+    run: Run,
+) -> Condition:
+    """Run the `conditioner` for every noise level, float32 [E]; guidance where the model has it."""
+    inputs: dict[str, Array] = {
+        "text_embeddings": encoded.text,
+        "pooled_embeddings": encoded.pooled,
+        "timestep": levels,
+    }
+    if guidance_scale is not None:
+        inputs["guidance"] = np.full(len(encoded.pooled), guidance_scale, np.float32)
+    outputs = run("conditioner", inputs)
+    context = outputs["context"][encoded.pictures]
+    return Condition(context, outputs["modulation"], encoded.pictures)

@@ -1,0 +1,105 @@
+"""Image to image: from a noised picture through the rest of the schedule.
+
+Equal to diffusers' FluxImg2ImgPipeline, after SDEdit (arXiv 2108.01073). One generator draws the
+noise of the encoder's posterior first, and then the noise that the picture is mixed with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluxdeploy.bundle.manifest import Manifest
+from fluxdeploy.errors import UsageError
+from fluxdeploy.host.components import Run
+from fluxdeploy.host.input_images import to_pixels
+from fluxdeploy.host.request import GenerationRequest, check_number
+from fluxdeploy.host.tasks.task import Start, Task
+from fluxdeploy.sampling.latents import latent_shape, pack, sample_posterior, scale
+from fluxdeploy.sampling.noise import TorchGenerator
+from fluxdeploy.sampling.noising import first_step, scale_noise
+
+__all__ = ["ImageToImage"]
+
+
+@dataclass(frozen=True)
+class ImageToImage(Task):
+    """Pictures made from pictures: float32 [Bi, 3, H, W] in -1..1.
+
+    Picture number k of the B begins with picture k modulo Bi, as in diffusers.
+    """
+
+    name: ClassVar[str] = "image to image"
+    chosen_by: ClassVar[tuple[str, ...]] = ("image",)
+    options: ClassVar[Mapping[str, object]] = {"strength": 0.6}
+    components: ClassVar[tuple[str, ...]] = ("vae_encoder",)
+
+    images: NDArray[np.float32]
+    strength: float
+
+    @classmethod
+    def read(
+        cls, request: GenerationRequest, manifest: Manifest, arguments: Mapping[str, Any]
+    ) -> ImageToImage:
+        """The task of a request with `image` and `strength`."""
+        strength = check_number("strength", arguments["strength"])
+        if not 0 <= strength <= 1:
+            raise UsageError(f"`strength` is {strength:g}; it must be from 0 to 1.")
+        images = to_pixels(arguments["image"], request.height, request.width)
+        if request.batch % len(images) != 0:
+            raise UsageError(
+                f"There are {len(images)} images for {request.batch} pictures. Give one for all, "
+                "or as many as divide that number."
+            )
+        task = cls(request, manifest, images, strength)
+        if task.steps < 1:
+            raise UsageError(
+                f"At strength {strength:g} none of {request.num_inference_steps} steps is left. "
+                "Raise `strength` or `num_inference_steps`."
+            )
+        return task
+
+    @property
+    def steps(self) -> int:
+        """The steps after the one that the noised picture stands for."""
+        steps = self.request.num_inference_steps
+        return steps - first_step(steps, self.strength)
+
+    def engine_sizes(self) -> Mapping[str, Mapping[str, int]]:
+        """The VAE encoder is given one picture at a time."""
+        _, _, height, width = self.images.shape
+        _, _, h, w = latent_shape(1, height, width, self.manifest.latents)
+        return {"vae_encoder": {"B": 1, "H": height, "W": width, "h": h, "w": w}}
+
+    def notices(self) -> tuple[str, ...]:
+        """The picture does nothing beside latents, nor where all of it becomes noise."""
+        if self.request.latents is not None:
+            return ("`image` does nothing beside `latents`, which are taken for the noised image.",)
+        if self.steps == self.request.num_inference_steps:
+            return (
+                f"`image` does nothing: at strength {self.strength:g} all of the "
+                f"{self.steps} steps are made, from noise alone. Lower `strength`, or raise "
+                "`num_inference_steps`.",
+            )
+        return ()
+
+    def prepare(self, sigmas: NDArray[np.float32], run: Run) -> Start:
+        """The pictures' latents, noised to the first level that is left."""
+        request, spec = self.request, self.manifest.latents
+        sigmas = sigmas[-(self.steps + 1) :]
+        if request.latents is not None:
+            return Start(request.latents.copy(), sigmas)
+        assert request.seed is not None  # without latents there is one
+        generator = TorchGenerator(request.seed)
+        height, width = request.height, request.width
+        epsilon = generator.normal(latent_shape(len(self.images), height, width, spec))
+        encoded = [run("vae_encoder", {"images": image[None]}) for image in self.images]
+        mean, logvar = (np.concatenate([each[n] for each in encoded]) for n in ("mean", "logvar"))
+        known = scale(sample_posterior(mean, logvar, epsilon), spec)
+        known = np.concatenate([known] * (request.batch // len(known)))
+        noise = generator.normal(latent_shape(request.batch, height, width, spec))
+        return Start(pack(scale_noise(known, noise, sigmas[0]), spec), sigmas)

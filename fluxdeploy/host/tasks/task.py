@@ -1,0 +1,127 @@
+"""What a task is: what a picture is made from, besides its prompt.
+
+A task is one module with one class, which `fluxdeploy.host.pipeline` lists.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluxdeploy.bundle.manifest import Manifest
+from fluxdeploy.errors import UsageError
+from fluxdeploy.host.components import Run
+from fluxdeploy.host.loop import Blend
+from fluxdeploy.host.request import GenerationRequest
+
+__all__ = ["Start", "Task", "choose_task"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the loop begins with, for B pictures of L tokens with C channels.
+
+    latents: float32 [B, L, C], packed; the loop works on them in place.
+    sigmas: float32 [N + 1], the noise levels that it goes through.
+    channels: float32 [B, L, C'], put beside the latents' channels in every step.
+    tokens: float32 [B, R, C + C'], put behind the latents in every step, with ids [R, axes]; the
+        velocity of these is cut off.
+    text: float32 [U, X, E] or [B, X, E], put behind T5's text embeddings, of each of the U distinct
+        prompts or of each picture; their ids are zeros, as all text's.
+    blend: changes the latents after every step.
+    """
+
+    latents: NDArray[np.float32]
+    sigmas: NDArray[np.float32]
+    channels: NDArray[np.float32] | None = None
+    tokens: NDArray[np.float32] | None = None
+    token_ids: NDArray[np.float64] | None = None
+    text: NDArray[np.float32] | None = None
+    blend: Blend | None = None
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """A request for one task, with the task's own arguments read and checked.
+
+    chosen_by: the arguments of `FluxPipeline.__call__` that ask for this task, None by default.
+    options: its other arguments, with their defaults.
+    components: what it needs of a bundle beyond the components that every picture takes.
+    """
+
+    name: ClassVar[str]
+    chosen_by: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[Mapping[str, object]] = {}
+    components: ClassVar[tuple[str, ...]] = ()
+
+    request: GenerationRequest
+    manifest: Manifest
+
+    @classmethod
+    @abstractmethod
+    def read(
+        cls, request: GenerationRequest, manifest: Manifest, arguments: Mapping[str, Any]
+    ) -> Task:
+        """The task of a request, with `chosen_by` and `options` in `arguments`.
+
+        Raises `UsageError` for a value that cannot be.
+        """
+
+    @property
+    def steps(self) -> int:
+        """N: how many of the schedule's steps are made."""
+        return self.request.num_inference_steps
+
+    def engine_sizes(self) -> Mapping[str, Mapping[str, int]]:
+        """What components are asked for otherwise than for a picture from text alone."""
+        return {}
+
+    def notices(self) -> tuple[str, ...]:
+        """Arguments that do nothing here, a sentence each."""
+        return ()
+
+    @abstractmethod
+    def prepare(self, sigmas: NDArray[np.float32], run: Run) -> Start:
+        """What the loop begins with; `sigmas` is the whole schedule, float32 [N + 1]."""
+
+
+def choose_task(
+    tasks: Sequence[type[Task]], arguments: Mapping[str, object]
+) -> tuple[type[Task], tuple[str, ...]]:
+    """The task that a call's arguments ask for, and a sentence for each that does nothing in it.
+
+    arguments: all that belong to tasks. Of the tasks whose `chosen_by` are all given, the one with
+    the most of them is meant. Raises `UsageError` where an argument asks for something else too.
+    """
+    given = [name for name, value in arguments.items() if not _is_default(tasks, name, value)]
+    fitting = [task for task in tasks if set(task.chosen_by) <= set(given)]
+    task = max(fitting, key=lambda task: len(task.chosen_by))
+    notices = []
+    for name in given:
+        if name in task.chosen_by or name in task.options:
+            continue
+        takers = [other for other in tasks if name in other.options]
+        if not takers:
+            raise UsageError(_refusal(tasks, task, name))
+        needed = " or ".join(f"`{'` and `'.join(other.chosen_by)}`" for other in takers)
+        notices.append(f"`{name}` does nothing without {needed}.")
+    return task, tuple(notices)
+
+
+def _is_default(tasks: Sequence[type[Task]], name: str, value: object) -> bool:
+    default = next((task.options[name] for task in tasks if name in task.options), None)
+    # Arrays are given, and have no one answer to `==`.
+    return value is default or (isinstance(value, (bool, int, float, str)) and value == default)
+
+
+def _refusal(tasks: Sequence[type[Task]], task: type[Task], name: str) -> str:
+    wanted = [other for other in tasks if name in other.chosen_by]
+    if not wanted:
+        return f"This version has no task that takes `{name}`. Leave it out."
+    ways = "; ".join(f"{other.name} takes `{'` and `'.join(other.chosen_by)}`" for other in wanted)
+    return f"`{name}` has no place in {task.name}: {ways}. Give what one task takes."
