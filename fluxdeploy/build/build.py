@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
@@ -35,7 +36,6 @@ from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from fluxdeploy.errors import BundleError
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
-from fluxdeploy.text import TOKENIZER_FILES, load_clip_tokenizer, load_t5_tokenizer
 
 if TYPE_CHECKING:
     from exporters.calibrate.ranges import Ranges
@@ -149,8 +149,8 @@ class _Session:
     def manifest(self) -> Manifest:
         """Make every piece that is not there yet, and describe them all."""
         tokenizers = {
-            "clip": self._tokenizer("clip", "tokenizer"),
-            "t5": self._tokenizer("t5", "tokenizer_2"),
+            "clip": self._tokenizer("clip"),
+            "t5": self._tokenizer("t5", self.checkpoint.settings.get("max_sequence_length")),
         }
         task = self.progress.task("Exporting components", total=len(self.components))
         components = {}
@@ -186,28 +186,31 @@ class _Session:
         name = self.request.checkpoint or DEFAULT_CHECKPOINT
         return name if name in DEMO_CHECKPOINTS else self.checkpoint.root.resolve().name
 
-    def _tokenizer(self, name: str, folder: str) -> TokenizerRecord:
-        source = self.checkpoint.tokenizer(name)
-        contents = {
-            file: (source / file).read_bytes()
-            for file in TOKENIZER_FILES
-            if (source / file).is_file()
-        }
-        if name == "clip":
-            length = load_clip_tokenizer(source).max_length
-        else:
-            recorded = self.checkpoint.settings.get("max_sequence_length", 512)
-            length = load_t5_tokenizer(source, recorded).max_length
-        piece = f"tokenizer.{name}"
-        key = digest({file: hashlib.sha256(data).hexdigest() for file, data in contents.items()})
+    def _tokenizer(self, name: str, max_length: int | None = None) -> TokenizerRecord:
+        from exporters.tokenizers import canonical_tokenizer
+
+        made = canonical_tokenizer(self.checkpoint.tokenizer(name), name, max_length)
+        data = made.text.encode()
+        path, piece = f"tokenizers/{name}.json", f"tokenizer.{name}"
+        tools = {tool: importlib.metadata.version(tool) for tool in ("transformers", "tokenizers")}
+        # The folder's files are in it by what transformers made of them.
+        key = digest({"sha256": hashlib.sha256(data).hexdigest(), "tools": tools})
         files = self.staging.finished(piece, key)
         if files is None:
-            target = self.staging.root / folder
-            target.mkdir(exist_ok=True)
-            for file, data in contents.items():
-                (target / file).write_bytes(data)
-            files = self.staging.record(piece, key, [target / file for file in contents])
-        return TokenizerRecord(folder, length, files)
+            target = self.staging.root / path
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(data)
+            files = self.staging.record(piece, key, [target])
+        return TokenizerRecord(
+            path=path,
+            max_length=made.max_length,
+            pad_id=made.pad_id,
+            prefix=made.prefix,
+            suffix=made.suffix,
+            padding_side=made.padding_side,
+            truncation_side=made.truncation_side,
+            files=files,
+        )
 
     @cached_property
     def _ranges(self) -> tuple[Ranges, FileRecord]:

@@ -19,6 +19,9 @@ from safetensors.torch import load_file, save_file
 from exporters.checkpoint import Checkpoint, Weights, open_checkpoint
 from exporters.export import export_component
 from exporters.weights.bind import WeightFolder
+from tests.support.tokenizers import demo, prompts
+
+__all__ = ["demo", "prompts"]
 
 Tensors = dict[str, torch.Tensor]
 Exports = Callable[..., Path]

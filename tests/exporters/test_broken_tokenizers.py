@@ -13,13 +13,9 @@ from typing import Any
 import pytest
 
 from fluxdeploy.errors import CheckpointError
-from fluxdeploy.text import load_clip_tokenizer, load_t5_tokenizer
+from tests.support.tokenizers import edit, load
 
 Edit = Callable[[Any], object]
-
-
-def load(folder: Path) -> None:
-    (load_clip_tokenizer if folder.name == "tokenizer" else load_t5_tokenizer)(folder)
 
 
 def refuse(folder: Path, message: str) -> None:
@@ -164,10 +160,3 @@ def test_sentinels_that_contradict_their_number(copy: Callable[[str, str], Path]
     sentinels = {"additional_special_tokens": ["<extra_id_0>", "<extra_id_1>"]}
     (folder / "special_tokens_map.json").write_text(json.dumps(sentinels))
     refuse(folder, "extra_ids is 100 and it lists 2 tokens")
-
-
-def edit(path: Path, change: Edit) -> None:
-    """Rewrite a JSON file, or write it."""
-    value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    change(value)
-    path.write_text(json.dumps(value), encoding="utf-8")
