@@ -44,6 +44,7 @@ class _Kind:
     the text encoder knows; `length` is what every published FLUX.1 pads to at most."""
 
     class_name: str
+    model: str
     files: tuple[str, ...]
     special: tuple[str, ...]
     length: int
@@ -52,11 +53,18 @@ class _Kind:
 _KINDS = {
     "clip": _Kind(
         "CLIPTokenizer",
+        "BPE",
         ("vocab.json", "merges.txt"),
         ("bos_token", "eos_token", "unk_token", "pad_token"),
         77,
     ),
-    "t5": _Kind("T5Tokenizer", ("spiece.model",), ("eos_token", "unk_token", "pad_token"), 512),
+    "t5": _Kind(
+        "T5Tokenizer",
+        "Unigram",
+        ("spiece.model",),
+        ("eos_token", "unk_token", "pad_token"),
+        512,
+    ),
 }
 
 
@@ -201,7 +209,17 @@ def _check_files(folder: Path, kind: _Kind) -> None:
             f"{folder / _CONFIG} names the tokenizer class {named_class}; FLUX.1 needs a "
             f"{kind.class_name} here. Are the two tokenizer folders swapped?"
         )
-    if not has_document and "spiece.model" in kind.files:
+    if has_document:
+        model = objects[_DOCUMENT].get("model")
+        if not isinstance(model, dict) or "vocab" not in model:
+            raise _broken(folder, f"its {_DOCUMENT} has no model with a vocabulary")
+        # Files of before 2021 do not say the kind.
+        if model.get("type", kind.model) != kind.model:
+            raise _broken(
+                folder,
+                f"its {_DOCUMENT} holds a {model['type']} model, and a {kind.model} one is needed",
+            )
+    elif "spiece.model" in kind.files:
         _check_sentencepiece(folder / "spiece.model")
 
 

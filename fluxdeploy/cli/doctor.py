@@ -29,8 +29,6 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "onnxruntime",
         "pillow",
         "rich",
-        "safetensors",
-        "sentencepiece",
         "tokenizers",
     ),
     "export": (
@@ -39,6 +37,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "onnx",
         "onnx-ir",
         "onnxscript",
+        "protobuf",
+        "sentencepiece",
         "torch",
         "transformers",
     ),
