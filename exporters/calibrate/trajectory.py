@@ -18,6 +18,7 @@ from exporters.checkpoint import Checkpoint, Weights
 from exporters.components.chain import Chain, Stage
 from exporters.components.registry import COMPONENTS
 from exporters.components.run import run_samples
+from exporters.tokenizers import open_tokenizer
 from fluxdeploy.bundle.manifest import LatentSpec
 from fluxdeploy.errors import NumericError, UsageError
 from fluxdeploy.progress import Progress
@@ -25,7 +26,6 @@ from fluxdeploy.sampling.latents import check_size, latent_shape, pack, token_gr
 from fluxdeploy.sampling.noise import check_seed, standard_normal
 from fluxdeploy.sampling.rope import joint_ids, rope_tables
 from fluxdeploy.sampling.schedule import sigmas
-from fluxdeploy.text import load_clip_tokenizer, load_t5_tokenizer
 
 __all__ = [
     "Calibration",
@@ -167,8 +167,8 @@ def _encode(
         COMPONENTS[name].source(checkpoint, "fp32") for name in ("clip", "t5", "conditioner")
     )
     length = checkpoint.defaults.max_sequence_length
-    clip_ids = load_clip_tokenizer(checkpoint.tokenizer("clip")).encode(calibration.prompts)
-    t5_ids = load_t5_tokenizer(checkpoint.tokenizer("t5"), length).encode(calibration.prompts)
+    clip_ids = open_tokenizer(checkpoint.tokenizer("clip"), "clip").encode(calibration.prompts)
+    t5_ids = open_tokenizer(checkpoint.tokenizer("t5"), "t5", length).encode(calibration.prompts)
     stages = sum(len(chain.stages) for chain, _ in (clip, t5, conditioner))
     task = progress.task("Encoding the prompts", total=stages)
     done = task.advance

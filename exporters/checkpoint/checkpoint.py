@@ -183,11 +183,13 @@ class Checkpoint:
             num_inference_steps=28 if dev else 4,
             guidance_scale=3.5 if dev else 0.0,
             max_sequence_length=512 if dev else 256,
+            strength=0.6,
         )
         values = {name: self.settings.get(name, value) for name, value in vars(usual).items()}
         for name, value in values.items():
-            allowed = (int, float) if name == "guidance_scale" else (int,)
-            least = 0 if name == "guidance_scale" else 1
+            real = name in ("guidance_scale", "strength")
+            allowed = (int, float) if real else (int,)
+            least = 0 if real else 1
             if isinstance(value, bool) or not isinstance(value, allowed) or value < least:
                 raise CheckpointError(
                     f"_fluxdeploy.{name} in model_index.json is {value!r}; a number of at least "
@@ -200,6 +202,11 @@ class Checkpoint:
                     f"_fluxdeploy.{name} in model_index.json is {values[name]}; it must be a "
                     f"multiple of {multiple}."
                 )
+        if not 0 < values["strength"] <= 1:
+            raise CheckpointError(
+                f"_fluxdeploy.strength in model_index.json is {values['strength']}; it must be "
+                "above 0 and at most 1."
+            )
         return Defaults(**values)
 
     @property

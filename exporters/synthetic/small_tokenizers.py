@@ -10,17 +10,14 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenizers import AddedToken, decoders, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
-
-from fluxdeploy.text.clip import clip_backend
-from fluxdeploy.text.spiece import parse_sentencepiece
-from fluxdeploy.text.t5 import t5_backend
+from tokenizers.models import BPE, Unigram
 
 __all__ = ["TokenizerSizes", "picture_sentences", "write_tokenizers"]
 
@@ -32,6 +29,13 @@ _SENTINELS = 100
 _SENTENCES = 1500
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
+_UNKNOWN_ID = 2
+
+# Words as OpenAI's CLIP splits them: contractions, runs of letters, single digits, the rest.
+_WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+    r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
 
 _STYLES = (
     "A photograph of",
@@ -142,7 +146,7 @@ def _write_clip(folder: Path, sentences: Iterable[str], form: Form) -> int:
         config["added_tokens_decoder"] = {
             str(vocabulary[token["content"]]): {**token, "special": True} for token in (start, end)
         }
-        backend = clip_backend(vocabulary, merges, unknown=_END)
+        backend = _clip_backend(vocabulary, merges)
         backend.decoder = decoders.ByteLevel()
         backend.post_processor = processors.RobertaProcessing(
             (_END, vocabulary[_END]),
@@ -156,6 +160,34 @@ def _write_clip(folder: Path, sentences: Iterable[str], form: Form) -> int:
     return len(vocabulary)
 
 
+def _clip_backend(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]) -> Backend:
+    """CLIP's pipeline over a vocabulary, without any special token."""
+    backend = Backend(
+        BPE(
+            vocab=vocabulary,
+            merges=list(merges),
+            unk_token=_END,
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            fuse_unk=False,
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Lowercase(),
+        ]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    return backend
+
+
 def _train_bpe(sentences: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """CLIP's vocabulary: bytes, bytes that end a word, merges, and the two special tokens last.
 
@@ -164,7 +196,7 @@ def _train_bpe(sentences: Iterable[str]) -> tuple[dict[str, int], list[tuple[str
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = dict.fromkeys([*alphabet, *(f"{symbol}</w>" for symbol in alphabet)])
-    pipeline = clip_backend({_END: 0}, [], unknown=_END)
+    pipeline = _clip_backend({_END: 0}, [])
     counts: Counter[str] = Counter()
     for sentence in sentences:
         text = pipeline.normalizer.normalize_str(sentence)
@@ -197,8 +229,10 @@ def _merged(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 def _write_t5(folder: Path, sentences: Iterable[str], form: Form) -> int:
+    from sentencepiece import sentencepiece_model_pb2
+
     proto = _train_unigram(sentences)
-    model = parse_sentencepiece(proto)
+    model = sentencepiece_model_pb2.ModelProto.FromString(proto)
     sentinels = [f"<extra_id_{i}>" for i in range(_SENTINELS)]
     named = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     config: dict[str, Any] = {
@@ -208,7 +242,7 @@ def _write_t5(folder: Path, sentences: Iterable[str], form: Form) -> int:
         "model_max_length": 512,
         "tokenizer_class": "T5Tokenizer",
     }
-    vocabulary = [(piece.text, piece.score) for piece in model.pieces]
+    vocabulary = [(piece.piece, piece.score) for piece in model.pieces]
     vocabulary += [(text, 0.0) for text in reversed(sentinels)]
     if form == "model":
         (folder / "spiece.model").write_bytes(proto)
@@ -224,7 +258,7 @@ def _write_t5(folder: Path, sentences: Iterable[str], form: Form) -> int:
             str(index): {**_token(token.content), "special": True}
             for index, token in zip(special_ids, tokens, strict=True)
         }
-        backend = t5_backend(vocabulary, model.charsmap)
+        backend = _t5_backend(vocabulary, model.normalizer_spec.precompiled_charsmap)
         backend.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always", split=True)
         backend.post_processor = processors.TemplateProcessing(
             single=["$A", "</s>"],
@@ -235,6 +269,19 @@ def _write_t5(folder: Path, sentences: Iterable[str], form: Form) -> int:
         _write_backend(folder, backend)
     _write_json(folder / "tokenizer_config.json", config)
     return len(vocabulary)
+
+
+def _t5_backend(vocabulary: Sequence[tuple[str, float]], charsmap: bytes) -> Backend:
+    """T5's pipeline over (piece, log probability) pairs, without any special token."""
+    backend = Backend(Unigram(list(vocabulary), unk_id=_UNKNOWN_ID, byte_fallback=False))
+    backend.normalizer = normalizers.Precompiled(charsmap)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True),
+        ]
+    )
+    return backend
 
 
 def _train_unigram(sentences: Iterable[str]) -> bytes:
@@ -256,7 +303,7 @@ def _train_unigram(sentences: Iterable[str]) -> bytes:
         byte_fallback=False,
         pad_id=0,
         eos_id=1,
-        unk_id=2,
+        unk_id=_UNKNOWN_ID,
         bos_id=-1,
         num_threads=1,  # the order of float sums decides the last bits of the scores
         minloglevel=2,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from exporters.synthetic.small_tokenizers import TokenizerSizes
-from fluxdeploy.text import load_clip_tokenizer, load_t5_tokenizer
+from exporters.tokenizers import open_tokenizer
 
 __all__ = ["TEXT_LENGTH", "TextEncoders", "image_ids", "make_transformer", "velocity"]
 
@@ -52,8 +52,8 @@ class TextEncoders(nn.Module):
 
     def __init__(self, folder: Path, sizes: TokenizerSizes) -> None:
         super().__init__()
-        self._clip_tokenizer = load_clip_tokenizer(folder / "tokenizer")
-        self._t5_tokenizer = load_t5_tokenizer(folder / "tokenizer_2")
+        self._clip_tokenizer = open_tokenizer(folder / "tokenizer", "clip")
+        self._t5_tokenizer = open_tokenizer(folder / "tokenizer_2", "t5", TEXT_LENGTH)
         self.clip = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=sizes.clip_vocab_size,
@@ -87,7 +87,7 @@ class TextEncoders(nn.Module):
         """T5's states [B, TEXT_LENGTH, 128] and CLIP's pooled state [B, 96] of B prompts."""
         device = next(self.parameters()).device
         clip_ids = torch.from_numpy(self._clip_tokenizer.encode(prompts)).long().to(device)
-        t5_ids = torch.from_numpy(self._t5_tokenizer.encode(prompts, TEXT_LENGTH)).long().to(device)
+        t5_ids = torch.from_numpy(self._t5_tokenizer.encode(prompts)).long().to(device)
         return self.t5(t5_ids).last_hidden_state, self.clip(clip_ids).pooler_output
 
 

@@ -1,36 +1,47 @@
-"""A tokenizer of the bundle."""
+"""A tokenizer of the bundle: one canonical file, whatever the checkpoint's folder holds."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 
 from fluxdeploy.build.keys import digest
 from fluxdeploy.build.run import BuildRun
 from fluxdeploy.bundle.manifest import TokenizerRecord
-from fluxdeploy.text import TOKENIZER_FILES, load_clip_tokenizer, load_t5_tokenizer
 
 __all__ = ["make_tokenizer"]
 
-_FOLDERS = {"clip": "tokenizer", "t5": "tokenizer_2"}
+_TOOLS = ("transformers", "tokenizers")
 
 
 def make_tokenizer(name: str, run: BuildRun) -> TokenizerRecord:
-    """Put the tokenizer of a text encoder into the staging folder."""
-    source = run.spec.checkpoint.tokenizer(name)
-    contents = {
-        file: (source / file).read_bytes() for file in TOKENIZER_FILES if (source / file).is_file()
-    }
-    if name == "clip":
-        length = load_clip_tokenizer(source).max_length
-    else:
-        length = load_t5_tokenizer(source, run.spec.checkpoint.max_text_tokens).max_length
-    artifact = f"tokenizer.{name}"
-    key = digest({file: hashlib.sha256(data).hexdigest() for file, data in contents.items()})
+    """Put the tokenizer of a text encoder into the staging folder.
+
+    Raises `CheckpointError` for a folder that is missing or broken.
+    """
+    from exporters.tokenizers import canonical_tokenizer
+
+    checkpoint = run.spec.checkpoint
+    longest = checkpoint.max_text_tokens if name == "t5" else None
+    made = canonical_tokenizer(checkpoint.tokenizer(name), name, longest)
+    data = made.text.encode()
+    path, artifact = f"tokenizers/{name}.json", f"tokenizer.{name}"
+    tools = {tool: importlib.metadata.version(tool) for tool in _TOOLS}
+    # The folder's files are in it by what transformers made of them.
+    key = digest({"sha256": hashlib.sha256(data).hexdigest(), "tools": tools})
     files = run.staging.finished(artifact, key)
     if files is None:
-        target = run.staging.root / _FOLDERS[name]
-        target.mkdir(exist_ok=True)
-        for file, data in contents.items():
-            (target / file).write_bytes(data)
-        files = run.staging.record(artifact, key, [target / file for file in contents])
-    return TokenizerRecord(_FOLDERS[name], length, files)
+        target = run.staging.root / path
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(data)
+        files = run.staging.record(artifact, key, [target])
+    return TokenizerRecord(
+        path=path,
+        max_length=made.max_length,
+        pad_id=made.pad_id,
+        prefix=made.prefix,
+        suffix=made.suffix,
+        padding_side=made.padding_side,
+        truncation_side=made.truncation_side,
+        files=files,
+    )

@@ -37,7 +37,7 @@ __all__ = [
     "to_json",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "fluxdeploy.json"
 
 SYMBOLS = ("B", "S", "L", "T", "N", "H", "W", "h", "w")
@@ -158,22 +158,35 @@ class ScheduleSpec:
 
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """A tokenizer folder of the bundle and the number of tokens it pads to (at most)."""
+    """A tokenizer: what `path`, a `tokenizer.json`, gives for a prompt, and what is done with it.
 
-    folder: str
+    `prefix` and `suffix` are the ids around every prompt; cutting keeps them. `max_length` is the
+    most that it pads to. A side, where it cuts and where it pads, is `left` or `right`.
+    """
+
+    path: str
     max_length: int
+    pad_id: int
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    padding_side: str
+    truncation_side: str
     files: tuple[FileRecord, ...]
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a host uses where the caller says nothing."""
+    """What a host uses where the caller says nothing.
+
+    `strength` is for image to image: the share of the steps that are run on a noised picture.
+    """
 
     height: int
     width: int
     num_inference_steps: int
     guidance_scale: float
     max_sequence_length: int
+    strength: float
 
 
 @dataclass(frozen=True)
@@ -382,13 +395,28 @@ def _check_golden(golden: GoldenRecord, paths: set[str], where: str) -> None:
 
 
 def _check_tokenizer(tokenizer: TokenizerRecord, where: str) -> None:
-    _check_path(tokenizer.folder, f"{where}.folder")
-    _require(tokenizer.max_length >= 1, f"{where}.max_length", "is less than 1")
-    for index, record in enumerate(tokenizer.files):
+    _require(
+        tokenizer.path in {record.path for record in tokenizer.files},
+        f"{where}.path",
+        f"is {tokenizer.path!r}, which is not among the tokenizer's files",
+    )
+    ids = {"pad_id": tokenizer.pad_id}
+    for name in ("prefix", "suffix"):
+        ids |= {f"{name}[{i}]": token for i, token in enumerate(getattr(tokenizer, name))}
+    for name, token in ids.items():
         _require(
-            record.path.startswith(f"{tokenizer.folder}/"),
-            f"{where}.files[{index}].path",
-            f"is {record.path!r}, which is not in the folder {tokenizer.folder!r}",
+            0 <= token < 2**31, join(where, name), f"is {token}; ids are from 0 to {2**31 - 1}"
+        )
+    shortest = max(1, len(tokenizer.prefix) + len(tokenizer.suffix))
+    _require(
+        tokenizer.max_length >= shortest,
+        f"{where}.max_length",
+        f"is {tokenizer.max_length}; with the prefix and the suffix it is at least {shortest}",
+    )
+    for name in ("padding_side", "truncation_side"):
+        side = getattr(tokenizer, name)
+        _require(
+            side in ("left", "right"), join(where, name), f"is {side!r}; it is 'left' or 'right'"
         )
 
 
@@ -437,6 +465,11 @@ def _check_constants(manifest: Manifest) -> None:
         "must be positive and less than max_image_seq_len where shifting is dynamic",
     )
     _require(defaults.guidance_scale >= 0, "defaults.guidance_scale", "is negative")
+    _require(
+        0 < defaults.strength <= 1,
+        "defaults.strength",
+        f"is {defaults.strength}; it must be above 0 and at most 1",
+    )
     multiple = latents.patch_size * latents.spatial_factor
     for name in ("height", "width"):
         value = getattr(defaults, name)

@@ -121,7 +121,8 @@ def _tabulate_constants(bundle: Bundle, *, check: bool) -> Table:
     table.add_row(
         "defaults",
         f"{defaults.width} x {defaults.height}, {defaults.num_inference_steps} steps, "
-        f"guidance {defaults.guidance_scale:g}, {defaults.max_sequence_length} text tokens",
+        f"guidance {defaults.guidance_scale:g}, {defaults.max_sequence_length} text tokens, "
+        f"strength {defaults.strength:g}",
     )
     table.add_row(
         "latents",
@@ -140,7 +141,7 @@ def _tabulate_constants(bundle: Bundle, *, check: bool) -> Table:
         shift = f"shift {schedule.shift:g}"
     table.add_row("schedule", shift)
     for name, tokenizer in manifest.tokenizers.items():
-        table.add_row(name, f"{tokenizer.folder}, at most {tokenizer.max_length} tokens")
+        table.add_row(name, f"{tokenizer.path}, at most {tokenizer.max_length} tokens")
     for key, value in manifest.provenance.items():
         table.add_row(key, _plain(value))
     return table

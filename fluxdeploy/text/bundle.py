@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer as Backend
 
+from fluxdeploy.bundle import Bundle
 from fluxdeploy.errors import BundleError
-from fluxdeploy.text.clip import load_clip_tokenizer
-from fluxdeploy.text.t5 import load_t5_tokenizer
 from fluxdeploy.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from fluxdeploy.bundle import Bundle
 
 __all__ = ["Tokenizers", "load_tokenizers"]
 
@@ -28,7 +24,7 @@ class Tokenizers:
     t5_tokenizer: Tokenizer
 
     def clip(self, prompts: Sequence[str]) -> npt.NDArray[np.int32]:
-        """Input of the `clip` component: int32 [B, 77]."""
+        """Input of the `clip` component: int32 [B, max_length], 77 for FLUX.1."""
         return self.clip_tokenizer.encode(prompts)
 
     def t5(
@@ -42,20 +38,22 @@ class Tokenizers:
 
 
 def load_tokenizers(bundle: Bundle) -> Tokenizers:
-    """The tokenizers that the manifest records, padding to the recorded lengths.
+    """The tokenizers that the manifest records as `clip` and `t5`.
 
-    Raises BundleError where the manifest has no such tokenizer, CheckpointError where a folder
-    is broken.
+    Raises BundleError where the manifest has no such tokenizer, or its file cannot be read.
     """
-    records = bundle.manifest.tokenizers
-    missing = [name for name in ("clip", "t5") if name not in records]
-    if missing:
+    return Tokenizers(clip_tokenizer=_load(bundle, "clip"), t5_tokenizer=_load(bundle, "t5"))
+
+
+def _load(bundle: Bundle, name: str) -> Tokenizer:
+    record = bundle.manifest.tokenizers.get(name)
+    if record is None:
+        raise BundleError(f"The bundle {bundle.root} records no tokenizer {name}; build it again.")
+    path = bundle.path(record.path)
+    try:
+        backend = Backend.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers raises bare Exception for what it refuses
         raise BundleError(
-            f"The bundle {bundle.root} records no tokenizer {' and '.join(missing)}; "
-            "build it again."
-        )
-    clip, t5 = records["clip"], records["t5"]
-    return Tokenizers(
-        clip_tokenizer=load_clip_tokenizer(bundle.root / clip.folder, clip.max_length),
-        t5_tokenizer=load_t5_tokenizer(bundle.root / t5.folder, t5.max_length),
-    )
+            f"The tokenizer {path} cannot be read: {error}. Build the bundle again."
+        ) from error
+    return Tokenizer(name, backend, record)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer as Backend
 
+from fluxdeploy.bundle.manifest import TokenizerRecord
 from fluxdeploy.errors import UsageError
 
-__all__ = ["Side", "Tokenizer"]
-
-Side = Literal["left", "right"]
+__all__ = ["Tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -24,37 +22,30 @@ class Tokenizer:
     Equal to calling transformers' tokenizer with `padding="max_length"`, `truncation=True`.
     Cutting and padding are done here and not by the backend, whose settings are shared by all
     callers and would race when two threads ask for different lengths.
-
-    `prefix` and `suffix` are the ids around every prompt; cutting keeps them. `max_length` is the
-    length `encode` pads to by default, and the most it may be asked for.
     """
 
     name: str
     backend: Backend
-    prefix: tuple[int, ...]
-    suffix: tuple[int, ...]
-    pad_id: int
-    max_length: int
-    padding_side: Side = "right"
-    truncation_side: Side = "right"
+    record: TokenizerRecord
 
     def encode(
         self, prompts: Sequence[str], max_length: int | None = None
     ) -> npt.NDArray[np.int32]:
-        """Token ids: int32 [B, max_length] for B prompts.
+        """Token ids: int32 [B, max_length] for B prompts; the default length is the record's.
 
         Raises UsageError for prompts that are not a list of strings, and for a `max_length`
         outside what the tokenizer can fill.
         """
+        prefix, suffix = self.record.prefix, self.record.suffix
         length = self._checked_length(max_length)
-        room = length - len(self.prefix) - len(self.suffix)
-        rows = np.full((len(prompts), length), self.pad_id, dtype=np.int32)
+        room = length - len(prefix) - len(suffix)
+        rows = np.full((len(prompts), length), self.record.pad_id, dtype=np.int32)
         for row, content in zip(rows, self._tokenize(prompts), strict=True):
             if len(content) > room:
-                start = len(content) - room if self.truncation_side == "left" else 0
+                start = len(content) - room if self.record.truncation_side == "left" else 0
                 content = content[start : start + room]
-            ids = [*self.prefix, *content, *self.suffix]
-            start = length - len(ids) if self.padding_side == "left" else 0
+            ids = [*prefix, *content, *suffix]
+            start = length - len(ids) if self.record.padding_side == "left" else 0
             row[start : start + len(ids)] = ids
         return rows
 
@@ -64,15 +55,16 @@ class Tokenizer:
         A prompt with more than `max_length` of them is cut by `encode`.
         """
         (content,) = self._tokenize([prompt])
-        return len(self.prefix) + len(content) + len(self.suffix)
+        return len(self.record.prefix) + len(content) + len(self.record.suffix)
 
     def _checked_length(self, max_length: int | None) -> int:
-        length = self.max_length if max_length is None else max_length
-        shortest = len(self.prefix) + len(self.suffix)
-        if not shortest <= length <= self.max_length:
+        longest = self.record.max_length
+        length = longest if max_length is None else max_length
+        shortest = len(self.record.prefix) + len(self.record.suffix)
+        if not shortest <= length <= longest:
             raise UsageError(
                 f"The {self.name} tokenizer cannot pad to {length} tokens; "
-                f"choose {shortest} to {self.max_length}."
+                f"choose {shortest} to {longest}."
             )
         return length
 

@@ -33,6 +33,7 @@ from fluxdeploy.errors import BundleError
 
 COMPONENTS = ("clip", "t5", "vae_decoder")
 SHARED = "onnx/weights/shared.safetensors"
+TOKENIZER = "tokenizers/clip.json"
 
 
 def describe(components: dict[str, ComponentRecord], files: tuple[FileRecord, ...]) -> Manifest:
@@ -45,8 +46,8 @@ def describe(components: dict[str, ComponentRecord], files: tuple[FileRecord, ..
         latents=LatentSpec(16, 2, 8, 0.3611, 0.1159),
         rope=RopeSpec((16, 56, 56), 10000.0),
         schedule=ScheduleSpec(3.0, True, "exponential", 0.5, 1.15, 256, 4096, None),
-        tokenizers={"tokenizer": TokenizerRecord("tokenizer", 77, files)},
-        defaults=Defaults(512, 512, 4, 3.5, 256),
+        tokenizers={"clip": TokenizerRecord(TOKENIZER, 77, 1, (0,), (1,), "right", "right", files)},
+        defaults=Defaults(512, 512, 4, 3.5, 256, 0.6),
         quality=QualityRecord(20.0, 0.75, None),
         provenance={},
     )
@@ -67,8 +68,8 @@ def build(destination: Path, checkpoint: Path, version: str, pause: float = 0.0)
             components[name] = ComponentRecord(key, "fp32", "fp32", (), (), files, (), None)
         tokenizer = stage.finished("the tokenizer/1", version)
         if tokenizer is None:
-            write(stage.root / "tokenizer/vocab.json", version.encode(), pause)
-            tokenizer = stage.record("the tokenizer/1", version, ["tokenizer/vocab.json"])
+            write(stage.root / TOKENIZER, version.encode(), pause)
+            tokenizer = stage.record("the tokenizer/1", version, [TOKENIZER])
         write(stage.root / "scratch/log.txt", b"left behind by a tool", pause)
         stage.commit(describe(components, tokenizer))
 

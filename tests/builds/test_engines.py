@@ -151,7 +151,7 @@ def test_full_width_in_fp8_is_about_half_of_bf16(full_width: Path, tmp_path: Pat
     profiles = resolution_buckets(
         {"B", "L", "S", "T"},
         SizeRange(),
-        Defaults(1024, 1024, 28, 3.5, 512),
+        Defaults(1024, 1024, 28, 3.5, 512, 0.6),
         LatentSpec(16, 2, 8, 0.3611, 0.1159),
     )
     assert [profile["L"].max for profile in profiles] == [1024, 4096, 16384]

@@ -15,7 +15,12 @@ from fluxdeploy.errors import UsageError
 
 TRANSFORMER = {"B", "S", "L", "T"}
 DEV = Defaults(
-    height=1024, width=1024, num_inference_steps=28, guidance_scale=3.5, max_sequence_length=512
+    height=1024,
+    width=1024,
+    num_inference_steps=28,
+    guidance_scale=3.5,
+    max_sequence_length=512,
+    strength=0.6,
 )
 SMALL = dataclasses.replace(DEV, height=64, width=64, max_sequence_length=16)
 

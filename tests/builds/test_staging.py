@@ -32,7 +32,7 @@ def _build(destination: Path, files: dict[str, bytes], manifest: Manifest) -> No
     with Staging(destination) as stage:
         _write(stage.root, files)
         stage.record("t5", KEY, COMPONENT)
-        stage.record("tokenizer", "k", ["tokenizer/vocab.json"])
+        stage.record("tokenizer", "k", ["tokenizers/clip.json"])
         stage.commit(manifest)
 
 
@@ -106,14 +106,14 @@ def test_a_stopped_build_goes_on_where_it_was(
     assert not destination.exists()
     with Staging(destination) as stage:
         # What no recorded artifact names may be half written.
-        assert not (stage.root / "tokenizer").exists()
+        assert not (stage.root / "tokenizers").exists()
         assert stage.finished("tokenizer", "k") is None
         counts: list[int] = []
         assert stage.finished("t5", KEY, counts.append) == records
         assert stage.finished("t5", KEY, counts.append) == records
         assert sum(counts) == sum(record.size for record in records)
-        _write(stage.root, {"tokenizer/vocab.json": files["tokenizer/vocab.json"]})
-        stage.record("tokenizer", "k", ["tokenizer/vocab.json"])
+        _write(stage.root, {"tokenizers/clip.json": files["tokenizers/clip.json"]})
+        stage.record("tokenizer", "k", ["tokenizers/clip.json"])
         stage.commit(manifest)
     assert open_bundle(destination, "all").manifest == manifest
 
@@ -155,7 +155,7 @@ def test_components_of_the_earlier_bundle_are_linked(
         assert stage.finished("t5", KEY) == manifest.components["t5"].files
         for path in COMPONENT:
             assert (stage.root / path).samefile(bundle / path)
-        _write(stage.root, {"tokenizer/vocab.json": files["tokenizer/vocab.json"]})
+        _write(stage.root, {"tokenizers/clip.json": files["tokenizers/clip.json"]})
         stage.commit(manifest)
     assert open_bundle(bundle, "all").manifest == manifest
 
@@ -191,12 +191,12 @@ def test_known_hashes_are_not_computed_again(tmp_path: Path, files: dict[str, by
 def test_commit_refuses_what_is_not_there(
     bundle: Path, files: dict[str, bytes], manifest: Manifest
 ) -> None:
-    other = FileRecord("tokenizer/vocab.json", 2, "0" * 64)
-    tokenizer = replace(manifest.tokenizers["tokenizer"], files=(other,))
+    other = FileRecord("tokenizers/clip.json", 2, "0" * 64)
+    tokenizer = replace(manifest.tokenizers["clip"], files=(other,))
     with Staging(bundle) as stage:
         _write(stage.root, files)
-        with pytest.raises(BundleError, match=r"vocab\.json is not the file that the manifest"):
-            stage.commit(replace(manifest, tokenizers={"tokenizer": tokenizer}))
+        with pytest.raises(BundleError, match=r"clip\.json is not the file that the manifest"):
+            stage.commit(replace(manifest, tokenizers={"clip": tokenizer}))
         (stage.root / "onnx/t5.onnx").write_bytes(b"short")
         with pytest.raises(BundleError, match=r"t5\.onnx has 5 bytes, and the manifest says 7"):
             stage.commit(manifest)

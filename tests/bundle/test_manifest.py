@@ -103,8 +103,15 @@ ENGINE = "components.t5.engines[0]"
         (f"{FILE}.path", "", "is empty"),
         (f"{FILE}.path", "t5\0.onnx", "holds a control character"),
         (f"{FILE}.path", "fluxdeploy.json", "is the manifest itself"),
-        ("tokenizers.tokenizer.folder", "../tokenizer", "leaves the bundle"),
-        ("tokenizers.tokenizer.max_length", 0, "is less than 1"),
+        ("tokenizers.clip.path", "tokenizers/t5.json", "not among the tokenizer's files"),
+        ("tokenizers.clip.max_length", 1, "with the prefix and the suffix it is at least 2"),
+        ("tokenizers.clip.pad_id", -1, "ids are from 0 to 2147483647"),
+        ("tokenizers.clip.pad_id", 2**31, "ids are from 0 to 2147483647"),
+        ("tokenizers.clip.prefix[0]", -1, "ids are from 0 to 2147483647"),
+        ("tokenizers.clip.suffix[0]", 2**31, "ids are from 0 to 2147483647"),
+        ("tokenizers.clip.suffix[0]", 1.0, "must be an integer, not 1.0"),
+        ("tokenizers.clip.padding_side", "Left", "'left' or 'right'"),
+        ("tokenizers.clip.truncation_side", "middle", "'left' or 'right'"),
         (f"{ENGINE}.path", "onnx/other.onnx", "not among the component's files"),
         ("components.t5.golden.path", "golden/no", "not among the component's files"),
         ("components.t5.golden.max_error", -1, "is negative"),
@@ -130,6 +137,8 @@ ENGINE = "components.t5.engines[0]"
         ("defaults.height", 1000, "a multiple of 16"),
         ("defaults.num_inference_steps", 0, "must be positive"),
         ("defaults.guidance_scale", -1, "is negative"),
+        ("defaults.strength", 0, "above 0 and at most 1"),
+        ("defaults.strength", 1.5, "above 0 and at most 1"),
         ("quality.min_psnr", -1, "between 0 and 150 dB"),
         ("quality.min_psnr", 1e300, "between 0 and 150 dB"),
         ("quality.min_psnr", None, "must be a number, not null"),
@@ -172,7 +181,10 @@ def test_every_field_of_every_record_is_needed(manifest: Manifest) -> None:
 
 @pytest.mark.parametrize(
     ("version", "advice"),
-    [(SCHEMA_VERSION + 1, "upgrade fluxdeploy"), (0, "build the bundle again")],
+    [
+        (SCHEMA_VERSION + 1, "upgrade fluxdeploy"),
+        *((version, "build the bundle again with `fluxdeploy build`") for version in (0, 1, 2)),
+    ],
 )
 def test_unknown_schema_version_says_which_one_is_read(
     manifest: Manifest, version: int, advice: str

@@ -83,8 +83,8 @@ def test_a_file_of_another_size_is_named(bundle: Path) -> None:
 
 
 def test_a_file_with_a_wrong_hash_is_named(bundle: Path) -> None:
-    (bundle / "tokenizer/vocab.json").write_bytes(b"[]")
-    assert "tokenizer/vocab.json was changed: its SHA-256" in _refusal(bundle)
+    (bundle / "tokenizers/clip.json").write_bytes(b"[]")
+    assert "tokenizers/clip.json was changed: its SHA-256" in _refusal(bundle)
 
 
 def test_large_files_are_hashed_only_where_all_are_asked_for(

@@ -37,7 +37,7 @@ def write(root: Path, path: str, data: bytes) -> FileRecord:
 def bundle(tmp_path: Path) -> Path:
     root = tmp_path / "my [red] bundle"
     decoder = write(root, "onnx/vae_decoder.onnx", b"decoder" * 300)
-    tokenizer = write(root, "tokenizer/tokenizer.json", b"{}")
+    tokenizer = write(root, "tokenizers/clip.json", b"{}")
     tensors = ("B", 3, "H", "W")
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
@@ -71,8 +71,12 @@ def bundle(tmp_path: Path) -> Path:
         latents=LatentSpec(16, 2, 8, 0.3611, 0.1159),
         rope=RopeSpec((16, 56, 56), 10000.0),
         schedule=ScheduleSpec(3.0, True, "exponential", 0.5, 1.15, 256, 4096, None),
-        tokenizers={"clip": TokenizerRecord("tokenizer", 77, (tokenizer,))},
-        defaults=Defaults(64, 128, 4, 3.5, 256),
+        tokenizers={
+            "clip": TokenizerRecord(
+                tokenizer.path, 77, 49407, (49406,), (49407,), "right", "right", (tokenizer,)
+            )
+        },
+        defaults=Defaults(64, 128, 4, 3.5, 256, 0.6),
         quality=QualityRecord(20.0, 0.75, None),
         provenance={"checkpoint": "a [bold]checkpoint[/bold] :smile:", "tools": {"torch": "2.13"}},
     )

@@ -54,9 +54,9 @@ def test_a_bundle_is_shown_with_its_components_and_constants(bundle: Path) -> No
     assert "onnxruntime 1.31.1 cpu" in decoder
     assert "B 1-1-4" in decoder
     assert "W 16-64-256" in decoder
-    assert "128 x 64, 4 steps, guidance 3.5, 256 text tokens" in result.stdout
+    assert "128 x 64, 4 steps, guidance 3.5, 256 text tokens, strength 0.6" in result.stdout
     assert "exponential shift 0.5 at 256 tokens to 1.15 at 4096" in result.stdout
-    assert "at most 77 tokens" in result.stdout
+    assert "tokenizers/clip.json, at most 77 tokens" in result.stdout
 
 
 def test_text_from_a_bundle_is_never_taken_for_markup(bundle: Path) -> None:

@@ -20,6 +20,9 @@ from exporters.checkpoint import Checkpoint, Weights, open_checkpoint
 from exporters.export import export_component, specify
 from exporters.weights.bind import WeightFolder
 from tests.exporters.numbers import GRAPHS
+from tests.support.tokenizers import demo, prompts
+
+__all__ = ["demo", "prompts"]
 
 Tensors = dict[str, torch.Tensor]
 Exports = Callable[..., Path]

@@ -257,6 +257,7 @@ def test_defaults_are_the_familys(opened: Checkpoint, checkpoint: Callable[..., 
         "num_inference_steps": 28,
         "guidance_scale": 3.5,
         "max_sequence_length": 512,
+        "strength": 0.6,
     }
     schnell = open_checkpoint(checkpoint("schnell")).defaults
     assert (schnell.num_inference_steps, schnell.max_sequence_length) == (4, 256)
@@ -271,6 +272,9 @@ def test_defaults_are_the_familys(opened: Checkpoint, checkpoint: Callable[..., 
         ({"num_inference_steps": True}, "is True"),
         ({"width": 100}, "multiple of 16"),
         ({"guidance_scale": -1}, "at least 0"),
+        ({"strength": 0}, "above 0 and at most 1"),
+        ({"strength": 1.5}, "above 0 and at most 1"),
+        ({"strength": "0.5"}, "is '0.5'"),
         ({"height": "256"}, "is '256'"),
         ([], "must be an object"),
     ],

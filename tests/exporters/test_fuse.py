@@ -177,7 +177,7 @@ def test_heads_scale_and_rotation_are_those_of_the_standard_form(tmp_path: Path)
     onnx.save(onnx.parser.parse_model(ATTENTION), tmp_path / "standard.onnx")
     onnx.save(fused(ATTENTION), tmp_path / "fused.onnx")
     assert operators(tmp_path / "fused.onnx")["com.microsoft", "MultiHeadAttention"] == 1
-    cos, sin = rope_tables(joint_ids(3, 2, 2), RopeSpec((2, 2, 4), 10000.0))
+    cos, sin = rope_tables(joint_ids(3, 2, 2, 3), RopeSpec((2, 2, 4), 10000.0))
     random = np.random.RandomState(1)
     inputs = {
         name: random.standard_normal((2, 7, 2, 8)).astype(np.float32)

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 
 from exporters.synthetic.small_tokenizers import write_tokenizers
-from fluxdeploy.text import load_clip_tokenizer, load_t5_tokenizer
+from tests.support.tokenizers import load
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -37,7 +37,7 @@ def test_another_process_writes_the_same_bytes(
 
 def test_both_forms_give_the_same_ids(demo: Mapping[str, Path]) -> None:
     prompts = ["A red fox in a snowy forest, oil painting.", "e\u0301 日本 </s> <|endoftext|>"]
-    for name, load in (("tokenizer", load_clip_tokenizer), ("tokenizer_2", load_t5_tokenizer)):
+    for name in ("tokenizer", "tokenizer_2"):
         json_ids, model_ids = (load(demo[form] / name).encode(prompts) for form in demo)
         assert (json_ids == model_ids).all()
 
@@ -60,7 +60,7 @@ def test_reported_ids_and_sizes_are_those_of_the_files(tmp_path: Path) -> None:
 def test_the_pipeline_in_tokenizer_json_is_complete(demo: Mapping[str, Path]) -> None:
     """A host that runs `tokenizer.json` as it stands, as one in C++ does, gets the same ids."""
     prompts = ["A Red  fox's café, 3 日本", "two\nlines"]
-    for name, load in (("tokenizer", load_clip_tokenizer), ("tokenizer_2", load_t5_tokenizer)):
+    for name in ("tokenizer", "tokenizer_2"):
         folder = demo["json"] / name
         raw = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         for prompt, row in zip(prompts, load(folder).encode(prompts), strict=True):
@@ -69,7 +69,7 @@ def test_the_pipeline_in_tokenizer_json_is_complete(demo: Mapping[str, Path]) ->
 
 
 def test_known_words_are_few_tokens(demo: Mapping[str, Path]) -> None:
-    assert load_clip_tokenizer(demo["json"] / "tokenizer").count("a photograph of a red fox") == 8
+    assert load(demo["json"] / "tokenizer").count("a photograph of a red fox") == 8
 
 
 def test_the_words_of_the_sentences_are_one_token_each(tmp_path: Path) -> None:
@@ -81,8 +81,8 @@ def test_the_words_of_the_sentences_are_one_token_each(tmp_path: Path) -> None:
         for shape in ("circle", "square")
     ]
     write_tokenizers(tmp_path, sentences)
-    clip = load_clip_tokenizer(tmp_path / "tokenizer")
-    t5 = load_t5_tokenizer(tmp_path / "tokenizer_2")
+    clip = load(tmp_path / "tokenizer")
+    t5 = load(tmp_path / "tokenizer_2")
     for sentence in sentences:
         assert clip.count(sentence) == len(sentence.split()) + 2
         assert t5.count(sentence) == len(sentence.split()) + 1
@@ -90,6 +90,6 @@ def test_the_words_of_the_sentences_are_one_token_each(tmp_path: Path) -> None:
 
 def test_other_texts_are_known_by_their_letters(tmp_path: Path) -> None:
     write_tokenizers(tmp_path, ["a red circle"])
-    ids = load_t5_tokenizer(tmp_path / "tokenizer_2").encode(["Zebras quiz me: 42 (not 17)!"], 64)
+    ids = load(tmp_path / "tokenizer_2").encode(["Zebras quiz me: 42 (not 17)!"], 64)
     unknown = 2
     assert unknown not in ids

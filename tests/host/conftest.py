@@ -44,8 +44,8 @@ def manifest(latent_spec: LatentSpec, rope_spec: RopeSpec, schedule_spec: Schedu
         rope=rope_spec,
         schedule=schedule_spec,
         tokenizers={
-            "clip": TokenizerRecord(folder="tokenizer", max_length=77, files=()),
-            "t5": TokenizerRecord(folder="tokenizer_2", max_length=512, files=()),
+            "clip": TokenizerRecord("clip.json", 77, 1, (0,), (1,), "right", "right", ()),
+            "t5": TokenizerRecord("t5.json", 512, 0, (), (1,), "right", "right", ()),
         },
         defaults=Defaults(
             height=32,
@@ -53,6 +53,7 @@ def manifest(latent_spec: LatentSpec, rope_spec: RopeSpec, schedule_spec: Schedu
             num_inference_steps=3,
             guidance_scale=3.5,
             max_sequence_length=512,
+            strength=0.6,
         ),
         quality=QualityRecord(min_psnr=20.0, min_ssim=0.75, min_sqnr=None),
         provenance={},

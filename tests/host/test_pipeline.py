@@ -17,7 +17,6 @@ from fluxdeploy.bundle.manifest import (
     DimensionRange,
     EngineRecord,
     Manifest,
-    TokenizerRecord,
 )
 from fluxdeploy.errors import NumericError, UsageError
 from fluxdeploy.host.pipeline import FluxPipeline
@@ -309,7 +308,7 @@ def test_bad_arguments_are_refused_before_anything_runs(
 def test_the_bundles_tokenizer_may_allow_fewer_tokens(
     make_pipeline: Callable[[Manifest], FluxPipeline], manifest: Manifest
 ) -> None:
-    record = TokenizerRecord(folder="tokenizer_2", max_length=256, files=())
+    record = dataclasses.replace(manifest.tokenizers["t5"], max_length=256)
     pipe = make_pipeline(
         dataclasses.replace(manifest, tokenizers={**manifest.tokenizers, "t5": record})
     )

@@ -38,7 +38,7 @@ def files() -> dict[str, bytes]:
         "onnx/t5.onnx": b"a graph",
         "onnx/weights/t5.safetensors": b"weights" * 9,
         "golden/t5.safetensors": b"golden",
-        "tokenizer/vocab.json": b"{}",
+        "tokenizers/clip.json": b"{}",
     }
 
 
@@ -46,7 +46,7 @@ def files() -> dict[str, bytes]:
 def manifest(files: dict[str, bytes]) -> Manifest:
     """A manifest with one of everything, for `files`."""
     records = {path: _record(path, data) for path, data in files.items()}
-    vocabulary = records.pop("tokenizer/vocab.json")
+    tokenizer = records.pop("tokenizers/clip.json")
     component = ComponentRecord(
         key="t5 from somewhere",
         precision="bf16",
@@ -74,8 +74,12 @@ def manifest(files: dict[str, bytes]) -> Manifest:
         latents=LatentSpec(16, 2, 8, 0.3611, 0.1159),
         rope=RopeSpec((16, 56, 56), 10000.0),
         schedule=ScheduleSpec(3.0, True, "exponential", 0.5, 1.15, 256, 4096, None),
-        tokenizers={"tokenizer": TokenizerRecord("tokenizer", 77, (vocabulary,))},
-        defaults=Defaults(1024, 1024, 28, 3.5, 512),
+        tokenizers={
+            "clip": TokenizerRecord(
+                tokenizer.path, 77, 49407, (49406,), (49407,), "right", "right", (tokenizer,)
+            )
+        },
+        defaults=Defaults(1024, 1024, 28, 3.5, 512, 0.6),
         quality=QualityRecord(20.0, 0.75, 12.5),
         provenance={"checkpoint": "0" * 64, "tools": {"torch": "2.13.0", "onnx": None}, "é": [1.5]},
     )

@@ -11,26 +11,28 @@ import numpy as np
 import pytest
 
 from fluxdeploy.errors import UsageError
-from fluxdeploy.text import Tokenizer, load_clip_tokenizer, load_t5_tokenizer
+from fluxdeploy.text import Tokenizer
+from tests.support.tokenizers import load
 
 
 @pytest.fixture(scope="module")
 def clip(demo: Mapping[str, Path]) -> Tokenizer:
-    return load_clip_tokenizer(demo["json"] / "tokenizer")
+    return load(demo["json"] / "tokenizer")
 
 
 @pytest.fixture(scope="module")
 def t5(demo: Mapping[str, Path]) -> Tokenizer:
-    return load_t5_tokenizer(demo["json"] / "tokenizer_2")
+    return load(demo["json"] / "tokenizer_2")
 
 
 def test_a_cut_prompt_keeps_the_end_token(clip: Tokenizer, t5: Tokenizer) -> None:
     for tokenizer in (clip, t5):
+        record = tokenizer.record
         ids = tokenizer.encode(["cat " * 900])
-        assert ids.shape == (1, tokenizer.max_length)
-        assert tuple(ids[0, : len(tokenizer.prefix)]) == tokenizer.prefix
-        assert tuple(ids[0, -1:]) == tokenizer.suffix
-        assert tokenizer.count("cat " * 900) > tokenizer.max_length
+        assert ids.shape == (1, record.max_length)
+        assert tuple(ids[0, : len(record.prefix)]) == record.prefix
+        assert tuple(ids[0, -1:]) == record.suffix
+        assert tokenizer.count("cat " * 900) > record.max_length
 
 
 def test_no_prompts_make_an_empty_batch(t5: Tokenizer) -> None:
@@ -40,8 +42,8 @@ def test_no_prompts_make_an_empty_batch(t5: Tokenizer) -> None:
 
 
 def test_shortest_length_holds_the_special_tokens_only(clip: Tokenizer, t5: Tokenizer) -> None:
-    assert tuple(clip.encode(["a cat"], 2)[0]) == clip.prefix + clip.suffix
-    assert tuple(t5.encode(["a cat"], 1)[0]) == t5.suffix
+    assert tuple(clip.encode(["a cat"], 2)[0]) == clip.record.prefix + clip.record.suffix
+    assert tuple(t5.encode(["a cat"], 1)[0]) == t5.record.suffix
 
 
 def test_threads_that_ask_for_different_lengths_do_not_disturb_each_other(
@@ -58,7 +60,7 @@ def test_threads_that_ask_for_different_lengths_do_not_disturb_each_other(
 @pytest.mark.parametrize(
     ("prompts", "length", "message"),
     [
-        (["a"], 513, "T5 tokenizer cannot pad to 513 tokens; choose 1 to 512"),
+        (["a"], 513, "t5 tokenizer cannot pad to 513 tokens; choose 1 to 512"),
         (["a"], 0, "choose 1 to 512"),
         (["a"], -1, "choose 1 to 512"),
         ("a cat", 32, "list of strings"),

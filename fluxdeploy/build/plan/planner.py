@@ -31,7 +31,6 @@ from fluxdeploy.errors import BundleError
 from fluxdeploy.kernels import AttentionKernels, CallSizes
 from fluxdeploy.machine import read_memory
 from fluxdeploy.precision import PRECISIONS
-from fluxdeploy.text import TOKENIZER_FILES
 
 __all__ = ["make_plan"]
 
@@ -44,6 +43,10 @@ in 8 bits, as it is and transposed."""
 
 _GRAPH, _STAGE = 100_000, 35_000
 """Bytes of an ONNX file, and of each of its stages."""
+
+_TOKENIZER = 3
+"""Bytes of a bundle's `tokenizer.json` for one of the checkpoint's folder, at most: a piece of a
+`spiece.model` has about 15 of them, and becomes 35."""
 
 
 def make_plan(spec: BuildSpec, destination: Path) -> Plan:
@@ -138,11 +141,11 @@ class _Planner:
         folder = existing_folder(self.destination)
         files = {file for part in parts.values() for file in part.sources}
         copied = sum(file.stat().st_size for file in files if not can_link(file, folder))
-        tokenizers = sum(
-            (self.checkpoint.tokenizer(name) / file).stat().st_size
+        tokenizers = _TOKENIZER * sum(
+            file.stat().st_size
             for name in ("clip", "t5")
-            for file in TOKENIZER_FILES
-            if (self.checkpoint.tokenizer(name) / file).is_file()
+            for file in self.checkpoint.tokenizer(name).iterdir()
+            if file.is_file()
         )
         graphs = sum(
             _GRAPH + _STAGE * len(component.export.chain.stages)

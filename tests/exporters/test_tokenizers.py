@@ -1,10 +1,13 @@
-"""Token ids equal transformers', for every form of folder and every setting that it honours."""
+"""The canonical form of a tokenizer gives the ids of transformers, for every form of folder."""
 
 from __future__ import annotations
 
 import io
 import json
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,32 +15,32 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
+import transformers
+from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
 
-from fluxdeploy.text import load_clip_tokenizer, load_t5_tokenizer
+from exporters.tokenizers import canonical_tokenizer, open_tokenizer
+from fluxdeploy.errors import CheckpointError
+from tests.support.tokenizers import CLIP, KINDS, T5, edit, load
 
-transformers = pytest.importorskip("transformers")
-
-CLIP, T5 = "tokenizer", "tokenizer_2"
 FEW = 400
 
 
 def compare(folder: Path, prompts: list[str], length: int) -> None:
     """Assert equal ids; `folder` has the name it has in a checkpoint."""
-    if folder.name == CLIP:
-        reference = transformers.CLIPTokenizer.from_pretrained(folder)
-        tokenizer = load_clip_tokenizer(folder, length)
-    else:
-        reference = transformers.T5TokenizerFast.from_pretrained(folder)
-        tokenizer = load_t5_tokenizer(folder)
+    kind = KINDS[folder.name]
+    cls = transformers.CLIPTokenizer if kind == "clip" else transformers.T5TokenizerFast
+    reference = cls.from_pretrained(folder)
     expected = reference(
         prompts, padding="max_length", max_length=length, truncation=True, return_tensors="np"
     ).input_ids
-    actual = tokenizer.encode(prompts, length)
-    assert actual.dtype == np.int32
-    assert actual.shape == (len(prompts), length)
-    wrong = np.flatnonzero((actual != expected).any(axis=1))
-    assert wrong.size == 0, f"{wrong.size} differ, first {prompts[wrong[0]]!r}"
+    # What a host makes of the canonical form, and what the exporters use themselves.
+    for tokenizer in (load(folder, length), open_tokenizer(folder, kind, length)):
+        actual = tokenizer.encode(prompts)
+        assert actual.dtype == np.int32
+        assert actual.shape == (len(prompts), length)
+        wrong = np.flatnonzero((actual != expected).any(axis=1))
+        assert wrong.size == 0, f"{wrong.size} differ, first {prompts[wrong[0]]!r}"
 
 
 @pytest.mark.parametrize("form", ["json", "model"])
@@ -54,7 +57,7 @@ def test_count_is_the_length_before_cutting(
 ) -> None:
     folder = demo["model"] / name
     reference = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer = (load_clip_tokenizer if name == CLIP else load_t5_tokenizer)(folder)
+    tokenizer = load(folder)
     for prompt in prompts[:60]:
         assert tokenizer.count(prompt) == len(reference(prompt).input_ids)
 
@@ -280,12 +283,121 @@ def test_clip_pads_to_the_length_that_fluxpipeline_takes_from_the_config(
     folder = shutil.copytree(demo["json"] / CLIP, tmp_path / CLIP)
     for configured, expected in ((77, 77), (64, 64), (248, 248), (10**30, 77), (None, 77)):
         (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": configured}))
-        assert load_clip_tokenizer(folder).max_length == expected
-        assert load_clip_tokenizer(folder, 32).encode(["a cat"]).shape == (1, 32)
+        assert canonical_tokenizer(folder, "clip").max_length == expected
+        assert open_tokenizer(folder, "clip").encode(["a cat"]).shape == (1, expected)
+        assert load(folder, 32).encode(["a cat"]).shape == (1, 32)
 
 
-def edit(path: Path, change: Edit) -> None:
-    """Rewrite a JSON file, or write it."""
-    value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    change(value)
-    path.write_text(json.dumps(value), encoding="utf-8")
+def test_t5_pads_to_the_length_that_its_caller_names(demo: Mapping[str, Path]) -> None:
+    folder = demo["json"] / T5
+    assert canonical_tokenizer(folder, "t5").max_length == 512
+    assert canonical_tokenizer(folder, "t5", 20).max_length == 20
+    assert open_tokenizer(folder, "t5", 20).encode(["a cat"]).shape == (1, 20)
+    assert open_tokenizer(folder, "t5").encode(["a cat"], 20).shape == (1, 20)
+
+
+@pytest.mark.parametrize("name", [CLIP, T5])
+def test_every_form_and_process_gives_the_same_bytes(
+    demo: Mapping[str, Path], tmp_path: Path, name: str
+) -> None:
+    saved = tmp_path / name
+    transformers.AutoTokenizer.from_pretrained(demo["model"] / name).save_pretrained(saved)
+    texts = {
+        canonical_tokenizer(folder, KINDS[name]).text
+        for folder in (demo["json"] / name, demo["model"] / name, saved)
+    }
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from exporters.tokenizers import canonical_tokenizer\n"
+        f"made = canonical_tokenizer(Path({str(demo['json'] / name)!r}), {KINDS[name]!r})\n"
+        "sys.stdout.buffer.write(made.text.encode())\n"
+    )
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+        texts.add(done.stdout.decode())
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("name", [CLIP, T5])
+def test_the_file_alone_neither_cuts_nor_pads(
+    demo: Mapping[str, Path], tmp_path: Path, name: str
+) -> None:
+    folder = shutil.copytree(demo["json"] / name, tmp_path / name)
+    edit(folder / "tokenizer.json", _left_sides)
+    made = canonical_tokenizer(folder, KINDS[name])
+    assert (made.padding_side, made.truncation_side) == ("left", "left")
+    alone = Backend.from_str(made.text)
+    assert alone.truncation is alone.padding is None
+    ids = alone.encode("a cat " * 20).ids
+    own = alone.encode("a cat " * 20, add_special_tokens=False).ids
+    assert ids == [*made.prefix, *own, *made.suffix]
+    assert len(own) >= 40
+
+
+def test_scores_are_read_as_the_same_numbers_by_every_reader(
+    demo: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """The tokenizers package is one unit off in the last place for a score in eight."""
+    folder = shutil.copytree(demo["json"] / T5, tmp_path / T5)
+    generator = np.random.default_rng(0)
+    scores = [float(np.float32(score)) for score in generator.uniform(-20, -1, 5000)]
+    edit(
+        folder / "tokenizer.json",
+        lambda d: d["model"]["vocab"].extend([f"q{i}q", s] for i, s in enumerate(scores)),
+    )
+    text = canonical_tokenizer(folder, "t5").text
+    by_python, by_package = (
+        dict(json.loads(document)["model"]["vocab"])
+        for document in (text, Backend.from_str(text).to_str())
+    )
+    assert by_python == by_package
+    exact = [abs(by_python[f"q{i}q"] - score) for i, score in enumerate(scores)]
+    assert sum(error == 0 for error in exact) > 0.99 * len(scores)
+    assert max(exact) < 1e-10
+
+
+def test_segmentations_that_tie_are_broken_as_in_transformers(
+    demo: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """With scores one unit off, "!!!!!" is cut in another way."""
+    folder = shutil.copytree(demo["json"] / T5, tmp_path / T5)
+    generator = np.random.default_rng(1)
+    pieces = [
+        [mark * count, float(np.float32(generator.uniform(-9, -8)))]
+        for mark in "@#$%^~"
+        for count in range(2, 7)
+    ]
+    edit(folder / "tokenizer.json", lambda d: d["model"]["vocab"].extend(pieces))
+    prompts = [mark * count for mark in "@#$%^~" for count in range(1, 60)]
+    compare(folder, prompts, 77)
+
+
+@pytest.mark.parametrize("name", [CLIP, T5])
+def test_ids_that_one_file_cannot_give_are_refused(
+    demo: Mapping[str, Path], tmp_path: Path, name: str
+) -> None:
+    """A special token that is read as plain text hides the plain token within it."""
+    folder = shutil.copytree(demo["json"] / name, tmp_path / name)
+    settings = {"split_special_tokens": True, "mask_token": "<castle>"}
+    edit(folder / "tokenizer_config.json", lambda config: config.update(settings))
+    added = {"4000": token("<castle>", special=True), "4001": token("castle")}
+    edit(folder / "tokenizer_config.json", lambda c: c["added_tokens_decoder"].update(added))
+    with pytest.raises(CheckpointError, match="cannot give its ids for the text '<castle>'"):
+        load(folder)
+
+
+def test_nothing_is_downloaded(demo: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for form in demo:
+        for name in KINDS:
+            load(demo[form] / name)

@@ -13,13 +13,9 @@ from typing import Any
 import pytest
 
 from fluxdeploy.errors import CheckpointError
-from fluxdeploy.text import load_clip_tokenizer, load_t5_tokenizer
+from tests.support.tokenizers import edit, load
 
 Edit = Callable[[Any], object]
-
-
-def load(folder: Path) -> None:
-    (load_clip_tokenizer if folder.name == "tokenizer" else load_t5_tokenizer)(folder)
 
 
 def refuse(folder: Path, message: str) -> None:
@@ -101,7 +97,7 @@ def test_an_empty_map_of_characters(copy: Callable[[str, str], Path]) -> None:
         document["normalizer"]["precompiled_charsmap"] = base64.b64encode(bytes(64)).decode()
 
     edit(folder / "tokenizer.json", change)
-    refuse(folder, "map of characters")
+    refuse(folder, "cannot be used")  # and no panic of the native code
 
 
 @pytest.mark.parametrize(
@@ -110,10 +106,10 @@ def test_an_empty_map_of_characters(copy: Callable[[str, str], Path]) -> None:
         ("tokenizer", lambda d: d.pop("model"), "no model with a vocabulary"),
         ("tokenizer", lambda d: d["model"].update(type="WordPiece"), "WordPiece model, and a BPE"),
         ("tokenizer", lambda d: d["model"].update(merges=[["a", "nowhere"]]), "out of vocab"),
-        ("tokenizer", lambda d: d["model"].update(merges=["a b c"]), "too many values"),
+        ("tokenizer", lambda d: d["model"].update(merges=["a b c"]), "cannot be used"),
         ("tokenizer_2", lambda d: d["model"].update(type="BPE"), "BPE model, and a Unigram"),
-        ("tokenizer_2", lambda d: d["model"].update(vocab=[["a", "b"]]), "lacks|must be real"),
-        ("tokenizer_2", lambda d: d.update(added_tokens=3), "special tokens"),
+        ("tokenizer_2", lambda d: d["model"].update(vocab=[["a", "b"]]), "cannot be used"),
+        ("tokenizer_2", lambda d: d.update(added_tokens=3), "cannot be used"),
     ],
 )
 def test_a_tokenizer_json_of_another_kind(
@@ -141,13 +137,14 @@ def test_a_vocabulary_without_the_special_tokens(copy: Callable[[str, str], Path
     [
         ({"tokenizer_class": "LlamaTokenizer"}, "LlamaTokenizer; FLUX.1 needs a T5Tokenizer"),
         ({"tokenizer_class": "CLIPTokenizer"}, "swapped"),
-        ({"eos_token": None}, "eos_token to null"),
+        ({"eos_token": None}, "cannot be used"),
+        ({"pad_token": None}, "pad_token to null"),
         ({"eos_token": "<nowhere>"}, "lacks '<nowhere>', its eos_token"),
-        ({"pad_token": 7}, "special tokens"),
-        ({"padding_side": "middle"}, "left or right"),
-        ({"model_max_length": "long"}, "special tokens"),
-        ({"extra_ids": "many"}, "special tokens"),
-        ({"added_tokens_decoder": {"0": {"lstrip": True}}}, "special tokens"),
+        ({"pad_token": 7}, "cannot be used"),
+        ({"padding_side": "middle"}, "middle"),
+        ({"model_max_length": "long"}, "its model_max_length is 'long'"),
+        ({"extra_ids": "many"}, "cannot be used"),
+        ({"added_tokens_decoder": {"0": "<pad>"}}, "added_tokens_decoder"),
     ],
 )
 def test_settings_that_mean_nothing(
@@ -163,11 +160,4 @@ def test_sentinels_that_contradict_their_number(copy: Callable[[str, str], Path]
     edit(folder / "tokenizer_config.json", lambda config: config.pop("added_tokens_decoder"))
     sentinels = {"additional_special_tokens": ["<extra_id_0>", "<extra_id_1>"]}
     (folder / "special_tokens_map.json").write_text(json.dumps(sentinels))
-    refuse(folder, "extra_ids is 100 and it lists 2 tokens")
-
-
-def edit(path: Path, change: Edit) -> None:
-    """Rewrite a JSON file, or write it."""
-    value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    change(value)
-    path.write_text(json.dumps(value), encoding="utf-8")
+    refuse(folder, r"extra_ids \(100\)")
