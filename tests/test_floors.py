@@ -57,24 +57,6 @@ _WITH_TRAINING = (
 )
 """The rooms that may import `tests.support.imports.TRAINING`; no other ever does."""
 
-_STILL_BACK: frozenset[tuple[str, str]] = frozenset(
-    {
-        ("engines.base", "engines.tensorrt.fusion"),
-        ("exporters.calibrate.range_file", "exporters.export"),
-        ("exporters.calibrate.ranges", "exporters.export"),
-        ("exporters.calibrate.trajectory", "exporters.export"),
-        ("exporters.calibrate.trajectory", "fluxdeploy.text"),
-        ("exporters.components.run", "engines.base"),
-        ("exporters.formats.eight_bits", "exporters.graph.quantize"),
-        ("exporters.formats.eight_bits", "exporters.weights.storage"),
-        ("exporters.synthetic.small_tokenizers", "fluxdeploy.text.clip"),
-        ("exporters.synthetic.small_tokenizers", "fluxdeploy.text.spiece"),
-        ("exporters.synthetic.small_tokenizers", "fluxdeploy.text.t5"),
-        ("exporters.training.networks", "fluxdeploy.text"),
-    }
-)
-"""Imports that still run back, as (module, import). An entry that no longer does must leave."""
-
 
 def room(module: str) -> str:
     """The row of `FLOORS` that a module belongs to."""
@@ -129,10 +111,6 @@ def _listed(imports: Iterable[Import]) -> str:
     return "\n".join(str(each) for each in imports)
 
 
-def _mended(imports: Iterable[Import]) -> list[Import]:
-    return [each for each in imports if each.pair not in _STILL_BACK]
-
-
 def test_every_row_is_a_room() -> None:
     assert {room(module) for module in MODULES} == set(FLOORS)
     for allowed in FLOORS.values():
@@ -140,18 +118,13 @@ def test_every_row_is_a_room() -> None:
 
 
 def test_no_module_imports_upward() -> None:
-    found = upward(_mended(IMPORTS))
+    found = upward(IMPORTS)
     assert not found, f"A room may see what FLOORS gives it, and no more:\n{_listed(found)}"
 
 
 def test_no_import_is_part_of_a_circle() -> None:
-    found = circular(_mended(IMPORTS))
+    found = circular(IMPORTS)
     assert not found, f"These imports make a circle:\n{_listed(found)}"
-
-
-def test_what_is_said_to_run_back_does() -> None:
-    running = {each.pair for each in (*upward(IMPORTS), *circular(IMPORTS))}
-    assert running >= _STILL_BACK, f"mended, so take it off: {sorted(_STILL_BACK - running)}"
 
 
 @pytest.mark.parametrize(
@@ -193,4 +166,4 @@ def test_a_line_that_looks_upward_is_named(module: str, line: str) -> None:
 )
 def test_a_line_that_closes_a_circle_is_named(module: str, line: str) -> None:
     (new,) = imports_in(module, line)
-    assert new in circular([*_mended(IMPORTS), new])
+    assert new in circular([*IMPORTS, new])

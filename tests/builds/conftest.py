@@ -15,12 +15,9 @@ import pytest
 
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from tests.conftest import SharedFolder
-from tests.support.small_bundle import files, manifest
 
 if TYPE_CHECKING:
     from tests.builds.traces import Traces
-
-__all__ = ["REPOSITORY", "files", "manifest"]
 
 REPOSITORY = Path(__file__).parents[2]
 

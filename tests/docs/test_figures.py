@@ -14,7 +14,7 @@ import pytest
 from tests.docs.pages import PAGES, ROOT, name_of, section, tables
 
 BUILD = ROOT / "docs" / "build.md"
-COMPONENTS = ROOT / "docs" / "components.md"
+PAGE = ROOT / "docs" / "components.md"
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_the_conditioner_takes_the_share_that_its_page_says() -> None:
         )
     )
     total = conditioner + transformer
-    text = " ".join(COMPONENTS.read_text().split())
+    text = " ".join(PAGE.read_text().split())
     assert f"{conditioner / 1e9:.1f} of the {total / 1e9:.1f} billion parameters" in text
     assert f"the loop reads {conditioner / total:.0%} fewer weights" in text
 

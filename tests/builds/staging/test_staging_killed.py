@@ -14,7 +14,7 @@ import pytest
 from fluxdeploy.bundle import open_bundle
 
 SCRIPT = Path(__file__).with_name("staged_build.py")
-REPOSITORY = SCRIPT.parents[2]
+REPOSITORY = SCRIPT.parents[3]
 
 
 def _start(*arguments: object) -> subprocess.Popen[str]:

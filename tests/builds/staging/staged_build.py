@@ -15,7 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from fluxdeploy.bundle import open_bundle, staging
+from fluxdeploy.build import staging
+from fluxdeploy.bundle import open_bundle
 from fluxdeploy.bundle.files import link_or_copy
 from fluxdeploy.bundle.manifest import (
     SCHEMA_VERSION,
