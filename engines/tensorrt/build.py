@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -118,6 +119,15 @@ class _Job:
         self.stop = stop
 
     def run(self, destination: Path) -> FusionReport:
+        try:
+            return self._build(destination)
+        except BaseException as error:
+            # The error would keep the library's objects in its frames until they are collected as
+            # garbage, in any order, and a builder that outlives its logger ends the process.
+            traceback.clear_frames(error.__traceback__)
+            raise
+
+    def _build(self, destination: Path) -> FusionReport:
         trt, logger = self.trt, self.messages.logger
         builder = trt.Builder(logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

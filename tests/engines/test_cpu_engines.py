@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 
-from engines import Engine, EngineOptions, open_engine
+from engines import AttentionKernels, Engine, EngineOptions, open_engine
+from engines import onnxruntime as module
+from engines import openvino as openvino_module
 from engines.onnxruntime import OnnxRuntime
 from engines.openvino import OpenVino
 from engines.tensorrt.runtime import TensorRt
 from fluxdeploy.errors import EngineError
+from fluxdeploy.precision import PRECISIONS
 from tests.engines.conftest import Make, arrays, engine_record, expected, record
 
 RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -201,6 +206,101 @@ def test_openvino_keeps_bfloat16_and_takes_no_fp8() -> None:
     assert runtime.precision_problem("cpu", "int8") is None
     for name in ("fp8", "fp16", "int8-dynamic"):
         assert f"no {name} on CPUs; use fp32" in str(runtime.precision_problem("cpu", name))
+
+
+@pytest.mark.parametrize(
+    ("precision", "vnni", "qdq", "slow"),
+    [
+        ("fp32", False, "", ""),
+        ("fp8", True, "1", ""),
+        ("fp8-weights", False, "1", ""),
+        ("int8-dynamic", True, "", ""),
+        ("int8-dynamic", False, "", "1"),
+        ("int8-weights", False, "", ""),
+        ("of-a-later-version", False, "", ""),
+    ],
+)
+def test_what_a_session_is_told(
+    bundle: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    vnni: bool,
+    qdq: str,
+    slow: str,
+) -> None:
+    made = bundle()
+    made.manifest.components["tiny"] = replace(record(engine_record()), precision=precision)
+    monkeypatch.setattr(module, "_has_vnni", lambda: vnni)
+    engine: Any = open_engine(made, "tiny")
+    options = engine.session.get_session_options()
+
+    def entry(name: str) -> str:
+        try:
+            return str(options.get_session_config_entry(f"session.{name}"))
+        except RuntimeError:  # not set
+            return ""
+
+    assert entry("force_spinning_stop") == "1"
+    assert (entry("disable_quant_qdq"), entry("x64quantprecision")) == (qdq, slow)
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "compute", "fused"),
+    [
+        ("cpu", "fp32", "fp32", True),
+        ("cpu", "fp16", "fp16", False),
+        ("cuda", "bf16", "bf16", True),
+        ("cpu", "fp8-linears", "fp32", True),
+        ("cpu", "fp8", "fp32", False),
+        ("cuda", "fp8", "fp16", False),
+    ],
+)
+def test_where_attention_is_an_operator(
+    target: str, precision: str, compute: str, fused: bool
+) -> None:
+    kernels = AttentionKernels.ONNX_RUNTIME if fused else AttentionKernels.PLAIN
+    assert OnnxRuntime().attention(target, precision, compute) is kernels
+
+
+def test_only_dynamic_integers_stay_narrow_in_memory() -> None:
+    narrow = [name for name in PRECISIONS if not OnnxRuntime().widens_weights("cpu", name)]
+    assert narrow == ["fp32", "bf16", "fp16", "int8-dynamic"]
+    assert not TensorRt().widens_weights("sm89", "fp8-weights")
+
+
+@pytest.mark.parametrize(
+    ("component", "compute", "capable", "hint"),
+    [
+        ("transformer", "bf16", True, "bf16"),
+        ("vae_decoder", "bf16", True, "bf16"),
+        ("transformer", "fp32", True, "f32"),
+        ("transformer", "bf16", False, "f32"),
+        ("clip", "bf16", True, "f32"),
+        ("t5", "bf16", True, "f32"),
+        ("conditioner", "bf16", True, "f32"),
+    ],
+)
+def test_what_openvino_computes_in(
+    monkeypatch: pytest.MonkeyPatch, component: str, compute: str, capable: bool, hint: str
+) -> None:
+    told: dict[str, Any] = {}
+
+    class Core:
+        def get_property(self, device: str, name: str) -> list[str]:
+            return ["FP32", "BF16"] if capable else ["FP32"]
+
+        def read_model(self, path: Path) -> None:
+            pass
+
+        def compile_model(self, model: None, device: str, settings: dict[str, Any]) -> None:
+            told.update(settings)
+
+    monkeypatch.setattr(openvino_module, "_core", Core)
+    engine = engine_record("openvino")
+    described = replace(record(engine), compute=compute)
+    OpenVino().open(component, described, engine, Path(), EngineOptions())
+    assert told["INFERENCE_PRECISION_HINT"] == hint
+    assert told["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == 0
 
 
 @pytest.mark.parametrize("precision", ["fp8", "fp8-linears", "fp8-weights"])

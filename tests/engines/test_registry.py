@@ -140,3 +140,10 @@ def test_targets_and_runtimes_stand_from_best_to_worst() -> None:
         numbers = [int(target.removeprefix("sm")) for target in runtime.targets]
         assert numbers == sorted(numbers, reverse=True)
     assert runtimes("onnxruntime")[0].targets == ("cuda", "cpu")
+
+
+def test_a_runtime_that_builds_nothing_is_no_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere = Availability(False, "not here")
+    monkeypatch.setattr(OnnxRuntime, "availability", lambda self, target, device=0: nowhere)
+    with pytest.raises(EngineError, match=r"onnxruntime on cuda, cpu: not here\.$"):
+        choose_target("onnxruntime")

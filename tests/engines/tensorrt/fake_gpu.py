@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,8 @@ class FakeCuda(Cuda):
     """Checks that every address belongs to a living block, and that copies stay inside it.
 
     As on a GPU, what a stream is given is done by the time that somebody waits for it: here then,
-    and not before. Freeing memory waits for all streams.
+    and not before. Freeing memory waits for all streams. `used` are the devices that threads had
+    as theirs while they touched memory or streams.
     """
 
     def __init__(self) -> None:
@@ -30,15 +32,21 @@ class FakeCuda(Cuda):
         self.streams: set[int] = set()
         self.calls: Counter[str] = Counter()
         self.memory = 1 << 40
+        self.used: set[int] = set()
+        self._current = threading.local()
         self._queues: dict[int, list[Callable[[], None]]] = {}
 
     def use_device(self, device: int) -> None:
-        self.calls[f"device {device}"] += 1
+        self._current.device = device
+
+    def _use(self) -> None:
+        self.used.add(getattr(self._current, "device", 0))
 
     def free_memory(self) -> int:
         return self.memory
 
     def allocate(self, size: int) -> int:
+        self._use()
         if size > self.memory:
             raise EngineError("cudaMalloc failed: out of memory.")
         return self._block(self.device, size)
@@ -52,6 +60,7 @@ class FakeCuda(Cuda):
         return ctypes.addressof(block)
 
     def free(self, address: int) -> None:
+        self._use()
         for stream in self.streams:
             self.synchronize(stream)
         del self.device[address]
@@ -68,6 +77,7 @@ class FakeCuda(Cuda):
 
     def queue(self, stream: int, work: Callable[[], None]) -> None:
         assert stream in self.streams
+        self._use()
         self._queues.setdefault(stream, []).append(work)
 
     def synchronize(self, stream: int) -> None:
@@ -126,9 +136,12 @@ class FakeLoaded:
         self._block: tuple[int, int] | None = None
 
     def set_profile(self, index: int, stream: int) -> None:
-        if index != self.active:
-            self._shapes.clear()
-        self.active = index
+        def work() -> None:
+            if index != self.active:
+                self._shapes.clear()
+            self.active = index
+
+        self.cuda.queue(stream, work)
 
     def set_shape(self, name: str, shape: Shape) -> None:
         self.calls["set_shape"] += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import signal
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,6 +177,17 @@ def test_an_input_that_the_graph_has_not(build: Build) -> None:
     inputs = (*INPUTS, TensorSpec("z", "float32", ("B",)))
     with pytest.raises(EngineError, match=r"block.onnx has no input z; it has x\."):
         build(inputs=inputs)
+
+
+def test_an_error_keeps_nothing_of_the_library(build: Build, tmp_path: Path) -> None:
+    """Collected as garbage, in any order, its objects would end the process."""
+    with pytest.raises(EngineError) as raised:
+        build(path=tmp_path / "missing.onnx")
+    frames = [frame for frame, _ in traceback.walk_tb(raised.tb)]
+    assert "_build" in {frame.f_code.co_name for frame in frames}
+    held = {type(value).__name__ for frame in frames for value in frame.f_locals.values()}
+    assert "_Job" in held
+    assert held.isdisjoint({"Builder", "INetworkDefinition", "OnnxParser", "IBuilderConfig"})
 
 
 def test_a_bucket_that_the_graph_cannot_have(build: Build) -> None:

@@ -119,6 +119,17 @@ def test_products_that_no_kernel_tells_of() -> None:
         read(merged(), ATTENTION, FINAL)
 
 
+def test_what_is_too_many_or_missing() -> None:
+    report = read(*GOOD)
+    assert check(report, replace(WANTED, attentions=2)) == ["the engine has 1 attentions, not 2"]
+    more = replace(WANTED, gemms={"bf16": 2})
+    assert check(report, more)[0].startswith("4 linears run in fp8, more than the 0 that were")
+    wide = read(merged(result="Float"), SCALING, ATTENTION, OUT, FINAL)
+    assert check(wide, WANTED)[0].startswith("3 quantized linears give float32 instead of bf16")
+    single = replace(WANTED, compute="fp32")
+    assert check(wide, single) == [], "what is asked for in float32 may give it"
+
+
 def test_sizes() -> None:
     report = read(*GOOD)
     assert check(replace(report, weight_bytes=10_000_000), WANTED)[0].startswith(

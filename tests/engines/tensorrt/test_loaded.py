@@ -37,7 +37,7 @@ class Library:
             engine_header_size = 4
 
             def __init__(self, logger: Any) -> None:
-                self.logger = logger
+                self.logger = library.logger = logger
 
             def get_engine_validity(self, header: bytes) -> tuple[str, int]:
                 library.events.append(("header", header))
@@ -111,6 +111,7 @@ class Library:
 
         self.Runtime = Runtime
         self.engine: Any = None
+        self.logger: Any = None
 
     def nptype(self, kind: str) -> Any:
         return np.float32
@@ -197,3 +198,13 @@ def test_refusals_of_the_library(library: Library, path: Path, refuses: str, wor
 
     with pytest.raises(EngineError, match=words):
         use()
+
+
+def test_a_reason_is_given_once(library: Library, path: Path) -> None:
+    loaded = load(library, path)
+    library.refuses = "shape"
+    library.logger.log(1, "too large")
+    with pytest.raises(EngineError, match=r"refuses shape \[5\] of x: too large\.$"):
+        loaded.set_shape("x", (5,))
+    with pytest.raises(EngineError, match=r"it gives no reason\.$"):
+        loaded.set_shape("x", (5,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,17 @@ def test_bindings_and_runs(machine: Machine, resident: tuple[str, ...]) -> None:
 
 
 def test_all_is_done_on_the_gpu_that_was_asked_for(machine: Machine) -> None:
+    """CUDA's current device is a matter of the thread, and every call may be another's."""
     engine, _ = machine.open(device=1)
     inputs = arrays()
-    assert right(engine.bind({}).run(inputs), inputs)
-    engine.close()
-    assert {name for name in machine.cuda.calls if name.startswith("device")} == {"device 1"}
+    placed, changing = split(inputs, "scale")
+    machine.cuda.used.clear()
+    with ThreadPoolExecutor() as first, ThreadPoolExecutor() as second:
+        binding = first.submit(engine.bind, placed).result()
+        assert right(second.submit(binding.run, changing).result(), inputs)
+    with ThreadPoolExecutor() as third:
+        third.submit(engine.close).result()
+    assert machine.cuda.used == {1}
 
 
 def test_resident_inputs_are_the_bindings_own(machine: Machine) -> None:
@@ -166,8 +173,10 @@ def test_engines_share_one_scratch_block(machine: Machine) -> None:
     assert right(large.run(inputs), inputs)
     assert len(machine.cuda.device) == 2 * blocks - 1, "four buffers each, and one scratch block"
     assert right(small.run(inputs), inputs)
+    generation = machine.scratch.generation
     small.close()
-    assert right(large.run(inputs), inputs), "the block stays while an engine needs it"
+    assert right(large.run(inputs), inputs)
+    assert machine.scratch.generation == generation, "the block stays while an engine needs it"
     large.close()
     assert not machine.cuda.device
 
@@ -191,6 +200,18 @@ def test_a_failed_run_leaves_the_engine_usable(machine: Machine) -> None:
     loaded.fails = False
     for _ in range(3):
         assert right(engine.run(inputs), inputs)
+
+
+def test_old_sizes_after_new_ones_that_failed(machine: Machine) -> None:
+    engine, _ = machine.open()
+    inputs = arrays(2, 3)
+    binding = engine.bind({})
+    assert right(binding.run(inputs), inputs)
+    machine.cuda.memory = 50
+    with pytest.raises(EngineError, match="out of memory"):
+        binding.run(arrays(8, 16))
+    machine.cuda.memory = 1 << 40
+    assert right(binding.run(inputs), inputs)
 
 
 def test_out_of_memory_while_buffers_are_made(machine: Machine) -> None:
