@@ -1,4 +1,7 @@
-"""The pictures of a bundle against those of diffusers' FluxPipeline, float32, pixel by pixel."""
+"""The pictures of a bundle against those of diffusers' FluxPipeline, pixel by pixel.
+
+Both are held against diffusers in float64; see tests/parity/bounds.py and tests/support/float64.py.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,10 @@ import numpy as np
 import pytest
 
 from fluxdeploy.host.pipeline import FluxPipeline
+from tests.parity.bounds import PICTURE, PROMISE, assert_as_exact
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
-
-TOLERANCE = 0.1 / 255
-"""Largest difference of a pixel in 0..1. The promise is 1/255; float32 rounding makes 0.05/255 at
-most here, and a mistake as small as the other form of GELU makes more than this."""
 
 FOX = "A red fox on a sandy beach at sunset"
 ROBOT = "A huge wooden robot inside a library, at night"
@@ -105,6 +105,14 @@ def generate_reference(pipe: Any, case: Case) -> np.ndarray:
     return pictures
 
 
+def generate_exact(pipe: Any, case: Case) -> np.ndarray:
+    """The pictures of diffusers' pipeline in float64."""
+    from tests.support.float64 import exact_arithmetic
+
+    with exact_arithmetic():
+        return generate_reference(pipe, case)
+
+
 def own_latents(case: Case) -> np.ndarray:
     prompts = 1 if isinstance(case.prompt, str) else len(case.prompt)
     batch = prompts * case.num_images_per_prompt
@@ -119,12 +127,44 @@ def test_pictures_equal_diffusers(
     name: str,
     case: Case,
     open_pipeline: Callable[..., FluxPipeline],
-    open_reference: Callable[[str], Any],
+    open_reference: Callable[..., Any],
 ) -> None:
-    expected = generate_reference(open_reference(name), case)
+    from tests.support.float64 import pinned_angles
+
+    with pinned_angles():
+        float32 = generate_reference(open_reference(name), case)
+        exact = generate_exact(open_reference(name, torch.float64), case)
     pictures = generate(open_pipeline(name), case)
-    assert pictures.shape == expected.shape
-    inside = np.mean((expected > 0) & (expected < 1))
+    inside = np.mean((exact > 0) & (exact < 1))
     assert inside > 0.5, "clipped pixels would hide a difference"
-    worst = np.abs(pictures - expected).max()
-    assert worst < TOLERANCE, f"off by {worst * 255:.3g}/255"
+    assert_as_exact(pictures, float32, exact, PICTURE)
+    assert np.abs(pictures - exact).max() < PROMISE
+
+
+@pytest.mark.parametrize("name", ["dev", "schnell", "constant", "wide"])
+def test_the_promise_holds_with_exact_angles_too(
+    name: str, open_pipeline: Callable[..., FluxPipeline], open_reference: Callable[..., Any]
+) -> None:
+    """Where rounding shows most: float32's angles move some of these pixels by 0.8/255."""
+    (case,) = (case for case in CASES if case.name == "negative prompt for all")
+    exact = generate_exact(open_reference(name, torch.float64), case)
+    assert np.abs(generate(open_pipeline(name), case) - exact).max() < PROMISE
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads(
+    threads: int, open_pipeline: Callable[..., FluxPipeline], open_reference: Callable[..., Any]
+) -> None:
+    from tests.support.float64 import pinned_angles
+
+    case = Case("many tokens", 128, 160, 2, 256, prompt=LONG, seed=5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pinned_angles():
+            float32 = generate_reference(open_reference("dev"), case)
+            exact = generate_exact(open_reference("dev", torch.float64), case)
+    finally:
+        torch.set_num_threads(before)
+    pictures = generate(open_pipeline("dev", threads=threads), case)
+    assert_as_exact(pictures, float32, exact, PICTURE)

@@ -243,9 +243,9 @@ def amplify(transformer: Any, vae: Any, clip: Any, t5: Any) -> None:
     output.bias.sub_(vae.decode(latents).sample.mean((0, 2, 3)))
 
 
-def load_diffusers(folder: Path) -> FluxPipeline:
-    """The checkpoint as diffusers runs it, float32 on the CPU, silent."""
-    pipe = FluxPipeline.from_pretrained(folder)
+def load_diffusers(folder: Path, dtype: torch.dtype = torch.float32) -> FluxPipeline:
+    """The checkpoint as diffusers runs it, on the CPU, silent; float64 weights are made wide."""
+    pipe = FluxPipeline.from_pretrained(folder, torch_dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
