@@ -22,14 +22,15 @@ from rich.table import Table
 
 from engines import Engine, EngineOptions
 from fluxdeploy.build.build import build
-from fluxdeploy.build.checkpoint import open_source
+from fluxdeploy.build.checkpoint import find_checkpoint
 from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.bundle import Bundle
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.machine import describe_machine
 from fluxdeploy.progress import Progress
 from fluxdeploy.text import load_tokenizers
-from fluxdeploy.verify.pictures import compare_layers, draw, judge, plan_scenes
+from fluxdeploy.verify.layers import compare_layers
+from fluxdeploy.verify.pictures import choose_scenes, draw, judge
 from fluxdeploy.verify.reference import ReferenceEngine
 from fluxdeploy.verify.similarity import psnr, ssim
 
@@ -48,7 +49,7 @@ _ATTENTION = re.compile(r"\.(query|key|value|output)$")
 def main(pictures: int, json_file: Path | None, plot: Path | None) -> None:
     """Compare the default model in 8 bits with PyTorch float32."""
     machine = describe_machine(PACKAGES)
-    checkpoint = open_source(None)
+    checkpoint = find_checkpoint(None)
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="quantization-") as place, Progress() as progress:
         expected: Array | None = None
@@ -59,27 +60,27 @@ def main(pictures: int, json_file: Path | None, plot: Path | None) -> None:
                 Path(place) / precision,
                 progress,
             )
-            plan = plan_scenes(bundle, pictures)
+            drawing = choose_scenes(bundle, pictures)
             if expected is None:
                 with _reference(bundle, checkpoint) as pipe:
-                    expected = draw(pipe, plan, "Drawing with PyTorch float32", progress)
-                shown = judge(expected, plan.scenes)
+                    expected = draw(pipe, drawing, "Drawing with PyTorch float32", progress)
+                shown = judge(expected, drawing.scenes)
             with FluxPipeline.from_bundle(bundle.root, "onnxruntime", EngineOptions()) as pipe:
-                drawn = draw(pipe, plan, f"Drawing in {precision}", progress)
+                drawn = draw(pipe, drawing, f"Drawing in {precision}", progress)
             layers = compare_layers(bundle, checkpoint, progress)
             assert layers is not None
             results[precision] = {
                 "psnr": [psnr(a, b) for a, b in zip(drawn, expected, strict=True)],
                 "ssim": [ssim(a, b) for a, b in zip(drawn, expected, strict=True)],
-                "objects": statistics.fmean(bool(v) for v in judge(drawn, plan.scenes)),
+                "objects": statistics.fmean(bool(v) for v in judge(drawn, drawing.scenes)),
                 "sqnr": dict(layers.sqnr),
             }
     report = {
         "machine": machine,
         "pictures": pictures,
-        "steps": plan.steps,
-        "height": plan.height,
-        "width": plan.width,
+        "steps": drawing.steps,
+        "height": drawing.height,
+        "width": drawing.width,
         "objects_in_pytorch": statistics.fmean(bool(value) for value in shown),
         "precisions": results,
     }

@@ -45,7 +45,7 @@ class OnnxRuntime(Runtime):
     name = "onnxruntime"
     targets = ("cuda", "cpu")
     distributions = ("onnxruntime", "onnxruntime-gpu")
-    extra = Extra("gpu", "ONNX Runtime on NVIDIA GPUs", ("onnxruntime-gpu",))
+    extra = Extra("gpu", "ONNX Runtime on NVIDIA GPUs", ("nvidia-ml-py", "onnxruntime-gpu"))
 
     def availability(self, target: str, device: int = 0) -> Availability:
         if importlib.util.find_spec("onnxruntime") is None:

@@ -50,7 +50,7 @@ class TensorRt(Runtime):
     name = "tensorrt"
     targets: tuple[str, ...] = tuple(reversed(GENERATIONS))
     distributions: tuple[str, ...] = ("tensorrt", "tensorrt_cu13", "tensorrt_cu12")
-    extra: Extra = Extra("tensorrt", "TensorRT", ("cuda-python", "tensorrt"))
+    extra: Extra = Extra("tensorrt", "TensorRT", ("cuda-python", "nvidia-ml-py", "tensorrt"))
     builds = True
     shares_scratch = True
 
@@ -217,7 +217,7 @@ class TensorRtRtx(TensorRt):
     name = "tensorrt-rtx"
     targets = ("sm121", "sm120", "sm89", "sm86", "sm80", "sm75")
     distributions = ("tensorrt_rtx",)
-    extra = Extra("rtx", "TensorRT-RTX", ("cuda-python", "tensorrt-rtx"))
+    extra = Extra("rtx", "TensorRT-RTX", ("cuda-python", "nvidia-ml-py", "tensorrt-rtx"))
 
     product = "TensorRT-RTX"
     module = "tensorrt_rtx"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from engines import EngineOptions, open_engine
 from engines.base import Array, Binding, Engine
-from fluxdeploy.bench.contender import OpenedContender
+from fluxdeploy.bench.contender import LoadedContender
 from fluxdeploy.bench.job import Job
 from fluxdeploy.bench.stopwatch import Stopwatch
 from fluxdeploy.bundle import Bundle, open_bundle
@@ -18,10 +18,10 @@ from fluxdeploy.text import load_tokenizers
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["HostedContender"]
+__all__ = ["BundleContender"]
 
 
-class HostedContender(OpenedContender):
+class BundleContender(LoadedContender):
     """`FluxPipeline`, with a stopwatch between it and its engines."""
 
     def __init__(self, job: Job, watch: Stopwatch) -> None:

@@ -15,10 +15,10 @@ from fluxdeploy.bench.stopwatch import Stopwatch
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["OpenedContender"]
+__all__ = ["LoadedContender"]
 
 
-class OpenedContender(ABC):
+class LoadedContender(ABC):
     """Draws a job's pictures, timed by `watch`, and remembers the first step of the last one."""
 
     def __init__(self, job: Job, watch: Stopwatch) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from engines.base import Array
-    from fluxdeploy.bench.contender import OpenedContender
+    from fluxdeploy.bench.contender import LoadedContender
     from fluxdeploy.bench.job import Job
     from fluxdeploy.bench.stopwatch import Stopwatch
 
@@ -79,17 +79,17 @@ def _make_watch(job: Job) -> Stopwatch:
     return Stopwatch(torch.cuda.synchronize)
 
 
-def _open(job: Job, watch: Stopwatch) -> OpenedContender:
+def _open(job: Job, watch: Stopwatch) -> LoadedContender:
     if job.contender == "bundle":
-        from fluxdeploy.bench.bundle_contender import HostedContender
+        from fluxdeploy.bench.bundle_contender import BundleContender
 
-        return HostedContender(job, watch)
+        return BundleContender(job, watch)
     from fluxdeploy.bench.peers.diffusers import DiffusersContender
 
     return DiffusersContender(job, watch)
 
 
-def _draw(contender: OpenedContender, watch: Stopwatch) -> tuple[list[Image], Mapping[str, Any]]:
+def _draw(contender: LoadedContender, watch: Stopwatch) -> tuple[list[Image], Mapping[str, Any]]:
     watch.clear()
     with watch.component("picture"):
         images = contender.draw()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from engines import choose_builder
-from fluxdeploy.build.checkpoint import open_source
+from fluxdeploy.build.checkpoint import find_checkpoint
 from fluxdeploy.build.components import make_component
 from fluxdeploy.build.describe import describe
 from fluxdeploy.build.plan import make_plan
@@ -29,7 +29,7 @@ def build(request: BuildRequest, destination: Path, progress: Progress) -> Bundl
     runtime, targets = choose_builder(request.runtime, request.targets, request.precision)
     if request.checkpoint is not None:
         _check_apart(Path(request.checkpoint), destination)
-    checkpoint = open_source(request.checkpoint)
+    checkpoint = find_checkpoint(request.checkpoint)
     spec = resolve(request, checkpoint, runtime, targets)
     plan = make_plan(spec, destination)
     plan.require_possible()

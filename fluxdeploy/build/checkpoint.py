@@ -22,13 +22,13 @@ __all__ = [
     "CheckpointHashes",
     "check_family",
     "checkpoint_record",
+    "find_checkpoint",
     "hash_checkpoint",
     "open_recorded",
-    "open_source",
 ]
 
 
-def open_source(checkpoint: str | None) -> Checkpoint:
+def find_checkpoint(checkpoint: str | None) -> Checkpoint:
     """Open a checkpoint: a path, a hub id, or one of `DEMO_CHECKPOINTS`; None is the default.
 
     No folder and no hub id can be meant by a name that begins with `demo:`. Raises `UsageError` for
@@ -78,9 +78,9 @@ def checkpoint_record(bundle: Bundle) -> dict[str, Any]:
 def open_recorded(bundle: Bundle, name: str, progress: Progress) -> Checkpoint:
     """Open the checkpoint that a bundle was made from, where it lies now.
 
-    Raises `UsageError` for another one, and what `open_source` raises.
+    Raises `UsageError` for another one, and what `find_checkpoint` raises.
     """
-    checkpoint = open_source(name)
+    checkpoint = find_checkpoint(name)
     if hash_checkpoint(checkpoint, progress).digest != checkpoint_record(bundle).get("sha256"):
         raise UsageError(
             f"{name} is not the checkpoint that {bundle.root} was made from: its weights or its "

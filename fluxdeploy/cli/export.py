@@ -66,10 +66,10 @@ def command(
       fluxdeploy export ./FLUX.1-dev --precision fp16 --out flux-onnx
       fluxdeploy export flux1-dev.safetensors --component transformer --no-split
     """
-    from fluxdeploy.build.checkpoint import hash_checkpoint, open_source
+    from fluxdeploy.build.checkpoint import find_checkpoint, hash_checkpoint
 
     overrides = component_precisions(component_precision)
-    source = open_source(checkpoint)
+    source = find_checkpoint(checkpoint)
     from exporters.calibrate.find import find_ranges, open_calibration
     from exporters.calibrate.range_file import write_ranges
     from exporters.components.registry import (

@@ -72,7 +72,7 @@ def command(
       fluxdeploy plan --json | jq .disk
     """
     from engines import choose_runtime
-    from fluxdeploy.build.checkpoint import open_source
+    from fluxdeploy.build.checkpoint import find_checkpoint
     from fluxdeploy.build.plan import make_plan
     from fluxdeploy.build.resolve import BuildRequest, resolve
     from fluxdeploy.build.sizes import SizeRange
@@ -86,7 +86,7 @@ def command(
         SizeRange(min_size, opt_size, max_size, max_batch),
     )
     chosen, devices = choose_runtime(runtime, targets, precision)
-    plan = make_plan(resolve(request, open_source(checkpoint), chosen, devices), out)
+    plan = make_plan(resolve(request, find_checkpoint(checkpoint), chosen, devices), out)
     if as_json:
         click.echo(json.dumps(_report(plan), indent=2))
     else:

@@ -15,7 +15,8 @@ from fluxdeploy.progress import Progress
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fluxdeploy.verify.pictures import LayersReport, PicturesReport
+    from fluxdeploy.verify.layers import LayersReport
+    from fluxdeploy.verify.pictures import PicturesReport
     from fluxdeploy.verify.verify import VerifyReport
 
 _WORST = 5

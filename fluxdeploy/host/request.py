@@ -17,8 +17,6 @@ from fluxdeploy.sampling.noise import check_seed
 
 __all__ = ["GenerationRequest", "check_number", "check_request", "idle_arguments"]
 
-_MAX_SEQUENCE_LENGTH = 512
-
 
 @dataclass(frozen=True)
 class GenerationRequest:
@@ -123,7 +121,7 @@ def check_request(
         max_sequence_length=_count(
             "max_sequence_length",
             defaults.max_sequence_length if max_sequence_length is None else max_sequence_length,
-            min(_MAX_SEQUENCE_LENGTH, manifest.tokenizers["t5"].max_length),
+            manifest.tokenizers["t5"].max_length,
         ),
         seed=None if seed is None or own is not None else int(seed),
         latents=own,

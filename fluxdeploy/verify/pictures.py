@@ -1,10 +1,10 @@
-"""A bundle's pictures and layers held against PyTorch float32, with the manifest's thresholds."""
+"""A bundle's pictures held against PyTorch float32, with the manifest's thresholds."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from engines import Engine, EngineOptions
 from fluxdeploy.bundle import Bundle
 from fluxdeploy.bundle.manifest import QualityRecord
 from fluxdeploy.host.pipeline import FluxPipeline
-from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 from fluxdeploy.text import load_tokenizers
 from fluxdeploy.verify.similarity import psnr, ssim
@@ -25,17 +24,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OBJECTS_PICTURES",
-    "LayersReport",
+    "Drawing",
     "PictureReport",
     "PicturesReport",
-    "Plan",
-    "compare_layers",
+    "choose_prompts",
+    "choose_scenes",
     "compare_pictures",
     "draw",
     "judge",
     "objects_kept",
-    "plan_pictures",
-    "plan_scenes",
 ]
 
 OBJECTS_PICTURES = 20
@@ -59,9 +56,6 @@ _PROMPTS = (
     "a crowded night market in the rain, neon lights, reflections on wet stones",
     "a brass clockwork owl on a stack of old books, studio light, plain background",
 )
-
-_LAYER_PROMPTS = 2
-"""A layer's noise hardly depends on the prompt: these few, in one size, show a wrong scale."""
 
 
 @dataclass(frozen=True)
@@ -156,54 +150,7 @@ def objects_kept(share: float, reference: float, pictures: int) -> bool:
 
 
 @dataclass(frozen=True)
-class LayersReport:
-    """Signal-to-quantization-noise ratios, in dB, of the transformer's quantized layers.
-
-    These are its linears and, where attention is quantized, Q, K, V and the output of each block's,
-    in the network's order. `min_sqnr` None is no gate.
-    """
-
-    sqnr: Mapping[str, float]
-    min_sqnr: float | None
-
-    @property
-    def passed(self) -> bool:
-        """Whether every layer is within the gate."""
-        return self.min_sqnr is None or min(self.sqnr.values()) >= self.min_sqnr
-
-    def worst(self, count: int) -> list[tuple[str, float]]:
-        """The layers with the most noise, worst first."""
-        return sorted(self.sqnr.items(), key=lambda layer: layer[1])[:count]
-
-    def as_json(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
-        return {
-            "worst": self.worst(1)[0][0],
-            "min_sqnr": self.min_sqnr,
-            "passed": self.passed,
-            "sqnr": dict(self.sqnr),
-        }
-
-
-def compare_layers(
-    bundle: Bundle, checkpoint: Checkpoint, progress: Progress
-) -> LayersReport | None:
-    """The layers' noise, of weights and scales in the bundle; None where nothing is quantized."""
-    record = bundle.manifest.components["transformer"]
-    if PRECISIONS[record.precision].quantization is None:
-        return None
-    from exporters.calibrate.trajectory import default_calibration
-    from exporters.check.fidelity import measure_fidelity
-
-    usual = default_calibration(checkpoint)
-    few = replace(usual, prompts=usual.prompts[:_LAYER_PROMPTS], sizes=usual.sizes[:1])
-    (graph,) = (file.path for file in record.files if file.path.endswith(".onnx"))
-    sqnr = measure_fidelity(checkpoint, bundle.path(graph), few, progress)
-    return LayersReport(sqnr, bundle.manifest.quality.min_sqnr)
-
-
-@dataclass(frozen=True)
-class Plan:
+class Drawing:
     """What is drawn; picture number i has seed i. `scenes` is empty where no scorer knows them."""
 
     prompts: tuple[str, ...]
@@ -213,13 +160,13 @@ class Plan:
     steps: int
 
 
-def plan_scenes(bundle: Bundle, count: int) -> Plan:
+def choose_scenes(bundle: Bundle, count: int) -> Drawing:
     """Scenes that the demo checkpoints were not trained on, in the size that they draw best."""
     from fluxdeploy.demo.survey import ask
 
     questions = ask(count)
     defaults = bundle.manifest.defaults
-    return Plan(
+    return Drawing(
         tuple(question.prompt for question in questions),
         tuple(question.scene for question in questions),
         defaults.height,
@@ -228,23 +175,23 @@ def plan_scenes(bundle: Bundle, count: int) -> Plan:
     )
 
 
-def plan_pictures(bundle: Bundle, count: int) -> Plan:
+def choose_prompts(bundle: Bundle, count: int) -> Drawing:
     """Prompts of all kinds, in a few steps, as near to `_SIDE` pixels as the engines allow."""
     limits = bundle.manifest.components["vae_decoder"].engines[0].dimensions
     height, width = (min(max(_SIDE, limits[s].min), limits[s].max) for s in ("H", "W"))
     prompts = tuple(_PROMPTS[number % len(_PROMPTS)] for number in range(count))
-    return Plan(prompts, (), height, width, _STEPS)
+    return Drawing(prompts, (), height, width, _STEPS)
 
 
 def compare_pictures(
     bundle: Bundle,
     checkpoint: Checkpoint,
-    plan: Plan,
+    drawing: Drawing,
     runtime: str,
     options: EngineOptions,
     progress: Progress,
 ) -> PicturesReport:
-    """Draw what is planned with the bundle and with PyTorch, and compare."""
+    """Draw the same with the bundle and with PyTorch, and compare."""
     from fluxdeploy.verify.reference import ReferenceEngine
 
     def open_reference(component: str) -> Engine:
@@ -252,10 +199,10 @@ def compare_pictures(
 
     # One after the other: both together may not fit into memory.
     with FluxPipeline.from_bundle(bundle.root, runtime, options) as pipe:
-        drawn = draw(pipe, plan, "Drawing with the bundle", progress)
+        drawn = draw(pipe, drawing, "Drawing with the bundle", progress)
     with FluxPipeline(bundle, load_tokenizers(bundle), open_reference) as pipe:
-        expected = draw(pipe, plan, "Drawing with PyTorch", progress)
-    right, right_in_pytorch = judge(drawn, plan.scenes), judge(expected, plan.scenes)
+        expected = draw(pipe, drawing, "Drawing with PyTorch", progress)
+    right, right_in_pytorch = judge(drawn, drawing.scenes), judge(expected, drawing.scenes)
     pictures = tuple(
         PictureReport(
             prompt=prompt,
@@ -266,24 +213,24 @@ def compare_pictures(
             right=right[seed],
             right_in_pytorch=right_in_pytorch[seed],
         )
-        for seed, prompt in enumerate(plan.prompts)
+        for seed, prompt in enumerate(drawing.prompts)
     )
     gate = bundle.manifest.quality
-    return PicturesReport(plan.height, plan.width, plan.steps, gate, pictures)
+    return PicturesReport(drawing.height, drawing.width, drawing.steps, gate, pictures)
 
 
 def draw(
-    pipe: FluxPipeline, plan: Plan, words: str, progress: Progress
+    pipe: FluxPipeline, drawing: Drawing, words: str, progress: Progress
 ) -> list[NDArray[np.float32]]:
-    """The planned pictures, float32 [H, W, 3] in 0..1: the host clips them, and stops at NaN."""
-    task = progress.task(words, total=len(plan.prompts) * (plan.steps + 1))
+    """The pictures, float32 [H, W, 3] in 0..1: the host clips them, and stops at NaN."""
+    task = progress.task(words, total=len(drawing.prompts) * (drawing.steps + 1))
     pictures = []
-    for seed, prompt in enumerate(plan.prompts):
+    for seed, prompt in enumerate(drawing.prompts):
         images = pipe(
             prompt,
-            height=plan.height,
-            width=plan.width,
-            num_inference_steps=plan.steps,
+            height=drawing.height,
+            width=drawing.width,
+            num_inference_steps=drawing.steps,
             seed=seed,
             output_type="np",
             callback_on_step_end=lambda *_: task.advance(),

@@ -14,7 +14,8 @@ from fluxdeploy.bundle.files import disk_errors
 from fluxdeploy.errors import MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
-    from fluxdeploy.verify.pictures import LayersReport, PicturesReport
+    from fluxdeploy.verify.layers import LayersReport
+    from fluxdeploy.verify.pictures import PicturesReport
     from fluxdeploy.verify.verify import VerifyReport
 
 __all__ = ["check_plot", "plot_quality"]

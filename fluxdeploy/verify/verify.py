@@ -6,7 +6,7 @@ import importlib.util
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engines import EngineOptions, open_engine, runtimes
 from engines.golden import Deviation, measure_component
@@ -15,17 +15,13 @@ from fluxdeploy.bundle import Bundle, open_bundle
 from fluxdeploy.demo import DEMO_CHECKPOINTS
 from fluxdeploy.errors import UsageError
 from fluxdeploy.progress import Progress
+from fluxdeploy.verify.layers import LayersReport, compare_layers
 from fluxdeploy.verify.pictures import (
-    LayersReport,
     PicturesReport,
-    compare_layers,
+    choose_prompts,
+    choose_scenes,
     compare_pictures,
-    plan_pictures,
-    plan_scenes,
 )
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["ComponentReport", "VerifyReport", "verify"]
 
@@ -116,8 +112,8 @@ def verify(
     is_demo = (
         source in DEMO_CHECKPOINTS or checkpoint_record(bundle).get("name") in DEMO_CHECKPOINTS
     )
-    plan = plan_scenes(bundle, count) if is_demo else plan_pictures(bundle, count)
-    compared = compare_pictures(bundle, opened, plan, runtime, options, progress)
+    drawing = choose_scenes(bundle, count) if is_demo else choose_prompts(bundle, count)
+    compared = compare_pictures(bundle, opened, drawing, runtime, options, progress)
     return VerifyReport(bundle.content_hash, tuple(components), compared, layers)
 
 

@@ -39,7 +39,7 @@ from tests.builds.traces import Traces
 
 _STEPS: tuple[tuple[Any, str, str], ...] = (
     (Staging, "__enter__", "recovery"),
-    (fluxdeploy.build.build, "open_source", "checkpoint"),
+    (fluxdeploy.build.build, "find_checkpoint", "checkpoint"),
     (fluxdeploy.build.run, "hash_checkpoint", "hashing"),
     (fluxdeploy.build.build, "make_tokenizer", "tokenizer"),
     (fluxdeploy.build.build, "resolve", "modules"),

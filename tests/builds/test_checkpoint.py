@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxdeploy.build.checkpoint import check_family, open_source
+from fluxdeploy.build.checkpoint import check_family, find_checkpoint
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from fluxdeploy.errors import UsageError
 
@@ -16,7 +16,7 @@ pytest.importorskip("torch")
 
 @pytest.mark.parametrize("name", DEMO_CHECKPOINTS)
 def test_the_names_open_the_folders_of_the_package(name: str) -> None:
-    checkpoint = open_source(name)
+    checkpoint = find_checkpoint(name)
     assert checkpoint.root == DEMO_CHECKPOINTS[name]
     check_family(checkpoint)
     assert checkpoint.transformer.guidance_embedding == (name == "demo:dev")
@@ -24,11 +24,11 @@ def test_the_names_open_the_folders_of_the_package(name: str) -> None:
 
 def test_the_default_is_dev() -> None:
     assert DEFAULT_CHECKPOINT == "demo:dev"
-    assert open_source(None).root == DEMO_CHECKPOINTS["demo:dev"]
+    assert find_checkpoint(None).root == DEMO_CHECKPOINTS["demo:dev"]
 
 
 def test_the_models_say_what_they_were_trained_for() -> None:
-    dev, schnell = (open_source(name).defaults for name in ("demo:dev", "demo:schnell"))
+    dev, schnell = (find_checkpoint(name).defaults for name in ("demo:dev", "demo:schnell"))
     for defaults in (dev, schnell):
         assert (defaults.height, defaults.width, defaults.max_sequence_length) == (128, 128, 20)
     assert (dev.num_inference_steps, schnell.num_inference_steps) == (28, 4)
@@ -51,4 +51,4 @@ def test_an_unknown_name_of_the_package_is_refused(
     (tmp_path / "demo:large").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"demo:large.*demo:dev and demo:schnell"):
-        open_source("demo:large")
+        find_checkpoint("demo:large")

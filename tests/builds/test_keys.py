@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 from engines import runtimes
 from exporters.checkpoint import Checkpoint
 from fluxdeploy.build import keys
-from fluxdeploy.build.checkpoint import CheckpointHashes, open_source
+from fluxdeploy.build.checkpoint import CheckpointHashes, find_checkpoint
 from fluxdeploy.build.keys import content_key
 from fluxdeploy.build.resolve import BuildRequest, BuildSpec, ComponentSpec, resolve
 from fluxdeploy.kernels import AttentionKernels
@@ -58,7 +58,7 @@ class Given:
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
-    return open_source(None)
+    return find_checkpoint(None)
 
 
 @pytest.fixture(scope="module")

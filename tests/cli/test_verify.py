@@ -18,7 +18,8 @@ from engines.golden import Deviation
 from fluxdeploy.bundle.manifest import QualityRecord
 from fluxdeploy.cli import main
 from fluxdeploy.verify import verify as module
-from fluxdeploy.verify.pictures import LayersReport, PictureReport, PicturesReport
+from fluxdeploy.verify.layers import LayersReport
+from fluxdeploy.verify.pictures import PictureReport, PicturesReport
 from fluxdeploy.verify.verify import ComponentReport, VerifyReport
 
 GATE = QualityRecord(18.0, 0.7, 15.0)

@@ -16,7 +16,7 @@ from exporters.components.pieces import COMPUTE_TYPES
 from exporters.components.registry import COMPONENTS
 from exporters.models import mmdit
 from exporters.synthetic.sparse_checkpoint import FLUX_DEV, Sizes
-from fluxdeploy.build.checkpoint import open_source
+from fluxdeploy.build.checkpoint import find_checkpoint
 from fluxdeploy.bundle.manifest import SYMBOLS
 
 PAGE = ROOT / "docs" / "components.md"
@@ -28,7 +28,7 @@ Tensors = dict[str, list[tuple[str, str, str, tuple[int | str, ...]]]]
 
 @pytest.fixture(scope="module")
 def default_model() -> Sizes:
-    checkpoint = open_source(None)
+    checkpoint = find_checkpoint(None)
     return Sizes(checkpoint.transformer, checkpoint.vae, checkpoint.clip, checkpoint.t5)
 
 

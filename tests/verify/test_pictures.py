@@ -22,16 +22,16 @@ from fluxdeploy.demo.scenes import draw as paint
 from fluxdeploy.demo.survey import ask
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.progress import Progress
+from fluxdeploy.verify.layers import LayersReport
 from fluxdeploy.verify.pictures import (
-    LayersReport,
+    Drawing,
     PictureReport,
     PicturesReport,
-    Plan,
+    choose_prompts,
+    choose_scenes,
     draw,
     judge,
     objects_kept,
-    plan_pictures,
-    plan_scenes,
 )
 
 GATE = QualityRecord(30.0, 0.9, 15.0)
@@ -108,26 +108,26 @@ def test_layers_keep_the_networks_order() -> None:
 
 
 def test_scenes_are_the_first_held_out_ones_in_the_bundles_own_size(manifest: Manifest) -> None:
-    plan = plan_scenes(bundle_of(manifest), 3)
+    drawing = choose_scenes(bundle_of(manifest), 3)
     questions = ask(20)[:3]
-    assert plan.prompts == tuple(question.prompt for question in questions)
-    assert plan.scenes == tuple(question.scene for question in questions)
-    assert (plan.height, plan.width, plan.steps) == (32, 48, 3)
+    assert drawing.prompts == tuple(question.prompt for question in questions)
+    assert drawing.scenes == tuple(question.scene for question in questions)
+    assert (drawing.height, drawing.width, drawing.steps) == (32, 48, 3)
 
 
 @pytest.mark.parametrize(
     ("low", "high", "side"), [(16, 4096, 256), (512, 2048, 512), (16, 128, 128)]
 )
 def test_other_pictures_fit_the_engines(manifest: Manifest, low: int, high: int, side: int) -> None:
-    plan = plan_pictures(bundle_of(manifest, low, high), 10)
-    assert (plan.height, plan.width) == (side, side)
-    assert len(set(plan.prompts)) == 8
-    assert plan.prompts[8:] == plan.prompts[:2]
-    assert plan.scenes == ()
+    drawing = choose_prompts(bundle_of(manifest, low, high), 10)
+    assert (drawing.height, drawing.width) == (side, side)
+    assert len(set(drawing.prompts)) == 8
+    assert drawing.prompts[8:] == drawing.prompts[:2]
+    assert drawing.scenes == ()
 
 
 def test_pictures_are_drawn_from_seeds_in_order(pipe: FluxPipeline) -> None:
-    plan = Plan(("a", "a", "b"), (), 32, 48, 2)
+    drawing = Drawing(("a", "a", "b"), (), 32, 48, 2)
     advanced: list[float] = []
 
     class Counting(Progress):
@@ -135,11 +135,11 @@ def test_pictures_are_drawn_from_seeds_in_order(pipe: FluxPipeline) -> None:
             assert total == 9
             return SimpleNamespace(advance=lambda: advanced.append(1))
 
-    pictures = draw(pipe, plan, "Drawing", Counting(quiet=True))
+    pictures = draw(pipe, drawing, "Drawing", Counting(quiet=True))
     assert len(advanced) == 9
     for seed, picture in enumerate(pictures):
         expected = pipe(
-            plan.prompts[seed],
+            drawing.prompts[seed],
             height=32,
             width=48,
             num_inference_steps=2,

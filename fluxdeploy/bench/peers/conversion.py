@@ -8,10 +8,10 @@ from pathlib import Path
 
 from fluxdeploy.errors import EngineError
 
-__all__ = ["convert_apart"]
+__all__ = ["convert_in_process"]
 
 
-def convert_apart(module: str, checkpoint: str, destination: Path, failure: str) -> None:
+def convert_in_process(module: str, checkpoint: str, destination: Path, failure: str) -> None:
     """Run `python -m module checkpoint destination`.
 
     Raises `EngineError` where it fails: `failure`, what it could not do, and its last words.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fluxdeploy.bench.contender import OpenedContender
+from fluxdeploy.bench.contender import LoadedContender
 from fluxdeploy.bench.job import PEERS, Job
 from fluxdeploy.bench.peers.openvino import openvino_loader
 from fluxdeploy.bench.peers.optimum import optimum_loader
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["DiffusersContender"]
 
 
-class DiffusersContender(OpenedContender):
+class DiffusersContender(LoadedContender):
     """diffusers' `FluxPipeline`, with a stopwatch around its networks."""
 
     def __init__(self, job: Job, watch: Stopwatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxdeploy.bench.job import PEERS, Job
-from fluxdeploy.bench.peers.conversion import convert_apart
+from fluxdeploy.bench.peers.conversion import convert_in_process
 
 __all__ = ["openvino_loader"]
 
@@ -36,7 +36,7 @@ def openvino_loader(job: Job) -> Callable[[], Any]:
     file = Path(job.folder) / "openvino" / "transformer.xml"
     if not file.exists():
         failure = f"OpenVINO cannot convert {job.checkpoint}"
-        convert_apart("fluxdeploy.bench.peers.openvino", job.checkpoint, file, failure)
+        convert_in_process("fluxdeploy.bench.peers.openvino", job.checkpoint, file, failure)
     settings = {
         "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[PEERS[job.contender].precision],
         "INFERENCE_NUM_THREADS": job.threads,

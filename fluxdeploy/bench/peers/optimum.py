@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxdeploy.bench.job import Job
-from fluxdeploy.bench.peers.conversion import convert_apart
+from fluxdeploy.bench.peers.conversion import convert_in_process
 
 __all__ = ["optimum_loader"]
 
@@ -25,7 +25,7 @@ def optimum_loader(job: Job) -> Callable[[], Any]:
     folder = Path(job.folder) / "optimum"
     if not folder.is_dir():
         failure = f"optimum-onnx cannot export {job.checkpoint}"
-        convert_apart("fluxdeploy.bench.peers.optimum", job.checkpoint, folder, failure)
+        convert_in_process("fluxdeploy.bench.peers.optimum", job.checkpoint, folder, failure)
     options = SessionOptions()
     options.intra_op_num_threads = job.threads
     where: dict[str, Any] = {"provider": "CPUExecutionProvider"}

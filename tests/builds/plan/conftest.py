@@ -10,13 +10,13 @@ pytest.importorskip("torch")
 
 from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.synthetic.sparse_checkpoint import FLUX_DEV, write_sparse_checkpoint
-from fluxdeploy.build.checkpoint import open_source
+from fluxdeploy.build.checkpoint import find_checkpoint
 from tests.conftest import SharedFolder
 
 
 @pytest.fixture(scope="session")
 def demo() -> Checkpoint:
-    return open_source(None)
+    return find_checkpoint(None)
 
 
 @pytest.fixture(scope="session")
