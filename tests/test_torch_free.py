@@ -20,10 +20,37 @@ main(sys.argv[1:])
 """
 
 
+_HOST_ALONE = (*_BLOCKED, "safetensors", "sentencepiece", "rich", "click")
+
+_HOST_PACKAGES = {"numpy", "PIL", "tokenizers", "onnxruntime"}
+"""All that a picture takes besides Python itself."""
+
+_HOST_PROGRAM = """
+import sys
+for name in {blocked!r}:
+    sys.modules[name] = None
+from PIL import Image
+from fluxdeploy import FluxPipeline
+with FluxPipeline.from_bundle(sys.argv[1]) as pipe:
+    (first,) = pipe("a red circle", seed=3, num_inference_steps=6).images
+    first.save("first.png")
+    (second,) = pipe("a blue star", image=first, strength=0.7, seed=3, num_inference_steps=6).images
+    second.save("second.png")
+roots = [path for path in sys.path if path.endswith("site-packages")]
+files = {{name.partition(".")[0]: getattr(module, "__file__", None) for name, module in
+         sorted(sys.modules.items(), reverse=True)}}
+print(*(name for name, file in files.items() if file and file.startswith(tuple(roots))))
+"""
+
+
 def run_without_torch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return run_program(_PROGRAM.format(blocked=_BLOCKED), *arguments, cwd=cwd)
+
+
+def run_program(program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).resolve().parents[1]
     return subprocess.run(
-        [sys.executable, "-c", _PROGRAM.format(blocked=_BLOCKED), *arguments],
+        [sys.executable, "-c", program, *arguments],
         cwd=cwd,
         env={"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin"},
         capture_output=True,
@@ -42,6 +69,16 @@ def test_a_picture_is_made_without_torch(demo_bundle: Path, tmp_path: Path) -> N
     assert picture.size == (128, 128)
     # A model draws something; a failed one draws one colour.
     assert max(high - low for low, high in picture.getextrema()) > 30
+
+
+def test_the_host_alone_makes_pictures(demo_bundle: Path, tmp_path: Path) -> None:
+    program = _HOST_PROGRAM.format(blocked=_HOST_ALONE)
+    result = run_program(program, str(demo_bundle), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for name in ("first.png", "second.png"):
+        picture = Image.open(tmp_path / name)
+        assert max(high - low for low, high in picture.getextrema()) > 30
+    assert set(result.stdout.split()) == _HOST_PACKAGES
 
 
 def test_building_without_torch_names_the_extra(tmp_path: Path) -> None:

@@ -76,17 +76,18 @@ class Components:
         while self._engines:
             self._engines.popitem()[1].close()
 
-    def check_sizes(self, sizes: Mapping[str, Mapping[str, int]]) -> None:
+    def check_sizes(self, cancel: CancelToken, sizes: Mapping[str, Mapping[str, int]]) -> None:
         """Refuse what one of the engines cannot do, before the long work.
 
         sizes: for each component, what it is asked for by the symbols of the manifest. All of them
         are opened here, so that one that is broken is known as early, unless memory is to hold one
-        at a time: then the manifest tells what they can do. Raises `UsageError`.
+        at a time: then the manifest tells what they can do. Raises `UsageError`, and `Cancelled`.
         """
         for component, symbols in sizes.items():
             if self._low_vram:
                 ranges = self._manifest.components[component].engines[0].dimensions
             else:
+                cancel.check(f"before the {component} was opened")
                 ranges = self.engine(component).dimensions
             for symbol, size in symbols.items():
                 allowed = ranges.get(symbol)

@@ -54,11 +54,12 @@ def open_image(path: Path) -> tuple[Image.Image, str]:
         raise UsageError(f"{path}: {error}") from error
     except Image.DecompressionBombError:
         raise UsageError(f"{path}: {_too_large()}") from None
-    # Whatever a decoder trips over: Pillow's plugins raise all of these on broken files.
-    except (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, OverflowError) as e:
+    except MemoryError:
+        raise
+    except Exception as error:  # on broken files Pillow's decoders raise anything
         raise UsageError(
             f"{path} is not a picture that can be read. Give one of {', '.join(_FORMATS)}."
-        ) from e
+        ) from error
     return picture, hashlib.sha256(data).hexdigest()
 
 

@@ -49,7 +49,7 @@ def make_pictures(
     rows, columns = token_grid(request.height, request.width, manifest.latents)
     sigmas = schedule.sigmas(manifest.schedule, request.num_inference_steps, rows * columns)
     levels = sampler.levels(sigmas[-(task.steps + 1) :])
-    components.check_sizes(_engine_sizes(task, len(levels)))
+    components.check_sizes(cancel, _engine_sizes(task, len(levels)))
 
     start = task.prepare(sigmas, run)
     components.release(*task.components)

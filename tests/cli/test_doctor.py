@@ -55,7 +55,7 @@ def test_people_get_the_same_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run()
     assert result.exit_code == 0, result.stderr
     assert "CPUExecutionProvider" in result.stdout
-    assert "missing tensorrt-rtx" in result.stdout.replace("cuda-python, ", "")
+    assert "missing cuda-python, nvidia-ml-py, tensorrt-rtx" in " ".join(result.stdout.split())
     assert "pip install 'fluxdeploy[rtx]'" in result.stdout
     assert "--runtime auto takes" in result.stdout
 

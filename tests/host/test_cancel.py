@@ -243,6 +243,22 @@ def test_with_low_vram_a_cancelled_call_does_not_open_the_transformer(manifest: 
     assert opened == ["clip", "t5", "conditioner"]
 
 
+def test_a_cancelled_call_opens_no_further_engine(manifest: Manifest) -> None:
+    opened: list[str] = []
+    token = CancelToken()
+
+    def open_component(name: str) -> MemoryEngine:
+        opened.append(name)
+        token.cancel()
+        return MemoryEngine(name, COMPONENTS[name])
+
+    bundle = SimpleNamespace(manifest=manifest)
+    pipe = FluxPipeline(bundle, CharacterTokenizers(), open_component)  # type: ignore[arg-type]
+    with pytest.raises(Cancelled, match="before the transformer was opened"):
+        make(pipe, 1, cancel=token)
+    assert opened == ["vae_decoder"]
+
+
 def test_a_callback_may_make_another_picture_and_close_the_pipeline(pipe: FluxPipeline) -> None:
     plain, inner = make(pipe, 1), make(pipe, 2)
     outer, cancelled = CancelToken(), CancelToken()

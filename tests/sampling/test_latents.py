@@ -7,7 +7,16 @@ import pytest
 
 from fluxdeploy.bundle.manifest import LatentSpec
 from fluxdeploy.errors import UsageError
-from fluxdeploy.sampling.latents import check_size, latent_shape, pack, token_grid, unpack, unscale
+from fluxdeploy.sampling.latents import (
+    check_size,
+    latent_shape,
+    pack,
+    sample_posterior,
+    scale,
+    token_grid,
+    unpack,
+    unscale,
+)
 
 SIZES = [(1, 16, 16), (2, 64, 32), (3, 48, 176)]
 
@@ -85,3 +94,26 @@ def test_other_sizes_are_refused_with_the_nearest_ones(
 ) -> None:
     with pytest.raises(UsageError, match=rf"multiples of 16\. The nearest sizes are {nearest}\."):
         check_size(height, width, latent_spec)
+
+
+def test_scale_is_bit_equal_to_diffusers_and_undone_by_unscale(latent_spec: LatentSpec) -> None:
+    torch = pytest.importorskip("torch")
+    latents = np.random.default_rng(0).standard_normal((2, 16, 4, 6), np.float32)
+    shift, factor = latent_spec.shift_factor, latent_spec.scaling_factor
+    expected = (torch.from_numpy(latents) - shift) * factor
+    np.testing.assert_array_equal(scale(latents, latent_spec), expected.numpy())
+    np.testing.assert_allclose(
+        unscale(scale(latents, latent_spec), latent_spec), latents, atol=1e-6
+    )
+
+
+def test_draws_of_the_posterior_equal_diffusers() -> None:
+    torch = pytest.importorskip("torch")
+    vae = pytest.importorskip("diffusers.models.autoencoders.vae")
+    random = np.random.default_rng(0)
+    mean, noise = random.standard_normal((2, 2, 16, 4, 6), np.float32)
+    logvar = np.linspace(-40, 30, mean.size, dtype=np.float32).reshape(mean.shape)
+    moments = torch.from_numpy(np.concatenate([mean, logvar], axis=1))
+    posterior = vae.DiagonalGaussianDistribution(moments)
+    expected = posterior.mean + posterior.std * torch.from_numpy(noise)
+    np.testing.assert_allclose(sample_posterior(mean, logvar, noise), expected.numpy(), rtol=1e-6)

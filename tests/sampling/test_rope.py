@@ -48,3 +48,17 @@ def test_text_is_not_turned_and_pairs_share_an_angle(rope_spec: RopeSpec) -> Non
 def test_another_number_of_axes_is_refused() -> None:
     with pytest.raises(BundleError, match="There must be 3"):
         rope_tables(joint_ids(1, 1, 1, 3), RopeSpec((16, 16), 10000.0))
+
+
+@pytest.mark.parametrize("axes", [2, 3, 4])
+def test_rows_and_columns_are_the_last_two_axes(axes: int) -> None:
+    ids = joint_ids(2, 3, 4, axes)
+    assert ids.shape == (2 + 12, axes)
+    np.testing.assert_array_equal(ids[:2], 0)
+    np.testing.assert_array_equal(ids[:, :-2], 0)
+    np.testing.assert_array_equal(ids[2 + 2 * 4 + 1, -2:], [2, 1])
+
+
+def test_a_picture_needs_two_axes() -> None:
+    with pytest.raises(BundleError, match="Rows and columns take two"):
+        joint_ids(2, 3, 4, 1)
