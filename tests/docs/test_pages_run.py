@@ -73,9 +73,11 @@ def test_the_readme_shows_every_command() -> None:
 )
 def test_every_command_line_is_one_that_the_command_takes(page: Path, line: list[str]) -> None:
     name, *arguments = line
-    command = main.get_command(click.Context(main), name)
+    # A command keeps the help option that its first context gives it.
+    group = click.Context(main, info_name="fluxdeploy", **main.context_settings)
+    command = main.get_command(group, name)
     assert command is not None
-    command.make_context(name, arguments, parent=click.Context(main))
+    command.make_context(name, arguments, parent=group)
 
 
 @pytest.mark.parametrize(
