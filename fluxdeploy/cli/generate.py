@@ -60,8 +60,8 @@ if TYPE_CHECKING:
 @click.option(
     "--strength",
     type=float,
-    default=0.6,
-    help="How much of --image becomes noise, 0 to 1: that share of the steps is made.",
+    help="How much of --image becomes noise, 0 to 1: that share of the steps is made.  "
+    "[default: the bundle's]",
 )
 @click.option(
     "--max-sequence-length",
@@ -99,7 +99,7 @@ def command(
     seed: int | None,
     num_images: int,
     image: Path | None,
-    strength: float,
+    strength: float | None,
     max_sequence_length: int | None,
     runtime: str,
     threads: int | None,
@@ -151,7 +151,8 @@ def command(
         steps = defaults.num_inference_steps if steps is None else steps
         if max_sequence_length is None:
             max_sequence_length = defaults.max_sequence_length
-        made = steps if given is None else steps - first_step(steps, strength)
+        share = defaults.strength if strength is None else strength
+        made = steps if given is None else steps - first_step(steps, share)
         # The decoding of a prompt's pictures is its last unit.
         task = progress.task("Generating", total=len(prompts) * (max(made, 0) + 1))
 
@@ -195,7 +196,7 @@ def command(
             max_sequence_length=max_sequence_length,
             height=picture.height,
             width=picture.width,
-            strength=None if given is None else strength,
+            strength=None if given is None else share,
             image_sha256=image_sha256,
             bundle_hash=bundle_hash,
             fluxdeploy_version=__version__,

@@ -126,7 +126,7 @@ class FluxPipeline:
         latents: ArrayLike | None = None,
         image: object | None = None,
         mask_image: object | None = None,
-        strength: float = 0.6,
+        strength: float | None = None,
         max_sequence_length: int | None = None,
         callback_on_step_end: PipelineCallback | None = None,
         cancel: CancelToken | None = None,
@@ -144,7 +144,8 @@ class FluxPipeline:
         latents: the noise to start from, float32 [B, L, C], packed as in diffusers; no seed then.
         image: what to start from instead, resized to height x width: a PIL image, an array
             [H, W, 3] or [B, H, W, 3] of uint8 or of floats in 0..1, or a list of these.
-        strength: how much of the image becomes noise, 0 to 1: that share of the steps is made.
+        strength: how much of the image becomes noise, 0 to 1: that share of the steps is made. The
+            bundle's default where None.
         mask_image: inpainting, which this version refuses.
         max_sequence_length: the number of T5 tokens that a prompt is padded or cut to.
         callback_on_step_end: see `PipelineCallback`.

@@ -50,7 +50,7 @@ def test_the_call_has_the_documented_signature() -> None:
         "latents": None,
         "image": None,
         "mask_image": None,
-        "strength": 0.6,
+        "strength": None,
         "max_sequence_length": None,
         "callback_on_step_end": None,
         "cancel": None,

@@ -119,7 +119,7 @@ class Extended(FluxPipeline):
             "max_sequence_length": S,
         }
         callback = options.pop("callback", None)
-        arguments = {"image": None, "strength": 0.6, name: value}
+        arguments = {"image": None, "strength": None, name: value}
         images = self._generate({**usual, **options}, arguments, callback, None, "np").images
         assert isinstance(images, np.ndarray)
         return images
@@ -303,14 +303,14 @@ def test_a_task_names_the_components_that_a_bundle_must_have(pipe: Extended) -> 
 
 
 def choose(**arguments: object) -> tuple[type[Task], tuple[str, ...]]:
-    usual = {"image": None, "mask": None, "control": None, "strength": 0.6, "blur": 0}
+    usual = {"image": None, "mask": None, "control": None, "strength": None, "blur": 0}
     return choose_task((*TASKS, Inpaint, Control), {**usual, **arguments})
 
 
 class Inpaint(DummyTask):
     name: ClassVar[str] = "inpainting"
     chosen_by: ClassVar[tuple[str, ...]] = ("image", "mask")
-    options: ClassVar[Mapping[str, object]] = {"strength": 0.6, "blur": 0}
+    options: ClassVar[Mapping[str, object]] = {"strength": None, "blur": 0}
 
 
 class Control(DummyTask):

@@ -53,7 +53,7 @@ def test_each_is_told_once(pipe: FluxPipeline, options: dict[str, Any], message:
         {},
         {"seed": 1},
         {"latents": LATENTS},
-        {"strength": 0.6},
+        {"strength": None},
         {"guidance_scale": 2.0},
         {"negative_prompt": "", "true_cfg_scale": 1.5},
     ],

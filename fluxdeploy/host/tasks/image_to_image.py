@@ -35,7 +35,7 @@ class ImageToImage(Task):
 
     name: ClassVar[str] = "image to image"
     chosen_by: ClassVar[tuple[str, ...]] = ("image",)
-    options: ClassVar[Mapping[str, object]] = {"strength": 0.6}
+    options: ClassVar[Mapping[str, object]] = {"strength": None}
     components: ClassVar[tuple[str, ...]] = ("vae_encoder",)
 
     images: NDArray[np.float32]
@@ -46,7 +46,8 @@ class ImageToImage(Task):
         cls, request: GenerationRequest, manifest: Manifest, arguments: Mapping[str, Any]
     ) -> ImageToImage:
         """The task of a request with `image` and `strength`."""
-        strength = check_number("strength", arguments["strength"])
+        given = arguments["strength"]
+        strength = manifest.defaults.strength if given is None else check_number("strength", given)
         if not 0 <= strength <= 1:
             raise UsageError(f"`strength` is {strength:g}; it must be from 0 to 1.")
         images = to_pixels(arguments["image"], request.height, request.width)
