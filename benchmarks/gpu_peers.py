@@ -1,0 +1,61 @@
+"""diffusers' transformer as a peer of `gpu_kernels_worker.py`, eager and compiled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+__all__ = ["PREPARE", "flux"]
+
+
+def flux(
+    double_blocks: int, single_blocks: int, image: int, text: int
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A transformer of FLUX.1-dev's width with random weights, and inputs of a square picture.
+
+    `image` and `text` are tokens. All is bfloat16 and on the GPU.
+    """
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = FluxTransformer2DModel(
+            num_layers=double_blocks, num_single_layers=single_blocks, guidance_embeds=True
+        )
+        side = torch.arange(math.isqrt(image))
+        rows, columns = torch.meshgrid(side, side, indexing="ij")
+        config = model.config
+        inputs = {
+            "hidden_states": torch.randn(1, image, config.in_channels),
+            "encoder_hidden_states": torch.randn(1, text, config.joint_attention_dim),
+            "pooled_projections": torch.randn(1, config.pooled_projection_dim),
+            "timestep": torch.full((1,), 0.5),
+            "guidance": torch.full((1,), 3.5),
+            "img_ids": torch.stack((0 * rows, rows, columns), -1).reshape(-1, 3).bfloat16(),
+            "txt_ids": torch.zeros(text, 3),
+        }
+    torch.set_default_dtype(torch.float32)
+    return model.requires_grad_(False).eval(), inputs
+
+
+def _quantize(model: nn.Module) -> None:
+    """The blocks' linears in FP8 with a scale a row; AdaLN's have one row and stay."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    def chosen(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and "blocks." in name and "norm" not in name
+
+    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), chosen)
+    model.compile()
+
+
+PREPARE: Mapping[str, Callable[[nn.Module], Any]] = {
+    "eager": lambda model: None,
+    "compile": lambda model: model.compile(),
+    "compile-fp8": _quantize,
+}
+"""What makes each peer of the eager model."""
