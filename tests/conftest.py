@@ -5,10 +5,8 @@ Each is made once a test session, by the first test that asks for it, and shared
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ import pytest
 from fluxdeploy.build.build import build
 from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.progress import Progress
+from tests.support.shared_folder import SharedFolder
 
 CheckpointFactory = Callable[..., Path]
 BundleFactory = Callable[..., Path]
@@ -23,26 +22,6 @@ BundleFactory = Callable[..., Path]
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers already fill the cores. Before torch is imported, or it is ignored.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-class SharedFolder:
-    """A folder of the whole test session, whose entries are made once by whoever comes first."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def entry(self, name: str, make: Callable[[Path], object]) -> Path:
-        """The folder `name`; if it is not there, `make` writes it to the path that it is given."""
-        target = self.root / name
-        with (self.root / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not target.exists():
-                # Only whole entries get their name: a test that dies half-way leaves none.
-                unfinished = self.root / f"{name}.unfinished"
-                shutil.rmtree(unfinished, ignore_errors=True)
-                make(unfinished)
-                unfinished.rename(target)
-        return target
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +34,21 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> SharedFolder:
     root = root / "shared"
     root.mkdir(exist_ok=True)
     return SharedFolder(root)
+
+
+@pytest.fixture(scope="session")
+def remembered_traces(shared_folder: SharedFolder) -> Iterator[Path]:
+    """A chain is traced once a session, from here on; the folder that the traces are kept in.
+
+    What tests the tracing itself calls `exporters.graph.trace` or starts another process.
+    """
+    pytest.importorskip("torch")
+    from tests.support.traces import Traces
+
+    root = shared_folder.root / "traces"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("exporters.export.trace_chain", Traces(root))
+        yield root
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +79,9 @@ def checkpoint(shared_folder: SharedFolder) -> CheckpointFactory:
 
 
 @pytest.fixture(scope="session")
-def bundle(shared_folder: SharedFolder, checkpoint: CheckpointFactory) -> BundleFactory:
+def bundle(
+    shared_folder: SharedFolder, checkpoint: CheckpointFactory, request: pytest.FixtureRequest
+) -> BundleFactory:
     """`bundle(name, layout="diffusers")`: the float32 bundle of a random checkpoint.
 
     Not to be written to.
@@ -93,6 +89,7 @@ def bundle(shared_folder: SharedFolder, checkpoint: CheckpointFactory) -> Bundle
 
     def make(name: str, layout: str = "diffusers") -> Path:
         source = checkpoint(name, layout)
+        request.getfixturevalue("remembered_traces")
         return shared_folder.entry(
             f"bundle-{name}-{layout}",
             lambda folder: build_bundle(
@@ -104,9 +101,8 @@ def bundle(shared_folder: SharedFolder, checkpoint: CheckpointFactory) -> Bundle
 
 
 @pytest.fixture(scope="session")
-def demo_bundle(shared_folder: SharedFolder) -> Path:
+def demo_bundle(shared_folder: SharedFolder, remembered_traces: Path) -> Path:
     """The bundle that `fluxdeploy build` makes with no options. Not to be written to."""
-    pytest.importorskip("torch")
     return shared_folder.entry("bundle-demo", lambda folder: build_bundle(BuildRequest(), folder))
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
-from tests.conftest import SharedFolder
+from tests.support.shared_folder import SharedFolder
 
 if TYPE_CHECKING:
-    from tests.builds.traces import Traces
+    from tests.support.traces import Traces
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -30,15 +30,16 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def recorded(shared_folder: SharedFolder) -> Path:
-    """A folder with `bundle`, the default bundle built in another process, and its `traces`."""
+    """A folder with `bundle`, the default bundle, really traced in another process."""
     pytest.importorskip("torch")
 
     def make(folder: Path) -> None:
         folder.mkdir()
         subprocess.run(
-            [sys.executable, "-m", "tests.builds.traces", folder / "traces", folder / "bundle"],
+            [sys.executable, "-m", "fluxdeploy", "build", "--out", folder / "bundle"],
             cwd=REPOSITORY,
             env={**os.environ, "PYTHONHASHSEED": "31337", "PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.DEVNULL,
             check=True,
             timeout=600,
         )
@@ -47,11 +48,11 @@ def recorded(shared_folder: SharedFolder) -> Path:
 
 
 @pytest.fixture
-def traces(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Traces]:
+def traces(remembered_traces: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Traces]:
     """Tracing from memory, and a list of the components that were traced."""
-    from tests.builds.traces import Traces
+    from tests.support.traces import Traces
 
-    memory = Traces(recorded / "traces")
+    memory = Traces(remembered_traces)
     monkeypatch.setattr("exporters.export.trace_chain", memory)
     return memory
 

@@ -35,7 +35,7 @@ from fluxdeploy.build.staging import Staging
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.cli import main
 from tests.builds.conftest import tree
-from tests.builds.traces import Traces
+from tests.support.traces import Traces
 
 _STEPS: tuple[tuple[Any, str, str], ...] = (
     (Staging, "__enter__", "recovery"),

@@ -25,7 +25,7 @@ from tests.conftest import build_bundle
 
 if TYPE_CHECKING:
     from exporters.components.chain import Chain
-    from tests.builds.traces import Traces
+    from tests.support.traces import Traces
 
 COMPONENTS = ["clip", "t5", "conditioner", "transformer", "vae_decoder", "vae_encoder"]
 

@@ -22,7 +22,9 @@ from fluxdeploy.errors import EngineError, UsageError
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
-from tests.conftest import SharedFolder
+from tests.support.shared_folder import SharedFolder
+
+pytestmark = pytest.mark.usefixtures("remembered_traces")
 
 QUIET = Progress(quiet=True)
 BLOCKS, DOUBLE = 7, 2

@@ -27,7 +27,9 @@ from fluxdeploy.bundle.tensorfile import read_header
 from fluxdeploy.errors import UsageError
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
-from tests.conftest import SharedFolder
+from tests.support.shared_folder import SharedFolder
+
+pytestmark = pytest.mark.usefixtures("remembered_traces")
 
 QUIET = Progress(quiet=True)
 TOKENS = {"L": DimensionRange(256, 4096, 16384), "S": DimensionRange(256, 512, 512)}

@@ -16,7 +16,7 @@ from fluxdeploy.cli import main
 from tests.builds.conftest import tree
 
 if TYPE_CHECKING:
-    from tests.builds.traces import Traces
+    from tests.support.traces import Traces
 
 
 def _mount(folder: Path, options: str) -> bool:

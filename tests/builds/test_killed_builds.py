@@ -16,9 +16,13 @@ KILLS = 50
 
 
 def test_killed_and_interrupted_builds(
-    tmp_path: Path, recorded: Path, checkpoints: Callable[..., Path]
+    tmp_path: Path,
+    remembered_traces: Path,
+    demo_bundle: Path,
+    checkpoints: Callable[..., Path],
 ) -> None:
-    arguments = [recorded / "traces", tmp_path, KILLS, checkpoints(), checkpoints(scale=0.5)]
+    assert demo_bundle.is_dir()  # which needs the same traces: no build here waits for them
+    arguments = [remembered_traces, tmp_path, KILLS, checkpoints(), checkpoints(scale=0.5)]
     done = subprocess.run(
         [sys.executable, "-m", "tests.builds.killed_builds", *map(str, arguments)],
         cwd=REPOSITORY,

@@ -29,7 +29,7 @@ from fluxdeploy.host.pipeline import FluxPipeline
 from tests.conftest import build_bundle
 
 if TYPE_CHECKING:
-    from tests.builds.traces import Traces
+    from tests.support.traces import Traces
 
 Checkpoints = Callable[..., Path]
 

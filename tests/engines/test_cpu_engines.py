@@ -10,13 +10,14 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from engines import AttentionKernels, Engine, EngineOptions, open_engine
+from engines import Engine, EngineOptions, open_engine
 from engines import onnxruntime as module
 from engines import openvino as openvino_module
 from engines.onnxruntime import OnnxRuntime
 from engines.openvino import OpenVino
 from engines.tensorrt.runtime import TensorRt
 from fluxdeploy.errors import EngineError
+from fluxdeploy.kernels import AttentionKernels
 from fluxdeploy.precision import PRECISIONS
 from tests.engines.conftest import Make, arrays, engine_record, expected, record
 

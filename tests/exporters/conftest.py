@@ -79,7 +79,7 @@ def bfl(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exports(shared_folder: Any, opened: Checkpoint) -> Exports:
+def exports(shared_folder: Any, opened: Checkpoint, remembered_traces: Path) -> Exports:
     def make(component: str, precision: str, fused: bool = False) -> Path:
         folder = shared_folder.entry(
             f"export-{component}-{precision}-{'fused' if fused else 'standard'}",

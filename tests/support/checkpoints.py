@@ -244,8 +244,8 @@ def amplify(transformer: Any, vae: Any, clip: Any, t5: Any) -> None:
 
 
 def load_diffusers(folder: Path, dtype: torch.dtype = torch.float32) -> FluxPipeline:
-    """The checkpoint as diffusers runs it, on the CPU, silent; float64 weights are made wide."""
-    pipe = FluxPipeline.from_pretrained(folder, torch_dtype=dtype)
+    """The checkpoint as diffusers runs it, on the CPU and silent, its weights in `dtype`."""
+    pipe = FluxPipeline.from_pretrained(folder).to(dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

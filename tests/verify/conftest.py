@@ -1,6 +1,6 @@
 """A pipeline in memory, and builds that are real but for the tracing, to verify and to break."""
 
-from tests.builds.conftest import checkpoints, recorded, traces
+from tests.builds.conftest import checkpoints, traces
 from tests.host.conftest import engines, make_pipeline, manifest, pipe
 from tests.support.specs import latent_spec, rope_spec, schedule_spec
 
@@ -11,7 +11,6 @@ __all__ = [
     "make_pipeline",
     "manifest",
     "pipe",
-    "recorded",
     "rope_spec",
     "schedule_spec",
     "traces",

@@ -20,11 +20,12 @@ import onnx
 from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.bundle.tensorfile import TensorFileWriter, read_header, read_tensor
 from fluxdeploy.cli import main
-from tests.conftest import SharedFolder, build_bundle
+from tests.conftest import build_bundle
 from tests.exporters.quantized.test_quantized_graphs import Graph
+from tests.support.shared_folder import SharedFolder
 
 if TYPE_CHECKING:
-    from tests.builds.traces import Traces
+    from tests.support.traces import Traces
 
 
 def run(*arguments: object) -> Result:

@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.synthetic.sparse_checkpoint import FLUX_DEV, write_sparse_checkpoint
 from fluxdeploy.build.checkpoint import find_checkpoint
-from tests.conftest import SharedFolder
+from tests.support.shared_folder import SharedFolder
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from exporters.calibrate.trajectory import Calibration
 from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.components.registry import COMPONENTS
 from exporters.export import export_component, specify
-from exporters.graph.trace import trace_chain
 from exporters.weights.bind import NO_LEDGER, Ledger, WeightFolder
 from fluxdeploy.progress import Progress
 
@@ -84,17 +82,15 @@ def ranges(shared_folder: Any, opened: Checkpoint) -> ActivationRanges:
 
 
 @pytest.fixture(scope="session")
-def traced(shared_folder: Any, opened: Checkpoint) -> Callable[[str], ir.Model]:
+def traced(remembered_traces: Path, opened: Checkpoint) -> Callable[[str], ir.Model]:
     """`traced(compute)`: the transformer's trace, which takes nearly all the time of an export."""
+    from tests.support.traces import Traces
 
-    def make(compute: str, folder: Path) -> None:
-        chain, _ = COMPONENTS["transformer"].source(opened, compute)
-        folder.mkdir()
-        ir.save(trace_chain(chain), folder / "transformer.onnx")
+    memory = Traces(remembered_traces)
 
     def load(compute: str) -> ir.Model:
-        folder = shared_folder.entry(f"trace-{compute}", functools.partial(make, compute))
-        return ir.load(folder / "transformer.onnx")
+        chain, _ = COMPONENTS["transformer"].source(opened, compute)
+        return memory(chain)
 
     return load
 
