@@ -211,6 +211,19 @@ OTHER_FORMS = {
         "float scale = {0.4}",
         "float[8] scale = {1, 2, 3, 4, 5, 6, 7, 8}",
     ),
+    "Q in another order": (
+        "q = Transpose <perm = [0, 2, 1, 3]>",
+        "q = Transpose <perm = [2, 0, 1, 3]>",
+    ),
+    "K in another order": ("<perm = [0, 2, 3, 1]>", "<perm = [2, 0, 3, 1]>"),
+    "V in another order": (
+        "v = Transpose <perm = [0, 2, 1, 3]>",
+        "v = Transpose <perm = [2, 0, 1, 3]>",
+    ),
+    "heads that stay apart": (
+        "by_token = Transpose <perm = [0, 2, 1, 3]>",
+        "by_token = Transpose <perm = [0, 1, 2, 3]>",
+    ),
     "K without RoPE": ("(k_rotated)", "(key)"),
     "pairs of halves": ("{0, 0, 2, 4, 2}", "{0, 0, 2, 2, 4}"),
     "a turn the other way": ("(q_minus_b, q_a)", "(q_a, q_minus_b)"),
