@@ -1,0 +1,1 @@
+"""How large a transformer's activations get, for static scales."""

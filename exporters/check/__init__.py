@@ -1,0 +1,1 @@
+"""What an export is held against: golden tensors, and the noise of quantized layers."""

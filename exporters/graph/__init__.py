@@ -1,0 +1,1 @@
+"""ONNX graphs: `trace` makes one of a chain, `quantize` and `fuse` rewrite it."""

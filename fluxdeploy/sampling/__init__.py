@@ -1,0 +1,1 @@
+"""Formulas in NumPy: noise, latents, schedule, positions, samplers. See docs/bundle.md."""

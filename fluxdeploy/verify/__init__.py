@@ -1,0 +1,1 @@
+"""A bundle held against PyTorch float32: its engines, pictures and layers."""
