@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from fluxdeploy import __version__
-from fluxdeploy.cli.options import AS_JSON, BUNDLE, RUNTIME, THREADS
+from fluxdeploy.cli.options import AS_JSON, BUNDLE, DEVICE, RUNTIME, THREADS
 from fluxdeploy.errors import UnusedArgumentWarning, UsageError
 from fluxdeploy.progress import Progress
 
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     help="T5 tokens that the prompt is padded or cut to.  [default: the bundle's]",
 )
 @RUNTIME
+@DEVICE
 @THREADS
 @click.option(
     "--low-vram",
@@ -102,6 +103,7 @@ def command(
     strength: float | None,
     max_sequence_length: int | None,
     runtime: str,
+    device: int,
     threads: int | None,
     low_vram: bool,
     out: Path,
@@ -141,7 +143,7 @@ def command(
     from fluxdeploy.sampling.noising import first_step
 
     start = time.monotonic()
-    options = EngineOptions(threads=threads)
+    options = EngineOptions(threads, device)
     with (
         FluxPipeline.from_bundle(bundle, runtime, options, low_vram) as pipe,
         Progress(quiet=as_json) as progress,

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from engines import EngineOptions
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.cli import main
 from fluxdeploy.errors import NumericError
@@ -50,7 +51,7 @@ class FakePipeline:
 @pytest.fixture(autouse=True)
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakePipeline]:
     def from_bundle(path: Path, runtime: str, options: Any, low_vram: bool) -> FakePipeline:
-        FakePipeline.opened.append((path, runtime, options.threads, low_vram))
+        FakePipeline.opened.append((path, runtime, options, low_vram))
         return FakePipeline(path)
 
     FakePipeline.opened, FakePipeline.calls, FakePipeline.error = [], [], None
@@ -68,12 +69,12 @@ def test_every_option_reaches_the_pipeline(bundle: Path, tmp_path: Path) -> None
     options = (
         "--negative-prompt blur --true-cfg-scale 2 --width 32 --height 48 --steps 3 --guidance 4.5 "
         "--seed 7 --num-images 2 --max-sequence-length 128 --runtime onnxruntime --threads 2 "
-        "--low-vram --strength 0.75"
+        "--device 1 --low-vram --strength 0.75"
     )
     start = ("--image", tmp_path / "start.png")
     result = run("a fox", "--bundle", bundle, "--out", out, *start, *options.split())
     assert result.exit_code == 0, result.stderr
-    assert FakePipeline.opened == [(bundle, "onnxruntime", 2, True)]
+    assert FakePipeline.opened == [(bundle, "onnxruntime", EngineOptions(2, 1), True)]
     (call,) = FakePipeline.calls
     del call["callback_on_step_end"]
     image = call.pop("image")
