@@ -223,7 +223,8 @@ def command(
         return
     for path in paths if sheet is None else (*paths, sheet):
         click.echo(path)
-    click.echo(f"{width}x{height}, seed {seed}, {steps} steps, {seconds:.1f} s", err=True)
+    counted = f"{steps} steps" if given is None else f"{made} of {steps} steps"
+    click.echo(f"{width}x{height}, seed {seed}, {counted}, {seconds:.1f} s", err=True)
 
 
 @contextmanager

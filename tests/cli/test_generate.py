@@ -79,6 +79,7 @@ def test_every_option_reaches_the_pipeline(bundle: Path, tmp_path: Path) -> None
     del call["callback_on_step_end"]
     image = call.pop("image")
     assert (image.size, image.getpixel((0, 0))) == ((20, 10), (1, 2, 3))
+    assert "32x48, seed 7, 2 of 3 steps, " in result.stderr
     assert call == {
         "prompt": "a fox",
         "negative_prompt": "blur",
