@@ -69,7 +69,7 @@ def test_every_option_reaches_the_pipeline(bundle: Path, tmp_path: Path) -> None
     options = (
         "--negative-prompt blur --true-cfg-scale 2 --width 32 --height 48 --steps 3 --guidance 4.5 "
         "--seed 7 --num-images 2 --max-sequence-length 128 --runtime onnxruntime --threads 2 "
-        "--device 1 --low-vram --strength 0.75"
+        "--device 1 --low-vram --strength 0.5"
     )
     start = ("--image", tmp_path / "start.png")
     result = run("a fox", "--bundle", bundle, "--out", out, *start, *options.split())
@@ -90,7 +90,7 @@ def test_every_option_reaches_the_pipeline(bundle: Path, tmp_path: Path) -> None
         "guidance_scale": 4.5,
         "seed": 7,
         "num_images_per_prompt": 2,
-        "strength": 0.75,
+        "strength": 0.5,
         "max_sequence_length": 128,
     }
     assert sorted(path.name for path in tmp_path.glob("fox*")) == ["fox-0.png", "fox-1.png"]
