@@ -29,6 +29,7 @@ _HOST_PROGRAM = """
 import sys
 for name in {blocked!r}:
     sys.modules[name] = None
+before = set(sys.modules)
 from PIL import Image
 from fluxdeploy import FluxPipeline
 with FluxPipeline.from_bundle(sys.argv[1]) as pipe:
@@ -36,10 +37,9 @@ with FluxPipeline.from_bundle(sys.argv[1]) as pipe:
     first.save("first.png")
     (second,) = pipe("a blue star", image=first, strength=0.7, seed=3, num_inference_steps=6).images
     second.save("second.png")
-roots = [path for path in sys.path if path.endswith("site-packages")]
-files = {{name.partition(".")[0]: getattr(module, "__file__", None) for name, module in
-         sorted(sys.modules.items(), reverse=True)}}
-print(*(name for name, file in files.items() if file and file.startswith(tuple(roots))))
+for name in sys.modules.keys() - before:
+    if "site-packages" in (getattr(sys.modules[name], "__file__", None) or ""):
+        print(name.partition(".")[0])
 """
 
 

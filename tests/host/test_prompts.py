@@ -61,6 +61,12 @@ def test_prompts_are_told_apart_by_their_tokens(pipe: FluxPipeline, engines: Eng
     assert runs(engines) == (2, 3, 3)
 
 
+def test_the_encoders_texts_are_told_apart(pipe: FluxPipeline, engines: Engines) -> None:
+    """These two tokenizers give equal ids at CLIP's length."""
+    picture(pipe, max_sequence_length=77)
+    assert runs(engines) == (1, 1, 1)
+
+
 def test_prompts_that_were_encoded_together_are_known_together(
     pipe: FluxPipeline, engines: Engines
 ) -> None:
