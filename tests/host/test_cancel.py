@@ -16,7 +16,7 @@ import fluxdeploy
 from engines.base import Array, Binding
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, Manifest
 from fluxdeploy.errors import Cancelled
-from fluxdeploy.host.cancel import CancelToken
+from fluxdeploy.host.cancel import CancelToken, Turns
 from fluxdeploy.host.pipeline import FluxPipeline
 from tests.host.conftest import COMPONENTS, CharacterTokenizers, MemoryEngine
 
@@ -166,6 +166,22 @@ def test_calls_are_served_in_the_order_of_coming(
     for call in calls:
         call.result(LIMIT)
     assert order == [0, 1, 2, 3]
+
+
+def test_who_has_had_a_turn_goes_behind_who_waits(threads: ThreadPoolExecutor) -> None:
+    turns, order, waiting = Turns(), list[str](), WatchedToken()
+
+    def wait() -> None:
+        with turns.taken(waiting):
+            order.append("who waited")
+
+    with turns.taken(CancelToken()):
+        other = threads.submit(wait)
+        assert waiting.waits.wait(LIMIT)
+    with turns.taken(CancelToken()):
+        order.append("who came again")
+    other.result(LIMIT)
+    assert order == ["who waited", "who came again"]
 
 
 def test_a_token_cancelled_before_the_call_begins_runs_nothing(
