@@ -69,8 +69,7 @@ def make_pictures(
         negative=negative[0] if negative else None,
         true_cfg_scale=request.true_cfg_scale,
         blend=start.blend,
-        on_step_end=callback
-        and (lambda step, x: callback(step, np.float32(start.sigmas[step]), x)),
+        on_step_end=None if callback is None else _with_level(callback, start.sigmas),
         cancel=cancel,
     )
     components.release("transformer")
