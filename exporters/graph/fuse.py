@@ -177,10 +177,11 @@ def _made(
 ) -> ir.Value:
     """What a new node makes of its inputs."""
     full = f"{name}/{op_type}"
-    made: ir.Value = op.op(
-        op_type, *inputs, _domain=domain, _name=full, _outputs=[full], **attributes
-    )
+    made: ir.Value = getattr(op, op_type)(*inputs, _domain=domain, _outputs=[full], **attributes)
     made.type = ir.TensorType(kind)
+    node = made.producer()
+    assert node is not None
+    node.name = full
     return made
 
 

@@ -134,9 +134,12 @@ def test_16_bits_have_the_operators_of_gpus(exports: Exports, precision: str) ->
     assert not found["", "Softmax"] + found["", "ReduceMean"]
     model = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))
     kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    half = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[precision]
     for node in model.graph.node:
-        if node.op_type == "RMSNormalization":
+        if node.op_type in ("RMSNormalization", "RotaryEmbedding"):
             assert kinds[node.input[0]] == onnx.TensorProto.FLOAT
+        if node.op_type == "MultiHeadAttention":
+            assert {kinds[name] for name in (*node.input, *node.output)} == {half}
 
 
 def test_the_norms_of_16_bits_compute_what_those_of_float32_do(
