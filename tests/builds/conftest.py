@@ -15,9 +15,12 @@ import pytest
 
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from tests.support.shared_folder import SharedFolder
+from tests.support.specs import latent_spec
 
 if TYPE_CHECKING:
     from tests.support.traces import Traces
+
+__all__ = ["latent_spec"]
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -17,27 +17,45 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from exporters.checkpoint.tensors import read_tensors
+from exporters.components.chain import Chain, Piece, Stage
 from exporters.weights.bind import WeightFolder, bind
+from exporters.weights.decide import decide
 from fluxdeploy.bundle.tensorfile import read_header
 from fluxdeploy.cli import main
 from fluxdeploy.errors import BundleError, CheckpointError, ExportError
 from tests.exporters.conftest import Exports
 
 ROOT = Path(__file__).parents[2]
-TYPES = {"fp32": ir.DataType.FLOAT, "bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16}
+TYPES = {
+    "fp32": (ir.DataType.FLOAT, torch.float32),
+    "bf16": (ir.DataType.BFLOAT16, torch.bfloat16),
+    "fp16": (ir.DataType.FLOAT16, torch.float16),
+}
 
 
-def graph_of_one_weight(dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Model:
-    """y = x + weight, the weight still an input, as a trace leaves it."""
+def bind_one_weight(
+    root: Path, file: Path, shape: tuple[int, ...], precision: str
+) -> tuple[ir.Model, ir.ExternalTensor]:
+    """Bind y = x + weight to a file of one tensor; the weight is an input, as a trace leaves it."""
+    in_graph, in_module = TYPES[precision]
     x, weight = (
-        ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(in_graph))
         for name in ("x", "layer.weight")
     )
     node = ir.node("Add", [x, weight])
     graph = ir.Graph([x, weight], node.outputs, nodes=[node], opset_imports={"": 22}, name="g")
-    return ir.Model(graph, ir_version=10)
+    model = ir.Model(graph, ir_version=10)
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.empty(shape, dtype=in_module, device="meta"))
+    chain = Chain("part", (), (), (Stage(Piece(module, ()), (), (), "layer."),))
+    placements = decide(chain, read_tensors([file]), None)
+    bind(model, 1, placements, WeightFolder(root / "weights"), f"part.{precision}", {})
+    tensor = model.graph.initializers["layer.weight"].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    return model, tensor
 
 
 def bound(
@@ -47,12 +65,7 @@ def bound(
     source = root / "source"
     source.mkdir(exist_ok=True)
     save_file({"layer.weight": stored}, source / name)
-    model = graph_of_one_weight(TYPES[precision], tuple(stored.shape))
-    weights = read_tensors([source / name])
-    bind(model, 1, weights, WeightFolder(root / "weights"), f"part.{precision}")
-    tensor = model.graph.initializers["layer.weight"].const_value
-    assert isinstance(tensor, ir.ExternalTensor)
-    return model, tensor
+    return bind_one_weight(root, source / name, tuple(stored.shape), precision)
 
 
 def odd_values(count: int) -> torch.Tensor:
@@ -127,11 +140,7 @@ def test_scaled_weights_are_never_linked(tmp_path: Path) -> None:
         {"layer.weight": torch.ones(4), "layer.scale_weight": torch.tensor(0.25)},
         tmp_path / "model.safetensors",
     )
-    model = graph_of_one_weight(ir.DataType.FLOAT, (4,))
-    weights = read_tensors([tmp_path / "model.safetensors"])
-    bind(model, 1, weights, WeightFolder(tmp_path / "weights"), "part.fp32")
-    tensor = model.graph.initializers["layer.weight"].const_value
-    assert tensor is not None
+    _, tensor = bind_one_weight(tmp_path, tmp_path / "model.safetensors", (4,), "fp32")
     assert (tensor.numpy() == 0.25).all()
 
 
