@@ -93,7 +93,7 @@ def _write_golden(component: ComponentSpec, golden: GoldenRecord, run: BuildRun)
         None if declared.vocabulary is None else declared.vocabulary(checkpoint),
         checkpoint.latents,
         checkpoint.rope,
-        checkpoint.schedule,
+        run.spec.schedule,
         component.engines[0].dimensions,
     )
     write_golden(run.staging.root / golden.path, reference, weights, inputs, task.advance)

@@ -38,7 +38,7 @@ def describe(
         components=components,
         latents=checkpoint.latents,
         rope=checkpoint.rope,
-        schedule=checkpoint.schedule,
+        schedule=run.spec.schedule,
         tokenizers=tokenizers,
         defaults=checkpoint.defaults,
         quality=QualityRecord(row.min_psnr, row.min_ssim, row.min_sqnr),

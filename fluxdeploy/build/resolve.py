@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from engines import Runtime
 from fluxdeploy.build.checkpoint import check_family
 from fluxdeploy.build.sizes import SizeRange, any_size, overall, resolution_buckets
-from fluxdeploy.bundle.manifest import DimensionRange, EngineRecord
+from fluxdeploy.bundle.manifest import DimensionRange, EngineRecord, ScheduleSpec
 from fluxdeploy.kernels import AttentionKernels
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class BuildSpec:
 
     request: BuildRequest
     checkpoint: Checkpoint
+    schedule: ScheduleSpec
     runtime: Runtime
     targets: tuple[str, ...]
     components: tuple[ComponentSpec, ...]
@@ -97,7 +98,7 @@ def resolve(
 
     A component that the checkpoint lacks and a bundle may lack is left out. Raises `UsageError` for
     names, precisions and sizes that do not exist, and `CheckpointError` for a checkpoint that is
-    incomplete or whose networks do not belong together.
+    incomplete, whose networks do not belong together, or whose scheduler no host has.
     """
     from exporters.components.registry import COMPONENTS, choose_precisions
     from exporters.export import specify
@@ -118,7 +119,7 @@ def resolve(
         engines = list_engines(runtime, targets, name, overall(profiles))
         kernels = runtime.attention(targets[0], precision, compute)
         components.append(ComponentSpec(export, kernels, profiles, engines))
-    return BuildSpec(request, checkpoint, runtime, targets, tuple(components))
+    return BuildSpec(request, checkpoint, checkpoint.schedule, runtime, targets, tuple(components))
 
 
 def _profiles(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from engines import Runtime, runtimes
-from exporters.checkpoint import Checkpoint
+from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.components.registry import COMPONENTS
 from exporters.export import export_component, specify
 from exporters.weights.bind import WeightFolder
@@ -20,7 +21,8 @@ from fluxdeploy.build.resolve import BuildRequest, resolve
 from fluxdeploy.build.sizes import SizeRange
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.bundle.tensorfile import read_header
-from fluxdeploy.errors import BundleError, UsageError
+from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
+from fluxdeploy.errors import BundleError, CheckpointError, UsageError
 from fluxdeploy.machine import Memory
 
 CPU = ("cpu",)
@@ -50,6 +52,17 @@ def plan_for(
         sizes=sizes or SizeRange(),
     )
     return make_plan(resolve(request, checkpoint, runtime, targets), out)
+
+
+@pytest.mark.parametrize("setting", [{"use_karras_sigmas": True}, {"num_train_timesteps": 500}])
+def test_a_scheduler_that_no_host_has_is_no_plan(
+    tmp_path: Path, setting: Mapping[str, object]
+) -> None:
+    copy = shutil.copytree(DEMO_CHECKPOINTS[DEFAULT_CHECKPOINT], tmp_path / "checkpoint")
+    config = copy / "scheduler/scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | setting))
+    with pytest.raises(CheckpointError, match=next(iter(setting))):
+        plan_for(open_checkpoint(copy), tmp_path / "out", runtime("onnxruntime"), CPU)
 
 
 def rtx(checkpoint: Checkpoint, out: Path, precision: str, *targets: str) -> Plan:
