@@ -42,7 +42,7 @@ demo: $(READY)
 	@echo "combinations. How often shapes, colours and places are right is in docs/figures.md."
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n auto --durations=10
+	$(BIN)/python -m pytest -q -n auto --dist worksteal --durations=10
 
 lint: $(READY)
 	$(BIN)/ruff check

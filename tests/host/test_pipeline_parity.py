@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from engines.base import Array
 from fluxdeploy.bundle.manifest import LatentSpec, Manifest, RopeSpec, ScheduleSpec
 from fluxdeploy.host.pipeline import FluxPipeline
 from tests.host.conftest import CharacterTokenizers
+from tests.parity.bounds import PICTURE, assert_as_exact
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -151,19 +153,39 @@ def use_modules(engines: Mapping[str, Any], modules: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
+    """Our pipeline and diffusers' on the same modules, and diffusers' on them in float64."""
+
     ours: FluxPipeline
     theirs: Any
+    exact: Any
 
     def assert_equal_pictures(self, seed: int, **options: Any) -> None:
+        from tests.support.float64 import exact_arithmetic
+
         options = {"max_sequence_length": 24, "num_inference_steps": 3, **options}
         ours = self.ours(seed=seed, output_type="np", **options)
-        generator = torch.Generator("cpu").manual_seed(seed)
-        theirs = self.theirs(generator=generator, output_type="np", **options).images
+
+        def draw(pipe: Any) -> Any:
+            generator = torch.Generator("cpu").manual_seed(seed)
+            return pipe(generator=generator, output_type="np", **options).images
+
+        theirs = draw(self.theirs)
+        with exact_arithmetic():
+            exact = draw(self.exact)
         assert isinstance(ours.images, np.ndarray)
         assert theirs.std() > 0.05
-        np.testing.assert_allclose(ours.images, theirs, rtol=0, atol=1e-4)
+        assert_as_exact(ours.images, theirs, exact, PICTURE)
         in_8_bits = [np.asarray(image) for image in self.ours(seed=seed, **options).images]
         assert np.abs(np.array(in_8_bits) - np.rint(theirs * 255)).max() <= 1
+
+
+@pytest.fixture(autouse=True)
+def _pinned_angles() -> Iterator[None]:
+    """All three compute with diffusers' modules."""
+    from tests.support.float64 import pinned_angles
+
+    with pinned_angles():
+        yield
 
 
 @pytest.fixture(params=["dev", "schnell"])
@@ -190,16 +212,21 @@ def pair(
             rope=RopeSpec(axes_dims=AXES, theta=10000.0),
         )
     )
-    theirs = diffusers.FluxPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**dataclasses.asdict(schedule)),
-        tokenizer=None,
-        tokenizer_2=None,
-        **modules,
-    )
-    theirs.tokenizer = theirs.tokenizer_2 = TorchTokenizer(CharacterTokenizers())
-    theirs.tokenizer_max_length = 77
-    theirs.set_progress_bar_config(disable=True)
-    return Pair(ours, theirs)
+
+    def reference(modules: dict[str, Any]) -> Any:
+        pipe = diffusers.FluxPipeline(
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**dataclasses.asdict(schedule)),
+            tokenizer=None,
+            tokenizer_2=None,
+            **modules,
+        )
+        pipe.tokenizer = pipe.tokenizer_2 = TorchTokenizer(CharacterTokenizers())
+        pipe.tokenizer_max_length = 77
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    wide = {name: copy.deepcopy(module).double() for name, module in modules.items()}
+    return Pair(ours, reference(modules), reference(wide))
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 48), (16, 80)])
@@ -240,19 +267,24 @@ def test_true_cfg(pair: Pair, negative: list[str]) -> None:
 
 
 def test_own_latents_and_a_callback(pair: Pair) -> None:
+    from tests.support.float64 import exact_arithmetic
+
     noise = torch.randn(1, 6, 64, generator=torch.Generator("cpu").manual_seed(3))
     options = {"prompt": "a hen", "height": 32, "width": 48, "num_inference_steps": 3}
-    seen: dict[str, list[Any]] = {"ours": [], "theirs": []}
+    seen: dict[str, list[Any]] = {field.name: [] for field in dataclasses.fields(pair)}
 
     def record(pipe: object, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
         latents = np.asarray(state["latents"]).copy()
-        seen["ours" if pipe is pair.ours else "theirs"].append((step, float(timestep), latents))
+        (name,) = (name for name, value in vars(pair).items() if value is pipe)
+        seen[name].append((step, float(timestep), latents))
         return {"latents": state["latents"] * 0.5}
 
     options |= {"callback_on_step_end": record, "guidance_scale": 3.0, "output_type": "np"}
     ours = pair.ours(latents=noise.numpy(), max_sequence_length=24, **options)
     theirs = pair.theirs(latents=noise, max_sequence_length=24, **options)
-    np.testing.assert_allclose(ours.images, theirs.images, rtol=0, atol=1e-4)
-    for mine, other in zip(seen["ours"], seen["theirs"], strict=True):
+    with exact_arithmetic():
+        exact = pair.exact(latents=noise.double(), max_sequence_length=24, **options)
+    assert_as_exact(np.asarray(ours.images), theirs.images, exact.images, PICTURE)
+    for mine, other, wide in zip(seen["ours"], seen["theirs"], seen["exact"], strict=True):
         assert mine[:2] == other[:2]
-        np.testing.assert_allclose(mine[2], other[2], rtol=0, atol=1e-4)
+        assert_as_exact(mine[2], other[2], wide[2], PICTURE)

@@ -6,6 +6,13 @@ import pytest
 from fluxdeploy.errors import UsageError
 from fluxdeploy.sampling.noise import TorchGenerator, standard_normal
 
+WITHIN = 4e-6
+"""How far PyTorch itself is from its own formula, by the instructions that it finds.
+
+Without AVX2 it rounds the angle, up to 2π, otherwise than with it: up to 4e-7, times a radius of up
+to 6, and the last bit of a value of 4 is another 5e-7.
+"""
+
 
 def torch_normal(shape: tuple[int, ...], seed: int) -> np.ndarray:
     torch = pytest.importorskip("torch")
@@ -18,20 +25,20 @@ def torch_normal(shape: tuple[int, ...], seed: int) -> np.ndarray:
 def test_equals_torch_for_every_kind_of_seed_and_size(seed: int, shape: tuple[int, ...]) -> None:
     noise = standard_normal(shape, seed)
     assert noise.dtype == np.float32
-    np.testing.assert_allclose(noise, torch_normal(shape, seed), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(noise, torch_normal(shape, seed), rtol=0, atol=WITHIN)
 
 
 @pytest.mark.parametrize("size", [*range(35), 47, 48, 1000])
 def test_equals_torch_at_sizes_around_its_blocks_of_16(size: int) -> None:
     np.testing.assert_allclose(
-        standard_normal((size,), 7), torch_normal((size,), 7), rtol=0, atol=1e-6
+        standard_normal((size,), 7), torch_normal((size,), 7), rtol=0, atol=WITHIN
     )
 
 
-def test_stays_within_1e_6_of_torch_over_a_million_values() -> None:
+def test_stays_as_near_to_torch_over_a_million_values() -> None:
     shape = (1, 16, 256, 256)
     np.testing.assert_allclose(
-        standard_normal(shape, 2024), torch_normal(shape, 2024), rtol=0, atol=1e-6
+        standard_normal(shape, 2024), torch_normal(shape, 2024), rtol=0, atol=WITHIN
     )
 
 
@@ -45,7 +52,7 @@ def test_draws_follow_one_another_as_from_one_torch_generator() -> None:
             generator.normal(shape),
             torch.randn(shape, generator=reference).numpy(),
             rtol=0,
-            atol=1e-6,
+            atol=WITHIN,
         )
 
 

@@ -30,10 +30,16 @@ def exact_arithmetic() -> Iterator[None]:
 
     Random numbers are those that float32 draws, made wide.
     """
-    before = torch.get_default_dtype()
+    before, from_numpy = torch.get_default_dtype(), torch.from_numpy
+
+    def wide_from_numpy(array: np.ndarray) -> torch.Tensor:
+        tensor = from_numpy(array)
+        return tensor.double() if tensor.dtype == torch.float32 else tensor
+
     torch.set_default_dtype(torch.float64)
     try:
-        with _Widened():
+        # A mode does not see `from_numpy`.
+        with _Widened(), patch("torch.from_numpy", wide_from_numpy):
             yield
     finally:
         torch.set_default_dtype(before)
@@ -50,9 +56,6 @@ class _Widened(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.randn:
             return func(*args, **{**kwargs, "dtype": torch.float32}).double()
-        if func is torch.from_numpy:
-            result = func(*args, **kwargs)
-            return result.double() if result.dtype == torch.float32 else result
         if func is torch.Tensor.float:
             func = torch.Tensor.double
         wide = [torch.float64 if value is torch.float32 else value for value in args]
