@@ -15,10 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from engines.base import EngineSource
+from engines.tensorrt.formats import FORMATS
 from fluxdeploy.errors import EngineError
 
 __all__ = [
-    "FORMATS",
     "Expectation",
     "FusionReport",
     "Kernel",
@@ -27,13 +27,6 @@ __all__ = [
     "expect",
     "read_report",
 ]
-
-FORMATS: Mapping[str, tuple[str, str]] = {
-    "fp8": ("fp8", "fp8"),
-    "int8": ("int8", "int8"),
-    "nvfp4": ("fp4", "fp8"),
-}
-"""The formats that there are kernels for, with the types of their linears and attentions."""
 
 _TYPES = {
     "Float": "fp32",

@@ -23,7 +23,7 @@ from engines.base import (
 )
 from engines.gpu import compute_capability, has_cuda_python, has_nvidia_driver
 from engines.targets import GENERATIONS, hardware_problem, in_words
-from engines.tensorrt.fusion import FORMATS, check, expect
+from engines.tensorrt.formats import FORMATS
 from fluxdeploy.bundle.files import user_cache, write_atomic
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError, UsageError
@@ -113,6 +113,7 @@ class TensorRt(Runtime):
         It is there for an engine of other kernels than were asked for, too.
         """
         from engines.tensorrt.build import build_engine, check_profiles
+        from engines.tensorrt.fusion import check, expect
 
         unique = tuple(dict.fromkeys(targets))
         for target in unique:
