@@ -188,22 +188,29 @@ def export_clip(checkpoint: Path, out: Path, precision: str) -> Result:
 
 def test_exports_are_equal_byte_for_byte(exports: Exports, source: Path, tmp_path: Path) -> None:
     """In another process, with another order of sets and dicts of strings."""
-    for component in ("clip", "vae_encoder"):
-        expected = exports(component, "bf16")
-        out = tmp_path / component
-        command = [sys.executable, "-m", "fluxdeploy", "export", str(source), "--json"]
-        subprocess.run(
-            [*command, "--component", component, "--precision", "bf16", "--out", str(out)],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONHASHSEED": "123"},
-            check=True,
-            capture_output=True,
-            timeout=180,
-        )
-        files = sorted(p.relative_to(out) for p in out.rglob("*") if p.is_file())
-        assert len(files) == 2
-        for file in files:
-            assert (out / file).read_bytes() == (expected.parent / file).read_bytes(), file
+    components = ("clip", "vae_encoder")
+    command = [sys.executable, "-m", "fluxdeploy", "export", str(source), "--json"]
+    command += ["--precision", "bf16", "--out", str(tmp_path)]
+    subprocess.run(
+        [*command, *(f"--component={component}" for component in components)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONHASHSEED": "123"},
+        check=True,
+        capture_output=True,
+        timeout=180,
+    )
+    expected: dict[str, bytes] = {}
+    for component in components:
+        expected |= files_below(exports(component, "bf16").parent)
+    assert len(expected) == 4
+    written = files_below(tmp_path)
+    assert written.keys() == expected.keys()
+    assert [name for name in written if written[name] != expected[name]] == []
+
+
+def files_below(root: Path) -> dict[str, bytes]:
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
 @pytest.fixture
