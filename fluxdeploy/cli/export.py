@@ -99,6 +99,7 @@ def command(
             digest = hash_checkpoint(source, progress).digest
             measured = open_calibration(source, digest, calibration)
             ranges = find_ranges(measured, source, digest, None, progress)
+            folder.make()
             write_ranges(ranges, out / "calibration.json")
         task = progress.task("Exporting", total=len(specs))
         for spec in specs:

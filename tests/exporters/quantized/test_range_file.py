@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 pytest.importorskip("diffusers")
 
@@ -17,7 +19,10 @@ from exporters.calibrate.ranges import ActivationRanges, attentions, linears
 from exporters.calibrate.trajectory import Calibration
 from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.components.registry import COMPONENTS
+from fluxdeploy.build.checkpoint import hash_checkpoint
+from fluxdeploy.cli import main
 from fluxdeploy.errors import BundleError, ExportError, UsageError
+from fluxdeploy.progress import Progress
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -50,6 +55,20 @@ def test_ranges_come_back_equal(
     first = path.read_bytes()
     write_ranges(read_ranges(path, opened, DIGEST), path)
     assert path.read_bytes() == first
+
+
+@pytest.mark.usefixtures("remembered_traces")
+def test_an_export_into_a_new_folder_has_the_ranges(
+    tmp_path: Path, opened: Checkpoint, ranges: ActivationRanges
+) -> None:
+    given, out = tmp_path / "ranges.json", tmp_path / "new/out"
+    digest = hash_checkpoint(opened, Progress(quiet=True)).digest
+    write_ranges(replace(ranges, checkpoint=digest), given)
+    arguments = [*("--component", "transformer", "--precision", "fp8"), "--calibration", str(given)]
+    command = ["export", str(opened.root), *arguments, "--out", str(out)]
+    result = CliRunner().invoke(main, command, prog_name="fluxdeploy")
+    assert result.exit_code == 0, result.output
+    assert (out / "calibration.json").read_bytes() == given.read_bytes()
 
 
 def test_another_checkpoints_ranges_are_refused(
