@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from exporters.checkpoint import Checkpoint, Weights
+from exporters.checkpoint.text_configs import is_spare
 from exporters.components.chain import Chain
 from exporters.components.component import Component
 from exporters.formats import Packed
@@ -19,14 +20,14 @@ from exporters.graph.trace import trace_chain
 from exporters.weights.bind import NO_LEDGER, Ledger, WeightFolder, bind
 from exporters.weights.decide import Placement, decide
 from fluxdeploy.bundle.files import write_atomic
-from fluxdeploy.errors import ExportError
+from fluxdeploy.errors import CheckpointError, ExportError
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
     from exporters.calibrate.ranges import ActivationRanges
 
-__all__ = ["ExportSpec", "Exported", "export_component", "specify"]
+__all__ = ["ExportSpec", "Exported", "check_all_used", "export_component", "specify"]
 
 _INLINE_LIMIT = 1 << 20
 """Bytes of constants in a graph: masks and indices, never weights."""
@@ -66,6 +67,32 @@ def specify(
     chain, weights = component.source(checkpoint, compute)
     placements = decide(chain, weights, component.is_quantized if quantized else None)
     return ExportSpec(component, precision, compute, chain, weights, placements)
+
+
+def check_all_used(
+    checkpoint: Checkpoint, specs: Collection[ExportSpec], known: Mapping[str, Component]
+) -> None:
+    """Raise `CheckpointError` for a tensor of a part that none of its components takes.
+
+    Only of parts whose components, of all that are `known`, are exported. Whatever such a tensor is
+    for, a picture without it is another one.
+    """
+    taken: dict[str, set[str]] = {}
+    for spec in specs:
+        taken.setdefault(spec.component.part, set()).add(spec.name)
+    for part, names in taken.items():
+        takers = {c.name for c in known.values() if c.part == part and c.present(checkpoint)}
+        if not takers <= names:
+            continue
+        used = {p.name for spec in specs if spec.component.part == part for p in spec.placements}
+        weights = checkpoint.part(part).weights
+        spare = sorted(n for n in weights if n not in used and not is_spare(part, n))
+        if spare:
+            stored = weights[spare[0]]
+            raise CheckpointError(
+                f"Tensor {stored.name} in {stored.file} is none that FLUX.1's {part} has, and "
+                "nothing would be done with it: the file is of another model, or holds two."
+            )
 
 
 @dataclass(frozen=True)

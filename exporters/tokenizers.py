@@ -74,10 +74,11 @@ class CanonicalTokenizer:
 
     `Tokenizer.from_str(text).encode(prompt, add_special_tokens=False)` gives a prompt's own ids.
     `prefix` and `suffix` are the ids around them, which cutting keeps; `max_length` is the most
-    to pad to, and the sides are "left" or "right".
+    to pad to, and the sides are "left" or "right". `largest_id` is the largest of all.
     """
 
     text: str
+    largest_id: int
     max_length: int
     pad_id: int
     prefix: tuple[int, ...]
@@ -155,6 +156,7 @@ def canonical_tokenizer(
         prefix, suffix = _surroundings(canonical)
     return CanonicalTokenizer(
         text=text,
+        largest_id=max((*canonical.get_vocab().values(), loaded.pad_token_id)),
         max_length=source.max_length,
         pad_id=loaded.pad_token_id,
         prefix=prefix,

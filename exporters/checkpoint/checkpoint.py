@@ -4,28 +4,52 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from transformers import CLIPTextConfig, T5Config
 
+from exporters.checkpoint.agreement import check_class, unknown_keys
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.checkpoint.tensors import Weights
-from exporters.checkpoint.text_configs import text_config
+from exporters.checkpoint.text_configs import text_config, unknown_text_keys
 from fluxdeploy.bundle.manifest import Defaults, LatentSpec, RopeSpec, ScheduleSpec
 from fluxdeploy.bundle.typed_json import load_strict
 from fluxdeploy.errors import CheckpointError
 
 __all__ = ["Checkpoint", "Part", "read_json"]
 
+_OTHER_SCHEDULES = (
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "invert_sigmas",
+    "stochastic_sampling",
+)
+"""Of the scheduler's keys, those that make another schedule where they are set."""
+
+_SCHEDULER_KEYS = (
+    *_OTHER_SCHEDULES,
+    *(field.name for field in fields(ScheduleSpec)),
+    "num_train_timesteps",
+)
+
 
 @dataclass(frozen=True)
 class Part:
-    """A network of a checkpoint: tensors under the names of the graphs, and its config.json."""
+    """A network of a checkpoint: tensors under the names of the graphs, and its config.json.
+
+    `given` is None where there is no config.json, which BFL's layout has not.
+    """
 
     weights: Weights
-    config: Mapping[str, Any]
+    given: Mapping[str, Any] | None
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The config.json, or nothing."""
+        return {} if self.given is None else self.given
 
 
 @dataclass(frozen=True)
@@ -34,7 +58,8 @@ class Checkpoint:
 
     `parts` holds those of `transformer`, `vae`, `clip` and `t5` that were found, `absent` what to
     tell of the others; `tokenizers` the folders of `clip` and `t5`; `settings` what the
-    checkpoint's author recorded for hosts under `_fluxdeploy` in model_index.json.
+    checkpoint's author recorded for hosts under `_fluxdeploy` in model_index.json; `unused` a
+    sentence for each entry there that is not followed.
     """
 
     root: Path
@@ -44,6 +69,7 @@ class Checkpoint:
     tokenizers: Mapping[str, Path]
     scheduler: Mapping[str, Any] | None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
     def part(self, name: str) -> Part:
         """A network's part. Raises `CheckpointError`, naming what was looked for."""
@@ -68,7 +94,7 @@ class Checkpoint:
     def vae(self) -> VaeConfig:
         """Sizes of the VAE."""
         part = self.part("vae")
-        return VaeConfig.of(part.weights, part.config)
+        return VaeConfig.of(part.weights, part.given)
 
     @property
     def latents(self) -> LatentSpec:
@@ -129,19 +155,8 @@ class Checkpoint:
                 shift_terminal=None,
             )
         config = self.scheduler
-        kind = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
-        if kind != "FlowMatchEulerDiscreteScheduler":
-            raise CheckpointError(
-                f"The scheduler is {kind}; FlowMatchEulerDiscreteScheduler is the one supported."
-            )
-        unusual = (
-            "use_karras_sigmas",
-            "use_exponential_sigmas",
-            "use_beta_sigmas",
-            "invert_sigmas",
-            "stochastic_sampling",
-        )
-        for key in unusual:
+        check_class("scheduler", config, "FlowMatchEulerDiscreteScheduler")
+        for key in _OTHER_SCHEDULES:
             if config.get(key):
                 raise CheckpointError(f"The scheduler sets {key}, which is not supported.")
         if config.get("num_train_timesteps", 1000) != 1000:
@@ -149,19 +164,25 @@ class Checkpoint:
         kind = config.get("time_shift_type", "exponential")
         if kind not in ("exponential", "linear"):
             raise CheckpointError(
-                f"The scheduler's time_shift_type is {kind!r}; exponential or linear is allowed."
+                f"The scheduler's time_shift_type is {kind!r:.80}; exponential or linear is "
+                "allowed."
+            )
+        dynamic = config.get("use_dynamic_shifting", False)
+        if not isinstance(dynamic, bool):
+            raise CheckpointError(
+                f"The scheduler's use_dynamic_shifting is {dynamic!r:.80}; true or false is needed."
             )
         # The defaults are those of the scheduler's constructor, which omits nothing on saving
         # but was extended over the years.
         terminal = config.get("shift_terminal")
         spec = ScheduleSpec(
             shift=_float(config, "shift", 1.0),
-            use_dynamic_shifting=bool(config.get("use_dynamic_shifting", False)),
+            use_dynamic_shifting=dynamic,
             time_shift_type=kind,
             base_shift=_float(config, "base_shift", 0.5),
             max_shift=_float(config, "max_shift", 1.15),
-            base_image_seq_len=int(_float(config, "base_image_seq_len", 256)),
-            max_image_seq_len=int(_float(config, "max_image_seq_len", 4096)),
+            base_image_seq_len=_integer(config, "base_image_seq_len", 256),
+            max_image_seq_len=_integer(config, "max_image_seq_len", 4096),
             shift_terminal=None if terminal is None else _float(config, "shift_terminal", 0.0),
         )
         if spec.shift <= 0:
@@ -210,6 +231,22 @@ class Checkpoint:
         return Defaults(**values)
 
     @property
+    def notices(self) -> tuple[str, ...]:
+        """A sentence for each thing that the checkpoint says and nobody here follows."""
+        told = self.unused
+        if "transformer" in self.parts:
+            told += self.transformer.notices(self.parts["transformer"].config)
+        if "vae" in self.parts:
+            told += self.vae.notices(self.parts["vae"].config)
+        for name in ("clip", "t5"):
+            if name in self.parts:
+                told += unknown_text_keys(name, self.parts[name].config)
+        told += unknown_keys("The scheduler's config", self.scheduler or {}, _SCHEDULER_KEYS)
+        return told + unknown_keys(
+            "_fluxdeploy in model_index.json", self.settings, [f.name for f in fields(Defaults)]
+        )
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """Every weight file that a part reads."""
         found: dict[Path, None] = {}
@@ -230,6 +267,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object.")
     return value
+
+
+def _integer(config: Mapping[str, Any], key: str, default: int) -> int:
+    value = _float(config, key, default)
+    if not value.is_integer():
+        raise CheckpointError(f"The scheduler's {key} is {value!r}; a whole number is needed.")
+    return int(value)
 
 
 def _float(config: Mapping[str, Any], key: str, default: float) -> float:

@@ -6,10 +6,49 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from exporters.checkpoint.agreement import check_class, check_said, check_unquantized, unknown_keys
 from exporters.checkpoint.tensors import Weights
 from fluxdeploy.errors import CheckpointError
 
 __all__ = ["TransformerConfig", "VaeConfig", "count_blocks"]
+
+_FLUX_WIDTH, _FLUX_BLOCKS = 3072, (19, 38)
+"""The width of FLUX.1's own transformer, and its double-stream and single-stream blocks."""
+
+_TRANSFORMER_KEYS = (
+    "patch_size",
+    "in_channels",
+    "out_channels",
+    "num_layers",
+    "num_single_layers",
+    "attention_head_dim",
+    "num_attention_heads",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+    "guidance_embeds",
+    "axes_dims_rope",
+)
+_VAE_KEYS = (
+    "in_channels",
+    "out_channels",
+    "down_block_types",
+    "up_block_types",
+    "block_out_channels",
+    "layers_per_block",
+    "act_fn",
+    "latent_channels",
+    "norm_num_groups",
+    "sample_size",
+    "scaling_factor",
+    "shift_factor",
+    "latents_mean",
+    "latents_std",
+    "force_upcast",
+    "use_quant_conv",
+    "use_post_quant_conv",
+    "mid_block_add_attention",
+)
+_SILU = ("silu", "swish")
 
 
 @dataclass(frozen=True)
@@ -42,11 +81,13 @@ class TransformerConfig:
 
     @classmethod
     def of(cls, weights: Weights, config: Mapping[str, object]) -> TransformerConfig:
-        """The sizes of `weights`; `config` (of diffusers) only for what shapes do not tell.
+        """The sizes of `weights`; `config` (of diffusers) for what shapes do not tell.
 
-        Raises `CheckpointError` where neither tells how RoPE splits a head, or where the sizes
-        contradict each other.
+        Raises `CheckpointError` where neither tells how RoPE splits a head, and where the sizes
+        contradict each other or the config.
         """
+        check_class("transformer", config, "FluxTransformer2DModel")
+        check_unquantized("transformer", config)
         double = count_blocks(weights, r"transformer_blocks\.(\d{1,9})\.")
         single = count_blocks(weights, r"single_transformer_blocks\.(\d{1,9})\.")
         if not double + single:
@@ -59,7 +100,7 @@ class TransformerConfig:
             raise CheckpointError(
                 f"The transformer's width {width} is no multiple of its head size {head_dim}."
             )
-        return cls(
+        sizes = cls(
             in_channels=in_channels,
             out_channels=_shape(weights, "proj_out.weight", 2)[0],
             width=width,
@@ -72,6 +113,44 @@ class TransformerConfig:
             guidance_embedding=("time_text_embed.guidance_embedder.linear_1.weight" in weights),
             axes_dims=_axes_dims(config.get("axes_dims_rope"), head_dim),
         )
+        check_said("transformer", config, sizes._in_words_of_diffusers(config))
+        # Diffusers would pass over a guidance embedding, and draw another picture.
+        if sizes.guidance_embedding and "_class_name" in config and "guidance_embeds" not in config:
+            raise CheckpointError(
+                "The transformer has a guidance embedding, and its config.json does not say "
+                '"guidance_embeds": true, which diffusers takes for false: add it.'
+            )
+        return sizes
+
+    def _in_words_of_diffusers(self, config: Mapping[str, object]) -> dict[str, object]:
+        """What a config.json has to say, where it says anything."""
+        # Null stands for as many as go in.
+        in_as_out = self.in_channels == self.out_channels and config.get("out_channels", 0) is None
+        return {
+            # Latents come packed.
+            "patch_size": 1,
+            "in_channels": self.in_channels,
+            "out_channels": None if in_as_out else self.out_channels,
+            "num_layers": self.double_blocks,
+            "num_single_layers": self.single_blocks,
+            "attention_head_dim": self.head_dim,
+            "num_attention_heads": self.width // self.head_dim,
+            "joint_attention_dim": self.text_width,
+            "pooled_projection_dim": self.pooled_width,
+            "guidance_embeds": self.guidance_embedding,
+        }
+
+    def notices(self, config: Mapping[str, object]) -> tuple[str, ...]:
+        """A sentence for each thing in a checkpoint that may not be meant."""
+        told = unknown_keys("The transformer's config.json", config, _TRANSFORMER_KEYS)
+        blocks = (self.double_blocks, self.single_blocks)
+        if not config and self.width == _FLUX_WIDTH and blocks != _FLUX_BLOCKS:
+            told += (
+                f"The transformer has {blocks[0]} double-stream and {blocks[1]} single-stream "
+                f"blocks, FLUX.1's {_FLUX_BLOCKS[0]} and {_FLUX_BLOCKS[1]}: it is a pruned model, "
+                "or its file is incomplete",
+            )
+        return told
 
 
 @dataclass(frozen=True)
@@ -96,8 +175,15 @@ class VaeConfig:
         return 1 << (len(self.channels) - 1)
 
     @classmethod
-    def of(cls, weights: Weights, config: Mapping[str, object]) -> VaeConfig:
-        """The sizes of `weights`; constants from `config` (of diffusers), else FLUX.1's own."""
+    def of(cls, weights: Weights, given: Mapping[str, object] | None) -> VaeConfig:
+        """The sizes of `weights`; constants from the config.json (of diffusers) that was `given`.
+
+        What it lacks is diffusers' own default, and without any config FLUX.1's. Raises
+        `CheckpointError` where it contradicts the tensors, and for what is not computed.
+        """
+        config = {} if given is None else given
+        check_class("VAE", config, "AutoencoderKL")
+        check_unquantized("VAE", config)
         if "post_quant_conv.weight" in weights or "quant_conv.weight" in weights:
             raise CheckpointError(
                 "The VAE has quant convolutions, which FLUX.1's has not: it belongs to another "
@@ -105,21 +191,81 @@ class VaeConfig:
             )
         encoder = any(name.startswith("encoder.") for name in weights)
         channels, layers = _vae_levels(weights, encoder)
-        groups = int(_number(config, "norm_num_groups", 32))
+        groups = _number(config, "norm_num_groups", 32)
         if groups < 1 or any(width % groups for width in channels):
             raise CheckpointError(
-                f"The VAE's channels {list(channels)} do not split into {groups} groups: its "
+                f"The VAE's channels {list(channels)} do not split into {groups:g} groups: its "
                 'config.json must name the right "norm_num_groups".'
             )
-        return cls(
+        sizes = cls(
             latent_channels=_shape(weights, "decoder.conv_in.weight", 4)[1],
             channels=channels,
             layers=layers,
-            groups=groups,
-            scaling_factor=_number(config, "scaling_factor", 0.3611),
-            shift_factor=_number(config, "shift_factor", 0.1159),
+            groups=int(groups),
+            scaling_factor=_scaling_factor(given),
+            shift_factor=_shift_factor(given),
             encoder=encoder,
         )
+        check_said("VAE", config, sizes._in_words_of_diffusers(weights))
+        _check_computed(config)
+        return sizes
+
+    def _in_words_of_diffusers(self, weights: Weights) -> dict[str, object]:
+        """What a config.json has to say, where it says anything."""
+        levels = len(self.channels)
+        return {
+            "in_channels": 3,
+            "out_channels": _shape(weights, "decoder.conv_out.weight", 4)[0],
+            "block_out_channels": self.channels,
+            "down_block_types": ("DownEncoderBlock2D",) * levels,
+            "up_block_types": ("UpDecoderBlock2D",) * levels,
+            "layers_per_block": self.layers,
+            "latent_channels": self.latent_channels,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+            "mid_block_add_attention": True,
+        }
+
+    @staticmethod
+    def notices(config: Mapping[str, object]) -> tuple[str, ...]:
+        """A sentence for each thing in a checkpoint that may not be meant."""
+        return unknown_keys("The VAE's config.json", config, _VAE_KEYS)
+
+
+def _scaling_factor(config: Mapping[str, object] | None) -> float:
+    """FLUX.1's own without a config, else diffusers' default where it has none."""
+    factor = 0.3611 if config is None else _number(config, "scaling_factor", 0.18215)
+    if factor == 0:
+        raise CheckpointError("The VAE's config.json says scaling_factor 0, which divides latents.")
+    return factor
+
+
+def _shift_factor(config: Mapping[str, object] | None) -> float:
+    """FLUX.1's own without a config; diffusers has no default for it, and draws nothing then."""
+    if config is None:
+        return 0.1159
+    if config.get("shift_factor") is None:
+        raise CheckpointError(
+            "The VAE's config.json has no shift_factor, without which no FLUX.1 picture is "
+            "decoded: add the one that it was trained with (FLUX.1's is 0.1159)."
+        )
+    return _number(config, "shift_factor", 0.0)
+
+
+def _check_computed(config: Mapping[str, object]) -> None:
+    """Raise `CheckpointError` for what no tensor tells and nobody here computes."""
+    activation = config.get("act_fn", "silu")
+    if activation not in _SILU:
+        raise CheckpointError(
+            f"The VAE's config.json says act_fn {activation!r:.80}; silu is the one that is "
+            "computed, as FLUX.1's."
+        )
+    for key in ("latents_mean", "latents_std"):
+        if config.get(key) is not None:
+            raise CheckpointError(
+                f"The VAE's config.json sets {key}, which FLUX.1's has not: it belongs to another "
+                "model family."
+            )
 
 
 def _vae_levels(weights: Weights, encoder: bool) -> tuple[tuple[int, ...], int]:
@@ -166,9 +312,7 @@ def _shape(weights: Weights, name: str, rank: int) -> tuple[int, ...]:
 
 
 def _number(config: Mapping[str, object], key: str, default: float) -> float:
-    value = config.get(key)
-    if value is None:
-        return default
+    value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise CheckpointError(f"{key} in the VAE's config.json is {value!r}; a number is needed.")
     return value

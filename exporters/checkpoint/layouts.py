@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from exporters.checkpoint.agreement import check_index
 from exporters.checkpoint.checkpoint import Checkpoint, Part, read_json
 from exporters.checkpoint.names import canonical_transformer, canonical_vae
 from exporters.checkpoint.tensors import StoredTensor, read_tensors
@@ -68,8 +69,21 @@ def _open_diffusers(root: Path) -> Checkpoint:
     settings = index.get("_fluxdeploy", {})
     if not isinstance(settings, dict):
         raise CheckpointError(f"_fluxdeploy in {root}/model_index.json must be an object.")
+    for name in ("transformer", "vae"):
+        if name in parts and parts[name].given is None:
+            raise CheckpointError(
+                f"{root / name} has no config.json, which says what its tensors do not: the "
+                "download is incomplete."
+            )
     return Checkpoint(
-        root, "diffusers", parts, absent, _tokenizers(root), read_json(scheduler), settings
+        root,
+        "diffusers",
+        parts,
+        absent,
+        _tokenizers(root),
+        read_json(scheduler),
+        settings,
+        check_index(index),
     )
 
 
@@ -103,7 +117,7 @@ def _open_bfl(path: Path) -> Checkpoint:
     tensors = _without_prefix(tensors, (_COMFY_PREFIX,))
     config = root / "config.json"
     parts["transformer"] = Part(
-        canonical_transformer(tensors), read_json(config) if config.is_file() else {}
+        canonical_transformer(tensors), read_json(config) if config.is_file() else None
     )
     vaes = [file for file, kinds in found.items() if "vae" in kinds]
     # A VAE inside the transformer's own file is the one that belongs to it.
@@ -114,7 +128,7 @@ def _open_bfl(path: Path) -> Checkpoint:
     if vaes:
         tensors = _without_prefix(read_tensors(vaes), _VAE_PREFIXES)
         config = root / "vae" / "config.json"
-        parts["vae"] = Part(canonical_vae(tensors), read_json(config) if config.is_file() else {})
+        parts["vae"] = Part(canonical_vae(tensors), read_json(config) if config.is_file() else None)
     else:
         _add(parts, absent, "vae", root / "vae", canonical_vae)
         absent["vae"] = "ae.safetensors, or a folder vae/, must stand beside the transformer"
@@ -186,7 +200,7 @@ def _add(
     if folder.is_dir():
         weights = canonical(read_tensors(_weight_files(folder)))
         config = folder / "config.json"
-        parts[name] = Part(weights, read_json(config) if config.is_file() else {})
+        parts[name] = Part(weights, read_json(config) if config.is_file() else None)
 
 
 def _add_text_encoders(parts: dict[str, Part], absent: dict[str, str], root: Path) -> None:

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CLIPTextConfig, T5Config
+from transformers import CLIPTextConfig, GenerationConfig, T5Config
 from transformers.activations import ACT2FN
 
+from exporters.checkpoint.agreement import check_same, check_unquantized, unknown_keys
 from exporters.checkpoint.config import count_blocks
 from exporters.checkpoint.tensors import StoredTensor, Weights
 from fluxdeploy.errors import CheckpointError
 
-__all__ = ["text_config", "with_aliases"]
+__all__ = ["is_spare", "text_config", "unknown_text_keys", "with_aliases"]
+
+_CLIP_PREFIX = "text_model."
+_SPARE = {
+    "clip": r"text_model\.(embeddings\.position_ids|(text|visual)_projection\.weight|logit_scale"
+    r"|vision_model\..*)",
+    "t5": r"encoder\.embed_tokens\.weight|decoder\..*|lm_head\.weight",
+}
+_LEGACY = (
+    "dropout",
+    "gradient_checkpointing",
+    "logit_scale_init_value",
+    "n_positions",
+    "output_past",
+    "task_specific_params",
+    "text_config",
+    "text_config_dict",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "torchscript",
+    "use_bfloat16",
+    "vision_config",
+    "vision_config_dict",
+)
+"""Keys of published configs that no version of the encoders reads any more."""
 
 _MODEL_TYPES = {"clip": ("clip_text_model", "clip"), "t5": ("t5",)}
 
@@ -21,13 +47,36 @@ _MODEL_TYPES = {"clip": ("clip_text_model", "clip"), "t5": ("t5",)}
 def with_aliases(weights: dict[str, StoredTensor], name: str) -> dict[str, StoredTensor]:
     """A text encoder's tensors under one name each, whatever version of transformers saved them."""
     if name == "clip":
-        return {
-            key if key.startswith("text_model.") else f"text_model.{key}": tensor
-            for key, tensor in weights.items()
-        }
-    if "shared.weight" not in weights and "encoder.embed_tokens.weight" in weights:
-        weights["shared.weight"] = weights["encoder.embed_tokens.weight"]
+        return _with_prefix(weights)
+    embedding = weights.get("encoder.embed_tokens.weight")
+    if embedding is not None:
+        check_same(weights.setdefault("shared.weight", embedding), embedding)
     return weights
+
+
+def _with_prefix(weights: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    prefixed: dict[str, StoredTensor] = {}
+    for key, tensor in weights.items():
+        full = key if key.startswith(_CLIP_PREFIX) else f"{_CLIP_PREFIX}{key}"
+        if full in prefixed:
+            check_same(prefixed[full], tensor)
+        prefixed[full] = tensor
+    return prefixed
+
+
+def is_spare(part: str, tensor: str) -> bool:
+    """Whether a tensor of a text encoder's file is one that no picture needs.
+
+    Whole CLIP and T5 models have a second half, and older files a buffer.
+    """
+    return part in _SPARE and re.fullmatch(_SPARE[part], tensor) is not None
+
+
+def unknown_text_keys(name: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """A sentence on the keys of a text encoder's config.json that transformers does not know."""
+    kind = CLIPTextConfig if name == "clip" else T5Config
+    known = {*kind().to_dict(), *GenerationConfig().to_dict(), *_LEGACY}
+    return unknown_keys(f"The {name} text encoder's config.json", config, known)
 
 
 def text_config(name: str, weights: Weights, config: Mapping[str, Any]) -> Any:
@@ -35,6 +84,7 @@ def text_config(name: str, weights: Weights, config: Mapping[str, Any]) -> Any:
 
     Raises `CheckpointError` where it is missing, of another model, or contradicts the tensors.
     """
+    check_unquantized(f"{name} text encoder", config)
     if not config:
         raise CheckpointError(f"The {name} text encoder has no config.json beside its weights.")
     kind = config.get("model_type", _MODEL_TYPES[name][0])

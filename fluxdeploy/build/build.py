@@ -37,7 +37,7 @@ def build(request: BuildRequest, destination: Path, progress: Progress) -> Bundl
         progress.note(f"{warning}.")
     with Staging(destination) as staging:
         run = BuildRun(spec, staging, progress)
-        tokenizers = {name: make_tokenizer(name, run) for name in checkpoint.tokenizers}
+        tokenizers = {name: make_tokenizer(name, run) for name in spec.tokenizers}
         task = progress.task("Exporting components", total=len(spec.components))
         components = {}
         for component in spec.components:

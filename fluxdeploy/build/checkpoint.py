@@ -5,27 +5,37 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from fluxdeploy.build.sizes import LONGEST_SIDE, MOST_STEPS, MOST_TEXT
 from fluxdeploy.bundle.files import HashCache
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from fluxdeploy.errors import CheckpointError, MissingDependencyError, UsageError
 from fluxdeploy.progress import Progress
+from fluxdeploy.sampling.schedule import sigmas
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
+    from exporters.tokenizers import CanonicalTokenizer
     from fluxdeploy.bundle import Bundle
 
 __all__ = [
     "CheckpointHashes",
+    "check_drawable",
     "check_family",
     "checkpoint_record",
     "find_checkpoint",
     "hash_checkpoint",
     "open_recorded",
 ]
+
+_MOST_GUIDANCE = 1000.0
+"""Guidance is trained at some 1 to 10, and enters as a sine of a thousand times its value."""
 
 
 def find_checkpoint(checkpoint: str | None) -> Checkpoint:
@@ -87,6 +97,56 @@ def open_recorded(bundle: Bundle, name: str, progress: Progress) -> Checkpoint:
             "layout differ."
         )
     return checkpoint
+
+
+def check_drawable(checkpoint: Checkpoint, tokenizers: Mapping[str, CanonicalTokenizer]) -> None:
+    """Refuse a checkpoint whose recorded sizes its networks, tokenizers or engines do not take.
+
+    Raises `CheckpointError`, naming both sides.
+    """
+    defaults = checkpoint.defaults
+    limits = {
+        "height": LONGEST_SIDE,
+        "width": LONGEST_SIDE,
+        "num_inference_steps": MOST_STEPS,
+        "max_sequence_length": MOST_TEXT,
+        "guidance_scale": _MOST_GUIDANCE,
+    }
+    for name, most in limits.items():
+        if getattr(defaults, name) > most:
+            raise CheckpointError(
+                f"_fluxdeploy.{name} in model_index.json is {getattr(defaults, name):g}; at most "
+                f"{most:g} can be drawn with."
+            )
+    rows = {"clip": checkpoint.clip.vocab_size, "t5": checkpoint.t5.vocab_size}
+    for name, tokenizer in tokenizers.items():
+        if tokenizer.largest_id >= rows[name]:
+            raise CheckpointError(
+                f"The {name} tokenizer has ids up to {tokenizer.largest_id}, and the text encoder "
+                f"embeds {rows[name]}: they belong to different checkpoints."
+            )
+    longest, positions = tokenizers["clip"].max_length, checkpoint.clip.max_position_embeddings
+    if longest != positions:
+        raise CheckpointError(
+            f"The clip tokenizer pads to {longest} tokens, and the text encoder has {positions} "
+            "positions: they belong to different checkpoints."
+        )
+    _check_levels(checkpoint)
+
+
+def _check_levels(checkpoint: Checkpoint) -> None:
+    """Refuse a schedule whose noise levels do not fall, for some size of a picture."""
+    step, defaults = checkpoint.token_pixels, checkpoint.defaults
+    usual = (defaults.height // step) * (defaults.width // step)
+    for tokens in (1, usual, (LONGEST_SIDE // step) ** 2):
+        with np.errstate(all="ignore"), suppress(OverflowError, ZeroDivisionError):
+            levels = sigmas(checkpoint.schedule, max(2, defaults.num_inference_steps), tokens)
+            if 0 < levels[0] <= 1 + 1e-6 and (np.diff(levels) < 0).all():
+                continue
+        raise CheckpointError(
+            f"The scheduler's noise levels do not fall from 1 to 0 for a picture of {tokens} image "
+            "tokens: the shifts in its config are out of any range."
+        )
 
 
 def check_family(checkpoint: Checkpoint) -> None:

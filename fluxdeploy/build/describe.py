@@ -40,7 +40,7 @@ def describe(
         rope=checkpoint.rope,
         schedule=run.spec.schedule,
         tokenizers=tokenizers,
-        defaults=checkpoint.defaults,
+        defaults=run.spec.defaults,
         quality=QualityRecord(row.min_psnr, row.min_ssim, row.min_sqnr),
         provenance={
             "checkpoint": {

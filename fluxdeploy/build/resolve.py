@@ -7,19 +7,20 @@ and no weight.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines import Runtime
-from fluxdeploy.build.checkpoint import check_family
+from fluxdeploy.build.checkpoint import check_drawable, check_family
 from fluxdeploy.build.sizes import SizeRange, any_size, overall, resolution_buckets
-from fluxdeploy.bundle.manifest import DimensionRange, EngineRecord, ScheduleSpec
+from fluxdeploy.bundle.manifest import Defaults, DimensionRange, EngineRecord, ScheduleSpec
 from fluxdeploy.kernels import AttentionKernels
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
     from exporters.export import ExportSpec
+    from exporters.tokenizers import CanonicalTokenizer
 
 __all__ = ["BuildRequest", "BuildSpec", "ComponentSpec", "list_engines", "resolve"]
 
@@ -83,6 +84,8 @@ class BuildSpec:
     request: BuildRequest
     checkpoint: Checkpoint
     schedule: ScheduleSpec
+    defaults: Defaults
+    tokenizers: Mapping[str, CanonicalTokenizer]
     runtime: Runtime
     targets: tuple[str, ...]
     components: tuple[ComponentSpec, ...]
@@ -98,12 +101,15 @@ def resolve(
 
     A component that the checkpoint lacks and a bundle may lack is left out. Raises `UsageError` for
     names, precisions and sizes that do not exist, and `CheckpointError` for a checkpoint that is
-    incomplete, whose networks do not belong together, or whose scheduler no host has.
+    incomplete, that contradicts itself, whose parts do not belong together, or whose scheduler no
+    host has.
     """
     from exporters.components.registry import COMPONENTS, choose_precisions
-    from exporters.export import specify
+    from exporters.export import check_all_used, specify
 
     check_family(checkpoint)
+    tokenizers = _tokenizers(checkpoint)
+    check_drawable(checkpoint, tokenizers)
     asked = choose_precisions(COMPONENTS, request.precision, request.component_precision)
     components = []
     for name, component in COMPONENTS.items():
@@ -119,7 +125,35 @@ def resolve(
         engines = list_engines(runtime, targets, name, overall(profiles))
         kernels = runtime.attention(targets[0], precision, compute)
         components.append(ComponentSpec(export, kernels, profiles, engines))
-    return BuildSpec(request, checkpoint, checkpoint.schedule, runtime, targets, tuple(components))
+    check_all_used(checkpoint, [component.export for component in components], COMPONENTS)
+    return BuildSpec(
+        request,
+        checkpoint,
+        checkpoint.schedule,
+        _defaults(request, checkpoint, runtime),
+        tokenizers,
+        runtime,
+        targets,
+        tuple(components),
+    )
+
+
+def _tokenizers(checkpoint: Checkpoint) -> dict[str, CanonicalTokenizer]:
+    from exporters.tokenizers import canonical_tokenizer
+
+    lengths = {"clip": None, "t5": checkpoint.max_text_tokens}
+    return {
+        name: canonical_tokenizer(checkpoint.tokenizer(name), name, length)
+        for name, length in lengths.items()
+    }
+
+
+def _defaults(request: BuildRequest, checkpoint: Checkpoint, runtime: Runtime) -> Defaults:
+    """What hosts use: the checkpoint's, in the size that engines are tuned for."""
+    if not runtime.builds or request.sizes.opt is None:
+        return checkpoint.defaults
+    height, width = request.sizes.opt
+    return replace(checkpoint.defaults, height=height, width=width)
 
 
 def _profiles(

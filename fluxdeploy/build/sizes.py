@@ -10,12 +10,23 @@ from dataclasses import dataclass
 from fluxdeploy.bundle.manifest import Defaults, DimensionRange, LatentSpec
 from fluxdeploy.errors import UsageError
 
-__all__ = ["SizeRange", "any_size", "overall", "resolution_buckets"]
+__all__ = [
+    "LONGEST_SIDE",
+    "MOST_STEPS",
+    "MOST_TEXT",
+    "SizeRange",
+    "any_size",
+    "overall",
+    "resolution_buckets",
+]
 
+MOST_TEXT = 4096
+"""Text tokens that a checkpoint may record: T5's attention takes their square."""
+MOST_STEPS = 1000
+LONGEST_SIDE = 4096
+"""Pixels of a picture's side."""
 _LEAST_TEXT = 64
-_MOST_TEXT = 512
-_MOST_STEPS = 1000
-_LONGEST_SIDE = 4096
+_USUAL_TEXT = 512
 _LEAST_SIDE = 64
 """TensorRT fuses attention only where the joint sequence has no fewer than about 32 tokens."""
 _NARROW = 1024
@@ -43,11 +54,11 @@ def any_size(
 ) -> dict[str, DimensionRange]:
     """What a runtime without profiles takes: up to where attention fills any machine's memory."""
     step = latents.patch_size * latents.spatial_factor
-    most = (_LONGEST_SIDE // step) ** 2
+    most = (LONGEST_SIDE // step) ** 2
     image = (defaults.height // step) * (defaults.width // step)
     sides = {
-        "H": DimensionRange(step, defaults.height, _LONGEST_SIDE),
-        "W": DimensionRange(step, defaults.width, _LONGEST_SIDE),
+        "H": DimensionRange(step, defaults.height, LONGEST_SIDE),
+        "W": DimensionRange(step, defaults.width, LONGEST_SIDE),
     }
     ranges = _ranges(DimensionRange(1, image, most), 1, sides, 64, defaults, latents)
     return {symbol: ranges[symbol] for symbol in sorted(symbols)}
@@ -111,13 +122,13 @@ def _ranges(
     `text_from` is the least number of text tokens.
     """
     usual = defaults.max_sequence_length
-    text = DimensionRange(text_from, usual, max(usual, _MOST_TEXT))
+    text = DimensionRange(text_from, usual, max(usual, _USUAL_TEXT))
     ranges = {
         "B": DimensionRange(1, 1, batch),
         "S": text,
         "L": image,
         "T": DimensionRange(text.min + image.min, text.opt + image.opt, text.max + image.max),
-        "N": DimensionRange(1, defaults.num_inference_steps, _MOST_STEPS),
+        "N": DimensionRange(1, defaults.num_inference_steps, MOST_STEPS),
         **sides,
     }
     factor = latents.spatial_factor

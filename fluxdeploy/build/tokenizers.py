@@ -15,15 +15,8 @@ _TOOLS = ("transformers", "tokenizers")
 
 
 def make_tokenizer(name: str, run: BuildRun) -> TokenizerRecord:
-    """Put the tokenizer of a text encoder into the staging folder.
-
-    Raises `CheckpointError` for a folder that is missing or broken.
-    """
-    from exporters.tokenizers import canonical_tokenizer
-
-    checkpoint = run.spec.checkpoint
-    longest = checkpoint.max_text_tokens if name == "t5" else None
-    made = canonical_tokenizer(checkpoint.tokenizer(name), name, longest)
+    """Put the tokenizer of a text encoder into the staging folder."""
+    made = run.spec.tokenizers[name]
     data = made.text.encode()
     path, artifact = f"tokenizers/{name}.json", f"tokenizer.{name}"
     tools = {tool: importlib.metadata.version(tool) for tool in _TOOLS}

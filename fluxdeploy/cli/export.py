@@ -78,7 +78,7 @@ def command(
         choose_precisions,
         find_component,
     )
-    from exporters.export import export_component, specify
+    from exporters.export import check_all_used, export_component, specify
     from exporters.weights.bind import WeightFolder
 
     if no_split and "conditioner" in components:
@@ -91,6 +91,7 @@ def command(
         for component in chosen
         if component.present(source)
     ]
+    check_all_used(source, specs, known)
     folder = WeightFolder(out / "weights")
     files = {}
     with Progress(quiet=as_json) as progress:

@@ -389,12 +389,15 @@ def test_fill_variant(
     folder: Path = request.getfixturevalue(layout)
     path = folder / (TRANSFORMER if layout == "copy" else "flux1.safetensors")
     edit_tensors(path, change_tensor(name, torch.zeros(96, 384)))
+    config = folder / ("transformer/config.json" if layout == "copy" else "config.json")
+    edit_json(config, in_channels=384, out_channels=64)
     assert_refused(build(folder, tmp_path / "out"), "takes 384 channels", "Fill")
     assert not (tmp_path / "out").exists()
 
 
 def test_text_encoder_of_another_checkpoint(copy: Path, tmp_path: Path) -> None:
     edit_tensors(copy / TRANSFORMER, change_tensor("context_embedder.weight", torch.zeros(96, 50)))
+    edit_json(copy / "transformer/config.json", joint_attention_dim=50)
     assert_refused(build(copy, tmp_path / "out"), "T5's width is 48", "trained on 50")
 
 

@@ -225,7 +225,7 @@ def test_schedule_of_a_checkpoint_without_scheduler(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"_class_name": "EulerDiscreteScheduler"}, "The scheduler is EulerDiscreteScheduler"),
+        ({"_class_name": "EulerDiscreteScheduler"}, "is one of a 'EulerDiscreteScheduler'"),
         ({"use_karras_sigmas": True}, "use_karras_sigmas"),
         ({"stochastic_sampling": True}, "stochastic_sampling"),
         ({"num_train_timesteps": 500}, "num_train_timesteps"),

@@ -68,10 +68,11 @@ def find_shortages(
 
 
 def find_remarks(spec: BuildSpec, usual: RunMemory, free: int | None) -> Iterator[str]:
-    """What a user should know of engines that will be built.
+    """What a user should know of the checkpoint, and of engines that will be built.
 
     usual: what a picture of the usual size takes. free: bytes of memory, None where unknown.
     """
+    yield from spec.checkpoint.notices
     runtime, targets = spec.runtime, spec.targets
     told: dict[str, list[str]] = {}
     for target in targets:

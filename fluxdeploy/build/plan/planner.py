@@ -44,10 +44,6 @@ in 8 bits, as it is and transposed."""
 _GRAPH, _STAGE = 100_000, 35_000
 """Bytes of an ONNX file, and of each of its stages."""
 
-_TOKENIZER = 3
-"""Bytes of a bundle's `tokenizer.json` for one of the checkpoint's folder, at most: a piece of a
-`spiece.model` has about 15 of them, and becomes 35."""
-
 
 def make_plan(spec: BuildSpec, destination: Path) -> Plan:
     """Plan a build at `destination`.
@@ -141,12 +137,7 @@ class _Planner:
         folder = existing_folder(self.destination)
         files = {file for part in parts.values() for file in part.sources}
         copied = sum(file.stat().st_size for file in files if not can_link(file, folder))
-        tokenizers = _TOKENIZER * sum(
-            file.stat().st_size
-            for name in ("clip", "t5")
-            for file in self.checkpoint.tokenizer(name).iterdir()
-            if file.is_file()
-        )
+        tokenizers = sum(len(made.text.encode()) for made in self.spec.tokenizers.values())
         graphs = sum(
             _GRAPH + _STAGE * len(component.export.chain.stages)
             for component in self.components.values()
