@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ __all__ = [
     "check_family",
     "checkpoint_record",
     "find_checkpoint",
+    "find_text_remarks",
     "hash_checkpoint",
     "open_recorded",
 ]
@@ -134,19 +135,32 @@ def check_drawable(checkpoint: Checkpoint, tokenizers: Mapping[str, CanonicalTok
     _check_levels(checkpoint)
 
 
-def _check_levels(checkpoint: Checkpoint) -> None:
-    """Refuse a schedule whose noise levels do not fall, for some size of a picture."""
-    step, defaults = checkpoint.token_pixels, checkpoint.defaults
-    usual = (defaults.height // step) * (defaults.width // step)
-    for tokens in (1, usual, (LONGEST_SIDE // step) ** 2):
-        with np.errstate(all="ignore"), suppress(OverflowError, ZeroDivisionError):
-            levels = sigmas(checkpoint.schedule, max(2, defaults.num_inference_steps), tokens)
-            if 0 < levels[0] <= 1 + 1e-6 and (np.diff(levels) < 0).all():
-                continue
-        raise CheckpointError(
-            f"The scheduler's noise levels do not fall from 1 to 0 for a picture of {tokens} image "
-            "tokens: the shifts in its config are out of any range."
+def find_text_remarks(
+    checkpoint: Checkpoint, tokenizers: Mapping[str, CanonicalTokenizer]
+) -> Iterator[str]:
+    """What a user should know of text encoders and tokenizers that go together, and yet may not."""
+    end, suffix = checkpoint.clip.eos_token_id, tokenizers["clip"].suffix
+    # 2 is what configs of before 2023 say, and means the largest id: see `ClipPooling`.
+    if end != 2 and end not in suffix:
+        yield (
+            f"the clip text encoder's config.json says eos_token_id {end}, and its tokenizer ends "
+            f"prompts with {', '.join(map(str, suffix)) or 'nothing'}: as in transformers, the "
+            "pooled embedding is then the same for every prompt"
         )
+
+
+def _check_levels(checkpoint: Checkpoint) -> None:
+    """Refuse a schedule whose noise levels do not fall, for a picture of the usual size."""
+    step, defaults = checkpoint.token_pixels, checkpoint.defaults
+    tokens = (defaults.height // step) * (defaults.width // step)
+    with np.errstate(all="ignore"), suppress(OverflowError, ZeroDivisionError):
+        levels = sigmas(checkpoint.schedule, max(2, defaults.num_inference_steps), tokens)
+        if 0 < levels[0] <= 1 + 1e-6 and (np.diff(levels) < 0).all():
+            return
+    raise CheckpointError(
+        f"The scheduler's noise levels do not fall from 1 to 0 for a picture of {tokens} image "
+        "tokens: the shifts in its config are out of any range."
+    )
 
 
 def check_family(checkpoint: Checkpoint) -> None:

@@ -16,7 +16,7 @@ from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.checkpoint.config import TransformerConfig
 from exporters.components.registry import COMPONENTS
 from exporters.export import check_all_used, specify
-from fluxdeploy.build.checkpoint import check_drawable
+from fluxdeploy.build.checkpoint import check_drawable, find_text_remarks
 from fluxdeploy.build.resolve import BuildRequest, BuildSpec, resolve
 from fluxdeploy.build.sizes import SizeRange
 from fluxdeploy.errors import CheckpointError
@@ -354,7 +354,7 @@ def test_settings_that_nothing_draws_with(copy: Path, settings: dict[str, Any], 
         {"shift": 1e-300, "use_dynamic_shifting": False},
         {"max_shift": 1e6},
         {"max_shift": -1e6},
-        {"base_shift": -3.0, "time_shift_type": "linear"},
+        {"max_shift": -3.0, "time_shift_type": "linear"},
         {"shift_terminal": 1.0},
         {"shift_terminal": -0.5},
     ],
@@ -398,6 +398,14 @@ def test_tokenizer_with_another_length_than_positions(copy: Path) -> None:
     edit_json(copy / "tokenizer/tokenizer_config.json", model_max_length=64)
     with pytest.raises(CheckpointError, match=r"pads to 64 tokens, .* has 77 positions"):
         settle(copy)
+
+
+@pytest.mark.parametrize(("end", "told"), [(2, False), (None, False), (7, True)])
+def test_end_of_text_that_no_prompt_has(copy: Path, end: int | None, told: bool) -> None:
+    if end is not None:
+        edit_json(copy / "text_encoder/config.json", eos_token_id=end)
+    remarks = find_text_remarks(open_checkpoint(copy), settle_tokenizers(copy))
+    assert any(f"eos_token_id {end}" in remark for remark in remarks) is told
 
 
 @pytest.mark.parametrize("target", ["sm89", "sm120"])

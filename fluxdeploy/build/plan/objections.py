@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from fluxdeploy.build.checkpoint import find_text_remarks
 from fluxdeploy.build.plan.figures import DiskPlan, Phase, RunMemory
 from fluxdeploy.build.resolve import BuildSpec
 from fluxdeploy.machine import Memory
@@ -73,6 +74,7 @@ def find_remarks(spec: BuildSpec, usual: RunMemory, free: int | None) -> Iterato
     usual: what a picture of the usual size takes. free: bytes of memory, None where unknown.
     """
     yield from spec.checkpoint.notices
+    yield from find_text_remarks(spec.checkpoint, spec.tokenizers)
     runtime, targets = spec.runtime, spec.targets
     told: dict[str, list[str]] = {}
     for target in targets:
