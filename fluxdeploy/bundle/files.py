@@ -25,6 +25,7 @@ __all__ = [
     "disk_errors",
     "hash_files",
     "link_or_copy",
+    "read_whole",
     "replacing",
     "sha256_file",
     "sync_file",
@@ -38,6 +39,22 @@ OnBytes = Callable[[int], None]
 
 _CHUNK = 4 << 20
 _HASH_THREADS = 4
+
+_READ_FLAGS = (
+    os.O_RDONLY
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_NOCTTY", 0)
+    | getattr(os, "O_BINARY", 0)
+)
+"""Another file may take the name after it was looked at; these make opening harmless then."""
+
+_KINDS = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 _WORDS = {
     errno.ENOSPC: "the disk is full; free some space and run the command again",
@@ -67,6 +84,39 @@ def disk_errors(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
         reason = error.strerror or str(error) or type(error).__name__
         words = _WORDS.get(error.errno or 0, reason)
         raise BundleError(f"Cannot {what} {os.fspath(path)}: {words}.") from error
+
+
+def read_whole(path: str | os.PathLike[str], limit: int) -> bytes:
+    """All bytes of a regular file that has at most `limit` of them; links are followed.
+
+    Never waits for a pipe's writer, and never holds more than `limit` bytes, also of a file that
+    grows or whose size the system does not know, as in /proc. Raises `OSError` with the reason
+    as its `strerror`: the file cannot be read, is of another kind, or has too many bytes.
+    """
+    # Asked before opening: that alone waits for a pipe's writer, or does something to a device.
+    _check_regular(os.stat(path), limit)
+    descriptor = os.open(path, _READ_FLAGS)
+    try:
+        _check_regular(os.fstat(descriptor), limit)
+        data = bytearray()
+        while chunk := os.read(descriptor, min(_CHUNK, limit + 1 - len(data))):
+            data += chunk
+            if len(data) > limit:
+                raise OSError(0, f"it has more than the {limit} bytes that are allowed")
+    finally:
+        os.close(descriptor)
+    return bytes(data)
+
+
+def _check_regular(status: os.stat_result, limit: int) -> None:
+    mode = status.st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "of an unknown kind")
+        raise OSError(0, f"it is {kind}, not a regular file")
+    if status.st_size > limit:
+        raise OSError(0, f"it has {status.st_size} bytes, and at most {limit} are allowed")
 
 
 def sha256_file(path: str | os.PathLike[str], on_bytes: OnBytes | None = None) -> str:
