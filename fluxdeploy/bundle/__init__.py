@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Literal
 
 from fluxdeploy.bundle.files import disk_errors, hash_files, read_whole
-from fluxdeploy.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, from_json, path_problem
+from fluxdeploy.bundle.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST,
+    FileRecord,
+    Manifest,
+    from_json,
+    path_problem,
+)
 from fluxdeploy.errors import BundleError
 
 __all__ = ["Bundle", "open_bundle"]
 
 _SMALL = 64 << 20
-_MAX_MANIFEST = 4 << 20
-"""A full-size model's has some 30 KiB; reading as much of any JSON takes less than a second."""
 _REBUILD = "Build the bundle again with `fluxdeploy build`."
 
 
@@ -81,7 +86,7 @@ def open_bundle(
 def _read_manifest(root: Path) -> bytes:
     with disk_errors("read", root / MANIFEST_NAME):
         try:
-            return read_whole(root / MANIFEST_NAME, _MAX_MANIFEST)
+            return read_whole(root / MANIFEST_NAME, MAX_MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
             pass
     real = Path(os.path.realpath(root))
