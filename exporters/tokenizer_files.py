@@ -129,7 +129,10 @@ def checked_folder(folder: Path, kind: Kind) -> Iterator[Path]:
         for name, data in files.items():
             with disk_errors("write", Path(scratch, name)):
                 Path(scratch, name).write_bytes(data)
-        yield Path(scratch)
+        try:
+            yield Path(scratch)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(scratch, str(folder))) from error
 
 
 def _check_vocabulary_is_there(folder: Path, kind: Kind) -> None:
