@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
 from collections.abc import Mapping
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError
 from fluxdeploy.kernels import AttentionKernels
 from fluxdeploy.machine import describe_cpu
+from fluxdeploy.native import native_errors, try_threads
 from fluxdeploy.precision import PRECISIONS, Quantization
 
 if TYPE_CHECKING:
@@ -166,10 +168,10 @@ def _session(
         # The default tries every algorithm for each new size of picture, for seconds.
         choices = {"device_id": options.device, "cudnn_conv_algo_search": "HEURISTIC"}
         provider.insert(0, ("CUDAExecutionProvider", choices))
-    try:
+    with native_errors(EngineError, f"ONNX Runtime cannot open {component} ({path})"):
+        # A session that gets some of its threads and not all hangs.
+        try_threads(options.threads or os.cpu_count() or 1)
         session = onnxruntime.InferenceSession(str(path), settings, providers=provider)
-    except Exception as error:  # the runtime raises a class of its own for every status
-        raise EngineError(f"ONNX Runtime cannot open {component} ({path}): {error}") from error
     # Where the provider's libraries do not load, the runtime goes to the CPU with no more than a
     # warning, and a bundle for GPUs would be slow, or lack kernels, without a word.
     if _PROVIDERS[target] not in session.get_providers():
@@ -194,6 +196,10 @@ def _load_cuda_libraries() -> str:
     return f" {lines[0]}" if lines else ""
 
 
+def _running(component: str) -> AbstractContextManager[None]:
+    return native_errors(EngineError, f"{component} failed in ONNX Runtime")
+
+
 class _OnnxRuntimeEngine(Engine):
     def __init__(
         self,
@@ -216,12 +222,8 @@ class _OnnxRuntimeEngine(Engine):
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         check_inputs(self.component, self.inputs, self.dimensions, inputs)
         names = [spec.name for spec in self.outputs]
-        try:
+        with _running(self.component):
             outputs = self.session.run(names, dict(inputs))
-        except EngineError:
-            raise
-        except Exception as error:
-            raise EngineError(f"{self.component} failed in ONNX Runtime: {error}") from error
         return dict(zip(names, outputs, strict=True))
 
     def bind(self, resident: Mapping[str, Array]) -> Binding:
@@ -249,25 +251,22 @@ class _OnnxRuntimeBinding(Binding):
         self._resident = {
             spec.name: np.array(resident[spec.name], order="C") for spec in self._inputs.resident
         }
-        for name, array in self._resident.items():
-            value = onnxruntime.OrtValue.ortvalue_from_numpy(array, *device)
-            self._binding.bind_ortvalue_input(name, value)
+        with _running(engine.component):
+            for name, array in self._resident.items():
+                value = onnxruntime.OrtValue.ortvalue_from_numpy(array, *device)
+                self._binding.bind_ortvalue_input(name, value)
 
     def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         engine = self._engine
         sizes = self._inputs.check(inputs)
-        if sizes != self._output_sizes:
-            self._bind_outputs(sizes)
-        # Held until the run is over.
-        arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
-        for name, array in arrays.items():
-            self._binding.bind_cpu_input(name, array)
-        try:
+        with _running(engine.component):
+            if sizes != self._output_sizes:
+                self._bind_outputs(sizes)
+            # Held until the run is over.
+            arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+            for name, array in arrays.items():
+                self._binding.bind_cpu_input(name, array)
             engine.session.run_with_iobinding(self._binding)
-        except EngineError:
-            raise
-        except Exception as error:
-            raise EngineError(f"{engine.component} failed in ONNX Runtime: {error}") from error
         return self._outputs
 
     def _bind_outputs(self, sizes: dict[str, int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from engines.base import Array, Availability, Binding, Engine, EngineOptions, Ex
 from engines.tensors import BoundInputs
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError
+from fluxdeploy.native import native_errors
 from fluxdeploy.precision import PRECISIONS, Precision
 
 if TYPE_CHECKING:
@@ -87,7 +89,16 @@ def _core() -> openvino.Core:
 def _compile(
     path: Path, compute: str, options: EngineOptions, component: str
 ) -> openvino.CompiledModel:
-    core = _core()
+    with native_errors(EngineError, f"OpenVINO cannot open {component} ({path})"):
+        core = _core()
+        return core.compile_model(
+            core.read_model(path), "CPU", _settings(core, compute, options, component)
+        )
+
+
+def _settings(
+    core: openvino.Core, compute: str, options: EngineOptions, component: str
+) -> dict[str, Any]:
     has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     narrow = compute == "bf16" and has_bf16 and component not in _WIDE
     settings: dict[str, Any] = {
@@ -98,10 +109,11 @@ def _compile(
     }
     if options.threads is not None:
         settings["INFERENCE_NUM_THREADS"] = options.threads
-    try:
-        return core.compile_model(core.read_model(path), "CPU", settings)
-    except Exception as error:  # the runtime raises RuntimeError and classes of its own
-        raise EngineError(f"OpenVINO cannot open {component} ({path}): {error}") from error
+    return settings
+
+
+def _running(component: str) -> AbstractContextManager[None]:
+    return native_errors(EngineError, f"{component} failed in OpenVINO")
 
 
 class _OpenVinoEngine(Engine):
@@ -137,7 +149,8 @@ class _OpenVinoBinding(Binding):
 
     def __init__(self, engine: _OpenVinoEngine, resident: Mapping[str, Array]) -> None:
         self._engine = engine
-        self._request = engine.model().create_infer_request()
+        with _running(engine.component):
+            self._request = engine.model().create_infer_request()
         self._inputs = BoundInputs(engine, resident)
         # A copy, so that the caller may reuse the array, and kept, since a request does not own it.
         self._resident = {
@@ -149,13 +162,11 @@ class _OpenVinoBinding(Binding):
         engine = self._engine
         engine.model()  # A request would go on working with a closed engine.
         self._inputs.check(inputs)
-        # Held until the run is over.
-        arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
-        self._place(arrays)
-        try:
+        with _running(engine.component):
+            # Held until the run is over.
+            arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+            self._place(arrays)
             self._request.infer(share_outputs=True)
-        except Exception as error:
-            raise EngineError(f"{engine.component} failed in OpenVINO: {error}") from error
         return {spec.name: self._request.get_tensor(spec.name).data for spec in engine.outputs}
 
     def _place(self, arrays: Mapping[str, Array]) -> None:

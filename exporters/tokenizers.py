@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -20,52 +20,20 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer as Backend
 
+from exporters.tokenizer_files import KINDS, Kind, broken, checked_folder
 from fluxdeploy.errors import CheckpointError
+from fluxdeploy.native import native_errors
 
 __all__ = ["CanonicalTokenizer", "CheckpointTokenizer", "canonical_tokenizer", "open_tokenizer"]
-
-_DOCUMENT, _CONFIG = "tokenizer.json", "tokenizer_config.json"
-_OBJECTS = (_DOCUMENT, _CONFIG, "vocab.json", "special_tokens_map.json", "added_tokens.json")
-"""The files of a folder that hold one JSON object each."""
-
-# Checkpoints that were saved from a generic class; FluxPipeline loads them with the right one.
-_GENERIC_CLASSES = ("PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
 
 _UNLIMITED = 1e20
 """transformers saves "no limit" as 1e30 tokens."""
 
+_LONGEST = 1 << 16
+"""The most tokens to pad to; FLUX.1 has 512."""
+
 _BASIC_PLANE = range(0x10000)
 _SURROGATES = range(0xD800, 0xE000)
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """`files` must all be there where `tokenizer.json` is not; `special` tokens must have ids that
-    the text encoder knows; `length` is what every published FLUX.1 pads to at most."""
-
-    class_name: str
-    model: str
-    files: tuple[str, ...]
-    special: tuple[str, ...]
-    length: int
-
-
-_KINDS = {
-    "clip": _Kind(
-        "CLIPTokenizer",
-        "BPE",
-        ("vocab.json", "merges.txt"),
-        ("bos_token", "eos_token", "unk_token", "pad_token"),
-        77,
-    ),
-    "t5": _Kind(
-        "T5Tokenizer",
-        "Unigram",
-        ("spiece.model",),
-        ("eos_token", "unk_token", "pad_token"),
-        512,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -116,19 +84,21 @@ def open_tokenizer(folder: Path, kind: str, max_length: int | None = None) -> Ch
     """
     import transformers
 
-    of_kind = _KINDS[kind]
-    _check_files(folder, of_kind)
-    with _refusing(folder):
+    of_kind = KINDS[kind]
+    with checked_folder(folder, of_kind) as files, _refusing(folder):
         loaded = getattr(transformers, of_kind.class_name).from_pretrained(
-            folder, local_files_only=True
+            files, local_files_only=True
         )
         _check_special_tokens(folder, loaded, of_kind)
         if not isinstance(loaded.model_max_length, (int, float)):
-            raise _broken(folder, f"its model_max_length is {loaded.model_max_length!r}")
+            raise broken(folder, f"its model_max_length is {loaded.model_max_length!r}")
         configured = None
         if kind == "clip" and loaded.model_max_length <= _UNLIMITED:
             configured = int(loaded.model_max_length)
-    return CheckpointTokenizer(folder, loaded, max_length or configured or of_kind.length)
+        length = max_length or configured or of_kind.length
+        if not 0 < length <= _LONGEST:
+            raise broken(folder, f"it would pad to {length} tokens; 1 to {_LONGEST} are allowed")
+    return CheckpointTokenizer(folder, loaded, length)
 
 
 def canonical_tokenizer(
@@ -151,7 +121,7 @@ def canonical_tokenizer(
         text = _to_json(document)
         canonical = Backend.from_str(text)
         if json.loads(canonical.to_str())["model"] != json.loads(text)["model"]:
-            raise _broken(folder, f"one {_DOCUMENT} cannot hold its vocabulary")
+            raise broken(folder, "one tokenizer.json cannot hold its vocabulary")
         _check_equal(folder, backend, canonical, [token["content"] for token in added])
         prefix, suffix = _surroundings(canonical)
     return CanonicalTokenizer(
@@ -166,99 +136,16 @@ def canonical_tokenizer(
     )
 
 
-def _broken(folder: Path, reason: object) -> CheckpointError:
-    words = " ".join(str(reason).split()).rstrip(".")
-    return CheckpointError(
-        f"The tokenizer in {folder} cannot be used: {words}. "
-        "Copy the folder from the checkpoint again."
+def _refusing(folder: Path) -> AbstractContextManager[None]:
+    """Makes a CheckpointError of whatever transformers and tokenizers raise for a broken folder."""
+    return native_errors(
+        CheckpointError,
+        f"The tokenizer in {folder} cannot be used",
+        "Copy the folder from the checkpoint again.",
     )
 
 
-@contextmanager
-def _refusing(folder: Path) -> Iterator[None]:
-    """Make a CheckpointError of whatever transformers and tokenizers raise for a broken folder."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except BaseException as error:
-        # A panic of the native code is no Exception, and its class has no public name.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise _broken(folder, error if str(error) else type(error).__name__) from error
-
-
-def _check_files(folder: Path, kind: _Kind) -> None:
-    """Refuse what transformers takes for something else, or refuses in words of its own code."""
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"There is no tokenizer folder {folder}; a FLUX.1 checkpoint has tokenizer/ and "
-            "tokenizer_2/."
-        )
-    has_document = (folder / _DOCUMENT).is_file()
-    if not has_document and not all((folder / name).is_file() for name in kind.files):
-        present = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
-        raise CheckpointError(
-            f"{folder} holds no vocabulary of a {kind.class_name}: it needs {_DOCUMENT} or "
-            f"{' + '.join(kind.files)}, and has {present}. Pickled tokenizers are not read."
-        )
-    # Where there is a tokenizer.json, transformers does not look at a vocab.json.
-    unread = ("vocab.json",) if has_document else ()
-    objects = {name: _read_object(folder / name) for name in _OBJECTS if name not in unread}
-    named_class = objects[_CONFIG].get("tokenizer_class")
-    if named_class not in (None, kind.class_name, f"{kind.class_name}Fast", *_GENERIC_CLASSES):
-        raise CheckpointError(
-            f"{folder / _CONFIG} names the tokenizer class {named_class}; FLUX.1 needs a "
-            f"{kind.class_name} here. Are the two tokenizer folders swapped?"
-        )
-    if has_document:
-        model = objects[_DOCUMENT].get("model")
-        if not isinstance(model, dict) or "vocab" not in model:
-            raise _broken(folder, f"its {_DOCUMENT} has no model with a vocabulary")
-        # Files of before 2021 do not say the kind.
-        if model.get("type", kind.model) != kind.model:
-            raise _broken(
-                folder,
-                f"its {_DOCUMENT} holds a {model['type']} model, and a {kind.model} one is needed",
-            )
-    elif "spiece.model" in kind.files:
-        _check_sentencepiece(folder / "spiece.model")
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, an empty one without the file. Raises CheckpointError."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not readable JSON ({error}). Copy it from the checkpoint again."
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path} must hold a JSON object, not a {type(value).__name__}. "
-            "Copy it from the checkpoint again."
-        )
-    return value
-
-
-def _check_sentencepiece(path: Path) -> None:
-    """Refuse a file that is cut off: transformers takes the pieces that are left of it."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto()
-    try:
-        model.ParseFromString(path.read_bytes())
-        # The trainer's settings follow the pieces: a file cut between two pieces has none.
-        whole = len(model.pieces) > 0 and model.HasField("trainer_spec")
-    except Exception as error:  # protobuf's own classes, which differ between its versions
-        raise _broken(path.parent, f"its {path.name} is no SentencePiece model") from error
-    if not whole:
-        raise _broken(path.parent, f"its {path.name} is cut off, or no SentencePiece model")
-
-
-def _check_special_tokens(folder: Path, loaded: Any, kind: _Kind) -> None:
+def _check_special_tokens(folder: Path, loaded: Any, kind: Kind) -> None:
     """Raise CheckpointError for a token that would get an id of its own.
 
     transformers appends it to the vocabulary, and the text encoder has no embedding for it.
@@ -268,9 +155,9 @@ def _check_special_tokens(folder: Path, loaded: Any, kind: _Kind) -> None:
     for name in kind.special:
         token = getattr(loaded, name)
         if token is None:
-            raise _broken(folder, f"it sets {name} to null")
+            raise broken(folder, f"it sets {name} to null")
         if token not in vocabulary and token not in declared:
-            raise _broken(folder, f"its vocabulary lacks {token!r}, its {name}")
+            raise broken(folder, f"its vocabulary lacks {token!r}, its {name}")
 
 
 def _without_special(
@@ -353,7 +240,9 @@ def _check_equal(folder: Path, source: Backend, canonical: Backend, added: Seque
         # One by one: a batch starts threads, and tokenizers warns of every fork from then on.
         expected, ids = (b.encode(text, add_special_tokens=False).ids for b in (source, canonical))
         if ids != expected:
-            raise _broken(folder, f"one {_DOCUMENT} cannot give its ids for the text {text!r:.80}")
+            raise broken(
+                folder, f"one tokenizer.json cannot give its ids for the text {text!r:.80}"
+            )
 
 
 def _surroundings(canonical: Backend) -> tuple[tuple[int, ...], tuple[int, ...]]:

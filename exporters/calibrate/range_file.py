@@ -8,13 +8,16 @@ from pathlib import Path
 from exporters.calibrate.ranges import ActivationRanges, attentions, linears
 from exporters.checkpoint import Checkpoint
 from exporters.components.registry import COMPONENTS
-from fluxdeploy.bundle.files import write_atomic
+from fluxdeploy.bundle.files import read_whole, write_atomic
 from fluxdeploy.bundle.typed_json import FieldError, load_strict, parse, to_plain
 from fluxdeploy.errors import ExportError, UsageError
 
 __all__ = ["read_prompts", "read_ranges", "write_ranges"]
 
 _VERSION = 1
+_MAX_RANGES = 4 << 20
+"""FLUX.1's have 60 KiB, and the prompts."""
+_MAX_PROMPTS = 16 << 20
 
 
 def write_ranges(ranges: ActivationRanges, path: Path) -> None:
@@ -33,7 +36,7 @@ def read_ranges(path: Path, checkpoint: Checkpoint, digest: str) -> ActivationRa
     checkpoint, or without a value for each of the transformer's layers.
     """
     try:
-        plain = load_strict(path.read_text(encoding="utf-8"))
+        plain = load_strict(read_whole(path, _MAX_RANGES).decode("utf-8"))
     except OSError as error:
         raise ExportError(f"Cannot read the ranges {path}: {error.strerror or error}.") from error
     except ValueError as error:
@@ -96,7 +99,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     """
     try:
         # Some editors begin a file with a byte order mark.
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_whole(path, _MAX_PROMPTS).decode("utf-8-sig")
     except OSError as error:
         raise UsageError(
             f"Cannot read the prompts {path}: {error.strerror or error}. Check the path."

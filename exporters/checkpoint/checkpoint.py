@@ -14,6 +14,7 @@ from exporters.checkpoint.agreement import check_class, unknown_keys
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.checkpoint.tensors import Weights
 from exporters.checkpoint.text_configs import text_config, unknown_text_keys
+from fluxdeploy.bundle.files import read_whole
 from fluxdeploy.bundle.manifest import Defaults, LatentSpec, RopeSpec, ScheduleSpec
 from fluxdeploy.bundle.typed_json import load_strict
 from fluxdeploy.errors import CheckpointError
@@ -34,6 +35,9 @@ _SCHEDULER_KEYS = (
     *(field.name for field in fields(ScheduleSpec)),
     "num_train_timesteps",
 )
+
+_MAX_JSON = 4 << 20
+"""For any config, index or schedule: FLUX.1's largest, the transformer's index, has 120 KiB."""
 
 
 @dataclass(frozen=True)
@@ -257,11 +261,11 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises `CheckpointError` for anything else."""
+    """A JSON object from a file of at most 4 MiB. Raises `CheckpointError` for anything else."""
     try:
-        value = load_strict(path.read_text(encoding="utf-8"))
+        value = load_strict(read_whole(path, _MAX_JSON).decode("utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):

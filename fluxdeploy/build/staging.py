@@ -22,12 +22,14 @@ from fluxdeploy.bundle.files import (
     disk_errors,
     hash_files,
     link_or_copy,
+    read_whole,
     sync_file,
     sync_folder,
     write_atomic,
 )
 from fluxdeploy.bundle.manifest import (
     MANIFEST_NAME,
+    MAX_MANIFEST,
     FileRecord,
     Manifest,
     from_json,
@@ -133,7 +135,9 @@ class Staging:
     def _read_artifacts(self) -> Iterator[tuple[str, _Artifact]]:
         for path in sorted((self.root / _ARTIFACTS).glob("*.json")):
             try:
-                artifact = parse(_Artifact, load_strict(path.read_text("utf-8")))
+                artifact = parse(
+                    _Artifact, load_strict(read_whole(path, MAX_MANIFEST).decode("utf-8"))
+                )
             except (OSError, ValueError):
                 continue
             if not any(path_problem(record.path) for record in artifact.files):
@@ -366,7 +370,7 @@ def _read_manifest(root: Path) -> Manifest | None:
     """The manifest of the folder `root`, or None where there is none that can be read."""
     path = root / MANIFEST_NAME
     try:
-        return from_json(path.read_bytes().decode("utf-8"), str(path))
+        return from_json(read_whole(path, MAX_MANIFEST).decode("utf-8"), str(path))
     except (OSError, ValueError, BundleError):
         return None
 

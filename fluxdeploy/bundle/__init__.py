@@ -9,8 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fluxdeploy.bundle.files import disk_errors, hash_files
-from fluxdeploy.bundle.manifest import MANIFEST_NAME, FileRecord, Manifest, from_json, path_problem
+from fluxdeploy.bundle.files import disk_errors, hash_files, read_whole
+from fluxdeploy.bundle.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST,
+    FileRecord,
+    Manifest,
+    from_json,
+    path_problem,
+)
 from fluxdeploy.errors import BundleError
 
 __all__ = ["Bundle", "open_bundle"]
@@ -79,7 +86,7 @@ def open_bundle(
 def _read_manifest(root: Path) -> bytes:
     with disk_errors("read", root / MANIFEST_NAME):
         try:
-            return (root / MANIFEST_NAME).read_bytes()
+            return read_whole(root / MANIFEST_NAME, MAX_MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
             pass
     real = Path(os.path.realpath(root))

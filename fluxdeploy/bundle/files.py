@@ -25,6 +25,8 @@ __all__ = [
     "disk_errors",
     "hash_files",
     "link_or_copy",
+    "open_regular",
+    "read_whole",
     "replacing",
     "sha256_file",
     "sync_file",
@@ -38,6 +40,24 @@ OnBytes = Callable[[int], None]
 
 _CHUNK = 4 << 20
 _HASH_THREADS = 4
+_MAX_CACHE = 4 << 20
+"""Of the hash cache: its entries have some 200 bytes each."""
+
+_READ_FLAGS = (
+    os.O_RDONLY
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_NOCTTY", 0)
+    | getattr(os, "O_BINARY", 0)
+)
+"""Another file may take the name after it was looked at; these make opening harmless then."""
+
+_KINDS = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 _WORDS = {
     errno.ENOSPC: "the disk is full; free some space and run the command again",
@@ -69,13 +89,58 @@ def disk_errors(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
         raise BundleError(f"Cannot {what} {os.fspath(path)}: {words}.") from error
 
 
+def read_whole(path: str | os.PathLike[str], limit: int) -> bytes:
+    """All bytes of a regular file that has at most `limit` of them; links are followed.
+
+    Never waits for a pipe's writer, and never holds more than `limit` bytes, also of a file that
+    grows or whose size the system does not know, as in /proc. Raises `OSError` with the reason
+    as its `strerror`: the file cannot be read, is of another kind, or has too many bytes.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(0, f"it has {size} bytes, and at most {limit} are allowed")
+        data = bytearray()
+        while chunk := file.read(min(_CHUNK, limit + 1 - len(data))):
+            data += chunk
+            if len(data) > limit:
+                raise OSError(0, f"it has more than the {limit} bytes that are allowed")
+    return bytes(data)
+
+
+def open_regular(path: str | os.PathLike[str]) -> FileIO:
+    """Open a regular file to read it, unbuffered; links are followed.
+
+    Never waits for a pipe's writer. Raises `OSError` for a file that cannot be opened or is of
+    another kind, with the reason as its `strerror`.
+    """
+    # Asked before opening: that alone waits for a pipe's writer, or does something to a device.
+    _check_regular(os.stat(path))
+    descriptor = os.open(path, _READ_FLAGS)
+    try:
+        _check_regular(os.fstat(descriptor))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return FileIO(descriptor)
+
+
+def _check_regular(status: os.stat_result) -> None:
+    mode = status.st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, not a regular file")
+    if not stat.S_ISREG(mode):
+        kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "of an unknown kind")
+        raise OSError(0, f"it is {kind}, not a regular file")
+
+
 def sha256_file(path: str | os.PathLike[str], on_bytes: OnBytes | None = None) -> str:
     """The SHA-256 of a file as 64 hex digits. Raises `OSError` where it cannot be read.
 
     Memory stays at one chunk, and other threads run meanwhile.
     """
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         for chunk in _chunks(file):
             digest.update(chunk)
             if on_bytes is not None:
@@ -171,7 +236,7 @@ class HashCache:
 
     def _load(self) -> dict[str, list[int | str]]:
         try:
-            entries = json.loads(self._path.read_text("utf-8"))
+            entries = json.loads(read_whole(self._path, _MAX_CACHE).decode("utf-8"))
         except (OSError, ValueError, RecursionError):
             return {}
         if not isinstance(entries, dict):
@@ -260,7 +325,7 @@ def link_or_copy(
 
 def _copy(source: Path, target: Path, on_bytes: OnBytes | None) -> None:
     with disk_errors("read", source):
-        reader = open(source, "rb", buffering=0)  # noqa: SIM115
+        reader = open_regular(source)
     with reader, replacing(target) as writer:
         for chunk in _chunks(reader):
             writer.write(chunk)

@@ -16,6 +16,7 @@ from fluxdeploy.errors import BundleError
 
 __all__ = [
     "MANIFEST_NAME",
+    "MAX_MANIFEST",
     "SCHEMA_VERSION",
     "SYMBOLS",
     "ComponentRecord",
@@ -39,6 +40,9 @@ __all__ = [
 
 SCHEMA_VERSION = 3
 MANIFEST_NAME = "fluxdeploy.json"
+
+MAX_MANIFEST = 4 << 20
+"""Bytes of the file. A full-size model's has some 30 KiB."""
 
 SYMBOLS = ("B", "S", "L", "T", "N", "H", "W", "h", "w")
 """The symbols that a `Dimension` may be."""

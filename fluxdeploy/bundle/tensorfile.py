@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,8 +21,8 @@ from typing import Any, BinaryIO, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from fluxdeploy.bundle.files import disk_errors, replacing
-from fluxdeploy.bundle.typed_json import load_strict
+from fluxdeploy.bundle.files import disk_errors, open_regular, replacing
+from fluxdeploy.bundle.typed_json import load_strict, shortened
 from fluxdeploy.errors import CheckpointError
 
 __all__ = [
@@ -85,8 +84,12 @@ _NUMPY = {
     "U64": "<u8",
 }
 
-_MAX_HEADER = 100_000_000
-"""The limit of the format's own reader."""
+_MAX_HEADER = 16 << 20
+"""A FLUX.1 with everything in one file has 0.3 MiB. Metadata, such as a small picture, may be long,
+but the format's own limit, 100 MB, is more than can be read in a second."""
+
+_MAX_AXES = 32
+"""NumPy before 2.0 has no arrays of more."""
 
 _PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 _METADATA = "__metadata__"
@@ -124,7 +127,7 @@ def read_header(path: str | os.PathLike[str]) -> TensorFile:
         entries, metadata = _parse_header(header, data_start, size - data_start)
     except OSError as error:
         raise CheckpointError(
-            f"Cannot read {source}: {error.strerror or error}. Check the path."
+            f"Cannot read {source}: {error.strerror or error}. Name a .safetensors file."
         ) from error
     except _HeaderError as error:
         raise CheckpointError(
@@ -136,15 +139,15 @@ def read_header(path: str | os.PathLike[str]) -> TensorFile:
 class _HeaderError(ValueError):
     """What is wrong with a header, to be completed with the file's name."""
 
+    def __init__(self, problem: str) -> None:
+        # It may quote the header, which may be one long name or list.
+        super().__init__(shortened(problem))
+
 
 def _read_header_bytes(path: Path) -> tuple[bytes, int, int]:
     """The header, the offset where the data starts, and the file's size, all in bytes."""
-    # Asked before opening: opening a named pipe would wait for its writer.
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-        raise CheckpointError(f"Cannot read {path}: it is {kind}; name a .safetensors file.")
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         start = file.read(9)
         _refuse_pickle(path, start)
         if len(start) < 8:
@@ -154,15 +157,15 @@ def _read_header_bytes(path: Path) -> tuple[bytes, int, int]:
             raise _HeaderError(
                 f"its header would have {length} bytes, and at most {_MAX_HEADER} are allowed"
             )
-        if 8 + length > status.st_size:
+        if 8 + length > size:
             raise _HeaderError(
-                f"it has {status.st_size} bytes, and its header alone would end at {8 + length}"
+                f"it has {size} bytes, and its header alone would end at {8 + length}"
             )
         file.seek(8)
         header = file.read(length)
     if len(header) != length:
         raise _HeaderError("it was cut off while it was read")
-    return header, 8 + length, status.st_size
+    return header, 8 + length, size
 
 
 def _refuse_pickle(path: Path, start: bytes) -> None:
@@ -233,9 +236,14 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
 
 
 def _tensor_bytes(name: str, dtype: str, shape: Sequence[int]) -> int:
+    # Before the product, which would take long.
+    if len(shape) > _MAX_AXES:
+        raise _HeaderError(
+            f"the tensor {name!r} has {len(shape)} axes, and at most {_MAX_AXES} are allowed"
+        )
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     # NumPy cannot hold sizes past 63 bits, even where another size is 0.
-    if len(shape) > 32 or math.prod(max(size, 1) for size in shape) * DTYPE_BITS[dtype] >= 2**63:
+    if math.prod(max(size, 1) for size in shape) * DTYPE_BITS[dtype] >= 2**63:
         raise _HeaderError(f"the tensor {name!r} has a shape that is too large")
     if bits % 8:
         raise _HeaderError(f"the tensor {name!r} of dtype {dtype} does not fill whole bytes")

@@ -15,12 +15,17 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-__all__ = ["FieldError", "join", "load_strict", "parse", "to_plain"]
+__all__ = ["FieldError", "join", "load_strict", "parse", "shortened", "to_plain"]
 
 T = TypeVar("T")
 
 _MAX_DIGITS = 20
 """Enough for 64 bits; turning longer digit strings into numbers takes quadratic time."""
+
+_MAX_VALUES = 300_000
+"""Their objects take a second to make, and a hundred times the memory of their text."""
+
+_MAX_WORDS = 300
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -29,9 +34,16 @@ class FieldError(ValueError):
     """A field holds what it must not; `where` is its place, such as `files[0].path`."""
 
     def __init__(self, where: str, problem: str) -> None:
-        super().__init__(f"{where} {problem}" if where else problem)
-        self.where = where
-        self.problem = problem
+        # Both may quote the text, which may be one long name or list.
+        self.where = shortened(where)
+        self.problem = shortened(problem)
+        super().__init__(f"{self.where} {self.problem}" if where else self.problem)
+
+
+def shortened(text: str) -> str:
+    """`text` without its middle where it is too long for a message."""
+    half = _MAX_WORDS // 2
+    return text if len(text) <= _MAX_WORDS else f"{text[:half]} ... {text[-half:]}"
 
 
 def join(where: str, name: str) -> str:
@@ -44,8 +56,12 @@ def load_strict(text: str) -> Any:
 
     Raises `ValueError` for anything that is not JSON, for NaN, infinities and numbers past a
     float's range, for integers of more than 20 digits, for duplicate keys, for strings that are
-    not Unicode text (lone surrogates), and for nesting too deep to read.
+    not Unicode text (lone surrogates), for nesting too deep to read, and for more than 300,000
+    values.
     """
+    # Commas in strings count too: what is read here has few.
+    if text.count(",") >= _MAX_VALUES:
+        raise ValueError(f"it has more than the {_MAX_VALUES} values that are allowed")
     try:
         value = json.loads(
             text,
@@ -67,7 +83,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"the key {key!r} occurs twice")
+                raise ValueError(f"the key {shortened(repr(key))} occurs twice")
             seen.add(key)
     return result
 
@@ -79,7 +95,7 @@ def _refuse_constant(name: str) -> Any:
 def _finite(digits: str) -> float:
     number = float(digits)
     if not math.isfinite(number):
-        raise ValueError(f"the number {digits} is too large")
+        raise ValueError(f"the number {shortened(digits)} is too large")
     return number
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from fluxdeploy.errors import UsageError
+from fluxdeploy.bundle.files import read_whole
+from fluxdeploy.errors import FluxDeployError, UsageError
 
 __all__ = ["open_image", "to_pixels"]
 
@@ -25,7 +26,8 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that Pillow decodes by itself: others call programs, or can be documents."""
 
 _MAX_PIXELS = 1 << 26
-_MAX_BYTES = 512 << 20
+_MAX_BYTES = 256 << 20
+"""Of so many pixels without compression."""
 
 _KINDS = (
     "a PIL image, an array [H, W, 3] or [B, H, W, 3] of uint8 or of floats from 0 to 1, or a list "
@@ -37,13 +39,14 @@ def open_image(path: Path) -> tuple[Image.Image, str]:
     """The picture in a file, RGB and upright, and the SHA-256 of the file as 64 hex digits.
 
     Of an animation it is the first frame. Raises `UsageError` for a file that holds no picture, or
-    more than 8192 x 8192 pixels, and `OSError` for one that cannot be read.
+    more than 8192 x 8192 pixels, and `FluxDeployError` for one that cannot be read.
     """
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{path} is not a file. Name a picture.")
-    if path.stat().st_size > _MAX_BYTES:
-        raise UsageError(f"{path} is larger than {_MAX_BYTES >> 20} MiB. Give a smaller picture.")
-    data = path.read_bytes()
+    try:
+        data = read_whole(path, _MAX_BYTES)
+    except OSError as error:
+        raise FluxDeployError(
+            f"Cannot read the picture {path}: {error.strerror or error}. Name another file."
+        ) from error
     try:
         with warnings.catch_warnings():
             # Of sizes, which are checked here, and of transparency, which is dropped.

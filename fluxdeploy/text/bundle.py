@@ -10,10 +10,15 @@ import numpy.typing as npt
 from tokenizers import Tokenizer as Backend
 
 from fluxdeploy.bundle import Bundle
+from fluxdeploy.bundle.files import read_whole
 from fluxdeploy.errors import BundleError
+from fluxdeploy.native import native_errors
 from fluxdeploy.text.tokenizer import Tokenizer
 
 __all__ = ["Tokenizers", "load_tokenizers"]
+
+_MAX_TOKENIZER = 16 << 20
+"""FLUX.1's have 3 MiB."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,8 @@ def _load(bundle: Bundle, name: str) -> Tokenizer:
     if record is None:
         raise BundleError(f"The bundle {bundle.root} records no tokenizer {name}; build it again.")
     path = bundle.path(record.path)
-    try:
-        backend = Backend.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # tokenizers raises bare Exception for what it refuses
-        raise BundleError(
-            f"The tokenizer {path} cannot be read: {error}. Build the bundle again."
-        ) from error
+    with native_errors(
+        BundleError, f"The tokenizer {path} cannot be read", "Build the bundle again."
+    ):
+        backend = Backend.from_str(read_whole(path, _MAX_TOKENIZER).decode("utf-8"))
     return Tokenizer(name, backend, record)

@@ -10,7 +10,8 @@ import numpy.typing as npt
 from tokenizers import Tokenizer as Backend
 
 from fluxdeploy.bundle.manifest import TokenizerRecord
-from fluxdeploy.errors import UsageError
+from fluxdeploy.errors import BundleError, UsageError
+from fluxdeploy.native import native_errors
 
 __all__ = ["Tokenizer"]
 
@@ -82,5 +83,8 @@ class Tokenizer:
                     "A prompt holds half of a UTF-16 surrogate pair, which is no character; "
                     "decode the text it came from as UTF-8 or UTF-16."
                 ) from None
-        encodings = self.backend.encode_batch_fast(list(prompts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        with native_errors(
+            BundleError, f"The {self.name} tokenizer fails on a prompt", "Build the bundle again."
+        ):
+            encodings = self.backend.encode_batch_fast(list(prompts), add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import socket
 import stat
 import threading
 import time
@@ -19,6 +20,7 @@ from fluxdeploy.bundle.files import (
     disk_errors,
     hash_files,
     link_or_copy,
+    read_whole,
     sha256_file,
     write_atomic,
 )
@@ -73,6 +75,112 @@ def test_a_missing_file_and_a_failing_callback_stop_the_hashing(tmp_path: Path) 
 
     with pytest.raises(KeyboardInterrupt):
         hash_files([tmp_path / "a", tmp_path / "a" / ".." / "a"][:1], stop)
+
+
+LIMIT = 1000
+
+
+def _no_regular_file(kind: str, folder: Path) -> Path:
+    path = folder / kind
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link to a pipe":
+        os.mkfifo(folder / "pipe")
+        path.symlink_to("pipe")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "socket":
+        # Its whole path can be too long for a socket.
+        descriptor = os.open(folder, os.O_RDONLY)
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(f"/proc/self/fd/{descriptor}/{kind}")
+        os.close(descriptor)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "terminal":
+        path.symlink_to("/dev/tty")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("pipe", "it is a named pipe, not a regular file"),
+        ("link to a pipe", "it is a named pipe, not a regular file"),
+        ("socket", "it is a socket, not a regular file"),
+        ("device", "it is a device, not a regular file"),
+        ("terminal", "it is a device, not a regular file"),
+        ("folder", "it is a folder, not a file"),
+    ],
+)
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, kind: str, words: str) -> None:
+    path = _no_regular_file(kind, tmp_path)
+    with (
+        pytest.raises(BundleError, match=f"Cannot read {path}: {words}"),
+        disk_errors("read", path),
+    ):
+        read_whole(path, LIMIT)
+
+
+def test_a_pipe_that_takes_the_name_of_a_file_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = tmp_path / "x", os.open
+    path.write_bytes(b"abc")
+
+    def swap_then_open(name: Path, flags: int) -> int:
+        path.unlink()
+        os.mkfifo(path)
+        return real(name, flags)
+
+    monkeypatch.setattr(files.os, "open", swap_then_open)
+    with pytest.raises(OSError, match="it is a named pipe"):
+        read_whole(path, LIMIT)
+
+
+@pytest.mark.parametrize("size", [0, 1, LIMIT])
+def test_a_file_within_its_limit_is_read_through_links(tmp_path: Path, size: int) -> None:
+    (tmp_path / "file").write_bytes(b"x" * size)
+    (tmp_path / "link").symlink_to("file")
+    assert read_whole(tmp_path / "link", LIMIT) == b"x" * size
+
+
+@pytest.mark.parametrize("size", [LIMIT + 1, 1 << 40])
+def test_a_file_past_its_limit_is_not_read(tmp_path: Path, size: int) -> None:
+    with open(tmp_path / "file", "wb") as file:
+        file.truncate(size)
+    with pytest.raises(OSError, match=f"it has {size} bytes, and at most {LIMIT} are allowed"):
+        read_whole(tmp_path / "file", LIMIT)
+
+
+def test_no_more_than_the_limit_is_read_of_a_file_that_says_no_size() -> None:
+    cases = {"/proc/self/environ": 3, "/proc/cpuinfo": 10, "/proc/self/maps": 100}
+    for path, limit in cases.items():
+        assert os.stat(path).st_size == 0
+        assert len(read_whole(path, 64 << 20)) > limit
+        with pytest.raises(OSError, match=f"more than the {limit} bytes that are allowed"):
+            read_whole(path, limit)
+
+
+def test_no_more_than_the_limit_is_read_of_a_file_that_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"x")
+    counts: list[int] = []
+
+    class Growing(files.FileIO):
+        def read(self, size: int | None = -1) -> bytes:
+            counts.append(size or 0)
+            with path.open("ab") as file:
+                file.write(b"x" * 400)
+            return super().read(size) or b""
+
+    monkeypatch.setattr(files, "FileIO", Growing)
+    with pytest.raises(OSError, match=f"more than the {LIMIT} bytes that are allowed"):
+        read_whole(path, LIMIT)
+    assert len(counts) < 9
+    assert max(counts) == LIMIT + 1
 
 
 @pytest.fixture

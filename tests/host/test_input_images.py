@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxdeploy.errors import UsageError
+from fluxdeploy.errors import FluxDeployError, UsageError
 from fluxdeploy.host.input_images import open_image
 
 
@@ -78,16 +78,17 @@ def test_a_picture_that_would_fill_the_memory_is_refused(
 def test_a_file_too_large_to_be_a_picture_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     path.touch()
-    os.truncate(path, (512 << 20) + 1)  # sparse
-    with pytest.raises(UsageError, match="larger than 512 MiB"):
+    os.truncate(path, (256 << 20) + 1)  # sparse
+    with pytest.raises(FluxDeployError, match="has 268435457 bytes, and at most 268435456"):
         open_image(path)
 
 
-def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is not a file"):
-        open_image(tmp_path)
-
-
-def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        open_image(tmp_path / "none.png")
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, words in (
+        ("", "it is a folder"),
+        ("pipe.png", "it is a named pipe"),
+        ("none.png", "No such file"),
+    ):
+        with pytest.raises(FluxDeployError, match=f"Cannot read the picture .*{name}: {words}"):
+            open_image(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Fixtures of a small bundle, whole and valid, for tests that break it."""
+"""A small bundle, whole and valid, for tests that break it: as functions and as fixtures."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ def _record(path: str, data: bytes) -> FileRecord:
     return FileRecord(path, len(data), hashlib.sha256(data).hexdigest())
 
 
-@pytest.fixture(scope="session")
-def files() -> dict[str, bytes]:
+def small_files() -> dict[str, bytes]:
     """The bundle's files by path."""
     return {
         "onnx/t5.onnx": b"a graph",
@@ -42,8 +41,7 @@ def files() -> dict[str, bytes]:
     }
 
 
-@pytest.fixture
-def manifest(files: dict[str, bytes]) -> Manifest:
+def small_manifest(files: dict[str, bytes]) -> Manifest:
     """A manifest with one of everything, for `files`."""
     records = {path: _record(path, data) for path, data in files.items()}
     tokenizer = records.pop("tokenizers/clip.json")
@@ -85,15 +83,31 @@ def manifest(files: dict[str, bytes]) -> Manifest:
     )
 
 
-@pytest.fixture
-def bundle(tmp_path: Path, files: dict[str, bytes], manifest: Manifest) -> Path:
-    """The folder of a whole bundle."""
-    root = tmp_path / "bundle"
+def write_small_bundle(root: Path, files: dict[str, bytes], manifest: Manifest) -> Path:
+    """Write a bundle, and return its folder."""
     for path, data in files.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(data)
     (root / "fluxdeploy.json").write_text(to_json(manifest), "utf-8")
     return root
+
+
+@pytest.fixture(scope="session")
+def files() -> dict[str, bytes]:
+    """The bundle's files by path."""
+    return small_files()
+
+
+@pytest.fixture
+def manifest(files: dict[str, bytes]) -> Manifest:
+    """A manifest with one of everything, for `files`."""
+    return small_manifest(files)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, files: dict[str, bytes], manifest: Manifest) -> Path:
+    """The folder of a whole bundle."""
+    return write_small_bundle(tmp_path / "bundle", files, manifest)
 
 
 @pytest.fixture

@@ -20,8 +20,10 @@ from fluxdeploy.build.plan.footprint import (
 from fluxdeploy.build.plan.objections import find_impossible, find_remarks, find_shortages
 from fluxdeploy.build.resolve import BuildSpec, ComponentSpec
 from fluxdeploy.build.sizes import overall, resolution_buckets
+from fluxdeploy.bundle.files import read_whole
 from fluxdeploy.bundle.manifest import (
     MANIFEST_NAME,
+    MAX_MANIFEST,
     SYMBOLS,
     DimensionRange,
     Manifest,
@@ -239,6 +241,6 @@ class _Planner:
 def _earlier_manifest(destination: Path) -> Manifest | None:
     path = destination / MANIFEST_NAME
     try:
-        return from_json(path.read_text("utf-8"), str(path))
+        return from_json(read_whole(path, MAX_MANIFEST).decode("utf-8"), str(path))
     except (OSError, ValueError, BundleError):
         return None

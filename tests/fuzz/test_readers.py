@@ -1,0 +1,69 @@
+"""Damaged files end in an error of ours: soon, in little memory, and without another file touched.
+
+A few inputs for each reader; `pytest tests/fuzz --fuzz-examples 10000` gives it as many, each
+reader in a process of its own, and prints the figures with `-s`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("hypothesis")
+
+from tests.fuzz.readers import READERS
+
+ROOT = Path(__file__).parents[2]
+RUN = Path(__file__).with_name("run_readers.py")
+SEED = 1
+
+FEW = {"tokenizer_folder": 4, "ranges": 8, "arguments": 12}
+"""Inputs where a reader takes long for each."""
+
+WITH_TORCH = ("prompts", "checkpoint", "tokenizer_folder", "ranges", "arguments")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "examples" not in metafunc.fixturenames:
+        return
+    many = metafunc.config.getoption("fuzz_examples")
+    groups = {
+        "host": [name for name in READERS if name not in WITH_TORCH],
+        "torch": list(WITH_TORCH),
+    }
+    if many:
+        groups = {name: [name] for name in READERS}
+    metafunc.parametrize(
+        "examples",
+        [{name: many or FEW.get(name, 20) for name in names} for names in groups.values()],
+        ids=list(groups),
+    )
+
+
+def test_damaged_input_is_read_or_refused(tmp_path: Path, examples: dict[str, int]) -> None:
+    if examples.keys() & set(WITH_TORCH):
+        pytest.importorskip("transformers")
+    counts = [f"{name}={count}" for name, count in examples.items()]
+    done = subprocess.run(
+        [
+            sys.executable,
+            RUN,
+            tmp_path / "s",
+            str(SEED),
+            *counts,
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    figures = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for found in figures:
+        print(json.dumps(found))
+    assert {found["reader"]: found["inputs"] for found in figures} == examples
+    assert all(found["slowest"] < 5 for found in figures)
