@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from exporters.checkpoint.foreign import Foreign, Header, find_prefix, recognise
+from exporters.checkpoint.foreign import Foreign, Header, find_prefix, has_names, recognise
 
 __all__ = ["COMFY_PREFIX", "VAE_PREFIXES", "Contents", "contents_of", "without_prefix"]
 
@@ -52,7 +52,14 @@ class Contents:
             return "a VAE"
         if self.parts:
             return "a text encoder"
-        return "none that is known"
+        return "of no known kind"
+
+    @property
+    def advice(self) -> str:
+        """What to do with such a file, a sentence without its full stop; nothing where unknown."""
+        if self.foreign is not None:
+            return self.foreign.advice
+        return "" if self.prefix is None else "Save it again under names without that prefix"
 
 
 def contents_of(header: Header) -> Contents:
@@ -72,7 +79,7 @@ def contents_of(header: Header) -> Contents:
             parts.add("vae")
             latents = entry.shape[1]
     if not parts and role is None:
-        parts.update(_text_encoders(header))
+        parts.update(part for part in ("clip", "t5") if has_names(header, part))
     prefix_before = None if has_blocks else find_prefix(header, "transformer")
     return Contents(frozenset(parts), latents, foreign, prefix_before)
 
@@ -89,8 +96,3 @@ def without_prefix(tensors: Mapping[str, _T], prefixes: Iterable[str]) -> Mappin
 def _is_whole(names: Iterable[str]) -> bool:
     found = set(names)
     return any(ends <= found for ends in _ENDS)
-
-
-def _text_encoders(header: Header) -> set[str]:
-    marks = {"clip": "text_model.encoder.layers.", "t5": "encoder.block."}
-    return {part for part, mark in marks.items() if any(name.startswith(mark) for name in header)}

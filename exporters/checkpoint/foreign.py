@@ -22,6 +22,7 @@ __all__ = [
     "check_part",
     "check_pipeline",
     "find_prefix",
+    "has_names",
     "recognise",
 ]
 
@@ -47,12 +48,15 @@ _PLAIN_FILES = (
     "Quantized weights are not read: use the checkpoint's bfloat16, float16 or FP8 file, and let "
     "--precision quantize it"
 )
-_MERGE = "LoRAs are not read: merge it into its checkpoint first, with diffusers' fuse_lora() say"
+_MERGE = (
+    "LoRAs are not read: merge it into the checkpoint first, for example with fuse_lora() of "
+    "diffusers"
+)
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """A kind of file: `file` is what such a file is, `tensor` what one of its tensors is."""
+    """A kind of file: what such a file is, what its tensors tell of others, and what to do."""
 
     role: Role
     file: str
@@ -63,23 +67,23 @@ class _Kind:
 
 def _quantized(by: str, marks: str) -> _Kind:
     file = f"quantized by {by}"
-    return _Kind("quantized", file, f"of weights {file}", _PLAIN_FILES, re.compile(marks))
+    return _Kind("quantized", file, f"the weights are {file}", _PLAIN_FILES, re.compile(marks))
 
 
 def _adapter(name: str, marks: str) -> _Kind:
     advice = "It is not read: give a checkpoint of FLUX.1 without it"
-    return _Kind("adapter", name, f"part of {name}", advice, re.compile(marks))
+    return _Kind("adapter", name, f"it is part of {name}", advice, re.compile(marks))
 
 
 def _family(name: str, marks: str) -> _Kind:
     advice = "Models of other families are not read"
     file = f"a checkpoint of {name}"
-    return _Kind("family", file, f"of {file}", advice, re.compile(marks))
+    return _Kind("family", file, f"it is part of {file}", advice, re.compile(marks))
 
 
 def _vae(of: str, marks: str) -> _Kind:
     file = f"the VAE of {of}"
-    return _Kind("vae", file, f"of {file}", "It is not FLUX.1's", re.compile(marks))
+    return _Kind("vae", file, f"it is part of {file}", "It is not FLUX.1's", re.compile(marks))
 
 
 _QUANTIZED = (
@@ -106,7 +110,7 @@ _ADAPTERS = (
     _Kind(
         "adapter",
         "a LoRA",
-        "part of a LoRA that was not merged",
+        "it is part of a LoRA that was not merged",
         _MERGE,
         re.compile(
             r"(?i:lora)|\.dora_scale$|lokr_w|hada_w|lycoris|\.oft_(?:diag|blocks)|\.base_layer\."
@@ -201,7 +205,7 @@ _VAES = (
 _TEXTS = _Kind(
     "texts",
     "an all-in-one file of ComfyUI, with text encoders inside",
-    "of a text encoder inside an all-in-one file",
+    "it is part of a text encoder inside an all-in-one file",
     "Such a file is not taken apart: give one that holds the transformer alone, with the folders "
     "text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/ beside it",
     re.compile(
@@ -244,7 +248,7 @@ class Foreign:
     def error(self, file: Path, part: str) -> CheckpointError:
         """The refusal of a part that has this tensor among its own."""
         return CheckpointError(
-            f"Tensor {self.tensor} in {file} does not belong to a FLUX.1 {part}: it is "
+            f"Tensor {self.tensor} in {file} does not belong to a FLUX.1 {part}: "
             f"{self.kind.tensor}. {self.kind.advice}."
         )
 
@@ -280,17 +284,18 @@ _ANCHORS = {
 }
 
 
+def has_names(header: Mapping[str, Any], part: str) -> bool:
+    """Whether the names of a part's tensors are in a header, beginning as they should."""
+    anchor = re.compile(_ANCHORS[part])
+    return any(anchor.match(name) for name in header)
+
+
 def find_prefix(header: Mapping[str, Any], part: str) -> str | None:
     """What stands before the names of a part's tensors; None where they begin as they should."""
-    anchor = re.compile(_ANCHORS[part])
+    if has_names(header, part):
+        return None
     prefixed = re.compile(rf"(.*?\.){_ANCHORS[part]}")
-    found = None
-    for name in header:
-        if anchor.match(name):
-            return None
-        if found is None and (match := prefixed.match(name)):
-            found = match[1]
-    return found
+    return next((match[1] for name in header if (match := prefixed.match(name))), None)
 
 
 def _first(header: Header, kinds: Sequence[_Kind]) -> Foreign | None:

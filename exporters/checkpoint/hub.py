@@ -176,7 +176,7 @@ def _nothing_in(repository: str, names: Sequence[str], held: Mapping[str, Conten
     """What to say of a repository that has no transformer in its root and no model_index.json."""
     begin = f"{repository} holds no FLUX.1 checkpoint"
     for name, contents in held.items():
-        advice = "" if contents.foreign is None else f" {contents.foreign.advice}."
+        advice = f" {contents.advice}." if contents.advice else ""
         return f"{begin}: {name} is {contents}.{advice}"
     for suffixes, kind in (((".gguf",), "GGUF"), (PICKLES, "pickled"), ((".onnx",), "ONNX")):
         for name in names:

@@ -70,7 +70,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     from exporters.checkpoint.hub import download
 
     root, commit = download(hub_id[1], hub_id[2])
-    return dataclasses.replace(_open(root), revision=commit)
+    opened = _open(root)
+    lacking = f"{hub_id[1]} has none: copy {root} to a folder where you add it"
+    absent = {name: f"{what}; {lacking}" for name, what in opened.absent.items()}
+    return dataclasses.replace(opened, absent=absent, revision=commit)
 
 
 def _open(root: Path) -> Checkpoint:
@@ -169,11 +172,12 @@ def _transformer_file(path: Path, found: Mapping[Path, Contents]) -> Path:
 
 def _holds_none(file: Path, held: Contents) -> CheckpointError:
     """The refusal of a named file that holds no transformer."""
-    names = "double_blocks.*, transformer_blocks.* or the same under " + COMFY_PREFIX
-    advice = f"A FLUX.1 transformer's tensors are named {names}"
-    if held.foreign is not None:
-        advice = f"{held.foreign.advice}. {advice}"
-    return CheckpointError(f"{file} holds no FLUX.1 transformer: it is {held}. {advice}.")
+    names = f"double_blocks.*, {COMFY_PREFIX}double_blocks.* or transformer_blocks.*"
+    advice = f"{held.advice}. " if held.advice else ""
+    return CheckpointError(
+        f"{file} holds no FLUX.1 transformer: it is {held}. {advice}The tensors of one are named "
+        f"{names}."
+    )
 
 
 def _nothing_in(root: Path, found: Mapping[Path, Contents]) -> CheckpointError:
@@ -226,7 +230,8 @@ def _add_vae(
         tensors = without_prefix(read_stored([file]), VAE_PREFIXES)
         sources.append((file, _part("vae", tensors, config, file)))
     folder = root / "vae"
-    if folder.is_dir() and (not sources or list_weight_files(folder)):
+    # It may hold the config alone.
+    if folder.is_dir() and list_weight_files(folder):
         sources.append((folder, _read_folder("vae", folder)))
     if sources:
         (first, parts["vae"]), *others = sources
@@ -236,7 +241,9 @@ def _add_vae(
                     f"There are two different VAEs, in {first} and in {other}: leave the one that "
                     "belongs to the transformer."
                 )
-    absent["vae"] = "ae.safetensors, or a folder vae/, must stand beside the transformer"
+    absent["vae"] = (
+        "ae.safetensors, or a folder vae/ with weights, must stand beside the transformer"
+    )
     if strangers:
         absent["vae"] += f" ({'; '.join(strangers[:3])})"
 
