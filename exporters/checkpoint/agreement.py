@@ -22,7 +22,6 @@ __all__ = [
     "check_index",
     "check_said",
     "check_same",
-    "check_unquantized",
     "unknown_keys",
 ]
 
@@ -66,19 +65,6 @@ def check_class(who: str, config: Mapping[str, Any], name: str) -> None:
             f"The {who}'s config.json is one of a {said!r:.80}; FLUX.1 has a {name} there, and "
             "nothing else is computed."
         )
-
-
-def check_unquantized(who: str, config: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` for weights that a library has quantized in its own way."""
-    quantization = config.get("quantization_config")
-    if not quantization:
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    by = f" by {method:.40}" if isinstance(method, str) else ""
-    raise CheckpointError(
-        f"The {who}'s config.json says that its weights were quantized{by}, and such weights are "
-        "not read. Take the checkpoint in bfloat16 or float16, and let --precision quantize it."
-    )
 
 
 def check_index(index: Mapping[str, Any]) -> tuple[str, ...]:

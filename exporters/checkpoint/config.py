@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from exporters.checkpoint.agreement import check_class, check_said, check_unquantized, unknown_keys
+from exporters.checkpoint.agreement import check_class, check_said, unknown_keys
 from exporters.checkpoint.tensors import Weights
 from fluxdeploy.errors import CheckpointError
 
@@ -87,7 +87,6 @@ class TransformerConfig:
         contradict each other or the config.
         """
         check_class("transformer", config, "FluxTransformer2DModel")
-        check_unquantized("transformer", config)
         double = count_blocks(weights, r"transformer_blocks\.(\d{1,9})\.")
         single = count_blocks(weights, r"single_transformer_blocks\.(\d{1,9})\.")
         if not double + single:
@@ -183,7 +182,6 @@ class VaeConfig:
         """
         config = {} if given is None else given
         check_class("VAE", config, "AutoencoderKL")
-        check_unquantized("VAE", config)
         if "post_quant_conv.weight" in weights or "quant_conv.weight" in weights:
             raise CheckpointError(
                 "The VAE has quant convolutions, which FLUX.1's has not: it belongs to another "

@@ -11,10 +11,21 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from exporters.checkpoint.foreign import check_bytes
 from fluxdeploy.bundle.tensorfile import TensorEntry, read_header, to_float32
 from fluxdeploy.errors import CheckpointError
 
-__all__ = ["StoredTensor", "Weights", "find_tensor", "read_tensors"]
+__all__ = [
+    "Index",
+    "StoredTensor",
+    "Weights",
+    "attach_scales",
+    "find_tensor",
+    "read_entries",
+    "read_stored",
+    "read_tensors",
+    "same_values",
+]
 
 
 @dataclass(frozen=True)
@@ -72,11 +83,14 @@ class StoredTensor:
         if self.dtype not in _RAW:
             raise CheckpointError(
                 f"Tensor {self.name} in {self.file} is stored as {self.dtype}; "
-                f"{', '.join(_RAW)} can be read."
+                f"{', '.join(_RAW)} can be read: save the checkpoint in one of them."
             )
 
     def read(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """The elements `start` to `stop` of the flattened tensor as float32."""
+        """The elements `start` to `stop` of the flattened tensor as float32.
+
+        Raises `CheckpointError` for a file that cannot be read, and for NaN and infinity.
+        """
         self.check_readable()
         raw = np.dtype(_RAW[self.dtype])
         count = (math.prod(self.shape) if stop is None else stop) - start
@@ -87,6 +101,12 @@ class StoredTensor:
         if values.size != count:
             raise CheckpointError(f"{self.file} was cut off while it was read.")
         exact = to_float32(values, self.dtype)
+        # Ends instead of a mask of all: NaN and infinity reach them, and no memory is taken.
+        if count and not (np.isfinite(exact.min()) and np.isfinite(exact.max())):
+            raise CheckpointError(
+                f"Tensor {self.name} in {self.file} holds NaN or infinity: the checkpoint is "
+                "broken. Fetch it again, or merge or convert it again from what it was made of."
+            )
         return exact if self.scale is None else exact * self.scale.read()[0]
 
 
@@ -116,21 +136,100 @@ def find_tensor(weights: Weights, name: str, shape: tuple[int, ...]) -> StoredTe
     return stored
 
 
+@dataclass(frozen=True)
+class Index:
+    """An index of shards: the file that it is, and each tensor's shard by name."""
+
+    file: Path
+    weight_map: Mapping[str, str]
+
+    @property
+    def shards(self) -> list[str]:
+        """The names of the shards, in order."""
+        return sorted(set(self.weight_map.values()))
+
+
+_ROUNDING = {
+    "F32": (0.0, 0.0),
+    "F16": (2.0**-11, 2.0**-24),
+    "BF16": (2.0**-8, 0.0),
+    "F8_E4M3": (2.0**-4, 2.0**-9),
+    "F8_E5M2": (2.0**-3, 2.0**-16),
+}
+"""How far rounding to a type can move a number: as a share of it, and near 0."""
+
+
+def same_values(one: Weights, other: Weights) -> bool:
+    """Whether two sets of weights are one, but for rounding to the types that they are stored in.
+
+    Reads all of both, a tensor at a time. Raises `CheckpointError` for what cannot be read.
+    """
+    if one.keys() != other.keys():
+        return False
+    for name, tensor in one.items():
+        twin = other[name]
+        if tensor.shape != twin.shape:
+            return False
+        a, b = tensor.read(), twin.read()
+        shares, ends = zip(_ROUNDING[tensor.dtype], _ROUNDING[twin.dtype], strict=True)
+        if not np.allclose(a, b, rtol=sum(shares), atol=sum(ends)):
+            return False
+    return True
+
+
 def read_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
     """All tensors of some safetensors files, with the scales of FP8 checkpoints attached.
 
     Raises `CheckpointError` for a broken file and for a tensor that stands in two files.
     """
+    return attach_scales(read_stored(files))
+
+
+def read_stored(files: Iterable[Path], index: Index | None = None) -> dict[str, StoredTensor]:
+    """All tensors of some safetensors files as they are stored.
+
+    Raises `CheckpointError` for a broken file, for a tensor that stands in two files, and for
+    shards that are not as their index says.
+    """
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        for name, entry in read_header(file).tensors.items():
+        for name, entry in read_entries(file).items():
             if name in tensors:
                 raise CheckpointError(
                     f"Tensor {name} is both in {tensors[name].file} and in {file}: "
                     "remove the file that does not belong to the checkpoint."
                 )
             tensors[name] = StoredTensor.of(file, entry)
-    return _with_scales(tensors)
+    if index is not None:
+        _hold_against(tensors, index)
+    return tensors
+
+
+def read_entries(file: Path) -> Mapping[str, TensorEntry]:
+    """The tensors of a file's header. Raises `CheckpointError` for what is no safetensors file."""
+    check_bytes(file)
+    return read_header(file).tensors
+
+
+def _hold_against(tensors: Mapping[str, StoredTensor], index: Index) -> None:
+    """Refuse shards that hold other tensors than their index promises."""
+    apart = "the index and the shards are not of one checkpoint. Download both again."
+    for name, shard in index.weight_map.items():
+        if name not in tensors:
+            raise CheckpointError(
+                f"{index.file} says that tensor {name} is in {shard}, which does not hold it: "
+                f"{apart}"
+            )
+        found = tensors[name].file.name
+        if found != shard:
+            raise CheckpointError(
+                f"{index.file} says that tensor {name} is in {shard}, and it is in {found}: {apart}"
+            )
+    for name, tensor in tensors.items():
+        if name not in index.weight_map:
+            raise CheckpointError(
+                f"Tensor {name} in {tensor.file} is not in {index.file.name}: {apart}"
+            )
 
 
 # What ComfyUI stores beside FP8 weights: the scale of each, in an older and a newer spelling; that
@@ -139,9 +238,13 @@ _SCALES = (".scale_weight", ".weight_scale")
 _BESIDE_FP8 = (".scale_input", ".input_scale", "scaled_fp8", ".comfy_quant")
 
 
-def _with_scales(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Attach the scales of FP8 weights to them, and drop what only FP8 arithmetic needs."""
-    kept = {n: t for n, t in tensors.items() if not n.endswith((*_SCALES, *_BESIDE_FP8))}
+def attach_scales(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Attach the scales of FP8 weights to them, and drop what only FP8 arithmetic needs.
+
+    Raises `CheckpointError` for a weight with several scales.
+    """
+    beside = (*_SCALES, *_BESIDE_FP8)
+    kept = {name: t for name, t in tensors.items() if not f".{name}".endswith(beside)}
     for name, scale in tensors.items():
         module, _, kind = name.rpartition(".")
         weight = f"{module}.weight"

@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPTextConfig, GenerationConfig, T5Config
 from transformers.activations import ACT2FN
 
-from exporters.checkpoint.agreement import check_same, check_unquantized, unknown_keys
+from exporters.checkpoint.agreement import check_same, unknown_keys
 from exporters.checkpoint.config import count_blocks
 from exporters.checkpoint.tensors import StoredTensor, Weights
 from fluxdeploy.errors import CheckpointError
@@ -84,7 +84,6 @@ def text_config(name: str, weights: Weights, config: Mapping[str, Any]) -> Any:
 
     Raises `CheckpointError` where it is missing, of another model, or contradicts the tensors.
     """
-    check_unquantized(f"{name} text encoder", config)
     if not config:
         raise CheckpointError(f"The {name} text encoder has no config.json beside its weights.")
     kind = config.get("model_type", _MODEL_TYPES[name][0])

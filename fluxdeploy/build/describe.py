@@ -29,7 +29,6 @@ def describe(
     checkpoint, request = run.spec.checkpoint, run.spec.request
     guided = checkpoint.transformer.guidance_embedding
     row = PRECISIONS[components["transformer"].precision]
-    name = request.checkpoint or DEFAULT_CHECKPOINT
     return Manifest(
         schema_version=SCHEMA_VERSION,
         family="flux.1",
@@ -43,12 +42,19 @@ def describe(
         defaults=run.spec.defaults,
         quality=QualityRecord(row.min_psnr, row.min_ssim, row.min_sqnr),
         provenance={
-            "checkpoint": {
-                "name": name if name in DEMO_CHECKPOINTS else checkpoint.root.resolve().name,
-                "layout": checkpoint.layout,
-                "sha256": run.hashes.digest,
-            },
+            "checkpoint": _origin(request.checkpoint or DEFAULT_CHECKPOINT, run),
             "requested_precision": request.precision,
             "tools": {"fluxdeploy": __version__} | tool_versions(),
         },
     )
+
+
+def _origin(name: str, run: BuildRun) -> dict[str, str]:
+    """What is recorded of the checkpoint: of a hub's repository its id and commit too."""
+    checkpoint = run.spec.checkpoint
+    if checkpoint.revision is not None:
+        name = name.partition("@")[0]
+    elif name not in DEMO_CHECKPOINTS:
+        name = checkpoint.root.resolve().name
+    origin = {"name": name, "layout": checkpoint.layout, "sha256": run.hashes.digest}
+    return origin if checkpoint.revision is None else origin | {"revision": checkpoint.revision}

@@ -140,7 +140,6 @@ def test_vae_config_against_its_tensors(copy: Path, key: str, said: Any, found: 
         ({"norm_num_groups": 7.5}, "7.5 groups"),
         ({"_class_name": "AutoencoderTiny"}, "one of a 'AutoencoderTiny'; .*AutoencoderKL"),
         ({"_class_name": "AutoencoderKLFlux2"}, "AutoencoderKLFlux2"),
-        ({"quantization_config": {"quant_method": "torchao"}}, "quantized by torchao"),
     ],
 )
 def test_vae_that_is_not_computed(copy: Path, changes: dict[str, Any], words: str) -> None:
@@ -203,23 +202,6 @@ def test_class_of_the_transformer(copy: Path, kind: Any) -> None:
     edit_json(copy / "transformer/config.json", _class_name=kind)
     with pytest.raises(CheckpointError, match=f"one of a {kind!r}; FLUX.1 has a FluxTransformer"):
         _ = open_checkpoint(copy).transformer
-
-
-@pytest.mark.parametrize(
-    ("part", "said"),
-    [
-        ("transformer", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        ("transformer", {"quant_type": "int8wo"}),
-        ("text_encoder", {"quant_method": "gptq"}),
-        ("text_encoder_2", {"quant_method": "bitsandbytes"}),
-        ("text_encoder_2", "int8"),
-    ],
-)
-def test_weights_that_a_library_has_quantized(copy: Path, part: str, said: Any) -> None:
-    edit_json(copy / part / "config.json", quantization_config=said)
-    checkpoint = open_checkpoint(copy)
-    with pytest.raises(CheckpointError, match="weights were quantized"):
-        _ = checkpoint.transformer, checkpoint.clip, checkpoint.t5
 
 
 # What nobody follows is told.
