@@ -28,6 +28,7 @@ __all__ = [
     "CheckpointHashes",
     "check_drawable",
     "check_family",
+    "check_limits",
     "checkpoint_record",
     "find_checkpoint",
     "find_text_remarks",
@@ -100,11 +101,8 @@ def open_recorded(bundle: Bundle, name: str, progress: Progress) -> Checkpoint:
     return checkpoint
 
 
-def check_drawable(checkpoint: Checkpoint, tokenizers: Mapping[str, CanonicalTokenizer]) -> None:
-    """Refuse a checkpoint whose recorded sizes its networks, tokenizers or engines do not take.
-
-    Raises `CheckpointError`, naming both sides.
-    """
+def check_limits(checkpoint: Checkpoint) -> None:
+    """Refuse recorded defaults that no engine is made for. Raises `CheckpointError`."""
     defaults = checkpoint.defaults
     limits = {
         "height": LONGEST_SIDE,
@@ -119,6 +117,13 @@ def check_drawable(checkpoint: Checkpoint, tokenizers: Mapping[str, CanonicalTok
                 f"_fluxdeploy.{name} in model_index.json is {getattr(defaults, name):g}; at most "
                 f"{most:g} can be drawn with."
             )
+
+
+def check_drawable(checkpoint: Checkpoint, tokenizers: Mapping[str, CanonicalTokenizer]) -> None:
+    """Refuse tokenizers that give what the text encoders do not take, and an impossible schedule.
+
+    Raises `CheckpointError`, naming both sides.
+    """
     rows = {"clip": checkpoint.clip.vocab_size, "t5": checkpoint.t5.vocab_size}
     for name, tokenizer in tokenizers.items():
         if tokenizer.largest_id >= rows[name]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines import Runtime
-from fluxdeploy.build.checkpoint import check_drawable, check_family
+from fluxdeploy.build.checkpoint import check_drawable, check_family, check_limits
 from fluxdeploy.build.sizes import SizeRange, any_size, overall, resolution_buckets
 from fluxdeploy.bundle.manifest import Defaults, DimensionRange, EngineRecord, ScheduleSpec
 from fluxdeploy.kernels import AttentionKernels
@@ -108,6 +108,7 @@ def resolve(
     from exporters.export import check_all_used, specify
 
     check_family(checkpoint)
+    check_limits(checkpoint)
     tokenizers = _tokenizers(checkpoint)
     check_drawable(checkpoint, tokenizers)
     asked = choose_precisions(COMPONENTS, request.precision, request.component_precision)
