@@ -50,8 +50,9 @@ def _load(bundle: Bundle, name: str) -> Tokenizer:
     if record is None:
         raise BundleError(f"The bundle {bundle.root} records no tokenizer {name}; build it again.")
     path = bundle.path(record.path)
+    data = bundle.read(next(file for file in record.files if file.path == record.path))
     try:
-        backend = Backend.from_str(path.read_text(encoding="utf-8"))
+        backend = Backend.from_str(data.decode("utf-8"))
     except Exception as error:  # tokenizers raises bare Exception for what it refuses
         raise BundleError(
             f"The tokenizer {path} cannot be read: {error}. Build the bundle again."
