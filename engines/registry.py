@@ -219,6 +219,6 @@ def _open_unchanged(
             if not runtime.builds:
                 check_graph(bundle, record, engine.path)
             opened = runtime.open(component, record, engine, bundle.root, options)
-            on_error.callback(opened.close)
+            on_error.callback(lambda: opened.close())
         on_error.pop_all()
     return opened

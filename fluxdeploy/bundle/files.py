@@ -212,9 +212,7 @@ class HashCache:
         started = time.time_ns()
         result.update(hash_files(missing, on_bytes))
         self._hashed |= {path: (identity, result[path]) for path, identity in before.items()}
-        self._learn(
-            path for path in missing if before[path].modified < started - self._MARGIN_NS
-        )
+        self._learn(path for path in missing if before[path].modified < started - self._MARGIN_NS)
         return {path: result[path] for path in before}
 
     def link(
