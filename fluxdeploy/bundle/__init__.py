@@ -24,6 +24,7 @@ from fluxdeploy.errors import BundleError
 __all__ = ["Bundle", "open_bundle"]
 
 _SMALL = 64 << 20
+_MAX_MANIFEST = 64 << 20
 _SWAPS = 3
 """How often a bundle may be replaced while it is opened."""
 
@@ -181,7 +182,9 @@ def _manifest_hash(root: Path) -> str | None:
     """The SHA-256 of the manifest that lies at `root` now, None where there is none."""
     path = root / MANIFEST_NAME
     try:
-        return sha256_file(path) if path.is_file() and path.stat().st_size <= _SMALL else None
+        return (
+            sha256_file(path) if path.is_file() and path.stat().st_size <= _MAX_MANIFEST else None
+        )
     except OSError:
         return None
 
