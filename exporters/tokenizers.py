@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -193,6 +194,7 @@ def _check_files(folder: Path, kind: _Kind) -> None:
             f"There is no tokenizer folder {folder}; a FLUX.1 checkpoint has tokenizer/ and "
             "tokenizer_2/."
         )
+    _check_links(folder)
     has_document = (folder / _DOCUMENT).is_file()
     if not has_document and not all((folder / name).is_file() for name in kind.files):
         present = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
@@ -221,6 +223,23 @@ def _check_files(folder: Path, kind: _Kind) -> None:
             )
     elif "spiece.model" in kind.files:
         _check_sentencepiece(folder / "spiece.model")
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse files that lie elsewhere: what is in them would go into the bundle, or into an error.
+
+    A hub's cache has its files in a folder `blobs` beside `snapshots`, and links to them.
+    """
+    real = Path(os.path.realpath(folder))
+    cache = next((parent.parent for parent in real.parents if parent.name == "snapshots"), None)
+    inside = [real] if cache is None else [real, cache / "blobs"]
+    for entry in sorted(folder.iterdir()):
+        target = Path(os.path.realpath(entry))
+        if not any(target.is_relative_to(place) for place in inside):
+            raise CheckpointError(
+                f"{entry} is a link that leaves its folder, to {target}, and such files are not "
+                "read. Copy the file itself there, for example the whole checkpoint with `cp -rL`."
+            )
 
 
 def _read_object(path: Path) -> dict[str, Any]:
