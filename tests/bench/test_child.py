@@ -27,18 +27,30 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "trace"
 
 
-def start(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = module_command(module, *arguments)
-    done = subprocess.run(
-        command, env=child_environment(), capture_output=True, text=True, check=False
-    )
+def start(module: str, *arguments: str, safe: bool) -> subprocess.CompletedProcess[str]:
+    """Run a module of ours. Without `safe` as in Python 3.10, which knows no safe path."""
+    command, environment = module_command(module, *arguments), child_environment()
+    if not safe:
+        del environment["PYTHONSAFEPATH"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done
 
 
-@pytest.mark.parametrize("paths", [None, "", ":", "{folder}:", ":{folder}", "{folder}::{folder}"])
+@pytest.mark.parametrize(
+    ("paths", "safe"),
+    [
+        (None, True),
+        (None, False),
+        ("", False),
+        (":", False),
+        ("{folder}:", True),
+        (":{folder}", False),
+        ("{folder}::{folder}", False),
+    ],
+)
 def test_nothing_in_the_current_folder_is_imported(
-    trap: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paths: str | None
+    trap: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paths: str | None, safe: bool
 ) -> None:
     """With PYTHONPATH as shells leave it where it was empty before, too."""
     kept = tmp_path / "kept"
@@ -47,7 +59,7 @@ def test_nothing_in_the_current_folder_is_imported(
         monkeypatch.delenv("PYTHONPATH", raising=False)
     else:
         monkeypatch.setenv("PYTHONPATH", paths.format(folder=kept))
-    done = start("fluxdeploy.bench.worker", '{"contender": "none"}')
+    done = start("fluxdeploy.bench.worker", '{"contender": "none"}', safe=safe)
     assert done.stdout.startswith('{"error": "", "message": "TypeError: Job')
     assert not trap.exists()
     if paths is not None and "folder" in paths:
