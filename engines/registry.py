@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import cache
 from typing import TYPE_CHECKING
 
 from engines.base import Engine, EngineOptions, Runtime
+from engines.graph_files import check_graph
+from fluxdeploy.bundle.manifest import EngineRecord
 from fluxdeploy.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
@@ -175,7 +178,8 @@ def open_engine(
     """Open a component's best engine that can run on this machine.
 
     Raises `EngineError` where the bundle has no such component, no engine for the runtime, or
-    none that this machine can run, and `UsageError` for an unknown runtime.
+    none that this machine can run, `UsageError` for an unknown runtime, and `BundleError` where the
+    files are not those that were opened, or the graph reads what the manifest does not list.
     """
     record = bundle.manifest.components.get(component)
     if record is None:
@@ -192,7 +196,7 @@ def open_engine(
                 continue
             available = candidate.availability(target, options.device)
             if available.ok:
-                return candidate.open(component, record, engines[target], bundle.root, options)
+                return _open_unchanged(bundle, candidate, component, engines[target], options)
             reasons.append((candidate.name, target, available.detail))
     built = sorted({f"{e.runtime} on {e.target}" for e in record.engines})
     why = _in_words(reasons) or f"it has engines for {', '.join(built) or 'nothing'}"
@@ -200,3 +204,21 @@ def open_engine(
         f"The bundle {bundle.root} has no {component} engine that runs here with --runtime "
         f"{runtime}: {why}."
     )
+
+
+def _open_unchanged(
+    bundle: Bundle,
+    runtime: Runtime,
+    component: str,
+    engine: EngineRecord,
+    options: EngineOptions,
+) -> Engine:
+    record = bundle.manifest.components[component]
+    with ExitStack() as on_error:
+        with bundle.unchanged(record.files):
+            if not runtime.builds:
+                check_graph(bundle, record, engine.path)
+            opened = runtime.open(component, record, engine, bundle.root, options)
+            on_error.callback(lambda: opened.close())
+        on_error.pop_all()
+    return opened

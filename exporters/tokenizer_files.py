@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,11 +105,9 @@ def checked_folder(folder: Path, kind: Kind) -> Iterator[Path]:
     _check_vocabulary_is_there(folder, kind)
     # Where there is a tokenizer.json, transformers does not look at the others.
     vocabulary = (_DOCUMENT,) if os.path.lexists(folder / _DOCUMENT) else kind.files
-    files = {
-        name: _read(folder / name)
-        for name in (*_SETTINGS, *vocabulary)
-        if os.path.lexists(folder / name)
-    }
+    present = [n for n in (*_SETTINGS, *vocabulary) if os.path.lexists(folder / n)]
+    _check_links(folder, present)
+    files = {name: _read(folder / name) for name in present}
     objects = {
         name: _object(folder / name, data) for name, data in files.items() if name.endswith(".json")
     }
@@ -143,6 +141,23 @@ def _check_vocabulary_is_there(folder: Path, kind: Kind) -> None:
             f"{folder} holds no vocabulary of a {kind.class_name}: it needs {_DOCUMENT} or "
             f"{' + '.join(kind.files)}, and has {listed}. Pickled tokenizers are not read."
         )
+
+
+def _check_links(folder: Path, names: Iterable[str]) -> None:
+    """Refuse files that lie elsewhere: what is in them would go into the bundle, or into an error.
+
+    A hub's cache has its files in a folder `blobs` beside `snapshots`, and links to them.
+    """
+    real = Path(os.path.realpath(folder))
+    cache = next((parent.parent for parent in real.parents if parent.name == "snapshots"), None)
+    inside = [real] if cache is None else [real, cache / "blobs"]
+    for entry in (folder / name for name in names):
+        target = Path(os.path.realpath(entry))
+        if not any(target.is_relative_to(place) for place in inside):
+            raise CheckpointError(
+                f"{entry} is a link that leaves its folder, to {target}, and such files are not "
+                "read. Copy the file itself there, for example the whole checkpoint with `cp -rL`."
+            )
 
 
 def _read(path: Path) -> bytes:

@@ -244,7 +244,7 @@ class _Timings:
         cache = config.get_timing_cache()
         if cache is not None:
             with suppress(OSError, BundleError):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 write_atomic(self._path, bytes(cache.serialize()))
 
 

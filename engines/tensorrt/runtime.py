@@ -24,7 +24,7 @@ from engines.base import (
 from engines.gpu import compute_capability, has_cuda_python, has_nvidia_driver
 from engines.targets import GENERATIONS, hardware_problem, in_words
 from engines.tensorrt.formats import FORMATS
-from fluxdeploy.bundle.files import user_cache, write_atomic
+from fluxdeploy.bundle.files import is_private, user_cache, write_atomic
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError, UsageError
 from fluxdeploy.kernels import AttentionKernels
@@ -147,7 +147,12 @@ class TensorRt(Runtime):
         return destination, report
 
     def _timings(self, targets: Sequence[str]) -> Path | None:
-        """What the builder measured for these targets, for whatever it builds next."""
+        """What the builder measured for these targets, for whatever it builds next.
+
+        None where others could have written it.
+        """
+        if not is_private(user_cache()):
+            return None
         return user_cache() / f"{self.name}-{self.version()}-{'+'.join(targets)}.timings"
 
     def open(

@@ -12,6 +12,7 @@ from fluxdeploy.bench.contender import LoadedContender
 from fluxdeploy.bench.job import Job
 from fluxdeploy.bench.stopwatch import Stopwatch
 from fluxdeploy.bundle import Bundle, open_bundle
+from fluxdeploy.errors import BundleError
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.text import load_tokenizers
 
@@ -28,6 +29,11 @@ class BundleContender(LoadedContender):
         super().__init__(job, watch)
         with watch.component("load"):
             bundle = open_bundle(Path(job.bundle))
+            if bundle.content_hash != job.bundle_hash:
+                raise BundleError(
+                    f"The bundle {bundle.root} was replaced since `bench` has opened it; run it "
+                    "again."
+                )
             # A prompt that was kept would cost nothing the next time; the peers keep none.
             self._pipe = FluxPipeline(
                 bundle, load_tokenizers(bundle), self._opener(bundle), kept_text_bytes=0

@@ -198,7 +198,7 @@ def _of_bundle(name: str, bundle: Bundle, job: Job) -> Contender:
         title=f"{engine.runtime} on {engine.target}",
         precision=bundle.manifest.components["transformer"].precision,
         versions={engine.runtime: runtimes(engine.runtime)[0].version()},
-        job=replace(job, bundle=str(bundle.root)),
+        job=replace(job, bundle=str(bundle.root), bundle_hash=bundle.content_hash),
     )
 
 

@@ -44,7 +44,8 @@ class Job:
     contender: a name of `PEERS`, or "bundle". bundle, checkpoint, folder: paths; `checkpoint` is
     empty where none is needed, `folder` is where the process may write. latents: a file with the
     noise to begin with, float32 [B, L, C], packed; a bundle draws the same from `seed`. gpu: the
-    index of the GPU where `device` is cuda.
+    index of the GPU where `device` is cuda. bundle_hash: the content hash of the bundle that the
+    command has opened; empty for peers.
     """
 
     contender: str
@@ -64,3 +65,4 @@ class Job:
     batch: int
     text_tokens: int
     gpu: int = 0
+    bundle_hash: str = ""

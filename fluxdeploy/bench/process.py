@@ -6,15 +6,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import fluxdeploy
 from fluxdeploy import errors
+from fluxdeploy.bench.child import child_environment, module_command
 from fluxdeploy.bench.clock import Laps
 from fluxdeploy.bench.job import Job
 from fluxdeploy.errors import EngineError, FluxDeployError
@@ -38,7 +37,7 @@ class ContenderProcess:
         began = time.perf_counter()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "fluxdeploy.bench.worker", json.dumps(asdict(job))],
+                module_command("fluxdeploy.bench.worker", json.dumps(asdict(job))),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -119,12 +118,9 @@ class ContenderProcess:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """The same number of threads for every library, nothing from the network, and our package."""
-    root = str(Path(fluxdeploy.__file__).parents[1])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    """The same number of threads for every library, and nothing from the network."""
     return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
+        **child_environment(),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",

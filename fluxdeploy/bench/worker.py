@@ -1,4 +1,4 @@
-"""A contender's own process: `python -m fluxdeploy.bench.worker JOB`.
+"""A contender's own process, which `fluxdeploy.bench.process` starts with a job.
 
 Each contender has its memory, its threads and its start for itself. The process loads, draws its
 first picture and saves it, which is a cold start. Then it does what it reads, a word a line, and

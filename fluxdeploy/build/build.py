@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from engines import choose_builder
-from fluxdeploy.build.checkpoint import find_checkpoint
+from fluxdeploy.build.checkpoint import find_checkpoint, require_unchanged
 from fluxdeploy.build.components import make_component
 from fluxdeploy.build.describe import describe
 from fluxdeploy.build.plan import make_plan
@@ -14,6 +14,7 @@ from fluxdeploy.build.run import BuildRun
 from fluxdeploy.build.staging import Staging
 from fluxdeploy.build.tokenizers import make_tokenizer
 from fluxdeploy.bundle import Bundle, open_bundle
+from fluxdeploy.bundle.files import HashCache
 from fluxdeploy.errors import BundleError
 from fluxdeploy.progress import Progress
 
@@ -35,15 +36,18 @@ def build(request: BuildRequest, destination: Path, progress: Progress) -> Bundl
     plan.require_possible()
     for warning in plan.warnings:
         progress.note(f"{warning}.")
-    with Staging(destination) as staging:
-        run = BuildRun(spec, staging, progress)
+    cache = HashCache()
+    with Staging(destination, cache.link) as staging:
+        run = BuildRun(spec, staging, progress, cache)
         tokenizers = {name: make_tokenizer(name, run) for name in spec.tokenizers}
         task = progress.task("Exporting components", total=len(spec.components))
         components = {}
         for component in spec.components:
             components[component.name] = make_component(component, run)
             task.advance()
+        require_unchanged(cache)
         staging.commit(describe(run, tokenizers, components))
+    cache.renew()
     return open_bundle(destination)
 
 

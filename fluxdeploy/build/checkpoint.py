@@ -14,6 +14,7 @@ import numpy as np
 
 from fluxdeploy.build.sizes import LONGEST_SIDE, MOST_STEPS, MOST_TEXT
 from fluxdeploy.bundle.files import HashCache
+from fluxdeploy.bundle.tensorfile import read_header
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from fluxdeploy.errors import CheckpointError, MissingDependencyError, UsageError
 from fluxdeploy.progress import Progress
@@ -34,6 +35,7 @@ __all__ = [
     "find_text_remarks",
     "hash_checkpoint",
     "open_recorded",
+    "require_unchanged",
 ]
 
 _MOST_GUIDANCE = 1000.0
@@ -71,14 +73,47 @@ class CheckpointHashes:
     digest: str
 
 
-def hash_checkpoint(checkpoint: Checkpoint, progress: Progress) -> CheckpointHashes:
-    """Hash a checkpoint's weight files; those known not to have changed are not read again."""
+def hash_checkpoint(
+    checkpoint: Checkpoint, progress: Progress, cache: HashCache | None = None
+) -> CheckpointHashes:
+    """Hash a checkpoint's weight files; those that the cache knows are not read again.
+
+    Raises `CheckpointError` for a file in which tensors lie elsewhere than when it was opened.
+    """
     total = sum(file.stat().st_size for file in checkpoint.files)
     task = progress.task("Hashing the checkpoint", total=total)
-    hashes = HashCache().hash_files(checkpoint.files, task.advance)
+    hashes = (cache or HashCache()).hash_files(checkpoint.files, task.advance)
+    _require_same_places(checkpoint)
     files = {Path(os.path.realpath(file)): digest for file, digest in hashes.items()}
     whole = hashlib.sha256("\n".join(sorted(files.values())).encode())
     return CheckpointHashes(files, whole.hexdigest())
+
+
+def _require_same_places(checkpoint: Checkpoint) -> None:
+    headers = {file: read_header(file).tensors for file in checkpoint.files}
+    for part in checkpoint.parts.values():
+        for stored in part.weights.values():
+            entry = headers[stored.file].get(stored.name)
+            if (
+                entry is None
+                or entry.dtype != stored.dtype
+                or stored.offset < entry.offset
+                or stored.offset + stored.nbytes > entry.offset + entry.nbytes
+            ):
+                raise _changed(stored.file)
+
+
+def require_unchanged(cache: HashCache) -> None:
+    """Raise `CheckpointError` for a file that has changed since the cache has hashed it."""
+    for path in cache.changed():
+        raise _changed(path)
+
+
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} was changed while the checkpoint was read. Run the command again when nothing "
+        "writes to it any more."
+    )
 
 
 def checkpoint_record(bundle: Bundle) -> dict[str, Any]:

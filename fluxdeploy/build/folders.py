@@ -6,14 +6,17 @@ import ctypes
 import errno
 import fcntl
 import os
+import shlex
+import stat
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from fluxdeploy.bundle.files import disk_errors
+from fluxdeploy.bundle.files import disk_errors, owner_problem
 from fluxdeploy.errors import BundleError
 
-__all__ = ["exchange", "files_below", "make_locked", "open_locked", "prune"]
+__all__ = ["exchange", "files_below", "make_locked", "open_locked", "prune", "require_own"]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -43,14 +46,44 @@ def prune(root: Path, keep: Collection[str]) -> None:
                 os.rmdir(path_of_folder)
 
 
+def require_own(folder: Path, status: os.stat_result) -> None:
+    """Refuse a folder that others than this user and root can write, or a link in its place.
+
+    What lies there is read, removed or put into the bundle: it must be what a build left there.
+    `status` is that of the folder itself, and not of what a link leads to. Raises `BundleError`.
+    """
+    if stat.S_ISLNK(status.st_mode):
+        raise BundleError(
+            f"{folder} is a symbolic link, and a build works in a folder of its own there. Move "
+            "the link away, or choose another folder."
+        )
+    if not stat.S_ISDIR(status.st_mode):
+        raise BundleError(f"{folder} is a file, not a folder; choose another name.")
+    problem = owner_problem(status)
+    if problem is None:
+        return
+    if status.st_uid in (0, os.geteuid()):
+        remedy = f"See what is in it, and run `chmod go-w {shlex.quote(str(folder))}`"
+    else:
+        remedy = "Build as that user"
+    raise BundleError(
+        f"{folder} {problem}, and so what a build puts there could be changed. {remedy}, or choose "
+        "another folder."
+    )
+
+
 def make_locked(root: Path) -> int:
     """Make the folder `root` and lock it for this process; returns the lock's descriptor.
 
-    The system drops the lock when the process ends, however it ends.
+    Nobody else may write it, whatever the process's mask. The system drops the lock when the
+    process ends, however it ends. Raises `BundleError` for a folder of others, see `require_own`.
     """
     while True:
         with disk_errors("make the folder", root):
-            root.mkdir(exist_ok=True)
+            with suppress(FileExistsError):
+                root.mkdir(mode=0o755)
+            with suppress(FileNotFoundError):
+                require_own(root, os.lstat(root))
             try:
                 descriptor = open_locked(root, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except FileNotFoundError:
@@ -62,10 +95,15 @@ def make_locked(root: Path) -> int:
                 ) from None
             # Another build may have swapped this folder away while it was being locked.
             try:
-                if os.path.samestat(os.fstat(descriptor), os.lstat(root)):
+                status = os.lstat(root)
+                if os.path.samestat(os.fstat(descriptor), status):
+                    require_own(root, status)
                     return descriptor
             except FileNotFoundError:
                 pass
+            except BundleError:
+                os.close(descriptor)
+                raise
             os.close(descriptor)
 
 

@@ -9,6 +9,7 @@ from fluxdeploy.build.checkpoint import hash_checkpoint
 from fluxdeploy.build.keys import digest, sources_digest
 from fluxdeploy.build.resolve import BuildSpec
 from fluxdeploy.build.staging import Staging
+from fluxdeploy.bundle.files import HashCache
 from fluxdeploy.bundle.manifest import FileRecord
 from fluxdeploy.progress import Progress
 
@@ -23,17 +24,19 @@ _CALIBRATION = "calibration.json"
 class BuildRun:
     """One run of a build: its staging folder, the checkpoint's hashes, and what components share.
 
-    The checkpoint is hashed here, which may take a while.
+    The checkpoint is hashed here, which may take a while; `cache` then follows its files.
     """
 
-    def __init__(self, spec: BuildSpec, staging: Staging, progress: Progress) -> None:
+    def __init__(
+        self, spec: BuildSpec, staging: Staging, progress: Progress, cache: HashCache
+    ) -> None:
         from exporters.weights.bind import WeightFolder
 
         self.spec = spec
         self.staging = staging
         self.progress = progress
-        self.hashes = hash_checkpoint(spec.checkpoint, progress)
-        self.weights = WeightFolder(staging.root / "onnx" / "weights")
+        self.hashes = hash_checkpoint(spec.checkpoint, progress, cache)
+        self.weights = WeightFolder(staging.root / "onnx" / "weights", cache.link)
 
     @cached_property
     def ranges(self) -> tuple[ActivationRanges, FileRecord]:

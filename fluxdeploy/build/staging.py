@@ -17,7 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from fluxdeploy.build.folders import exchange, files_below, make_locked, open_locked, prune
+from fluxdeploy.build.folders import (
+    exchange,
+    files_below,
+    make_locked,
+    open_locked,
+    prune,
+    require_own,
+)
+from fluxdeploy.bundle import open_bundle
 from fluxdeploy.bundle.files import (
     disk_errors,
     hash_files,
@@ -64,17 +72,27 @@ class Staging:
     earlier bundle through a hard link, and must not be written to in place.
 
     Leaving without `commit` keeps the recorded artifacts for the next run. Raises `BundleError`
-    where the destination must not be replaced, where another build is running there, or where
-    the disk refuses.
+    where the destination must not be replaced, where a folder of the build belongs to another user
+    or can be written by others, where another build is running there, or where the disk refuses.
+    Folders around them are not looked at: one that others may write, and that has no sticky bit as
+    /tmp has, lets them replace the whole bundle at any time.
     """
 
-    def __init__(self, destination: str | os.PathLike[str]) -> None:
-        """A symbolic link is followed: the folder that it names is replaced, not the link."""
+    def __init__(
+        self,
+        destination: str | os.PathLike[str],
+        put: Callable[[Path, Path], object] = link_or_copy,
+    ) -> None:
+        """A symbolic link is followed: the folder that it names is replaced, not the link.
+
+        `put` makes a file of the earlier bundle available below `root`, as `link_or_copy` does.
+        """
         with disk_errors("find", destination):
             self.destination = Path(os.path.realpath(destination))
         self._parent = self.destination.parent
         self.root = self._parent / f".{self.destination.name}.building"
         self._aside = self._parent / f".{self.destination.name}.previous"
+        self._put = put
         self._lock: int | None = None
         self._artifacts: dict[str, _Artifact] = {}
         # Files below `root` that this process has hashed, or made and recorded.
@@ -106,7 +124,8 @@ class Staging:
 
     def _recover(self) -> None:
         """Tidy up after a build that was stopped at any moment, and find what it finished."""
-        if self._aside.is_dir():
+        if os.path.lexists(self._aside):
+            require_own(self._aside, os.lstat(self._aside))
             if (self.destination / MANIFEST_NAME).exists():
                 shutil.rmtree(self._aside)
             else:
@@ -186,7 +205,7 @@ class Staging:
         if _first_broken(self.destination, missing, on_bytes) is not None:
             return None
         for record in missing:
-            link_or_copy(self.destination / record.path, self.root / record.path)
+            self._put(self.destination / record.path, self.root / record.path)
         self._sync(record.path for record in missing)
         self._intact.update((record.path, record) for record in missing)
         self._write_artifact(name, _Artifact(key, component.files))
@@ -269,7 +288,8 @@ class Staging:
 
         Every file that the manifest names must be there with the recorded size; one that neither
         `record` nor `finished` returned is hashed too. All other files below `root` are removed.
-        Raises `BundleError`, with the earlier bundle untouched.
+        Then the bundle is opened where it lies: one that cannot be never replaces another. Raises
+        `BundleError`, with the earlier bundle untouched.
         """
         text = to_json(manifest)
         from_json(text, f"The manifest for {self.destination}")
@@ -279,6 +299,7 @@ class Staging:
         with disk_errors("write", self.root):
             prune(self.root, {*records, *self._artifact_records()})
         write_atomic(self.root / MANIFEST_NAME, text)
+        open_bundle(self.root)
         # The records of artifacts outlive the writing of the manifest, which can stand in for them.
         with disk_errors("replace", self.destination):
             if self._artifacts:
@@ -347,9 +368,8 @@ def _check_replaceable(destination: Path) -> None:
         )
     if not os.path.lexists(destination):
         return
-    if not destination.is_dir():
-        raise BundleError(f"{destination} is a file, not a folder; choose another name.")
     with disk_errors("read", destination):
+        require_own(destination, os.lstat(destination))
         files = set(files_below(destination))
     if files and MANIFEST_NAME not in files:
         raise BundleError(

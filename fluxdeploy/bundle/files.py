@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -21,11 +22,14 @@ from typing import BinaryIO, Literal
 from fluxdeploy.errors import BundleError
 
 __all__ = [
+    "FileIdentity",
     "HashCache",
     "disk_errors",
     "hash_files",
+    "is_private",
     "link_or_copy",
     "open_regular",
+    "owner_problem",
     "read_whole",
     "replacing",
     "sha256_file",
@@ -190,22 +194,69 @@ def hash_files(
             raise
 
 
+@dataclass(frozen=True)
+class FileIdentity:
+    """Which file it is, and when it was changed: of one file, an equal identity is equal bytes.
+
+    `modified` can be set to any time by whoever may write the file, `changed` by nobody. But
+    hard-linking and unlinking a file, or a change of its permissions, moves `changed` too: another
+    `changed` alone says that the bytes may be others. Times are in nanoseconds.
+    """
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> FileIdentity:
+        """That of the file that `path` leads to. Raises `OSError`."""
+        status = os.stat(path)
+        return cls(
+            status.st_dev,
+            status.st_ino,
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+        )
+
+    def may_equal(self, other: FileIdentity) -> bool:
+        """Whether it is the same file and nothing but `changed` tells of a change."""
+        return replace(self, changed=0) == replace(other, changed=0)
+
+
 class HashCache:
     """SHA-256 sums of files on this machine that have not changed since they were hashed.
 
-    A file is known by its real path, inode, size and modification time. The change time is left
-    out on purpose: hard-linking a file into a bundle changes it. The cache only saves time: one
-    that cannot be read or written is ignored.
+    A file is known by its real path, inode, size, modification time and change time. Without the
+    last one, a file that is written in place and given its old time stamp back would pass for the
+    old one. A build moves the change time itself, where it hard-links weights into the bundle and
+    unlinks those of the bundle that it replaces. So the files that one object has hashed are
+    followed: `link` takes over the change time that its own link has made, `changed` reads a file
+    again where anything else has moved it, and `renew` writes down what it is after all links. A
+    change between the last two is known to nobody but the next `verify`: so little may happen
+    between them.
+
+    Stamps come from a clock that ticks: a file that is changed twice within a tick looks the same.
+    So a sum is kept only of a file that has not been modified for a while, and after a tick without
+    change. The cache only saves time: one that cannot be read or written, or that others could have
+    written, is ignored.
     """
 
     _MARGIN_NS = 2_000_000_000
-    """A file this fresh may change again without a new time stamp (FAT's are 2 s apart)."""
+    """A file this fresh may be modified again without a new time stamp (FAT's are 2 s apart)."""
+
+    _TICK_S = 0.02
+    """Longer than the clock of change times takes from one stamp to the next: 10 ms at 100 Hz."""
 
     _MAX_ENTRIES = 4096
 
     def __init__(self, folder: Path | None = None) -> None:
         """`folder` is where the cache lies; the user's cache folder where it is not given."""
         self._path = (folder or user_cache()) / "hashes.json"
+        # What this object has hashed, by the path that it was given.
+        self._hashed: dict[Path, tuple[FileIdentity, str]] = {}
 
     def hash_files(
         self, paths: Iterable[str | os.PathLike[str]], on_bytes: OnBytes | None = None
@@ -213,28 +264,90 @@ class HashCache:
         """As the function `hash_files`; a known file counts as read in one go."""
         known = self._load()
         result: dict[Path, str] = {}
-        before: dict[Path, list[int]] = {}
+        before: dict[Path, FileIdentity] = {}
         for path in dict.fromkeys(Path(path) for path in paths):
             with disk_errors("read", path):
-                before[path] = _identity(path)
+                before[path] = FileIdentity.of(path)
             entry = known.get(os.path.realpath(path))
-            if entry is not None and entry[:3] == before[path]:
-                result[path] = str(entry[3])
+            if entry is not None and entry[:-1] == _stamps(before[path]):
+                result[path] = str(entry[-1])
                 if on_bytes is not None:
-                    on_bytes(before[path][1])
+                    on_bytes(before[path].size)
         missing = [path for path in before if path not in result]
         started = time.time_ns()
         result.update(hash_files(missing, on_bytes))
-        learned: dict[str, list[int | str]] = {
-            os.path.realpath(path): [*before[path], result[path]]
-            for path in missing
-            if before[path][2] < started - self._MARGIN_NS and _unchanged(path, before[path])
-        }
-        if learned:
-            self._save(learned)
+        self._hashed |= {path: (identity, result[path]) for path, identity in before.items()}
+        self._learn(path for path in missing if before[path].modified < started - self._MARGIN_NS)
         return {path: result[path] for path in before}
 
+    def link(
+        self,
+        source: str | os.PathLike[str],
+        destination: str | os.PathLike[str],
+        on_bytes: OnBytes | None = None,
+    ) -> Literal["linked", "copied"]:
+        """As `link_or_copy`. A file that was hashed, under this name or another, stays known."""
+        with disk_errors("read", source):
+            before = FileIdentity.of(source)
+            how = link_or_copy(source, destination, on_bytes)
+            after = FileIdentity.of(source)
+        for path, (identity, digest) in self._hashed.items():
+            if identity == before and after.may_equal(before):
+                self._hashed[path] = after, digest
+        return how
+
+    def changed(self, on_bytes: OnBytes | None = None) -> list[Path]:
+        """The hashed files that hold other bytes now, or are gone.
+
+        A file with another identity is read again; `on_bytes` hears of that.
+        """
+        found = []
+        for path, (identity, digest) in self._hashed.items():
+            try:
+                now = FileIdentity.of(path)
+                same = now == identity or (
+                    now.size == identity.size and sha256_file(path, on_bytes) == digest
+                )
+            except OSError:
+                same = False
+            if same:
+                self._hashed[path] = now, digest
+            else:
+                found.append(path)
+        return found
+
+    def renew(self) -> None:
+        """Keep the sums of the hashed files, whose change times links have moved since."""
+        for path, (identity, digest) in list(self._hashed.items()):
+            try:
+                now = FileIdentity.of(path)
+            except OSError:
+                continue
+            if now.may_equal(identity):
+                self._hashed[path] = now, digest
+        oldest = time.time_ns() - self._MARGIN_NS
+        self._learn(path for path, (known, _) in self._hashed.items() if known.modified < oldest)
+
+    def _learn(self, paths: Iterable[Path]) -> None:
+        """Write down the sums of hashed files, unless they change within a tick of the clock."""
+        wanted = list(paths)
+        if not wanted:
+            return
+        newest = max(self._hashed[path][0].changed for path in wanted)
+        wait = self._TICK_S - (time.time_ns() - newest) / 1e9
+        if wait > 0:
+            time.sleep(min(wait, self._TICK_S))
+        learned: dict[str, list[int | str]] = {}
+        for path in wanted:
+            identity, digest = self._hashed[path]
+            if _unchanged(path, identity):
+                learned[os.path.realpath(path)] = [*_stamps(identity), digest]
+        if learned:
+            self._save(learned)
+
     def _load(self) -> dict[str, list[int | str]]:
+        if not is_private(self._path.parent):
+            return {}
         try:
             entries = json.loads(read_whole(self._path, _MAX_CACHE).decode("utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -250,11 +363,35 @@ class HashCache:
             entries.pop(path, None)
             entries[path] = entry
         newest = dict(list(entries.items())[-self._MAX_ENTRIES :])
+        folder = self._path.parent
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(self._path, json.dumps(newest))
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not is_private(folder) and folder.stat().st_uid == os.geteuid():
+                os.chmod(folder, 0o700)  # what others wrote there was not loaded
+            if is_private(folder):
+                write_atomic(self._path, json.dumps(newest))
         except (OSError, BundleError):
             pass
+
+
+def is_private(folder: Path) -> bool:
+    """Whether nobody but this user, or root, can write into a folder, or there is none yet."""
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return True
+    return owner_problem(status) is None
+
+
+def owner_problem(status: os.stat_result) -> str | None:
+    """Why others than this user and root could write a file or folder, None where none can."""
+    if os.name != "posix":  # elsewhere the bits do not tell
+        return None
+    if status.st_uid not in (0, os.geteuid()):
+        return f"belongs to another user (number {status.st_uid})"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"can be written by others (its mode is {stat.S_IMODE(status.st_mode):o})"
+    return None
 
 
 def user_cache() -> Path:
@@ -265,14 +402,15 @@ def user_cache() -> Path:
     return Path(root) / "fluxdeploy"
 
 
-def _identity(path: Path) -> list[int]:
-    status = os.stat(path)
-    return [status.st_ino, status.st_size, status.st_mtime_ns]
+def _stamps(identity: FileIdentity) -> list[int]:
+    """What an entry of the cache knows a file by; devices get other numbers when they are mounted
+    again."""
+    return [identity.inode, identity.size, identity.modified, identity.changed]
 
 
-def _unchanged(path: Path, before: list[int]) -> bool:
+def _unchanged(path: Path, before: FileIdentity) -> bool:
     try:
-        return _identity(path) == before
+        return FileIdentity.of(path) == before
     except OSError:
         return False
 
@@ -280,10 +418,10 @@ def _unchanged(path: Path, before: list[int]) -> bool:
 def _is_entry(entry: object) -> bool:
     return (
         isinstance(entry, list)
-        and len(entry) == 4
-        and all(type(number) is int for number in entry[:3])
-        and isinstance(entry[3], str)
-        and re.fullmatch("[0-9a-f]{64}", entry[3]) is not None
+        and len(entry) == 5
+        and all(type(number) is int for number in entry[:-1])
+        and isinstance(entry[-1], str)
+        and re.fullmatch("[0-9a-f]{64}", entry[-1]) is not None
     )
 
 

@@ -47,8 +47,14 @@ MAX_MANIFEST = 4 << 20
 SYMBOLS = ("B", "S", "L", "T", "N", "H", "W", "h", "w")
 """The symbols that a `Dimension` may be."""
 
+_MAX_DEPTH = 32
 _MAX_DECIBELS = 150
 """A float32 has about this many between its largest and its smallest digit: no gate needs more."""
+
+_HIDDEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]",
+)
+"""Control characters, ends of lines, and marks of the direction of writing."""
 
 Dimension = int | str
 """A fixed size, or the symbol of a dynamic one: B batch, S text tokens, L image tokens, T = S + L
@@ -259,6 +265,7 @@ def from_json(text: str, source: str) -> Manifest:
         ) from error
     _check_version(plain, source)
     try:
+        _check_text(plain)
         manifest = parse(Manifest, plain)
         _check(manifest)
     except FieldError as error:
@@ -275,7 +282,7 @@ def path_problem(path: str) -> str | None:
     """
     if not path:
         return "is empty"
-    if any(ord(character) < 32 for character in path):
+    if _HIDDEN.search(path):
         return "holds a control character"
     if "\\" in path:
         return "holds a backslash; paths have forward slashes"
@@ -302,6 +309,26 @@ def _check_version(plain: object, source: str) -> None:
         f"{source} has schema version {version}, and this program reads version "
         f"{SCHEMA_VERSION}: {remedy}."
     )
+
+
+def _check_text(plain: object, where: str = "", depth: int = 0) -> None:
+    """Refuse text that would move a terminal's cursor or turn what stands around it, and nesting
+    that no manifest has.
+
+    The text in `provenance` is free-form: who shows it has to escape it.
+    """
+    _require(depth <= _MAX_DEPTH, where, f"is nested more than {_MAX_DEPTH} deep")
+    free = where == "provenance"
+    if isinstance(plain, str):
+        hidden = None if free else _HIDDEN.search(plain)
+        _require(hidden is None, where, f"is {plain!a}, which holds a control character")
+    elif isinstance(plain, list):
+        for index, entry in enumerate(plain):
+            _check_text(entry, where if free else f"{where}[{index}]", depth + 1)
+    elif isinstance(plain, dict):
+        for key, entry in plain.items():
+            _check_text(key, where, depth + 1)
+            _check_text(entry, where if free else join(where, key), depth + 1)
 
 
 def _require(condition: bool, where: str, problem: str) -> None:

@@ -69,7 +69,7 @@ def _inspect_picture(path: Path, *, check: bool, as_json: bool) -> None:
 
 def _inspect_bundle(path: Path, *, check: bool, as_json: bool) -> None:
     from fluxdeploy.bundle import open_bundle
-    from fluxdeploy.bundle.manifest import MANIFEST_NAME
+    from fluxdeploy.bundle.manifest import to_json
 
     bundle = open_bundle(path)
     if check:
@@ -83,7 +83,7 @@ def _inspect_bundle(path: Path, *, check: bool, as_json: bool) -> None:
             "path": str(bundle.root),
             "content_hash": bundle.content_hash,
             "checked": "all" if check else "small",
-            "manifest": json.loads((bundle.root / MANIFEST_NAME).read_text(encoding="utf-8")),
+            "manifest": json.loads(to_json(bundle.manifest)),
         }
         click.echo(json.dumps(report, indent=2))
         return

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fluxdeploy.errors import FluxDeployError, UsageError
+from fluxdeploy.host.png_text import read_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,6 +28,9 @@ __all__ = [
     "to_pil",
     "write_png",
 ]
+
+_N = TypeVar("_N", int, float)
+_MAX_DIGITS = 32
 
 
 @dataclass(frozen=True)
@@ -121,17 +126,13 @@ def write_png(image: Image, path: Path, chunks: PngInfo | None = None) -> None:
 
 
 def read_metadata(path: Path) -> PictureMetadata:
-    """What `save_picture` wrote into a PNG.
+    """What `save_picture` wrote into a PNG. No pixel is decoded.
 
     Raises `FluxDeployError` where the file cannot be read, or was not written by it.
     """
-    from PIL import Image
-    from PIL.PngImagePlugin import PngImageFile
-
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            text = image.text if isinstance(image, PngImageFile) else {}
-    except (OSError, SyntaxError, ValueError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise FluxDeployError(
             f"{path} cannot be read as a PNG: {error}. Give a picture that fluxdeploy wrote."
         ) from error
@@ -139,15 +140,15 @@ def read_metadata(path: Path) -> PictureMetadata:
         return PictureMetadata(
             prompt=text["prompt"],
             negative_prompt=text.get("negative_prompt"),
-            true_cfg_scale=float(text["true_cfg_scale"]),
-            seed=int(text["seed"]) if "seed" in text else None,
-            index=int(text["index"]),
-            num_inference_steps=int(text["num_inference_steps"]),
-            guidance_scale=float(text["guidance_scale"]),
-            max_sequence_length=int(text["max_sequence_length"]),
-            height=int(text["height"]),
-            width=int(text["width"]),
-            strength=float(text["strength"]) if "strength" in text else None,
+            true_cfg_scale=_number(float, text["true_cfg_scale"]),
+            seed=_number(int, text["seed"]) if "seed" in text else None,
+            index=_number(int, text["index"]),
+            num_inference_steps=_number(int, text["num_inference_steps"]),
+            guidance_scale=_number(float, text["guidance_scale"]),
+            max_sequence_length=_number(int, text["max_sequence_length"]),
+            height=_number(int, text["height"]),
+            width=_number(int, text["width"]),
+            strength=_number(float, text["strength"]) if "strength" in text else None,
             image_sha256=text.get("image_sha256"),
             bundle_hash=text["bundle_hash"],
             fluxdeploy_version=text["fluxdeploy_version"],
@@ -157,3 +158,13 @@ def read_metadata(path: Path) -> PictureMetadata:
             f"{path} does not say how it was made: its metadata is missing or was changed. Give a "
             "picture that fluxdeploy wrote."
         ) from error
+
+
+def _number(kind: type[_N], digits: str) -> _N:
+    """A number as `save_picture` writes it. Raises `ValueError`.
+
+    Python takes quadratic time for long ones, and reads "nan", which JSON does not have.
+    """
+    if len(digits) > _MAX_DIGITS or not math.isfinite(number := kind(digits)):
+        raise ValueError(digits[:_MAX_DIGITS])
+    return number

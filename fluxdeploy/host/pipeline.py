@@ -101,7 +101,9 @@ class FluxPipeline:
     ) -> FluxPipeline:
         """Open the bundle in the folder `path`, to be run by `runtime`.
 
-        Raises `BundleError` where the folder is no bundle that this version reads.
+        Raises `BundleError` where the folder is no bundle that this version reads. What is opened
+        later is of this bundle: a call that would have to open an engine of another one, which has
+        taken its place, raises `BundleError`. Engines that are open go on.
         """
         bundle = open_bundle(Path(path))
         open_component = functools.partial(open_engine, bundle, runtime=runtime, options=options)

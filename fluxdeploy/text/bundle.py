@@ -10,7 +10,6 @@ import numpy.typing as npt
 from tokenizers import Tokenizer as Backend
 
 from fluxdeploy.bundle import Bundle
-from fluxdeploy.bundle.files import read_whole
 from fluxdeploy.errors import BundleError
 from fluxdeploy.native import native_errors
 from fluxdeploy.text.tokenizer import Tokenizer
@@ -55,8 +54,14 @@ def _load(bundle: Bundle, name: str) -> Tokenizer:
     if record is None:
         raise BundleError(f"The bundle {bundle.root} records no tokenizer {name}; build it again.")
     path = bundle.path(record.path)
+    data = bundle.read(next(file for file in record.files if file.path == record.path))
+    if len(data) > _MAX_TOKENIZER:
+        raise BundleError(
+            f"The tokenizer {path} has {len(data)} bytes, and at most {_MAX_TOKENIZER} are "
+            "allowed. Build the bundle again."
+        )
     with native_errors(
         BundleError, f"The tokenizer {path} cannot be read", "Build the bundle again."
     ):
-        backend = Backend.from_str(read_whole(path, _MAX_TOKENIZER).decode("utf-8"))
+        backend = Backend.from_str(data.decode("utf-8"))
     return Tokenizer(name, backend, record)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from engines.graph_files import check_graph
 from fluxdeploy.bundle import Bundle
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
@@ -62,5 +63,7 @@ def compare_layers(
     usual = default_calibration(checkpoint)
     few = replace(usual, prompts=usual.prompts[:_LAYER_PROMPTS], sizes=usual.sizes[:1])
     (graph,) = (file.path for file in record.files if file.path.endswith(".onnx"))
-    sqnr = measure_fidelity(checkpoint, bundle.path(graph), few, progress)
+    with bundle.unchanged(record.files):
+        check_graph(bundle, record, graph)
+        sqnr = measure_fidelity(checkpoint, bundle.path(graph), few, progress)
     return LayersReport(sqnr, bundle.manifest.quality.min_sqnr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines import Engine, EngineOptions
+from engines import Engine, EngineOptions, open_engine
 from fluxdeploy.bundle import Bundle
 from fluxdeploy.bundle.manifest import QualityRecord
 from fluxdeploy.host.pipeline import FluxPipeline
@@ -198,7 +199,8 @@ def compare_pictures(
         return ReferenceEngine(checkpoint, component)
 
     # One after the other: both together may not fit into memory.
-    with FluxPipeline.from_bundle(bundle.root, runtime, options) as pipe:
+    open_component = functools.partial(open_engine, bundle, runtime=runtime, options=options)
+    with FluxPipeline(bundle, load_tokenizers(bundle), open_component) as pipe:
         drawn = draw(pipe, drawing, "Drawing with the bundle", progress)
     with FluxPipeline(bundle, load_tokenizers(bundle), open_reference) as pipe:
         expected = draw(pipe, drawing, "Drawing with PyTorch", progress)

@@ -139,7 +139,7 @@ def _verify_component(
 ) -> ComponentReport:
     record = bundle.manifest.components[name]
     assert record.golden is not None
-    with open_engine(bundle, name, runtime, options) as engine:
+    with open_engine(bundle, name, runtime, options) as engine, bundle.unchanged(record.files):
         deviation = measure_component(engine, bundle.path(record.golden.path))
     # A bundle for a CPU has no engines for anything else.
     emulated = any(

@@ -6,10 +6,13 @@ import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 import socket
 import stat
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -200,7 +203,6 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_cache_reads_an_unchanged_file_once(tmp_path: Path, reads: list[str]) -> None:
     path = _aged(tmp_path / "x", b"12345")
     os.symlink(path, tmp_path / "link")
-    os.link(path, tmp_path / "hard")  # changes the change time, which must not count
     counts: list[int] = []
     first = HashCache(tmp_path / "cache").hash_files([path], counts.append)
     second = HashCache(tmp_path / "cache").hash_files([path, tmp_path / "link"], counts.append)
@@ -210,7 +212,7 @@ def test_cache_reads_an_unchanged_file_once(tmp_path: Path, reads: list[str]) ->
     assert counts == [5, 5, 5]
 
 
-@pytest.mark.parametrize("change", ["bytes", "size", "time", "inode"])
+@pytest.mark.parametrize("change", ["bytes", "size", "time", "inode", "kept time"])
 def test_cache_reads_a_changed_file_again(tmp_path: Path, reads: list[str], change: str) -> None:
     path = _aged(tmp_path / "x", b"12345")
     cache = HashCache(tmp_path / "cache")
@@ -219,12 +221,124 @@ def test_cache_reads_a_changed_file_again(tmp_path: Path, reads: list[str], chan
     if change == "inode":
         path.rename(tmp_path / "kept")
     path.write_bytes(data)
-    if change in ("size", "inode"):
+    if change in ("size", "inode", "kept time"):
         os.utime(path, (OLD, OLD))
     if change == "time":
         os.utime(path, (OLD, OLD + 1))
     assert cache.hash_files([path])[path] == hashlib.sha256(data).hexdigest()
     assert reads == ["x", "x"]
+
+
+def _build(cache: HashCache, weights: Path, folder: Path) -> None:
+    """What a build does to a checkpoint's file, of which the earlier bundle has a link."""
+    cache.hash_files([weights])
+    cache.link(weights, folder / "staging/weights")
+    if (folder / "bundle").exists():
+        cache.link(folder / "bundle/weights", folder / "staging/weights")
+    assert cache.changed() == []
+    shutil.rmtree(folder / "bundle", ignore_errors=True)
+    (folder / "staging").rename(folder / "bundle")
+    cache.renew()
+
+
+def test_builds_that_link_a_file_read_it_once(tmp_path: Path, reads: list[str]) -> None:
+    weights = _aged(tmp_path / "x", b"12345")
+    (tmp_path / "link").symlink_to(weights)
+    for _ in range(3):
+        _build(HashCache(tmp_path / "cache"), tmp_path / "link", tmp_path / "out")
+    assert reads == ["link"]
+
+
+def test_a_link_that_somebody_else_made_costs_another_look(
+    tmp_path: Path, reads: list[str]
+) -> None:
+    weights = _aged(tmp_path / "x", b"12345")
+    cache = HashCache(tmp_path / "cache")
+    cache.hash_files([weights])
+    os.link(weights, tmp_path / "other")
+    assert cache.changed() == []
+    assert cache.changed() == []
+    assert reads == ["x", "x"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: _aged(path, b"54321"),
+        lambda path: path.write_bytes(b"54321"),
+        lambda path: path.write_bytes(b"123456"),
+        lambda path: path.unlink(),
+        lambda path: (path.unlink(), path.mkdir()),
+        lambda path: os.replace(_aged(path.with_name("y"), b"54321"), path),
+    ],
+)
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_file_that_changes_during_a_build_is_told(
+    tmp_path: Path, change: Callable[[Path], object], linked: bool
+) -> None:
+    weights = _aged(tmp_path / "x", b"12345")
+    cache = HashCache(tmp_path / "cache")
+    for _ in range(2):  # known from the second time on
+        cache.hash_files([weights])
+    if linked:
+        cache.link(weights, tmp_path / "bundle/x")
+    change(weights)
+    assert cache.changed() == [weights]
+
+
+def test_a_link_to_another_file_is_a_change(tmp_path: Path) -> None:
+    for name, data in (("a", b"12345"), ("b", b"54321")):
+        _aged(tmp_path / name, data)
+    (tmp_path / "x").symlink_to("a")
+    cache = HashCache(tmp_path / "cache")
+    cache.hash_files([tmp_path / "x"])
+    (tmp_path / "x").unlink()
+    (tmp_path / "x").symlink_to("b")
+    assert cache.changed() == [tmp_path / "x"]
+    (tmp_path / "x").unlink()
+    (tmp_path / "x").symlink_to("a")
+    assert HashCache(tmp_path / "cache").changed() == []
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o722, 0o1777])
+def test_a_cache_that_others_can_write_is_not_believed(
+    tmp_path: Path, reads: list[str], mode: int
+) -> None:
+    path = _aged(tmp_path / "x", b"12345")
+    folder = tmp_path / "cache"
+    HashCache(folder).hash_files([path])
+    text = (folder / "hashes.json").read_text()
+    (folder / "hashes.json").write_text(re.sub("[0-9a-f]{64}", "0" * 64, text))
+    folder.chmod(mode)
+    assert HashCache(folder).hash_files([path])[path] == hashlib.sha256(b"12345").hexdigest()
+    assert reads == ["x", "x"]
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    HashCache(folder).hash_files([path])
+    assert reads == ["x", "x"]
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="takes another user")
+def test_a_cache_of_another_user_is_left_alone(tmp_path: Path, reads: list[str]) -> None:
+    path = _aged(tmp_path / "x", b"12345")
+    folder = tmp_path / "cache"
+    HashCache(folder).hash_files([path])
+    before = (folder / "hashes.json").read_bytes()
+    os.chown(folder, 12345, 12345)
+    HashCache(folder).hash_files([path])
+    HashCache(folder).hash_files([path])
+    assert reads == ["x"] * 3
+    assert (folder / "hashes.json").read_bytes() == before
+
+
+def test_the_cache_is_private_whatever_the_mask(tmp_path: Path, reads: list[str]) -> None:
+    path = _aged(tmp_path / "x", b"12345")
+    earlier = os.umask(0)
+    try:
+        HashCache(tmp_path / "a/cache").hash_files([path])
+    finally:
+        os.umask(earlier)
+    HashCache(tmp_path / "a/cache").hash_files([path])
+    assert reads == ["x"]
 
 
 def test_cache_does_not_trust_a_file_that_was_just_written(
@@ -248,7 +362,7 @@ def test_broken_cache_is_ignored_and_replaced(tmp_path: Path, text: str) -> None
     (folder / "hashes.json").write_bytes(text.replace("PATH", str(path)).encode("latin-1"))
     expected = hashlib.sha256(b"12345").hexdigest()
     assert HashCache(folder).hash_files([path])[path] == expected
-    assert json.loads((folder / "hashes.json").read_text())[str(path)][3] == expected
+    assert json.loads((folder / "hashes.json").read_text())[str(path)][-1] == expected
 
 
 def test_cache_folder_that_cannot_be_written_is_ignored(

@@ -274,3 +274,69 @@ def test_parsing_leaves_no_field_unchecked(manifest: Manifest) -> None:
 def test_ordinary_paths_are_allowed() -> None:
     for path in ("a", "onnx/weights/x-00001-of-00002.safetensors", "a..b/c.", "ü/日本"):
         assert path_problem(path) is None
+
+
+HIDDEN = (
+    "\x1b[2J",
+    "a\x07",
+    "a\rb",
+    "\x9b31m",
+    "\x7f",
+    "a\u202eb",
+    "\u2066a",
+    "a\u200f",
+    "a\u2028b",
+)
+PLACES = (
+    "variant",
+    "components.t5.key",
+    "components.t5.inputs[0].name",
+    "components.t5.engines[0].runtime_version",
+    "components.t5.golden.path",
+    "tokenizers.clip.path",
+)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_text_that_acts_on_a_terminal_is_refused(
+    manifest: Manifest, place: str, hidden: str
+) -> None:
+    refusal = _refusal(manifest, place, hidden)
+    assert f"{place} is {hidden!a}, which holds a control character" in refusal
+    assert refusal.isprintable()
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("place", ["components", "tokenizers", "", "components.t5"])
+def test_names_that_act_on_a_terminal_are_refused(
+    manifest: Manifest, place: str, hidden: str
+) -> None:
+    plain = json.loads(to_json(manifest))
+    holder = plain
+    for step in filter(None, place.split(".")):
+        holder = holder[step]
+    holder[hidden] = {}
+    with pytest.raises(BundleError, match="which holds a control character") as caught:
+        from_json(json.dumps(plain), "bundle/fluxdeploy.json")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_provenance_may_hold_any_text(manifest: Manifest, hidden: str) -> None:
+    free = replace(manifest, provenance={"checkpoint": {hidden: [hidden]}})
+    assert from_json(to_json(free), "here") == free
+
+
+@pytest.mark.parametrize("text", ["größer", "模型", "ما", "a\u00a0b", "👩\u200d👧", "e\u0301"])
+def test_text_of_all_languages_is_read(manifest: Manifest, text: str) -> None:
+    assert from_json(to_json(replace(manifest, variant=text)), "here").variant == text
+
+
+@pytest.mark.parametrize("place", ["provenance.tools", "variant", "components.t5.files"])
+@pytest.mark.parametrize("depth", [32, 300, 900])
+def test_deep_nesting_is_refused(manifest: Manifest, place: str, depth: int) -> None:
+    value: Any = []
+    for _ in range(depth):
+        value = [value]
+    assert "is nested more than 32 deep" in _refusal(manifest, place, value)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from engines import EngineSource
+from fluxdeploy.bundle import Bundle
 from fluxdeploy.bundle.manifest import (
     ComponentRecord,
     DimensionRange,
@@ -119,7 +122,10 @@ def bundle(tmp_path: Path) -> Make:
         graph = helper.make_graph(nodes, "tiny", inputs, outputs, initializers)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
         onnx.save(model, tmp_path / "tiny.onnx")
-        components = {"tiny": record(*(engines or (engine_record(),)))}
-        return SimpleNamespace(root=tmp_path, manifest=SimpleNamespace(components=components))
+        data = (tmp_path / "tiny.onnx").read_bytes()
+        file = FileRecord("tiny.onnx", len(data), hashlib.sha256(data).hexdigest())
+        tiny = replace(record(*(engines or (engine_record(),))), files=(file,))
+        manifest: Any = SimpleNamespace(components={"tiny": tiny})
+        return Bundle(tmp_path, manifest, "")
 
     return make

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from engines import Engine, EngineOptions, open_engine
+from engines import Engine, EngineOptions, open_engine, runtimes
 from engines import onnxruntime as module
 from engines import openvino as openvino_module
 from engines.onnxruntime import OnnxRuntime
@@ -151,7 +151,7 @@ def test_the_gpu_that_is_asked_for(bundle: Make, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("content", [b"", b"not a graph" * 50, None])
 def test_broken_file(bundle: Make, runtime: str, content: bytes | None) -> None:
-    made = bundle(engine_record(runtime))
+    made, engine = bundle(), engine_record(runtime)
     path = made.root / "tiny.onnx"
     if content is None:
         path.unlink()
@@ -159,7 +159,7 @@ def test_broken_file(bundle: Make, runtime: str, content: bytes | None) -> None:
         path.write_bytes(content)
     words = rf"{RUNTIMES[runtime]} cannot open tiny \(.*tiny.onnx\)"
     with pytest.raises(EngineError, match=words):
-        open_engine(made, "tiny", runtime)
+        runtimes(runtime)[0].open("tiny", record(engine), engine, made.root, EngineOptions())
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
@@ -230,7 +230,8 @@ def test_what_a_session_is_told(
     slow: str,
 ) -> None:
     made = bundle()
-    made.manifest.components["tiny"] = replace(record(engine_record()), precision=precision)
+    tiny = made.manifest.components["tiny"]
+    made.manifest.components["tiny"] = replace(tiny, precision=precision)
     monkeypatch.setattr(module, "_has_vnni", lambda: vnni)
     engine: Any = open_engine(made, "tiny")
     options = engine.session.get_session_options()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable, Mapping
@@ -161,3 +162,58 @@ def test_sentinels_that_contradict_their_number(copy: Callable[[str, str], Path]
     sentinels = {"additional_special_tokens": ["<extra_id_0>", "<extra_id_1>"]}
     (folder / "special_tokens_map.json").write_text(json.dumps(sentinels))
     refuse(folder, r"extra_ids \(100\)")
+
+
+SECRET = '{"bos_token": "hunter2", "hunter2": 3, "model": {"vocab": {"hunter2": 0}}}'
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "file"),
+    [
+        ("json", "tokenizer", "tokenizer.json"),
+        ("json", "tokenizer", "tokenizer_config.json"),
+        ("json", "tokenizer_2", "added_tokens.json"),
+        ("json", "tokenizer_2", "special_tokens_map.json"),
+        ("model", "tokenizer", "vocab.json"),
+        ("model", "tokenizer", "merges.txt"),
+        ("model", "tokenizer_2", "spiece.model"),
+    ],
+)
+@pytest.mark.parametrize("place", ["secret", "blobs/0123", "tokenizer_3/secret"])
+def test_files_that_lie_elsewhere_are_not_read(
+    copy: Callable[[str, str], Path], tmp_path: Path, form: str, name: str, file: str, place: str
+) -> None:
+    folder = copy(form, name)
+    secret = tmp_path / place
+    secret.parent.mkdir(exist_ok=True)
+    secret.write_text(SECRET)
+    (folder / file).unlink(missing_ok=True)
+    (folder / file).symlink_to(os.path.relpath(secret, folder))
+    with pytest.raises(CheckpointError, match="is a link that leaves its folder") as caught:
+        load(folder)
+    assert str(folder / file) in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["hub", "within", "folder"])
+def test_links_of_a_hub_s_cache_are_read(
+    copy: Callable[[str, str], Path], tmp_path: Path, kind: str
+) -> None:
+    folder = copy("json", "tokenizer")
+    expected = load(folder).backend.to_str()
+    if kind == "hub":
+        snapshot = tmp_path / "models--a--b/snapshots/1234/tokenizer"
+        (tmp_path / "models--a--b/blobs").mkdir(parents=True)
+        snapshot.mkdir(parents=True)
+        for index, file in enumerate(sorted(folder.iterdir())):
+            file.rename(tmp_path / f"models--a--b/blobs/{index:040x}")
+            (snapshot / file.name).symlink_to(f"../../../blobs/{index:040x}")
+        folder = snapshot
+    elif kind == "within":
+        (folder / "tokenizer.json").rename(folder / "real.json")
+        (folder / "tokenizer.json").symlink_to("real.json")
+    else:
+        folder = folder.rename(tmp_path / "real")
+        (tmp_path / "tokenizer").symlink_to(folder)
+        folder = tmp_path / "tokenizer"
+    assert load(folder).backend.to_str() == expected

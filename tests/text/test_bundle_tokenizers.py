@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import pytest
 from exporters.tokenizers import canonical_tokenizer
 from fluxdeploy import text
 from fluxdeploy.bundle import Bundle
-from fluxdeploy.bundle.manifest import TokenizerRecord
+from fluxdeploy.bundle.manifest import FileRecord, TokenizerRecord
 from fluxdeploy.errors import BundleError
 from fluxdeploy.text import load_tokenizers
 
@@ -25,6 +26,12 @@ def bundle(root: Path, tokenizers: Mapping[str, TokenizerRecord]) -> Any:
     return Bundle(root, manifest, "")
 
 
+def write(root: Path, path: str, data: bytes) -> FileRecord:
+    (root / path).parent.mkdir(exist_ok=True)
+    (root / path).write_bytes(data)
+    return FileRecord(path, len(data), hashlib.sha256(data).hexdigest())
+
+
 @pytest.fixture
 def records(demo: Mapping[str, Path], tmp_path: Path) -> dict[str, TokenizerRecord]:
     """Those of a bundle in `tmp_path`, whose T5 takes 256 tokens."""
@@ -32,13 +39,10 @@ def records(demo: Mapping[str, Path], tmp_path: Path) -> dict[str, TokenizerReco
         "clip": canonical_tokenizer(demo["model"] / "tokenizer", "clip"),
         "t5": canonical_tokenizer(demo["model"] / "tokenizer_2", "t5", 256),
     }
-    (tmp_path / "tokenizers").mkdir()
-    for name, tokenizer in made.items():
-        (tmp_path / f"tokenizers/{name}.json").write_text(tokenizer.text, encoding="utf-8")
     return {
         name: TokenizerRecord(
             path=f"tokenizers/{name}.json",
-            files=(),
+            files=(write(tmp_path, f"tokenizers/{name}.json", tokenizer.text.encode()),),
             **{key: value for key, value in asdict(tokenizer).items() if key != "text"},
         )
         for name, tokenizer in made.items()
@@ -81,15 +85,29 @@ def test_a_manifest_without_tokenizers_is_refused(
         load_tokenizers(bundle(tmp_path, records))
 
 
-@pytest.mark.parametrize("data", [b"{}", b"\xff", None])
+@pytest.mark.parametrize("data", [b"{}", b"\xff", b"", b"null", b"[" * 5000])
 def test_a_file_that_is_no_tokenizer_is_refused(
-    records: dict[str, TokenizerRecord], tmp_path: Path, data: bytes | None
+    records: dict[str, TokenizerRecord], tmp_path: Path, data: bytes
+) -> None:
+    file = write(tmp_path, "tokenizers/t5.json", data)
+    with pytest.raises(BundleError, match=r"tokenizers/t5\.json cannot be read: .* Build"):
+        load_tokenizers(bundle(tmp_path, {**records, "t5": replace(records["t5"], files=(file,))}))
+
+
+@pytest.mark.parametrize("change", ["bytes", "size", "missing", "folder", "swapped"])
+def test_other_bytes_than_the_recorded_ones_are_never_used(
+    records: dict[str, TokenizerRecord], tmp_path: Path, change: str
 ) -> None:
     path = tmp_path / "tokenizers/t5.json"
+    text = path.read_bytes()
     path.unlink()
-    if data is not None:
-        path.write_bytes(data)
-    with pytest.raises(BundleError, match=r"tokenizers/t5\.json cannot be read: .* Build"):
+    if change == "folder":
+        path.mkdir()
+    elif change == "swapped":
+        path.write_bytes((tmp_path / "tokenizers/clip.json").read_bytes())
+    elif change != "missing":
+        path.write_bytes(text.replace(b"0", b"1") if change == "bytes" else text + b" ")
+    with pytest.raises(BundleError, match=r"tokenizers/t5\.json"):
         load_tokenizers(bundle(tmp_path, records))
 
 
@@ -109,7 +127,7 @@ for name in blocked:
 from pathlib import Path
 from types import SimpleNamespace
 from fluxdeploy.bundle import Bundle
-from fluxdeploy.bundle.manifest import TokenizerRecord
+from fluxdeploy.bundle.manifest import FileRecord, TokenizerRecord
 from fluxdeploy.text import load_tokenizers
 manifest = SimpleNamespace(tokenizers={records!r})
 tokenizers = load_tokenizers(Bundle(Path({str(tmp_path)!r}), manifest, ""))

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
+from fluxdeploy.bench.child import child_environment, module_command
 from fluxdeploy.errors import EngineError
 
 __all__ = ["convert_in_process"]
 
 
 def convert_in_process(module: str, checkpoint: str, destination: Path, failure: str) -> None:
-    """Run `python -m module checkpoint destination`.
+    """Run the module with the arguments checkpoint and destination.
 
     Raises `EngineError` where it fails: `failure`, what it could not do, and its last words.
     """
-    command = [sys.executable, "-m", module, checkpoint, str(destination)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = module_command(module, checkpoint, str(destination))
+    done = subprocess.run(
+        command, env=child_environment(), capture_output=True, text=True, check=False
+    )
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
         raise EngineError(f"{failure}; it said: {said[-1]}")

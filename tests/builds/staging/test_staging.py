@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -347,3 +348,127 @@ def test_a_read_only_file_system_is_named(small_disk: Path) -> None:
 def test_a_mount_point_is_not_replaced(small_disk: Path) -> None:
     with pytest.raises(BundleError, match="name a folder inside it"), Staging(small_disk):
         pass
+
+
+def _plant_staging(destination: Path) -> Path:
+    with Staging(destination) as stage:
+        _write(stage.root, {"tokenizers/clip.json": b"{}"})
+        stage.record("tokenizer", "k", ["tokenizers/clip.json"])
+    return stage.root
+
+
+def _plant_previous(destination: Path) -> Path:
+    return shutil.copytree(destination, destination.with_name(".bundle.previous"))
+
+
+PLANTED: dict[str, Callable[[Path], Path]] = {
+    "staging": _plant_staging,
+    "previous": _plant_previous,
+    "destination": lambda destination: destination,
+}
+
+
+def _refused(destination: Path, planted: Path) -> str:
+    before = _names(destination.parent)
+    with pytest.raises(BundleError) as caught, Staging(destination):
+        pass
+    assert str(planted) in str(caught.value)
+    assert "choose another folder" in str(caught.value)
+    assert _names(destination.parent) == before
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o757, 0o1777, 0o2770])
+@pytest.mark.parametrize("place", PLANTED)
+def test_folders_that_others_can_write_are_refused(bundle: Path, place: str, mode: int) -> None:
+    planted = PLANTED[place](bundle)
+    planted.chmod(mode)
+    told = _refused(bundle, planted)
+    assert f"can be written by others (its mode is {mode:o})" in told
+    assert f"`chmod go-w {planted}`" in told
+    planted.chmod(mode & ~0o022)
+    with Staging(bundle):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes another user")
+@pytest.mark.parametrize("mode", [0o755, 0o700, 0o777])
+@pytest.mark.parametrize("place", PLANTED)
+def test_folders_of_other_users_are_refused(bundle: Path, place: str, mode: int) -> None:
+    planted = PLANTED[place](bundle)
+    os.chown(planted, 12345, 12345)
+    planted.chmod(mode)
+    told = _refused(bundle, planted)
+    assert "belongs to another user (number 12345)" in told
+    assert "Build as that user" in told
+
+
+@pytest.mark.parametrize("place", ["building", "previous"])
+@pytest.mark.parametrize("leads", ["to a bundle", "to a folder", "nowhere", "to itself"])
+def test_links_in_place_of_folders_are_refused(bundle: Path, place: str, leads: str) -> None:
+    planted = bundle.with_name(f".bundle.{place}")
+    (bundle.parent / "photos").mkdir()
+    (bundle.parent / "photos/cat.jpg").write_bytes(b"meow")
+    targets = {"to a bundle": bundle, "to a folder": bundle.parent / "photos", "to itself": planted}
+    planted.symlink_to(targets.get(leads, bundle.parent / "none"))
+    assert "is a symbolic link" in _refused(bundle, planted)
+    bundle.rename(bundle.with_name("moved"))
+    assert "is a symbolic link" in _refused(bundle, planted)
+
+
+@pytest.mark.parametrize("place", ["building", "previous"])
+def test_files_in_place_of_folders_are_refused(bundle: Path, place: str) -> None:
+    planted = bundle.with_name(f".bundle.{place}")
+    planted.write_bytes(b"somebody's")
+    with pytest.raises(BundleError, match="is a file, not a folder"), Staging(bundle):
+        pass
+    assert planted.read_bytes() == b"somebody's"
+
+
+def test_builds_in_folders_for_all_and_with_any_mask(
+    tmp_path: Path, files: dict[str, bytes], manifest: Manifest
+) -> None:
+    """As in /tmp, and where a group shares its files."""
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp").chmod(0o1777)
+    earlier = os.umask(0o002)
+    try:
+        for _ in range(2):
+            _plant_staging(tmp_path / "tmp/bundle")
+            _build(tmp_path / "tmp/bundle", files, manifest)
+    finally:
+        os.umask(earlier)
+    assert open_bundle(tmp_path / "tmp/bundle", "all").manifest == manifest
+    assert (tmp_path / "tmp/bundle").stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("path", ["onnx/t5.onnx", "golden/t5.safetensors", "tokenizers/clip.json"])
+@pytest.mark.parametrize("how", ["bytes", "link", "recorded"])
+def test_a_bundle_that_cannot_be_opened_never_replaces_another(
+    bundle: Path, files: dict[str, bytes], manifest: Manifest, path: str, how: str
+) -> None:
+    """Also where the hash came from elsewhere, or the file changed after it was hashed."""
+    content = open_bundle(bundle).content_hash
+    with Staging(bundle) as stage:
+        _write(stage.root, files)
+        broken = stage.root / path
+        if how == "recorded":
+            known = {path: hashlib.sha256(files[path]).hexdigest()}
+            broken.write_bytes(files[path][::-1])
+            stage.record("t5", KEY, files, known)
+        else:
+            stage.record("t5", KEY, files)
+            broken.unlink()
+            broken.write_bytes(files[path][::-1])
+            if how == "link":
+                broken.rename(bundle.parent / "elsewhere")
+                broken.symlink_to(bundle.parent / "elsewhere")
+        with pytest.raises(BundleError, match=path):
+            stage.commit(replace(manifest, variant="newer"))
+    assert open_bundle(bundle, "all").content_hash == content
+    with Staging(bundle) as stage:
+        assert stage.finished("t5", "another") is None
+        _write(stage.root, files)
+        stage.record("t5", KEY, files)
+        stage.commit(replace(manifest, variant="newer"))
+    assert open_bundle(bundle, "all").manifest.variant == "newer"
