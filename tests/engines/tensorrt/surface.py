@@ -250,7 +250,7 @@ def _record(folder: Path) -> None:
 
 def _version(wheel: Path) -> tuple[str, list[int]]:
     package, version = wheel.name.split("-")[:2]
-    return re.sub(r"_cu\d+", "", package), [int(n) for n in version.split(".")]
+    return re.sub(r"_cu\d+", "", package), [int(n) for n in version.split(".") if n.isdigit()]
 
 
 def _look_into(wheel: Path, module: str) -> dict[str, dict[str, str]]:
