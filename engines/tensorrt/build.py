@@ -139,7 +139,7 @@ class _Job:
             raise EngineError(
                 f"TensorRT makes no builder for {self.source.component}: "
                 f"{self.messages.last() or 'it gives no reason'}. Look at the NVIDIA driver: "
-                "`nvidia-smi` says which it is."
+                "`nvidia-smi` tells which it is."
             ) from error
         if not parser.parse_from_file(str(self.source.onnx)):
             raise EngineError(self._parse_error(parser))

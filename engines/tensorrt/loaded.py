@@ -117,7 +117,7 @@ def load_engine(trt: Any, cuda: Cuda, path: Path, component: str) -> LoadedEngin
     try:
         runtime = trt.Runtime(logger)
     except TypeError as error:  # the binding's own, where the library makes nothing
-        raise failure("it does not start on this machine") from error
+        raise failure("it does not start: look at the NVIDIA driver, `nvidia-smi`") from error
     try:
         with open(path, "rb", buffering=0) as file:
             _check_validity(trt, runtime, file, failure)

@@ -192,7 +192,7 @@ def test_what_cannot_be_opened(library: Library, path: Path, tmp_path: Path) -> 
     ("refuses", "words"),
     [
         ("runtime", r"tiny.engine\): CUDA initialization failure with error: 35\.$"),
-        ("runtime in silence", r"tiny.engine\): it does not start on this machine\.$"),
+        ("runtime in silence", r"tiny.engine\): it does not start: look at the NVIDIA driver"),
         ("reader", r"cannot open tiny \(.*tiny.engine\): \[ERROR\] Failed to open cuda driver\.$"),
     ],
 )
