@@ -17,12 +17,13 @@ DEMO_PROMPTS := \
 	"an orange star on the right on a gray background"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench clean
+.PHONY: help demo test lint audit docs bench clean
 
 help:
 	@echo "make demo   set up, build the default bundle, draw eight prompts into demo.png"
 	@echo "make test   set up and run the tests"
 	@echo "make lint   ruff and mypy"
+	@echo "make audit  the dependencies' licences and known vulnerabilities"
 	@echo "make docs   regenerate what docs/ has of commands, figures and imports"
 	@echo "make bench  export a full-size model: time, memory, bytes written"
 	@echo "make clean  remove .venv, caches and build leftovers"
@@ -48,6 +49,9 @@ lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+audit: $(READY)
+	$(BIN)/python .ci/audit.py
 
 docs: $(READY)
 	$(BIN)/python -m fluxdeploy.cli.reference docs/commands.md

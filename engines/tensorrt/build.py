@@ -6,7 +6,7 @@ import gc
 import re
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -129,10 +129,18 @@ class _Job:
 
     def _build(self, destination: Path) -> FusionReport:
         trt, logger = self.trt, self.messages.logger
-        builder = trt.Builder(logger)
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        # The parser keeps the weights that the network refers to: it must outlive the build.
-        parser = trt.OnnxParser(network, logger)
+        try:
+            builder = trt.Builder(logger)
+            flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+            network = builder.create_network(flags)
+            # The parser keeps the weights that the network refers to: it must outlive the build.
+            parser = trt.OnnxParser(network, logger)
+        except TypeError as error:  # the binding's own, where the library makes nothing
+            raise EngineError(
+                f"TensorRT makes no builder for {self.source.component}: "
+                f"{self.messages.last() or 'it gives no reason'}. Look at the NVIDIA driver: "
+                "`nvidia-smi` tells which it is."
+            ) from error
         if not parser.parse_from_file(str(self.source.onnx)):
             raise EngineError(self._parse_error(parser))
         config = self._configure(builder, network)
@@ -181,23 +189,28 @@ class _Job:
                     f"{self.source.onnx} has no input {spec.name}; it has "
                     f"{', '.join(sorted(inputs))}."
                 )
-            shapes = (
+            smallest, best, largest = (
                 tuple(getattr(sizes[d], which) if isinstance(d, str) else d for d in spec.shape)
                 for which in ("min", "opt", "max")
             )
-            profile.set_shape(spec.name, *shapes)
+            try:
+                profile.set_shape(spec.name, smallest, best, largest)
+            except RuntimeError as error:
+                raise self._bucket_error(str(error).rstrip(".")) from error
         if config.add_optimization_profile(profile) < 0:
-            raise EngineError(
-                f"{self.source.component}: TensorRT refuses a resolution bucket: "
-                f"{self.messages.reason() or 'it gives no reason'}."
-            )
+            raise self._bucket_error("it gives no reason")
+
+    def _bucket_error(self, otherwise: str) -> EngineError:
+        return EngineError(
+            f"{self.source.component}: TensorRT refuses a resolution bucket: "
+            f"{self.messages.reason() or otherwise}."
+        )
 
     def _parse_error(self, parser: Any) -> str:
         reasons = []
         for index in range(parser.num_errors):
             error = parser.get_error(index)
-            node = error.node_name() if hasattr(error, "node_name") else ""
-            kind = error.node_operator() if hasattr(error, "node_operator") else ""
+            node, kind = error.node_name(), error.node_operator()
             at = f" at {kind} {node}".rstrip() if kind or node else ""
             reasons.append(f"{error.desc().strip()}{at}")
         why = "; ".join(reasons[:3]) or self.messages.reason() or "it gives no reason"
@@ -277,9 +290,16 @@ class _Messages:
 
     def reason(self) -> str:
         """The last errors in one line, without those that only tell of a missing driver."""
-        meant = [" ".join(e.split()) for e in self._errors if not _NOISE.search(e)]
-        unique = list(dict.fromkeys(meant))
-        return "; ".join(unique[-2:]).rstrip(".")
+        return _in_one_line(e for e in self._errors if not _NOISE.search(e))
+
+    def last(self) -> str:
+        """The last errors in one line, whatever they are."""
+        return _in_one_line(self._errors)
+
+
+def _in_one_line(errors: Iterable[str]) -> str:
+    unique = list(dict.fromkeys(" ".join(e.split()) for e in errors))
+    return "; ".join(unique[-2:]).rstrip(".")
 
 
 class _Phases:

@@ -109,20 +109,21 @@ def load_engine(trt: Any, cuda: Cuda, path: Path, component: str) -> LoadedEngin
     """
     errors: list[str] = []
     logger = _make_logger(trt, errors)
-    runtime = trt.Runtime(logger)
 
     def failure(why: str) -> EngineError:
-        reason = "; ".join(errors[-2:]).rstrip(".") or why
+        reason = ("; ".join(errors[-2:]) or why).rstrip(".")
         return EngineError(f"TensorRT cannot open {component} ({path}): {reason}.")
 
     try:
+        runtime = trt.Runtime(logger)
+    except TypeError as error:  # the binding's own, where the library makes nothing
+        raise failure("it does not start: look at the NVIDIA driver, `nvidia-smi`") from error
+    try:
         with open(path, "rb", buffering=0) as file:
             _check_validity(trt, runtime, file, failure)
-            reader = _make_reader(trt, file)
-            if reader is None:  # an older TensorRT
-                engine = runtime.deserialize_cuda_engine(file.read())
-            else:
-                engine = runtime.deserialize_cuda_engine(reader)
+            engine = runtime.deserialize_cuda_engine(_make_reader(trt, file))
+    except RuntimeError as error:  # the reader's own, where the driver does not load
+        raise failure(str(error)) from error
     except OSError as error:
         raise failure(error.strerror or str(error)) from error
     if engine is None:
@@ -134,7 +135,10 @@ def load_engine(trt: Any, cuda: Cuda, path: Path, component: str) -> LoadedEngin
 def _check_validity(
     trt: Any, runtime: Any, file: BinaryIO, failure: Callable[[str], EngineError]
 ) -> None:
-    """Let the library refuse an engine by its header, before gigabytes are read."""
+    """Let the library refuse an engine by its header, before gigabytes are read.
+
+    TensorRT-RTX can; TensorRT, up to 11, reads the engine to know.
+    """
     if not hasattr(runtime, "get_engine_validity"):
         return
     header = file.read(runtime.engine_header_size)
@@ -146,7 +150,7 @@ def _check_validity(
 
 def _stream_weights(cuda: Cuda, engine: Any) -> None:
     """Keep weights on the host where the GPU cannot hold them all, if the engine may do so."""
-    streamable = int(getattr(engine, "streamable_weights_size", 0) or 0)
+    streamable = engine.streamable_weights_size
     if streamable and cuda.free_memory() < streamable + _RESERVE:
         engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
 
@@ -166,9 +170,7 @@ def _make_logger(trt: Any, errors: list[str]) -> Any:
 
 
 def _make_reader(trt: Any, file: BinaryIO) -> Any:
-    """A reader that gives the file in pieces, or None where the library takes none."""
-    if not hasattr(trt, "IStreamReaderV2"):
-        return None
+    """A reader that gives the file in pieces."""
     origins = {
         trt.SeekPosition.SET: 0,
         trt.SeekPosition.CUR: 1,
@@ -180,7 +182,8 @@ def _make_reader(trt: Any, file: BinaryIO) -> Any:
             trt.IStreamReaderV2.__init__(self)
 
         def read(self, num_bytes: int, stream: int) -> bytes:
-            # Less than was asked for: the library asks again, and one piece is in memory at most.
+            # Less than was asked for: the binding asks again, from TensorRT 10.9 on, and one piece
+            # is in memory at most.
             try:
                 return file.read(min(num_bytes, _CHUNK))
             except OSError:  # an exception must not pass through the library; no bytes end it

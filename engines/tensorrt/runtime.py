@@ -210,7 +210,7 @@ class TensorRt(Runtime):
     def _import(self) -> Any:
         try:
             return importlib.import_module(self.module)
-        except ImportError as error:
+        except (ImportError, OSError) as error:  # OSError: a library that it loads itself
             raise MissingDependencyError(
                 f"{self.product} cannot be imported ({error}): pip install "
                 f"fluxdeploy[{self.extra.name}]."

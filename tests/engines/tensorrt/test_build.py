@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import signal
 import threading
 import traceback
@@ -195,6 +196,44 @@ def test_a_bucket_that_the_graph_cannot_have(build: Build) -> None:
     sizes = RANGES | {"H": DimensionRange(1, 2, 3)}
     with pytest.raises(EngineError):
         build(BuildSettings((sizes,)), inputs=inputs)
+
+
+class Refusing:
+    """The library, with parts that say no as its bindings do: with an exception of Python's."""
+
+    def __init__(self, part: str, error: Exception, says: str) -> None:
+        self.part, self.error, self.says = part, error, says
+
+    def __getattr__(self, name: str) -> Any:
+        return self._refuse if name == self.part else getattr(trt, name)
+
+    def _refuse(self, *arguments: Any) -> Any:
+        arguments[-1].log(trt.ILogger.ERROR, self.says)
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("part", "says", "words"),
+    [
+        ("Builder", "CUDA initialization failure with error: 35", "failure with error: 35. Look"),
+        ("Builder", "x::catchCudaError::250] CUDA error 100", "CUDA error 100. Look at the NVIDIA"),
+        ("OnnxParser", "out of memory", "makes no builder for block: out of memory"),
+    ],
+)
+def test_a_library_that_does_not_start(
+    build: Build, monkeypatch: pytest.MonkeyPatch, part: str, says: str, words: str
+) -> None:
+    error = TypeError("pybind11::init(): factory function returned nullptr")
+    monkeypatch.setattr(TensorRtRtx, "_import", lambda self: Refusing(part, error, says))
+    with pytest.raises(EngineError, match=re.escape(words)):
+        build()
+
+
+def test_a_size_that_the_binding_refuses(build: Build) -> None:
+    """An axis of -1 passes the check of ranges: the shape is the manifest's."""
+    inputs = (TensorSpec("x", "float32", ("B", "L", -2)),)
+    with pytest.raises(EngineError, match=r"block: TensorRT refuses a resolution bucket: .*\w"):
+        build(inputs=inputs)
 
 
 def test_a_folder_that_is_not_there(build: Build, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ class Library:
         self.streamable = 0
         self.refuses = ""
         self.ILogger = type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 0, "WARNING": 2})
-        self.IStreamReaderV2 = type("IStreamReaderV2", (), {})
+        self.IStreamReaderV2 = type("IStreamReaderV2", (), {"__init__": self._start_reader})
         self.SeekPosition = SimpleNamespace(SET="set", CUR="cur", END="end")
         self.EngineValidity = SimpleNamespace(INVALID="invalid")
         self.TensorIOMode = SimpleNamespace(INPUT="in")
@@ -38,6 +38,10 @@ class Library:
 
             def __init__(self, logger: Any) -> None:
                 self.logger = library.logger = logger
+                if library.refuses == "runtime":
+                    logger.log(1, "CUDA initialization failure with error: 35")
+                if library.refuses in ("runtime", "runtime in silence"):
+                    raise TypeError("pybind11::init(): factory function returned nullptr")
 
             def get_engine_validity(self, header: bytes) -> tuple[str, int]:
                 library.events.append(("header", header))
@@ -113,6 +117,10 @@ class Library:
         self.engine: Any = None
         self.logger: Any = None
 
+    def _start_reader(self, reader: Any) -> None:
+        if self.refuses == "reader":
+            raise RuntimeError("[ERROR] Failed to open cuda driver.")
+
     def nptype(self, kind: str) -> Any:
         return np.float32
 
@@ -178,6 +186,20 @@ def test_what_cannot_be_opened(library: Library, path: Path, tmp_path: Path) -> 
     with pytest.raises(EngineError, match="not valid on this GPU with this version"):
         load(library, path)
     assert ("header", path.read_bytes()[:4]) in library.events
+
+
+@pytest.mark.parametrize(
+    ("refuses", "words"),
+    [
+        ("runtime", r"tiny.engine\): CUDA initialization failure with error: 35\.$"),
+        ("runtime in silence", r"tiny.engine\): it does not start: look at the NVIDIA driver"),
+        ("reader", r"cannot open tiny \(.*tiny.engine\): \[ERROR\] Failed to open cuda driver\.$"),
+    ],
+)
+def test_exceptions_of_the_bindings(library: Library, path: Path, refuses: str, words: str) -> None:
+    library.refuses = refuses
+    with pytest.raises(EngineError, match=words):
+        load(library, path)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -297,44 +295,8 @@ def test_pinned_arrays_are_arrays_of_their_type(machine: Machine) -> None:
         assert array.flags.writeable
 
 
-def test_names_of_the_libraries_exist() -> None:
-    """What is called on the library's objects is there, in the version that is installed."""
-    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    context = (
-        "active_optimization_profile set_optimization_profile_async set_input_shape "
-        "set_tensor_address get_tensor_shape update_device_memory_size_for_shapes "
-        "set_device_memory execute_async_v3"
-    )
-    engine = (
-        "create_execution_context get_tensor_name num_io_tensors "
-        "get_tensor_mode get_tensor_dtype num_optimization_profiles get_tensor_profile_shape "
-        "streamable_weights_size weight_streaming_budget_v2 get_weight_streaming_automatic_budget"
-    )
-    runtime = "deserialize_cuda_engine get_engine_validity engine_header_size"
-    for kind, names in (
-        (trt.IExecutionContext, context),
-        (trt.ICudaEngine, engine),
-        (trt.Runtime, runtime),
-        (trt.ExecutionContextAllocationStrategy, "USER_MANAGED"),
-        (trt.EngineValidity, "INVALID"),
-        (trt.SeekPosition, "SET CUR END"),
-    ):
-        for name in names.split():
-            assert hasattr(kind, name), f"{kind.__name__}.{name}"
-
-
-def test_names_of_cuda_python_exist() -> None:
-    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
-    source = (Path(__file__).parents[3] / "engines" / "cuda.py").read_text()
-    names = set(re.findall(r"\bcuda[A-Z]\w+", source))
-    enums = (
-        runtime.cudaError_t,
-        runtime.cudaDeviceAttr,
-        runtime.cudaMemcpyKind,
-    )
-    assert len(names) > 20
-    for name in names:
-        assert any(hasattr(owner, name) for owner in (runtime, *enums)), name
+def test_without_a_driver_cuda_says_so() -> None:
+    pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
     if not has_nvidia_driver():
         with pytest.raises(EngineError, match="cudaGetDeviceCount failed: "):
             Cuda().device_count()

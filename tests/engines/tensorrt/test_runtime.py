@@ -223,3 +223,20 @@ def test_building_without_the_package(pretend: Pretend, tmp_path: Path) -> None:
     settings = BuildSettings((RANGES,))
     with pytest.raises(MissingDependencyError, match=r"pip install fluxdeploy\[tensorrt\]"):
         runtime.build(asked, ("sm89",), settings, tmp_path / "e", Progress(quiet=True))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("libnvinfer.so.10: cannot open shared object file"),
+        OSError("libcublas.so.12: cannot open shared object file"),
+        FileNotFoundError("Could not find: nvinfer_10.dll. Is it on your PATH?"),
+    ],
+)
+def test_libraries_that_do_not_load(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def broken(name: str) -> Any:
+        raise error
+
+    monkeypatch.setattr(module.importlib, "import_module", broken)
+    with pytest.raises(MissingDependencyError, match=r"TensorRT cannot be imported \(.*(lib|dll)"):
+        TensorRt()._import()
