@@ -14,6 +14,7 @@ from engines.base import Array, Availability, Binding, Engine, EngineOptions, Ex
 from engines.tensors import BoundInputs
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError
+from fluxdeploy.install import install_command
 from fluxdeploy.precision import PRECISIONS, Precision
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenVino"]
 
-_INSTALL = "pip install 'fluxdeploy[openvino]'"
 _WIDE = ("clip", "t5", "conditioner")
 """Computed in float32 whatever their graph: they run once a picture, and what they round away is
 missing in every step. With its hint for bfloat16, OpenVINO rounds the angles of the timestep's
@@ -40,7 +40,7 @@ class OpenVino(Runtime):
 
     def availability(self, target: str, device: int = 0) -> Availability:
         if importlib.util.find_spec("openvino") is None:
-            return Availability(False, f"not installed: {_INSTALL}")
+            return Availability(False, f"not installed: {install_command(self.extra.name)}")
         return Availability(True, f"openvino {self.version()}")
 
     def compute(self, target: str, precision: str) -> str:
@@ -80,7 +80,9 @@ def _core() -> openvino.Core:
     try:
         import openvino
     except ImportError as error:
-        raise MissingDependencyError(f"OpenVINO is not installed: {_INSTALL}.") from error
+        raise MissingDependencyError(
+            f"OpenVINO is not installed: {install_command('openvino')}."
+        ) from error
     return openvino.Core()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -10,17 +9,21 @@ import click
 from fluxdeploy.cli.options import (
     AS_JSON,
     CALIBRATION,
+    CHECKPOINT,
     COMPONENT_PRECISION,
+    FOLDER,
     PRECISION,
+    complete_component,
     component_precisions,
 )
 from fluxdeploy.errors import UsageError
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
+from fluxdeploy.terminal import say, say_json
 
 
 @click.command()
-@click.argument("checkpoint", required=False)
+@CHECKPOINT
 @PRECISION
 @COMPONENT_PRECISION
 @CALIBRATION
@@ -29,6 +32,7 @@ from fluxdeploy.progress import Progress
     "components",
     multiple=True,
     metavar="NAME",
+    shell_complete=complete_component,
     help="Export only this component. May be given several times.  [default: all]",
 )
 @click.option(
@@ -38,7 +42,7 @@ from fluxdeploy.progress import Progress
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=FOLDER,
     default="onnx",
     help="The folder for NAME.onnx and weights/.",
 )
@@ -111,7 +115,7 @@ def command(
             }
             task.advance()
     if as_json:
-        click.echo(json.dumps(files))
+        say_json(files)
         return
     for name, entry in files.items():
-        click.echo(f"{entry['path']} ({name}, {entry['precision']})")
+        say(f"{entry['path']} ({name}, {entry['precision']})")

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fluxdeploy.cli.options import PathType
 from fluxdeploy.errors import FluxDeployError, UsageError
 from fluxdeploy.progress import Progress
+from fluxdeploy.terminal import say_json, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,7 +24,7 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path), default="bundle")
+@click.argument("path", type=PathType(), default="bundle")
 @click.option("--check", is_flag=True, help="Compare every file with its recorded SHA-256.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(path: Path, check: bool, as_json: bool) -> None:
@@ -58,13 +60,13 @@ def _inspect_picture(path: Path, *, check: bool, as_json: bool) -> None:
     metadata = asdict(read_metadata(path))
     if as_json:
         report = {"path": str(path), "metadata": metadata}
-        click.echo(json.dumps(report, indent=2))
+        say_json(report, indent=2)
         return
     table = _make_grid()
     for key, value in metadata.items():
         if value is not None:
             table.add_row(key, str(value))
-    _print(table)
+    show(table)
 
 
 def _inspect_bundle(path: Path, *, check: bool, as_json: bool) -> None:
@@ -85,9 +87,9 @@ def _inspect_bundle(path: Path, *, check: bool, as_json: bool) -> None:
             "checked": "all" if check else "small",
             "manifest": json.loads((bundle.root / MANIFEST_NAME).read_text(encoding="utf-8")),
         }
-        click.echo(json.dumps(report, indent=2))
+        say_json(report, indent=2)
         return
-    _print(_tabulate_components(bundle), "", _tabulate_constants(bundle, check=check))
+    show(_tabulate_components(bundle), "", _tabulate_constants(bundle, check=check))
 
 
 def _tabulate_components(bundle: Bundle) -> Table:
@@ -181,11 +183,3 @@ def _make_grid() -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     return table
-
-
-def _print(*parts: Table | str) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, emoji=False)
-    for part in parts:
-        console.print(part)
