@@ -1,38 +1,56 @@
-"""Ctrl-C while a program is still being loaded."""
+"""Ctrl-C while modules are being loaded, which takes seconds where PyTorch is among them.
+
+`KeyboardInterrupt` in the middle of an import means a traceback at the start of a program. Later
+it is worse: libraries in C++ turn it into an error of their own, or abort. Nothing is lost by
+ending at once instead. This module is the first one of the command line, and imports as little as
+it can.
+"""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import _signal as signal  # type: ignore[import-not-found]  # `signal` itself imports enum, which is slow
+import os
 
-__all__ = ["INTERRUPTED", "exit_on_interrupt"]
+TYPE_CHECKING = False  # as in `typing`, which takes long too
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+__all__ = ["INTERRUPTED", "ExitOnInterrupt"]
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C: 128 + SIGINT, as a shell reports it."""
 
+_IMPORTING = "<frozen importlib._bootstrap>"
 
-@contextmanager
-def exit_on_interrupt() -> Iterator[None]:
-    """In the block Ctrl-C ends the program with `INTERRUPTED`, without a traceback.
 
-    Only where Ctrl-C would otherwise raise `KeyboardInterrupt`: who ignores it, or has a handler
-    of their own, keeps that.
+class ExitOnInterrupt:
+    """In the block Ctrl-C during an import ends the program; else it raises `KeyboardInterrupt`.
+
+    Only where it would raise that anyway: who ignores Ctrl-C, or has a handler for it, keeps that.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:
-        yield
-        return
-    try:
-        signal.signal(signal.SIGINT, _exit)
+
+    def __enter__(self) -> None:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            _handle(_interrupt)
+
+    def __exit__(self, *_: object) -> None:
+        if signal.getsignal(signal.SIGINT) is _interrupt:
+            _handle(signal.default_int_handler)
+
+
+
+def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
+    try:  # noqa: SIM105
+        signal.signal(signal.SIGINT, handler)
     except ValueError:  # only the main thread may
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+        pass
 
 
-def _exit(*_: object) -> None:
-    raise SystemExit(INTERRUPTED)
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename == _IMPORTING:
+            os.write(2, b"\nError: Interrupted.\n")
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt

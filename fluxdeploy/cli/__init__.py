@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fluxdeploy.interrupts import exit_on_interrupt
+from fluxdeploy.interrupts import ExitOnInterrupt
 
 # Nobody who presses Ctrl-C right after Enter wants to read where an import was.
-with exit_on_interrupt():
+with ExitOnInterrupt():
     from fluxdeploy.cli.group import COMMANDS, DEBUG_VARIABLE, main
 
 __all__ = ["COMMANDS", "DEBUG_VARIABLE", "main"]

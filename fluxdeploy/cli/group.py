@@ -12,13 +12,14 @@ import importlib
 import os
 import sys
 import traceback
-from typing import IO, Any, NoReturn
+from contextlib import nullcontext
+from typing import IO, Any
 
 import click
 
 from fluxdeploy import __version__
 from fluxdeploy.errors import FluxDeployError, UsageError
-from fluxdeploy.interrupts import INTERRUPTED
+from fluxdeploy.interrupts import INTERRUPTED, ExitOnInterrupt
 from fluxdeploy.terminal import open_streams, reader_gone, say, visible
 
 __all__ = ["COMMANDS", "DEBUG_VARIABLE", "main"]
@@ -76,13 +77,18 @@ class _CommandGroup(click.Group):
         open_streams()
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, **extra)
-        try:
-            code = super().main(args, prog_name, complete_var, False, **extra)
-        except click.ClickException as error:
-            _exit_with(error)
-        except (KeyboardInterrupt, click.Abort):  # before the command, or after it
-            _exit_with(_Interruption("Interrupted."))
-        reader_gone()
+        # Without arguments they are those of the process, which is then ours.
+        ours = args is None
+        with ExitOnInterrupt() if ours else nullcontext():
+            try:
+                code = super().main(args, prog_name, complete_var, False, **extra)
+            except click.ClickException as error:
+                code = _show(error)
+            except (KeyboardInterrupt, click.Abort):  # before the command, or after it
+                code = _show(_Interruption("Interrupted."))
+            reader_gone()
+        if ours and code == INTERRUPTED:
+            os._exit(code)  # what libraries do at the end may take long, or break
         sys.exit(code if isinstance(code, int) else 0)
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
@@ -150,14 +156,14 @@ class _CommandGroup(click.Group):
             raise _failure(error, message) from None
 
 
-def _exit_with(error: click.ClickException) -> NoReturn:
-    """End the process with a message. What it quotes of the command line is made visible."""
+def _show(error: click.ClickException) -> int:
+    """Print a message; returns its exit code. What it quotes of the command line is visible."""
     error.message = visible(error.message)  # type: ignore[misc]
     try:
         error.show()
     except BrokenPipeError:
         reader_gone()
-    sys.exit(error.exit_code)
+    return error.exit_code
 
 
 def _end_without_reader() -> None:
