@@ -8,10 +8,11 @@ it can.
 
 from __future__ import annotations
 
-import _signal as signal  # type: ignore[import-not-found]  # `signal` itself imports enum, which is slow
+# `signal` itself imports enum, which takes longer than all of this.
+import _signal as signal  # type: ignore[import-not-found]
 import os
 
-TYPE_CHECKING = False  # as in `typing`, which takes long too
+TYPE_CHECKING = False  # and so does `typing`
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
@@ -37,7 +38,6 @@ class ExitOnInterrupt:
     def __exit__(self, *_: object) -> None:
         if signal.getsignal(signal.SIGINT) is _interrupt:
             _handle(signal.default_int_handler)
-
 
 
 def _handle(handler: Callable[[int, FrameType | None], None]) -> None:

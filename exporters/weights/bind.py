@@ -39,9 +39,13 @@ def _ignore(_: int) -> None:
 
 @dataclass
 class WeightFolder:
-    """The `weights` folder beside the graphs, and what was put there."""
+    """The `weights` folder beside the graphs, and what was put there.
+
+    put: makes a checkpoint's file available at a path, as `link_or_copy` and `clone` do.
+    """
 
     root: Path
+    put: Callable[[Path, Path, OnBytes], object] = link_or_copy
 
     def __post_init__(self) -> None:
         self._links: dict[Path, str] = {}
@@ -54,7 +58,7 @@ class WeightFolder:
             name = f"{file.parent.name}.{file.name}" if _is_part_folder(file.parent) else file.name
             if name in self._links.values() or name in self._converted:
                 raise ExportError(f"Two weight files are both called {name}: rename one of them.")
-            link_or_copy(source, self.root / name, on_bytes=on_bytes)
+            self.put(source, self.root / name, on_bytes)
             self._links[source] = name
         return self._links[source]
 

@@ -46,6 +46,12 @@ from fluxdeploy.terminal import say, say_json
     default="onnx",
     help="The folder for NAME.onnx and weights/.",
 )
+@click.option(
+    "--link",
+    is_flag=True,
+    help="Hard links to the checkpoint's files where the disk allows it: no room, and no time. "
+    "ONNX Runtime and TensorRT open them; onnx.load, Polygraphy and Netron refuse them.",
+)
 @AS_JSON
 def command(
     checkpoint: str | None,
@@ -55,14 +61,15 @@ def command(
     components: tuple[str, ...],
     no_split: bool,
     out: Path,
+    link: bool,
     as_json: bool,
 ) -> None:
     """Export CHECKPOINT's components to ONNX, for other tools.
 
-    Writes NAME.onnx for each component, and beside them weights/: hard links to the checkpoint's
-    files where the precision allows it, converted tensors otherwise. `build` does this and more.
-    bf16 stays bf16 here, whether this machine can run it or not. Precisions with static scales also
-    write calibration.json.
+    Writes NAME.onnx for each component, and beside them weights/ with what these need, and no
+    more, of the checkpoint: clones of its files where the file system has clones (Btrfs, XFS),
+    else copies of the tensors. `build` does this and more. bf16 stays bf16 here, whether this
+    machine can run it or not. Precisions with static scales also write calibration.json.
 
     \b
     Examples:
@@ -83,7 +90,7 @@ def command(
         find_component,
     )
     from exporters.export import export_component, specify
-    from exporters.weights.bind import WeightFolder
+    from fluxdeploy.build.plan.exporting import place_weights
 
     if no_split and "conditioner" in components:
         raise UsageError("With --no-split the conditioner is a part of the transformer.")
@@ -95,7 +102,7 @@ def command(
         for component in chosen
         if component.present(source)
     ]
-    folder = WeightFolder(out / "weights")
+    folder, specs = place_weights(specs, out, link)
     files = {}
     with Progress(quiet=as_json) as progress:
         ranges = None

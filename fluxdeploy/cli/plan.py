@@ -158,7 +158,7 @@ def _tabulate_totals(plan: Plan, out: Path) -> Table:
         f"{_size(size)} {what}"
         for size, what in (
             (disk.written, "weights"),
-            (disk.copied, "copied from the checkpoint, whose disk is another"),
+            (disk.copied, "copied from the checkpoint, whose files cannot be linked"),
             (disk.engines, "engines"),
             (disk.other, "graphs, golden tensors, tokenizers"),
         )

@@ -9,7 +9,7 @@ from fluxdeploy.build.plan.figures import DiskPlan, Phase, RunMemory
 from fluxdeploy.build.resolve import BuildSpec
 from fluxdeploy.machine import Memory
 
-__all__ = ["find_impossible", "find_remarks", "find_shortages"]
+__all__ = ["find_impossible", "find_remarks", "find_shortages", "in_gib"]
 
 
 def find_impossible(spec: BuildSpec) -> Iterator[str]:
@@ -40,8 +40,8 @@ def find_shortages(
     shortages, warnings = [], []
     if disk.needed > disk.free:
         lack = (
-            f"the build writes {_gib(disk.needed)} to the disk of {destination}, and "
-            f"{_gib(disk.free)} are free"
+            f"the build writes {in_gib(disk.needed)} to the disk of {destination}, and "
+            f"{in_gib(disk.free)} are free"
         )
         if disk.needed - reusable > disk.free:
             shortages.append(f"{lack}: free some space, or choose another --out")
@@ -52,8 +52,8 @@ def find_shortages(
         if free is None or phase.bytes <= free:
             continue
         needs = (
-            f"{_gib(phase.bytes)} of memory for {phase.component} ({phase.name}), and "
-            f"{_gib(free)} are free"
+            f"{in_gib(phase.bytes)} of memory for {phase.component} ({phase.name}), and "
+            f"{in_gib(free)} are free"
         )
         if phase.name == "check":
             warnings.append(
@@ -92,10 +92,11 @@ def find_remarks(spec: BuildSpec, usual: RunMemory, free: int | None) -> Iterato
         fits = usual.low_vram <= free
         advice = "run it with --low-vram" if fits else "even --low-vram is too much"
         yield (
-            f"a picture of the usual size takes {_gib(usual.all_open)} of memory, "
-            f"{_gib(usual.low_vram)} with --low-vram, and {_gib(free)} are free: {advice}"
+            f"a picture of the usual size takes {in_gib(usual.all_open)} of memory, "
+            f"{in_gib(usual.low_vram)} with --low-vram, and {in_gib(free)} are free: {advice}"
         )
 
 
-def _gib(size: int) -> str:
+def in_gib(size: int) -> str:
+    """A size in words, in GiB or MiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.0f} MiB"
