@@ -127,7 +127,7 @@ def read_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
             if name in tensors:
                 raise CheckpointError(
                     f"Tensor {name} is both in {tensors[name].file} and in {file}: "
-                    "remove the file that does not belong to the checkpoint."
+                    "move the file that does not belong to the checkpoint to another folder."
                 )
             tensors[name] = StoredTensor.of(file, entry)
     return _with_scales(tensors)

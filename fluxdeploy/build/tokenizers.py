@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+from typing import TYPE_CHECKING
 
 from fluxdeploy.build.keys import digest
 from fluxdeploy.build.run import BuildRun
 from fluxdeploy.bundle.manifest import TokenizerRecord
 
-__all__ = ["make_tokenizer"]
+if TYPE_CHECKING:
+    from exporters.checkpoint import Checkpoint
+    from exporters.tokenizers import CanonicalTokenizer
+
+__all__ = ["make_tokenizer", "read_tokenizer"]
 
 _TOOLS = ("transformers", "tokenizers")
 
 
-def make_tokenizer(name: str, run: BuildRun) -> TokenizerRecord:
-    """Put the tokenizer of a text encoder into the staging folder.
+def read_tokenizer(name: str, checkpoint: Checkpoint) -> CanonicalTokenizer:
+    """The tokenizer of a text encoder as a bundle has it.
 
     Raises `CheckpointError` for a folder that is missing or broken.
     """
     from exporters.tokenizers import canonical_tokenizer
 
-    checkpoint = run.spec.checkpoint
     longest = checkpoint.max_text_tokens if name == "t5" else None
-    made = canonical_tokenizer(checkpoint.tokenizer(name), name, longest)
+    return canonical_tokenizer(checkpoint.tokenizer(name), name, longest)
+
+
+def make_tokenizer(name: str, run: BuildRun) -> TokenizerRecord:
+    """Put the tokenizer of a text encoder into the staging folder.
+
+    Raises what `read_tokenizer` does.
+    """
+    made = read_tokenizer(name, run.spec.checkpoint)
     data = made.text.encode()
     path, artifact = f"tokenizers/{name}.json", f"tokenizer.{name}"
     tools = {tool: importlib.metadata.version(tool) for tool in _TOOLS}

@@ -54,7 +54,7 @@ _WORDS = {
     errno.EROFS: "the file system is read-only; choose a folder on another one",
     errno.ENOENT: "there is no such file or folder; check the path",
     errno.ENOTDIR: "a part of this path is a file, not a folder; choose another path",
-    errno.EEXIST: "a file is in its place; choose another path or remove the file",
+    errno.EEXIST: "a file is in its place; choose another path",
     errno.EISDIR: "it is a folder, not a file; choose another path",
     errno.ENAMETOOLONG: "the name is too long for the file system; choose a shorter path",
     errno.ELOOP: "its symbolic links lead in a circle; choose another path",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluxdeploy.cli.options import (
+    AS_JSON,
+    CALIBRATION,
+    CHECKPOINT,
     COMPONENT_PRECISION,
+    FOLDER,
     MAX_BATCH,
     MAX_SIZE,
     MIN_SIZE,
@@ -18,8 +21,11 @@ from fluxdeploy.cli.options import (
     PRECISION,
     RUNTIME,
     TARGETS,
+    WEIGHT_STREAMING,
+    WORKSPACE,
     component_precisions,
 )
+from fluxdeploy.terminal import say_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,32 +34,38 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("checkpoint", required=False)
+@CHECKPOINT
 @PRECISION
 @COMPONENT_PRECISION
+@CALIBRATION
 @RUNTIME
 @TARGETS
 @MIN_SIZE
 @OPT_SIZE
 @MAX_SIZE
 @MAX_BATCH
+@WORKSPACE
+@WEIGHT_STREAMING
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=FOLDER,
     default="bundle",
     help="The bundle's folder, for the room on its disk.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@AS_JSON
 def command(
     checkpoint: str | None,
     precision: str,
     component_precision: tuple[str, ...],
+    calibration: Path | None,
     runtime: str,
     targets: tuple[str, ...],
     min_size: tuple[int, int] | None,
     opt_size: tuple[int, int] | None,
     max_size: tuple[int, int] | None,
     max_batch: int,
+    workspace: int | None,
+    weight_streaming: bool,
     out: Path,
     as_json: bool,
 ) -> None:
@@ -61,8 +73,9 @@ def command(
 
     With the options of `build`, and from the checkpoint's headers alone: the size of each
     component, disk and memory for the build, memory to make pictures at the usual and at the
-    largest size, and what is impossible. Nothing is written. The exit code is 1 where the build
-    cannot be; `build` then refuses in the same words. Memory of activations is an estimate.
+    largest size, and what is impossible. Nothing is written. The exit code is not 0 where the build
+    cannot be; `build` then refuses in the same words. No weight is read: that one is NaN shows when
+    it is built. Memory of activations is an estimate.
 
     \b
     Examples:
@@ -72,9 +85,8 @@ def command(
       fluxdeploy plan --json | jq .disk
     """
     from engines import choose_runtime
-    from fluxdeploy.build.checkpoint import find_checkpoint
-    from fluxdeploy.build.plan import make_plan
-    from fluxdeploy.build.resolve import BuildRequest, resolve
+    from fluxdeploy.build.prepare import prepare
+    from fluxdeploy.build.resolve import BuildRequest
     from fluxdeploy.build.sizes import SizeRange
 
     request = BuildRequest(
@@ -84,11 +96,13 @@ def command(
         runtime,
         targets,
         SizeRange(min_size, opt_size, max_size, max_batch),
+        calibration,
+        None if workspace is None else workspace * 2**20,
+        weight_streaming,
     )
-    chosen, devices = choose_runtime(runtime, targets, precision)
-    plan = make_plan(resolve(request, find_checkpoint(checkpoint), chosen, devices), out)
+    _, plan = prepare(request, out, *choose_runtime(runtime, targets, precision))
     if as_json:
-        click.echo(json.dumps(_report(plan), indent=2))
+        say_json(_report(plan), indent=2)
     else:
         _show(plan, out)
     if plan.problems:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from engines import choose_builder
 from fluxdeploy.build.plan.figures import DiskPlan, Phase, RunMemory
 from fluxdeploy.build.resolve import BuildSpec
+from fluxdeploy.errors import EngineError
 from fluxdeploy.machine import Memory
 
 __all__ = ["find_impossible", "find_remarks", "find_shortages", "in_gib"]
@@ -28,6 +30,10 @@ def find_impossible(spec: BuildSpec) -> Iterator[str]:
         yield f"{', '.join(who)}: {problem}"
     if len(targets) > 1 and not runtime.builds:
         yield f"{runtime.name} takes one --target, not {', '.join(targets)}"
+    try:
+        choose_builder(spec.request.runtime, spec.request.targets, spec.request.precision)
+    except EngineError as error:
+        yield str(error).rstrip(".")
 
 
 def find_shortages(
@@ -75,10 +81,8 @@ def find_remarks(spec: BuildSpec, usual: RunMemory, free: int | None) -> Iterato
     runtime, targets = spec.runtime, spec.targets
     told: dict[str, list[str]] = {}
     for target in targets:
-        building, running = runtime.can_build(target), runtime.availability(target)
-        if not building.ok:
-            told.setdefault(f"cannot be built here: {building.detail}", []).append(target)
-        elif not running.ok:
+        running = runtime.availability(target)
+        if runtime.can_build(target).ok and not running.ok:
             told.setdefault(f"will not be checked here: {running.detail}", []).append(target)
     for why, unusable in told.items():
         yield f"{runtime.name} engines for {', '.join(unusable)} {why}"
