@@ -18,7 +18,20 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fluxdeploy.bundle import Bundle
-    from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
+    from fluxdeploy.bundle.manifest import ComponentRecord, DimensionRange
+
+_SYMBOLS = {
+    "B": "prompts or pictures",
+    "S": "text tokens",
+    "L": "image tokens",
+    "T": "text and image tokens",
+    "N": "steps",
+    "H": "pixels, height",
+    "W": "pixels, width",
+    "h": "latents, height",
+    "w": "latents, width",
+}
+"""What the dimensions of tensors are called, in the order in which they are shown."""
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -89,24 +102,38 @@ def _inspect_bundle(path: Path, *, check: bool, as_json: bool) -> None:
         }
         say_json(report, indent=2)
         return
-    show(_tabulate_components(bundle), "", _tabulate_constants(bundle, check=check))
+    tables = _tabulate_components(bundle), _tabulate_dimensions(bundle)
+    show(tables[0], "", tables[1], "", _tabulate_constants(bundle, check=check))
 
 
 def _tabulate_components(bundle: Bundle) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for name in ("component", "precision", "size", "engine", "dimensions"):
-        table.add_column(name, overflow="fold", justify="right" if name == "size" else "left")
+    table = _make_table("component", "precision", "size", "engine")
     for name, component in bundle.manifest.components.items():
-        engines = component.engines or (None,)
-        for row, engine in enumerate(engines):
-            first = (name, component.precision, _format_size(_total_size(component)))
-            table.add_row(
-                *(first if row == 0 else ("", "", "")),
-                "none" if engine is None else _describe_engine(engine),
-                "" if engine is None else _describe_dimensions(engine),
-            )
+        first = (name, component.precision, _format_size(_total_size(component)))
+        engines = [f"{e.runtime} {e.runtime_version} {e.target}" for e in component.engines]
+        for row, engine in enumerate(engines or ["none"]):
+            table.add_row(*(first if row == 0 else ("", "", "")), engine)
+    return table
+
+
+def _tabulate_dimensions(bundle: Bundle) -> Table:
+    """What engines take: a row for each range of a size, with the components that have it."""
+    rows: dict[tuple[str, DimensionRange], dict[str, None]] = {}
+    for name, component in bundle.manifest.components.items():
+        differ = any(e.dimensions != component.engines[0].dimensions for e in component.engines)
+        for engine in component.engines:
+            who = f"{name} on {engine.target}" if differ else name
+            for symbol, size in engine.dimensions.items():
+                rows.setdefault((symbol, size), {})[who] = None
+    table = _make_table("engines take", "least", "usual", "most", "for")
+    order = list(_SYMBOLS)
+    for (symbol, size), names in sorted(
+        rows.items(), key=lambda row: order.index(row[0][0]) if row[0][0] in order else len(order)
+    ):
+        words = f"{symbol}  {_SYMBOLS.get(symbol, '')}".rstrip()
+        everyone = len(names) == len(bundle.manifest.components)
+        who = "all" if everyone else ", ".join(names)
+        table.add_row(words, str(size.min), str(size.opt), str(size.max), who)
     return table
 
 
@@ -153,16 +180,6 @@ def _total_size(component: ComponentRecord) -> int:
     return sum(file.size for file in component.files)
 
 
-def _describe_engine(engine: EngineRecord) -> str:
-    return f"{engine.runtime} {engine.runtime_version} {engine.target}"
-
-
-def _describe_dimensions(engine: EngineRecord) -> str:
-    return "  ".join(
-        f"{symbol} {size.min}-{size.opt}-{size.max}" for symbol, size in engine.dimensions.items()
-    )
-
-
 def _format_size(size: int) -> str:
     value = float(size)
     for unit in ("B", "KiB", "MiB"):
@@ -173,7 +190,19 @@ def _format_size(size: int) -> str:
 
 
 def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(each)}" for key, each in value.items())
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _make_table(*headings: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in headings:
+        number = heading in ("size", "least", "usual", "most")
+        table.add_column(heading, overflow="fold", justify="right" if number else "left")
+    return table
 
 
 def _make_grid() -> Table:

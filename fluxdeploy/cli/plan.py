@@ -25,12 +25,13 @@ from fluxdeploy.cli.options import (
     WORKSPACE,
     component_precisions,
 )
-from fluxdeploy.terminal import say_json
+from fluxdeploy.terminal import say_json, show
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fluxdeploy.build.plan import ComponentPlan, Plan, RunMemory
+    from fluxdeploy.build.plan import Plan
+    from fluxdeploy.kernels import CallSizes
 
 
 @click.command()
@@ -117,47 +118,53 @@ def _report(plan: Plan) -> dict[str, Any]:
 
 
 def _show(plan: Plan, out: Path) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.print(_tabulate_components(plan))
-    console.print()
-    console.print(_tabulate_totals(plan, out))
+    show(*_tabulate_files(plan), "", *_tabulate_memory(plan), "", _tabulate_totals(plan, out))
     for style, mark, lines in (
         ("yellow", "Note", plan.warnings),
         ("red", "Cannot be built", plan.problems),
     ):
         for line in lines:
-            console.print(f"\n{mark}: {line}.", style=style)
+            show("", f"{mark}: {line}.", style=style)
 
 
-def _tabulate_components(plan: Plan) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
+def _tabulate_files(plan: Plan) -> tuple[Table, str]:
+    """The table, and its legend."""
     engines = any(component.engine for component in plan.components)
-    for heading in ("component", "precision"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("parameters", "linked", "written", *(("engine",) if engines else ())):
-        table.add_column(heading, justify="right")
-    for heading in ("weights in memory", "activations", "at most"):
+    table = _make_table("On the disk, in MiB", ("component", "precision"))
+    headings = {
+        "parameters": "",
+        "linked": "linked is what stays in the checkpoint's own files, and takes no room",
+        "written": "written is what is converted or quantized into new files",
+    }
+    if engines:
+        headings["engine"] = "engine is what the runtime makes of both"
+    for heading in headings:
         table.add_column(heading, justify="right")
     for component in plan.components:
-        table.add_row(*_row(component, engines))
-    return table
+        precision = component.precision
+        if component.compute != precision:
+            precision += f" in {component.compute}"
+        count = component.parameters
+        number = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+        sizes = [component.linked, component.written, component.engine][: 3 if engines else 2]
+        table.add_row(component.name, precision, number, *map(_mib, sizes))
+    return table, f"{'; '.join(filter(None, headings.values()))}."
 
 
-def _row(component: ComponentPlan, engines: bool) -> tuple[str, ...]:
-    precision = component.precision
-    if component.compute != precision:
-        precision += f" in {component.compute}"
-    sizes = [component.linked, component.written]
-    if engines:
-        sizes.append(component.engine)
-    sizes += [component.resident, component.activations, component.largest_activations]
-    count = component.parameters
-    number = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
-    return (component.name, precision, number, *(_size(size) for size in sizes))
+def _tabulate_memory(plan: Plan) -> tuple[Table, str]:
+    """The table, and its legend."""
+    place = "In memory" if plan.targets[0] == "cpu" else "On the GPU"
+    table = _make_table(f"{place}, in MiB", ("component",))
+    for heading in ("weights", "usual call", "largest call"):
+        table.add_column(heading, justify="right")
+    for component in plan.components:
+        sizes = component.resident, component.activations, component.largest_activations
+        table.add_row(component.name, *map(_mib, sizes))
+    legend = (
+        "A call takes its memory besides the weights. "
+        f"Usual is {_describe_call(plan.usual)}; largest is {_describe_call(plan.largest)}."
+    )
+    return table, legend
 
 
 def _tabulate_totals(plan: Plan, out: Path) -> Table:
@@ -178,35 +185,43 @@ def _tabulate_totals(plan: Plan, out: Path) -> Table:
         )
         if size
     ]
-    table.add_row("disk", f"{_size(disk.needed)} of {_size(disk.free)} free at {out}")
+    table.add_row("disk", f"needs {_size(disk.needed)}; {_size(disk.free)} are free at {out}")
     table.add_row("", ", ".join(parts))
-    free = "unknown" if plan.free_memory is None else _size(plan.free_memory)
-    table.add_row("memory to build", f"{_size(max(p.bytes for p in plan.build))} of {free} free")
-    table.add_row("", ", ".join(f"{p.name} {_size(p.bytes)} ({p.component})" for p in plan.build))
+    most = max(phase.bytes for phase in plan.build)
+    free = "unknown" if plan.free_memory is None else f"{_size(plan.free_memory)} are free"
+    table.add_row("memory to build", f"needs {_size(most)}; {free}")
+    for phase in plan.build:
+        table.add_row("", f"{_size(phase.bytes)} for {phase.name} ({phase.component})")
     place = "memory to run" if plan.targets[0] == "cpu" else "GPU memory"
-    for heading, workload, run in (
-        (place, plan.usual, plan.run),
-        ("", plan.largest, plan.largest_run),
+    for heading, call, run in (
+        (place, "usual call", plan.run),
+        ("", "largest call", plan.largest_run),
     ):
-        pictures = "a picture" if workload.batch == 1 else f"{workload.batch} pictures"
-        table.add_row(
-            heading,
-            f"{pictures} of {workload.image} image tokens, {workload.text} text tokens: "
-            f"{_describe(run)}",
-        )
+        low = f"{_size(run.low_vram)} with --low-vram"
+        table.add_row(heading, f"{call}: {_size(run.all_open)}; {low}")
     return table
 
 
-def _describe(run: RunMemory) -> str:
-    return f"{_size(run.all_open)}, {_size(run.low_vram)} with --low-vram"
+def _make_table(title: str, headings: tuple[str, ...]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in headings:
+        table.add_column(heading, no_wrap=True)
+    return table
+
+
+def _describe_call(call: CallSizes) -> str:
+    pictures = "a picture" if call.batch == 1 else f"{call.batch} pictures"
+    return f"{pictures} of {call.image:,} image tokens with {call.text} text tokens"
+
+
+def _mib(size: int) -> str:
+    if not size:
+        return "-"
+    value = size / 2**20
+    return f"{value:,.0f}" if value >= 100 else f"{max(value, 0.1):.1f}"
 
 
 def _size(size: int) -> str:
-    value = float(size)
-    if not size:
-        return "-"
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
