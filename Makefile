@@ -10,8 +10,8 @@ DEMO_PROMPTS := \
 	"a large red circle above a small green star on a white background" \
 	"a yellow star to the left of a purple heart on a black background" \
 	"a small cyan cross below a large green circle on a beige background" \
-	"a pink heart to the right of an orange ring on a gray background" \
-	"a large purple triangle in the center on a white background" \
+	"an orange ring to the right of a pink heart on a gray background" \
+	"a large purple cross in the center on a white background" \
 	"a blue square in the bottom right corner on a beige background" \
 	"a large green heart below a small yellow square on a black background" \
 	"an orange star on the right on a gray background"

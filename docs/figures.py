@@ -65,10 +65,10 @@ def _export_scale(report: dict[str, Any]) -> str:
 
 def _demo_scores(report: dict[str, Any]) -> str:
     """The report of benchmarks/demo_scores.py as a Markdown table and the machine it ran on."""
-    scored = ("objects", "relation")
+    scored = ("objects", "relation", "place")
     rows = [
-        ["", "colours and shapes right", "relation right", "parameters", "training"],
-        ["---", "---:", "---:", "---:", "---:"],
+        ["", "colours and shapes right", "relation right", "place right", "parameters", "training"],
+        ["---", *["---:"] * 5],
     ]
     for name, scores in report["checkpoints"].items():
         guidance = "" if scores["guidance"] is None else f", guidance {scores['guidance']:g}"
@@ -84,7 +84,8 @@ def _demo_scores(report: dict[str, Any]) -> str:
         if "pytorch" in scores:
             shares = (f"{scores['pytorch'][what]:.1%}" for what in scored)
             rows.append(["the same in PyTorch", *shares, "", ""])
-        target = (f"{report['targets'][name][what]:.0%}" for what in scored)
+        targets = report["targets"][name]
+        target = (f"{targets[what]:.0%}" if what in targets else "" for what in scored)
         rows.append(["target", *target, "", ""])
     sizes = "; ".join(dict.fromkeys(scores["size"] for scores in report["checkpoints"].values()))
     return (

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fluxdeploy.errors import EngineError, MissingDependencyError
+from fluxdeploy.install import install_command
 
 __all__ = ["Cuda", "pinned_array"]
 
@@ -29,8 +30,8 @@ class Cuda:
             from cuda.bindings import runtime
         except ImportError as error:
             raise MissingDependencyError(
-                "cuda-python is not installed: pip install fluxdeploy[rtx], or "
-                "fluxdeploy[tensorrt] for TensorRT."
+                f"cuda-python is not installed: {install_command('rtx')}, or for TensorRT "
+                f"{install_command('tensorrt')}."
             ) from error
         self._runtime: Any = runtime
 

@@ -26,6 +26,7 @@ from engines.gpu import has_nvidia_driver
 from engines.tensors import BoundInputs, check_inputs, output_shape
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError
+from fluxdeploy.install import install_command
 from fluxdeploy.kernels import AttentionKernels
 from fluxdeploy.machine import describe_cpu
 from fluxdeploy.native import native_errors, try_threads
@@ -55,9 +56,8 @@ class OnnxRuntime(Runtime):
         import onnxruntime
 
         if _PROVIDERS[target] not in onnxruntime.get_available_providers():
-            return Availability(
-                False, "this onnxruntime has no CUDA provider: install fluxdeploy[gpu]"
-            )
+            install = install_command(self.extra.name)
+            return Availability(False, f"this onnxruntime has no CUDA provider: {install}")
         if target == "cuda" and not has_nvidia_driver():
             return Availability(False, "the CUDA provider is there, but no NVIDIA driver")
         return Availability(True, f"onnxruntime {self.version()}")
@@ -143,7 +143,8 @@ def _session(
         import onnxruntime
     except ImportError as error:
         raise MissingDependencyError(
-            "ONNX Runtime is not installed: pip install onnxruntime, or fluxdeploy[gpu] for CUDA."
+            "ONNX Runtime is not installed: pip install onnxruntime, or for CUDA "
+            f"{install_command('gpu')}."
         ) from error
     onnxruntime.set_default_logger_severity(_ERRORS)
     settings = onnxruntime.SessionOptions()

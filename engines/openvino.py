@@ -15,6 +15,7 @@ from engines.base import Array, Availability, Binding, Engine, EngineOptions, Ex
 from engines.tensors import BoundInputs
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError
+from fluxdeploy.install import install_command
 from fluxdeploy.native import native_errors
 from fluxdeploy.precision import PRECISIONS, Precision
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenVino"]
 
-_INSTALL = "pip install 'fluxdeploy[openvino]'"
 _WIDE = ("clip", "t5", "conditioner")
 """Computed in float32 whatever their graph: they run once a picture, and what they round away is
 missing in every step. With its hint for bfloat16, OpenVINO rounds the angles of the timestep's
@@ -42,7 +42,7 @@ class OpenVino(Runtime):
 
     def availability(self, target: str, device: int = 0) -> Availability:
         if importlib.util.find_spec("openvino") is None:
-            return Availability(False, f"not installed: {_INSTALL}")
+            return Availability(False, f"not installed: {install_command(self.extra.name)}")
         return Availability(True, f"openvino {self.version()}")
 
     def compute(self, target: str, precision: str) -> str:
@@ -82,7 +82,9 @@ def _core() -> openvino.Core:
     try:
         import openvino
     except ImportError as error:
-        raise MissingDependencyError(f"OpenVINO is not installed: {_INSTALL}.") from error
+        raise MissingDependencyError(
+            f"OpenVINO is not installed: {install_command('openvino')}."
+        ) from error
     return openvino.Core()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx
@@ -18,7 +20,7 @@ from exporters.graph.fuse import fuse_attention
 from exporters.graph.quantize import quantize
 from exporters.graph.trace import trace_chain
 from exporters.weights.bind import NO_LEDGER, Ledger, WeightFolder, bind
-from exporters.weights.decide import Placement, decide
+from exporters.weights.decide import Placement, Storing, decide
 from fluxdeploy.bundle.files import write_atomic
 from fluxdeploy.errors import CheckpointError, ExportError
 from fluxdeploy.precision import PRECISIONS
@@ -51,6 +53,23 @@ class ExportSpec:
     @property
     def name(self) -> str:
         return self.component.name
+
+    @property
+    def linked(self) -> frozenset[Path]:
+        """The checkpoint's files that the graph is to point into."""
+        return frozenset(
+            Path(os.path.realpath(placement.stored.file))
+            for placement in self.placements
+            if placement.how is Storing.LINKED
+        )
+
+    def copied(self) -> ExportSpec:
+        """The same, with weights of its own: copies of what the graph needs of those files."""
+        placements = tuple(
+            replace(placement, how=Storing.COPIED) if placement.how is Storing.LINKED else placement
+            for placement in self.placements
+        )
+        return replace(self, placements=placements)
 
 
 def specify(

@@ -6,8 +6,8 @@ Importing this package is cheap: the pipeline and NumPy are loaded on first use.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # `typing` is not imported, so that Ctrl-C meets nothing before `cli`
 if TYPE_CHECKING:
     from fluxdeploy.host.cancel import CancelToken
     from fluxdeploy.host.pipeline import FluxPipeline, FluxPipelineOutput

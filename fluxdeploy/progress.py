@@ -1,4 +1,5 @@
-"""Progress of long work, on stderr: live bars on a terminal, one line per finished task elsewhere.
+"""Progress of long work, on stderr: live bars on a terminal; elsewhere a line for each finished
+task, and one now and then while a long one runs.
 
 with Progress() as progress:
     task = progress.task("Exporting", total=6)
@@ -10,8 +11,11 @@ with Progress() as progress:
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, TextIO
+
+from fluxdeploy.terminal import visible, write
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -19,19 +23,31 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "Task"]
 
+_BEAT = 15.0
+"""Seconds without a line after which a log hears how far a task is."""
+
+_LOOK = 1.0
+"""Seconds between two looks at whether it is time for such a line."""
+
+_SLOWER = 0.1
+"""Of the time that a task has taken: it is told of no more often than that."""
+
 
 class Task:
     """One piece of work, made by `Progress.task`; finished once it has advanced to its total."""
 
     def __init__(self, owner: Progress, description: str, total: float | None) -> None:
-        self.description = description
+        self.description = visible(description)
         self.total = total
         self.done = 0.0
         self._owner = owner
         self._start = time.monotonic()
         self._finished = False
         bars = owner._bars
-        self._bar: TaskID | None = None if bars is None else bars.add_task(description, total=total)
+        self._bar: TaskID | None = (
+            None if bars is None else bars.add_task(self.description, total=total)
+        )
+        owner._running.append(self)
 
     def advance(self, n: float = 1) -> None:
         """Add `n` to what is done, in the unit of the total."""
@@ -46,10 +62,26 @@ class Task:
         if self._finished:
             return
         self._finished = True
+        self._owner._running.remove(self)
         if self._owner._bars is not None and self._bar is not None:
             total = 1.0 if self.total is None else self.total
             self._owner._bars.update(self._bar, total=total, completed=total)
-        self._owner._report(f"{self.description}: {time.monotonic() - self._start:.1f} s")
+        self._owner._report(f"{self.description}: {self.seconds:.1f} s")
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been running."""
+        return time.monotonic() - self._start
+
+    def describe(self) -> str:
+        """How far it is, in words."""
+        seconds, parts = self.seconds, []
+        if self.total:
+            parts.append(f"{self.done / self.total:.0%}")
+        parts.append(f"{_duration(seconds)} so far")
+        if self.total and self.done:
+            parts.append(f"about {_duration(seconds * (self.total / self.done - 1))} left")
+        return f"{self.description}: {', '.join(parts)}"
 
 
 class Progress:
@@ -62,6 +94,10 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._quiet = quiet
         self._bars: RichProgress | None = None
+        self._running: list[Task] = []
+        self._said = time.monotonic()
+        self._closed = threading.Event()
+        self._pulse: threading.Thread | None = None
 
     def task(self, description: str, total: float | None = None) -> Task:
         """Start a task of `total` units (bytes, steps, ...), or of unknown length."""
@@ -69,21 +105,37 @@ class Progress:
 
     def note(self, line: str) -> None:
         """Say something that stays on the screen, above the bars."""
+        line = visible(line)
         if self._bars is not None:
             self._bars.console.print(line, markup=False, highlight=False)
         else:
             self._report(line)
 
     def __enter__(self) -> Progress:
-        if not self._quiet and self._stream.isatty():
+        if self._quiet:
+            return self
+        if self._stream.isatty():
             self._bars = self._make_bars()
             self._bars.start()
+        else:
+            self._pulse = threading.Thread(target=self._beat, daemon=True)
+            self._pulse.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
+        self._closed.set()
+        if self._pulse is not None:
+            self._pulse.join()
+
+    def _beat(self) -> None:
+        """Tell of the task that began last, where nothing else was told for a while."""
+        while not self._closed.wait(_LOOK):
+            for task in self._running[-1:]:
+                if time.monotonic() - self._said >= max(_BEAT, _SLOWER * task.seconds):
+                    self._report(task.describe())
 
     def _make_bars(self) -> RichProgress:
         from rich.console import Console
@@ -109,5 +161,15 @@ class Progress:
 
     def _report(self, line: str) -> None:
         if not self._quiet and self._bars is None:
-            self._stream.write(line + "\n")
-            self._stream.flush()
+            self._said = time.monotonic()
+            write(self._stream, f"{line}\n")
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return "{} h {} min".format(*divmod(minutes, 60))

@@ -32,6 +32,7 @@ for name in {blocked!r}:
 before = set(sys.modules)
 from PIL import Image
 from fluxdeploy import FluxPipeline
+from fluxdeploy.install import install_command
 with FluxPipeline.from_bundle(sys.argv[1]) as pipe:
     (first,) = pipe("a red circle", seed=3, num_inference_steps=6).images
     first.save("first.png")
@@ -84,7 +85,7 @@ def test_the_host_alone_makes_pictures(demo_bundle: Path, tmp_path: Path) -> Non
 def test_building_without_torch_names_the_extra(tmp_path: Path) -> None:
     result = run_without_torch("build", cwd=tmp_path)
     assert result.returncode == 1
-    assert "fluxdeploy[export]" in result.stderr
+    assert "'.[export]'" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "bundle").exists()
 

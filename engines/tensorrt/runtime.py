@@ -27,6 +27,7 @@ from engines.tensorrt.formats import FORMATS
 from fluxdeploy.bundle.files import is_private, user_cache, write_atomic
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError, UsageError
+from fluxdeploy.install import install_command
 from fluxdeploy.kernels import AttentionKernels
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
@@ -189,14 +190,14 @@ class TensorRt(Runtime):
 
     def _missing(self) -> str | None:
         if importlib.util.find_spec(self.module) is None:
-            return f"not installed: pip install fluxdeploy[{self.extra.name}]"
+            return f"not installed: {install_command(self.extra.name)}"
         return None
 
     def _gpu_problem(self, target: str, device: int = 0) -> str | None:
         if not has_nvidia_driver():
             return "installed, but there is no NVIDIA driver"
         if not has_cuda_python():
-            return f"cuda-python is not installed: pip install fluxdeploy[{self.extra.name}]"
+            return f"cuda-python is not installed: {install_command(self.extra.name)}"
         try:
             found = compute_capability(device)
         except EngineError as error:
@@ -212,8 +213,7 @@ class TensorRt(Runtime):
             return importlib.import_module(self.module)
         except (ImportError, OSError) as error:  # OSError: a library that it loads itself
             raise MissingDependencyError(
-                f"{self.product} cannot be imported ({error}): pip install "
-                f"fluxdeploy[{self.extra.name}]."
+                f"{self.product} cannot be imported ({error}): {install_command(self.extra.name)}."
             ) from error
 
 

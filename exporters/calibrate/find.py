@@ -15,11 +15,12 @@ __all__ = ["find_ranges", "open_calibration"]
 
 
 def open_calibration(
-    checkpoint: Checkpoint, digest: str, given: Path | None
+    checkpoint: Checkpoint, digest: str | None, given: Path | None
 ) -> ActivationRanges | Calibration:
     """What `--calibration` names: ranges (`.json`), or a calibration with the prompts of a file.
 
-    None is the default calibration. `digest` is the SHA-256 of the checkpoint. Raises `ExportError`
+    None is the default calibration. `digest` is the SHA-256 of the checkpoint, None where it is not
+    known: ranges may then be those of another one. Raises `ExportError`
     for ranges that are broken or another checkpoint's, `UsageError` for a file without prompts.
     """
     if given is not None and given.suffix == ".json":

@@ -29,8 +29,8 @@ def write_ranges(ranges: ActivationRanges, path: Path) -> None:
     write_atomic(path, json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_ranges(path: Path, checkpoint: Checkpoint, digest: str) -> ActivationRanges:
-    """Read the ranges of a checkpoint whose weights have the SHA-256 `digest`.
+def read_ranges(path: Path, checkpoint: Checkpoint, digest: str | None) -> ActivationRanges:
+    """Read the ranges of a checkpoint whose weights have the SHA-256 `digest`, None for any.
 
     Raises `ExportError` for a file that is missing or broken, of another version, of another
     checkpoint, or without a value for each of the transformer's layers.
@@ -47,16 +47,16 @@ def read_ranges(path: Path, checkpoint: Checkpoint, digest: str) -> ActivationRa
     if version != _VERSION:
         raise ExportError(
             f"The ranges {path} are of version {version!r}, and this fluxdeploy reads version "
-            f"{_VERSION}. Remove the file to have them measured again."
+            f"{_VERSION}. Leave out --calibration to have them measured again."
         )
     try:
         ranges = parse(ActivationRanges, plain)
     except FieldError as error:
         raise _broken(path, str(error)) from error
-    if ranges.checkpoint != digest:
+    if digest is not None and ranges.checkpoint != digest:
         raise ExportError(
             f"The ranges {path} were measured on another checkpoint than {checkpoint.root}. Name "
-            "the file of this checkpoint, or remove it to have them measured again."
+            "the file of this checkpoint, or leave out --calibration to have them measured again."
         )
     try:
         _check_complete(ranges, checkpoint)
@@ -67,7 +67,8 @@ def read_ranges(path: Path, checkpoint: Checkpoint, digest: str) -> ActivationRa
 
 def _broken(path: Path, problem: str) -> ExportError:
     return ExportError(
-        f"{path} does not hold activation ranges: {problem}. Remove it to have them measured again."
+        f"{path} does not hold activation ranges: {problem}. Leave out --calibration to have them "
+        "measured again."
     )
 
 

@@ -197,7 +197,7 @@ def read_stored(files: Iterable[Path], index: Index | None = None) -> dict[str, 
             if name in tensors:
                 raise CheckpointError(
                     f"Tensor {name} is both in {tensors[name].file} and in {file}: "
-                    "remove the file that does not belong to the checkpoint."
+                    "move the file that does not belong to the checkpoint to another folder."
                 )
             tensors[name] = StoredTensor.of(file, entry)
     if index is not None:

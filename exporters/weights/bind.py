@@ -41,7 +41,7 @@ def _ignore(_: int) -> None:
 class WeightFolder:
     """The `weights` folder beside the graphs, and what was put there.
 
-    `put` makes a file available under another path, as `link_or_copy` does.
+    put: makes a checkpoint's file available at a path, as `link_or_copy` and `clone` do.
     """
 
     root: Path

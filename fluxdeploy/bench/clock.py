@@ -66,15 +66,25 @@ def race(
     on_run: Callable[[], None] = lambda: None,
     settle: float = SETTLE,
 ) -> dict[str, list[Laps]]:
-    """Let every contender run once in each round; the laps of all rounds but the warm-up's."""
+    """Let every contender run once in each round; the laps of all rounds but the warm-up's.
+
+    Ctrl-C ends the race: the rounds that all have finished are what is returned, and there is one
+    at least, or `KeyboardInterrupt` is raised.
+    """
     laps: dict[str, list[Laps]] = {name: [] for name in runs}
-    for number in range(warmup + rounds):
-        for name in turns(list(runs), number):
-            time.sleep(settle)
-            taken = runs[name]()
-            if number >= warmup:
-                laps[name].append(taken)
-            on_run()
+    try:
+        for number in range(warmup + rounds):
+            for name in turns(list(runs), number):
+                time.sleep(settle)
+                taken = runs[name]()
+                if number >= warmup:
+                    laps[name].append(taken)
+                on_run()
+    except KeyboardInterrupt:
+        whole = min(map(len, laps.values()))
+        if not whole:
+            raise
+        return {name: own[:whole] for name, own in laps.items()}
     return laps
 
 

@@ -95,8 +95,10 @@ def run_bench(
 ) -> BenchReport:
     """Compare the contenders' outputs with the first one's, then time all of them.
 
-    noise: float32 [B, L, C], packed: what every picture begins with. Raises `NumericError` for a
-    contender that draws something else, and `EngineError` for one that fails.
+    noise: float32 [B, L, C], packed: what every picture begins with. Ctrl-C ends it early: the
+    report then has the rounds and cold starts that were finished. Raises `NumericError` for a
+    contender that draws something else, `EngineError` for one that fails, and `KeyboardInterrupt`
+    where no round was finished.
     """
     meter = open_meter(contenders[0].job.gpu) if contenders[0].job.device != "cpu" else None
     measured = {contender.name: _Measured() for contender in contenders}
@@ -119,16 +121,18 @@ def run_bench(
             runs[_TWIN] = _run(again, take, _Measured(), None)
             task = progress.task("Timing", total=len(runs) * (warmup + counts.rounds))
             laps = race({n: runs[n] for n in order}, counts.rounds, warmup, task.advance)
-        starts = _race_starts(placed, measured, counts.cold_starts, progress)
+        rounds = len(laps[baseline])
+        cold_starts = counts.cold_starts if rounds == counts.rounds else 0
+        starts = _race_starts(placed, measured, cold_starts, progress)
     timings = {each.name: _timings(each.name, baseline, laps, starts) for each in contenders}
     return BenchReport(
         fluxdeploy=__version__,
         machine=_describe(contenders, meter),
         workload=_workload(contenders[0].job),
         baseline=baseline,
-        rounds=counts.rounds,
+        rounds=rounds,
         warmup=warmup,
-        cold_starts=counts.cold_starts,
+        cold_starts=len(starts[baseline]),
         one_by_one=counts.one_by_one,
         noise=_noise(laps, baseline),
         contenders=tuple(
@@ -242,9 +246,10 @@ def _race_starts(
     rounds: int,
     progress: Progress,
 ) -> dict[str, list[Laps]]:
-    """Cold starts, in turns, with no other contender in memory."""
+    """Cold starts, in turns, with no other contender in memory: as many as Ctrl-C leaves."""
+    none: dict[str, list[Laps]] = {each.name: [] for each in contenders}
     if not rounds:
-        return {each.name: [] for each in contenders}
+        return none
 
     def starter(each: Contender) -> Run:
         def run() -> Laps:
@@ -256,7 +261,10 @@ def _race_starts(
 
     task = progress.task("Cold starts", total=len(contenders) * rounds)
     runs = {each.name: starter(each) for each in contenders}
-    return race(runs, rounds, 0, task.advance)
+    try:
+        return race(runs, rounds, 0, task.advance)
+    except KeyboardInterrupt:
+        return none
 
 
 def _timings(

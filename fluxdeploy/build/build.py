@@ -5,17 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from engines import choose_builder
-from fluxdeploy.build.checkpoint import find_checkpoint, require_unchanged
+from fluxdeploy.build.checkpoint import require_unchanged
 from fluxdeploy.build.components import make_component
 from fluxdeploy.build.describe import describe
-from fluxdeploy.build.plan import make_plan
-from fluxdeploy.build.resolve import BuildRequest, resolve
+from fluxdeploy.build.prepare import prepare
+from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.build.run import BuildRun
 from fluxdeploy.build.staging import Staging
 from fluxdeploy.build.tokenizers import make_tokenizer
 from fluxdeploy.bundle import Bundle, open_bundle
 from fluxdeploy.bundle.files import HashCache
-from fluxdeploy.errors import BundleError
 from fluxdeploy.progress import Progress
 
 __all__ = ["build"]
@@ -28,11 +27,7 @@ def build(request: BuildRequest, destination: Path, progress: Progress) -> Bundl
     reused. Raises the errors of each step; `destination` then is as it was before.
     """
     runtime, targets = choose_builder(request.runtime, request.targets, request.precision)
-    if request.checkpoint is not None:
-        _check_apart(Path(request.checkpoint), destination)
-    checkpoint = find_checkpoint(request.checkpoint)
-    spec = resolve(request, checkpoint, runtime, targets)
-    plan = make_plan(spec, destination)
+    spec, plan = prepare(request, destination, runtime, targets)
     plan.require_possible()
     for warning in plan.warnings:
         progress.note(f"{warning}.")
@@ -49,14 +44,3 @@ def build(request: BuildRequest, destination: Path, progress: Progress) -> Bundl
         staging.commit(describe(run, tokenizers, components))
     cache.renew()
     return open_bundle(destination)
-
-
-def _check_apart(checkpoint: Path, destination: Path) -> None:
-    """Refuse to replace the checkpoint, or a folder around it, by the bundle."""
-    if checkpoint.exists():
-        source, target = checkpoint.resolve(), destination.resolve()
-        if source == target or target in source.parents or source in target.parents:
-            raise BundleError(
-                f"The bundle {destination} and the checkpoint {checkpoint} overlap. "
-                "Choose another --out."
-            )

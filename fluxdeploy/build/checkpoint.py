@@ -17,6 +17,7 @@ from fluxdeploy.bundle.files import HashCache
 from fluxdeploy.bundle.tensorfile import read_header
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from fluxdeploy.errors import CheckpointError, MissingDependencyError, UsageError
+from fluxdeploy.install import install_command
 from fluxdeploy.progress import Progress
 from fluxdeploy.sampling.schedule import sigmas
 
@@ -46,8 +47,8 @@ def find_checkpoint(checkpoint: str | None) -> Checkpoint:
     """Open a checkpoint: a path, a hub id, or one of `DEMO_CHECKPOINTS`; None is the default.
 
     No folder and no hub id can be meant by a name that begins with `demo:`. Raises `UsageError` for
-    such a name that there is not, and `MissingDependencyError` without the packages of
-    `fluxdeploy[export]`.
+    such a name that there is not, and `MissingDependencyError` without the packages of the extra
+    `export`.
     """
     name = DEFAULT_CHECKPOINT if checkpoint is None else checkpoint
     if name.startswith("demo:") and name not in DEMO_CHECKPOINTS:
@@ -60,7 +61,7 @@ def find_checkpoint(checkpoint: str | None) -> Checkpoint:
         from exporters.checkpoint import open_checkpoint
     except ImportError as error:
         raise MissingDependencyError(
-            f"Reading checkpoints needs the package {error.name}: pip install 'fluxdeploy[export]'."
+            f"Reading checkpoints needs the package {error.name}: {install_command('export')}."
         ) from error
     return open_checkpoint(DEMO_CHECKPOINTS.get(name, name))
 

@@ -8,11 +8,13 @@ result does not depend on how often the build was stopped.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -47,7 +49,7 @@ from fluxdeploy.bundle.manifest import (
 from fluxdeploy.bundle.typed_json import load_strict, parse, to_plain
 from fluxdeploy.errors import BundleError
 
-__all__ = ["Staging"]
+__all__ = ["Staging", "check_destination"]
 
 OnBytes = Callable[[int], None]
 
@@ -349,6 +351,27 @@ class Staging:
             shutil.rmtree(leftover, ignore_errors=True)
         finally:
             os.close(earlier)
+
+
+def check_destination(destination: str | os.PathLike[str]) -> None:
+    """Raise the `BundleError` that `Staging` would raise on entering; nothing is written."""
+    staging = Staging(destination)
+    _check_replaceable(staging.destination)
+    parent = staging.destination.parent
+    folder, made = parent, staging.root
+    while not os.path.lexists(folder):
+        folder, made = folder.parent, parent
+    with disk_errors("make the folder", made):
+        if not folder.is_dir():
+            number = errno.EEXIST if folder == parent else errno.ENOTDIR
+            raise OSError(number, os.strerror(number))
+        with suppress(FileNotFoundError):
+            os.lstat(made)  # the name may be too long
+            return
+        if os.statvfs(folder).f_flag & os.ST_RDONLY:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _artifact_path(name: str) -> str:

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,9 @@ from fluxdeploy.errors import BundleError
 __all__ = [
     "FileIdentity",
     "HashCache",
+    "can_clone",
+    "can_link",
+    "clone",
     "disk_errors",
     "hash_files",
     "is_private",
@@ -43,6 +47,9 @@ OnBytes = Callable[[int], None]
 """Called with the number of bytes just read or written, for a progress bar."""
 
 _CHUNK = 4 << 20
+_FICLONE = 0x40049409
+"""Linux's call for a copy that shares blocks (linux/fs.h)."""
+
 _HASH_THREADS = 4
 _MAX_CACHE = 4 << 20
 """Of the hash cache: its entries have some 200 bytes each."""
@@ -71,7 +78,7 @@ _WORDS = {
     errno.EROFS: "the file system is read-only; choose a folder on another one",
     errno.ENOENT: "there is no such file or folder; check the path",
     errno.ENOTDIR: "a part of this path is a file, not a folder; choose another path",
-    errno.EEXIST: "a file is in its place; choose another path or remove the file",
+    errno.EEXIST: "a file is in its place; choose another path",
     errno.EISDIR: "it is a folder, not a file; choose another path",
     errno.ENAMETOOLONG: "the name is too long for the file system; choose a shorter path",
     errno.ELOOP: "its symbolic links lead in a circle; choose another path",
@@ -425,6 +432,78 @@ def _is_entry(entry: object) -> bool:
     )
 
 
+def can_link(source: Path, folder: Path) -> bool:
+    """Whether a hard link to a file from below `folder` can probably stand for a copy.
+
+    A link has the file's own mode: of a private file, what others may read needs a copy.
+    """
+    status = source.stat()
+    # Linux lets others than the owner link a file only where they could write to it.
+    allowed = os.name == "nt" or status.st_uid == os.geteuid() or os.access(source, os.W_OK)
+    return allowed and _is_readable(status) and status.st_dev == folder.stat().st_dev
+
+
+def _is_readable(status: os.stat_result) -> bool:
+    """Whether a file may be read by all who may read one that is made now."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return not 0o444 & ~mask & ~status.st_mode
+
+
+def can_clone(source: Path, folder: Path) -> bool:
+    """Whether the file system can make a copy of a file below `folder` that shares its blocks.
+
+    Tries it, in a file that is gone afterwards. Raises `BundleError` where the disk refuses.
+    """
+    target = _temporary(folder / source.name)
+    try:
+        clone(source, target)
+    except _CannotCloneError:
+        return False
+    target.unlink()
+    return True
+
+
+class _CannotCloneError(BundleError):
+    """The file system has no copies that share blocks, or not of this file."""
+
+
+def clone(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    on_bytes: OnBytes | None = None,
+) -> None:
+    """Put a copy of `source` at `destination` that shares its blocks on the disk.
+
+    For file systems that have it, such as Btrfs and XFS. Links are followed, an existing
+    destination is replaced at once, and missing folders are made. Raises `BundleError` where that
+    cannot be.
+    """
+    real, target = Path(os.path.realpath(source)), Path(destination)
+    with disk_errors("read", source):
+        reader = open(real, "rb", buffering=0)  # noqa: SIM115
+    with reader, disk_errors("write", target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as writer:
+            try:
+                _share_blocks(reader.fileno(), writer.fileno())
+            except OSError as error:
+                raise _CannotCloneError(
+                    f"Cannot clone {os.fspath(source)} to {target}: {error.strerror}."
+                ) from error
+    if on_bytes is not None:
+        on_bytes(os.stat(real).st_size)
+
+
+def _share_blocks(source: int, target: int) -> None:
+    """Let one open file have the bytes of another. Raises `OSError` where that cannot be."""
+    if sys.platform != "linux":
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+    import fcntl
+
+    fcntl.ioctl(target, _FICLONE, source)
+
+
 def link_or_copy(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -432,6 +511,7 @@ def link_or_copy(
 ) -> Literal["linked", "copied"]:
     """Put `source` at `destination`: a hard link where that is possible, else a copy.
 
+    A private file is copied too, where others may read what is made here: see `can_link`.
     Symbolic links are followed first, since runtimes refuse those that leave a model's folder.
     An existing destination is replaced at once, never half. Missing folders are made. Raises
     `BundleError` where the source is no file or the disk refuses.
@@ -445,6 +525,8 @@ def link_or_copy(
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(target)
         try:
+            if not _is_readable(status):
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
             os.link(real, temporary)
         except OSError:
             # Other file system, no links there, too many, not the owner: a copy always does,
@@ -465,10 +547,16 @@ def _copy(source: Path, target: Path, on_bytes: OnBytes | None) -> None:
     with disk_errors("read", source):
         reader = open_regular(source)
     with reader, replacing(target) as writer:
-        for chunk in _chunks(reader):
-            writer.write(chunk)
+        try:
+            _share_blocks(reader.fileno(), writer.fileno())
+        except OSError:
+            for chunk in _chunks(reader):
+                writer.write(chunk)
+                if on_bytes is not None:
+                    on_bytes(len(chunk))
+        else:
             if on_bytes is not None:
-                on_bytes(len(chunk))
+                on_bytes(os.fstat(reader.fileno()).st_size)
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from fluxdeploy.bench.job import PEERS
-from fluxdeploy.cli.options import DEVICE, RUNTIME, parse_size
+from fluxdeploy.cli.options import (
+    AS_JSON,
+    CHECKPOINT_NAME,
+    DEVICE,
+    FILE,
+    FOLDER,
+    RUNTIME,
+    SIZE,
+    complete_peer,
+)
 from fluxdeploy.errors import UsageError
+from fluxdeploy.interrupts import INTERRUPTED
 from fluxdeploy.progress import Progress
+from fluxdeploy.terminal import say, say_json, show
 
 if TYPE_CHECKING:
     from fluxdeploy.bench.report.record import BenchReport
@@ -20,7 +32,7 @@ if TYPE_CHECKING:
 @click.option(
     "--bundle",
     "bundles",
-    type=click.Path(path_type=Path),
+    type=FOLDER,
     multiple=True,
     default=("bundle",),
     help="A folder that `build` wrote. May be given several times: all of them are timed.",
@@ -28,17 +40,17 @@ if TYPE_CHECKING:
 @click.option(
     "--against",
     metavar="PEER,...",
+    shell_complete=complete_peer,
     help=f"Time others with the same weights too: {', '.join(PEERS)}. Ratios are then those to "
     "the first of them, else to the first bundle.",
 )
 @click.option(
     "--checkpoint",
+    type=CHECKPOINT_NAME,
     help="What the bundles were made from, for peers that read it.  [default: the package's own "
     "where the bundle was made from it]",
 )
-@click.option(
-    "--size", type=parse_size, metavar="WxH", help="The picture.  [default: the bundle's]"
-)
+@click.option("--size", type=SIZE, metavar="WxH", help="The picture.  [default: the bundle's]")
 @click.option(
     "--steps", type=click.IntRange(min=1), help="Denoising steps.  [default: the bundle's]"
 )
@@ -73,24 +85,18 @@ if TYPE_CHECKING:
     help="CPU threads, the same number for every contender.  [default: all cores]",
 )
 @click.option(
-    "--json",
-    "json_file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write all figures, with the machine's description.",
-)
-@click.option(
     "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     metavar="FILE",
     help="Draw a PNG.",
 )
 @click.option(
     "--html",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     metavar="FILE",
     help="Write one page that needs no other file.",
 )
+@AS_JSON
 def command(
     bundles: tuple[Path, ...],
     against: str | None,
@@ -105,9 +111,9 @@ def command(
     runtime: str,
     device: int,
     threads: int | None,
-    json_file: Path | None,
     plot: Path | None,
     html: Path | None,
+    as_json: bool,
 ) -> None:
     """Time bundles, and other ways to run the same model.
 
@@ -117,10 +123,14 @@ def command(
     memory, and energy where a GPU counts it. Before anything is timed, the contenders' pictures
     are compared: one that draws something else is refused.
 
+    Ctrl-C while contenders are timed ends the benchmark early: what the finished rounds gave is
+    shown and written all the same, and the exit code is 130.
+
     \b
     Examples:
       fluxdeploy bench
-      fluxdeploy bench --against eager,eager-bf16 --json bench.json --html bench.html
+      fluxdeploy bench --against eager,eager-bf16 --html bench.html
+      fluxdeploy bench --json > bench.json
       fluxdeploy bench --bundle bundle --bundle bundle-int8 --plot bench.png
       fluxdeploy bench --bundle flux-dev --checkpoint ./FLUX.1-dev --against compile-bf16
     """
@@ -129,46 +139,46 @@ def command(
     from fluxdeploy.bench.report.page import write_page
     from fluxdeploy.bench.report.plot import plot_bench
     from fluxdeploy.bench.report.record import to_json
-    from fluxdeploy.bundle.files import write_atomic
     from fluxdeploy.verify.plot import check_plot
 
     peers = parse_peers(against) if against is not None else ()
-    for option, path in (("--json", json_file), ("--html", html)):
-        if path is not None and not path.parent.is_dir():
-            raise UsageError(
-                f"{option} {path} cannot be written: give a file in a folder that exists."
-            )
+    if html is not None and not html.parent.is_dir():
+        raise UsageError(f"--html {html} cannot be written: give a file in a folder that exists.")
     if plot is not None:
         check_plot(plot)
     request = BenchRequest(bundles, peers, checkpoint, runtime, size, steps, batch, threads, device)
-    with Progress() as progress:
+    with Progress(quiet=as_json) as progress:
         contenders, noise = choose_contenders(request, progress)
         baseline = peers[0] if peers else contenders[0].name
         counts = Counts(rounds, warmup, cold_starts, one_by_one)
         report = run_bench(contenders, baseline, noise, counts, progress)
-    _show(report)
-    if json_file is not None:
-        write_atomic(json_file, to_json(report))
+    if as_json:
+        say_json(json.loads(to_json(report)), indent=2)
+    else:
+        _show(report)
     if plot is not None:
         plot_bench(report, plot)
     if html is not None:
         write_page(report, html)
+    if report.rounds < rounds or report.cold_starts < cold_starts:
+        say(
+            f"Interrupted after {report.rounds} of {rounds} rounds and {report.cold_starts} of "
+            f"{cold_starts} cold starts; the figures are theirs.",
+            err=True,
+        )
+        raise click.exceptions.Exit(INTERRUPTED)
 
 
 def _show(report: BenchReport) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from fluxdeploy.bench.report.tables import describe_machine_in_words, make_tables, notes
 
-    console = Console(highlight=False, markup=False, emoji=False)
     for text in make_tables(report):
         table = Table(title=text.title, title_justify="left", box=None, pad_edge=False)
         for index, heading in enumerate(text.headings):
             table.add_column(heading, justify="right" if index else "left", overflow="fold")
         for row in text.rows:
             table.add_row(*row)
-        console.print(table)
-        console.print()
-    for line in (*notes(report), describe_machine_in_words(report)):
-        console.print(line)
+        show(table, "")
+    show(*notes(report), describe_machine_in_words(report))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -10,7 +9,9 @@ import click
 from fluxdeploy.cli.options import (
     AS_JSON,
     CALIBRATION,
+    CHECKPOINT,
     COMPONENT_PRECISION,
+    FOLDER,
     MAX_BATCH,
     MAX_SIZE,
     MIN_SIZE,
@@ -18,13 +19,16 @@ from fluxdeploy.cli.options import (
     PRECISION,
     RUNTIME,
     TARGETS,
+    WEIGHT_STREAMING,
+    WORKSPACE,
     component_precisions,
 )
 from fluxdeploy.progress import Progress
+from fluxdeploy.terminal import say, say_json
 
 
 @click.command()
-@click.argument("checkpoint", required=False)
+@CHECKPOINT
 @PRECISION
 @COMPONENT_PRECISION
 @CALIBRATION
@@ -34,20 +38,11 @@ from fluxdeploy.progress import Progress
 @OPT_SIZE
 @MAX_SIZE
 @MAX_BATCH
-@click.option(
-    "--workspace",
-    type=click.IntRange(min=1),
-    metavar="MIB",
-    help="TensorRT: limit of the scratch memory of a kernel.",
-)
-@click.option(
-    "--weight-streaming",
-    is_flag=True,
-    help="TensorRT: engines that can run with weights that do not all fit on the GPU.",
-)
+@WORKSPACE
+@WEIGHT_STREAMING
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=FOLDER,
     default="bundle",
     help="The bundle's folder. An earlier bundle there stays usable until the new one is whole.",
 )
@@ -107,10 +102,10 @@ def command(
     precisions = {name: record.precision for name, record in bundle.manifest.components.items()}
     if as_json:
         report = {"bundle": str(out), "hash": bundle.content_hash, "precisions": precisions}
-        click.echo(json.dumps(report))
+        say_json(report)
         return
     for used in sorted(set(precisions.values()) - {precision}):
         names = [name for name, other in precisions.items() if other == used]
         who = "all components" if len(names) == len(precisions) else ", ".join(names)
-        click.echo(f"{used} in place of {precision}: {who}")
-    click.echo(f'{out} is ready: fluxdeploy generate "a prompt" --bundle {out}')
+        say(f"{used} in place of {precision}: {who}")
+    say(f'{out} is ready: fluxdeploy generate "a prompt" --bundle {out}')

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import platform
 import re
 import shutil
@@ -16,7 +15,9 @@ import click
 
 from fluxdeploy import __version__
 from fluxdeploy.errors import EngineError
+from fluxdeploy.install import install_command
 from fluxdeploy.machine import describe_cpu, read_memory
+from fluxdeploy.terminal import say_json, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,7 +52,7 @@ def command(as_json: bool) -> None:
     """
     report = _make_report()
     if as_json:
-        click.echo(json.dumps(report, indent=2))
+        say_json(report, indent=2)
     else:
         _show(report)
 
@@ -201,61 +202,68 @@ def _find_notes() -> list[str]:
 
 
 def _show(report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
+    show(_tabulate_machine(report))
+    show("", "Packages", style="bold")
+    show(_tabulate_packages(report))
+    show("", "Runtimes", style="bold")
+    show(_tabulate_runtimes(report))
+    for note in report["notes"]:
+        show("", f"Note: {note}", style="yellow")
 
-    console = Console(highlight=False, emoji=False)
-    cpu, memory = report["cpu"], report["memory"]
-    machine = _make_table()
-    machine.add_row("fluxdeploy", report["fluxdeploy"])
-    machine.add_row("Python", report["python"])
-    machine.add_row("Platform", report["platform"])
-    machine.add_row("CPU", f"{escape(cpu['name'])}, {cpu['cores']} cores")
-    machine.add_row("", " ".join(cpu["instruction_sets"]))
-    machine.add_row("Memory", f"{_gib(memory['available'])} free of {_gib(memory['total'])}")
-    machine.add_row(
-        "Disk", f"{_gib(report['disk']['free'])} free in {escape(report['disk']['folder'])}"
-    )
+
+def _tabulate_machine(report: dict[str, Any]) -> Table:
+    cpu, memory, disk = report["cpu"], report["memory"], report["disk"]
+    table = _make_table()
+    table.add_row("fluxdeploy", report["fluxdeploy"])
+    table.add_row("Python", report["python"])
+    table.add_row("Platform", report["platform"])
+    table.add_row("CPU", f"{cpu['name']}, {cpu['cores']} cores")
+    table.add_row("", " ".join(cpu["instruction_sets"]))
+    table.add_row("Memory", f"{_gib(memory['available'])} free of {_gib(memory['total'])}")
+    table.add_row("Disk", f"{_gib(disk['free'])} free in {disk['folder']}")
     for gpu in report["gpus"]:
-        machine.add_row(
+        table.add_row(
             "GPU",
-            f"{escape(gpu['name'])}, {_gib(gpu['memory'])}, driver {gpu['driver']}, "
+            f"{gpu['name']}, {_gib(gpu['memory'])}, driver {gpu['driver']}, "
             f"compute capability {gpu['compute_capability']}",
         )
     if not report["gpus"]:
-        machine.add_row("GPU", "none that nvidia-smi lists")
-    console.print(machine)
+        table.add_row("GPU", "none that nvidia-smi lists")
+    return table
 
-    console.print("\n[bold]Packages[/bold]")
-    packages = _make_table()
+
+def _tabulate_packages(report: dict[str, Any]) -> Table:
+    table = _make_table()
     purposes = _COMMANDS | {extra.name: extra.purpose for extra in _runtimes_extras()}
     for extra, versions in report["packages"].items():
-        lines = [", ".join(f"{name} {version}" for name, version in versions.items() if version)]
+        there = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+        lines = [there] if there else []
         if missing := [name for name, version in versions.items() if version is None]:
-            install = escape("fluxdeploy" if extra == BASE else f"fluxdeploy[{extra}]")
-            lines.append(f"[yellow]missing[/yellow] {', '.join(missing)}: pip install '{install}'")
-        packages.add_row(f"{extra}: {purposes[extra]}", "\n".join(filter(None, lines)))
-    console.print(packages)
+            install = install_command(None if extra == BASE else extra)
+            lines.append(f"missing {', '.join(missing)}: {install}")
+        headings = (f"{extra}: {purposes[extra]}", "")
+        for heading, line in zip(headings, lines, strict=False):
+            table.add_row(heading, line, style="yellow" if line.startswith("missing") else None)
+    return table
 
-    console.print("\n[bold]Runtimes[/bold]")
-    runtimes = _make_table()
+
+def _tabulate_runtimes(report: dict[str, Any]) -> Table:
+    table = _make_table()
     grouped: dict[tuple[str, bool, str], list[str]] = {}
     for runtime in report["runtimes"]:
         kind = runtime["name"], runtime["ok"], runtime["detail"]
         grouped.setdefault(kind, []).append(runtime["target"])
     for (name, ok, detail), targets in grouped.items():
-        mark = "[green]yes[/green]" if ok else "[yellow]no [/yellow]"
         where = targets[0] if len(targets) == 1 else "GPUs"
-        runtimes.add_row(f"{mark} {name} on {where}", escape(detail))
-    runtimes.add_row("ONNX Runtime has", ", ".join(report["onnxruntime_providers"]) or "-")
+        mark, style = ("yes", "green") if ok else ("no ", "yellow")
+        table.add_row(f"{mark} {name} on {where}", detail, style=style)
+    table.add_row("ONNX Runtime has", ", ".join(report["onnxruntime_providers"]) or "-")
     auto = report["auto"]
-    runtimes.add_row(
+    table.add_row(
         "--runtime auto takes",
         f"{auto['name']} on {auto['target']}" if auto else "nothing: no runtime can run here",
     )
-    console.print(runtimes)
-    for note in report["notes"]:
-        console.print(f"\n[yellow]Note[/yellow] {note}")
+    return table
 
 
 def _make_table() -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -10,17 +9,21 @@ import click
 from fluxdeploy.cli.options import (
     AS_JSON,
     CALIBRATION,
+    CHECKPOINT,
     COMPONENT_PRECISION,
+    FOLDER,
     PRECISION,
+    complete_component,
     component_precisions,
 )
 from fluxdeploy.errors import UsageError
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
+from fluxdeploy.terminal import say, say_json
 
 
 @click.command()
-@click.argument("checkpoint", required=False)
+@CHECKPOINT
 @PRECISION
 @COMPONENT_PRECISION
 @CALIBRATION
@@ -29,6 +32,7 @@ from fluxdeploy.progress import Progress
     "components",
     multiple=True,
     metavar="NAME",
+    shell_complete=complete_component,
     help="Export only this component. May be given several times.  [default: all]",
 )
 @click.option(
@@ -38,9 +42,15 @@ from fluxdeploy.progress import Progress
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=FOLDER,
     default="onnx",
     help="The folder for NAME.onnx and weights/.",
+)
+@click.option(
+    "--link",
+    is_flag=True,
+    help="Hard links to the checkpoint's files where the disk allows it: no room, and no time. "
+    "ONNX Runtime and TensorRT open them; onnx.load, Polygraphy and Netron refuse them.",
 )
 @AS_JSON
 def command(
@@ -51,14 +61,15 @@ def command(
     components: tuple[str, ...],
     no_split: bool,
     out: Path,
+    link: bool,
     as_json: bool,
 ) -> None:
     """Export CHECKPOINT's components to ONNX, for other tools.
 
-    Writes NAME.onnx for each component, and beside them weights/: hard links to the checkpoint's
-    files where the precision allows it, converted tensors otherwise. `build` does this and more.
-    bf16 stays bf16 here, whether this machine can run it or not. Precisions with static scales also
-    write calibration.json.
+    Writes NAME.onnx for each component, and beside them weights/ with what these need, and no
+    more, of the checkpoint: clones of its files where the file system has clones (Btrfs, XFS),
+    else copies of the tensors. `build` does this and more. bf16 stays bf16 here, whether this
+    machine can run it or not. Precisions with static scales also write calibration.json.
 
     \b
     Examples:
@@ -79,7 +90,7 @@ def command(
         find_component,
     )
     from exporters.export import check_all_used, export_component, specify
-    from exporters.weights.bind import WeightFolder
+    from fluxdeploy.build.plan.exporting import place_weights
 
     if no_split and "conditioner" in components:
         raise UsageError("With --no-split the conditioner is a part of the transformer.")
@@ -92,7 +103,7 @@ def command(
         if component.present(source)
     ]
     check_all_used(source, specs, known)
-    folder = WeightFolder(out / "weights")
+    folder, specs = place_weights(specs, out, link)
     files = {}
     with Progress(quiet=as_json) as progress:
         ranges = None
@@ -112,7 +123,7 @@ def command(
             }
             task.advance()
     if as_json:
-        click.echo(json.dumps(files))
+        say_json(files)
         return
     for name, entry in files.items():
-        click.echo(f"{entry['path']} ({name}, {entry['precision']})")
+        say(f"{entry['path']} ({name}, {entry['precision']})")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
 import os
 import time
 import warnings
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from fluxdeploy import __version__
-from fluxdeploy.cli.options import AS_JSON, BUNDLE, DEVICE, RUNTIME, THREADS
+from fluxdeploy.cli.options import AS_JSON, BUNDLE, DEVICE, RUNTIME, THREADS, PathType
 from fluxdeploy.errors import UnusedArgumentWarning, UsageError
 from fluxdeploy.progress import Progress
+from fluxdeploy.terminal import say, say_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--image",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     help="A picture to start from, resized to width x height.",
 )
 @click.option(
@@ -78,13 +78,13 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     default="image.png",
     help="A PNG; several pictures become image-0.png, image-1.png, ...",
 )
 @click.option(
     "--sheet",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     help="Also put all pictures with their prompts into this one PNG.",
 )
 @AS_JSON
@@ -219,18 +219,18 @@ def command(
             "steps": steps,
             "seconds": round(seconds, 3),
         }
-        click.echo(json.dumps(report))
+        say_json(report)
         return
     for path in paths if sheet is None else (*paths, sheet):
-        click.echo(path)
+        say(str(path))
     counted = f"{steps} steps" if given is None else f"{made} of {steps} steps"
-    click.echo(f"{width}x{height}, seed {seed}, {counted}, {seconds:.1f} s", err=True)
+    say(f"{width}x{height}, seed {seed}, {counted}, {seconds:.1f} s", err=True)
 
 
 @contextmanager
 def _notices(progress: Progress, as_json: bool) -> Iterator[None]:
     """Tell of options that do nothing, a line each on stderr."""
-    say = functools.partial(click.echo, err=True) if as_json else progress.note
+    note = functools.partial(say, err=True) if as_json else progress.note
     with warnings.catch_warnings():
         warnings.simplefilter("always", UnusedArgumentWarning)
         show = warnings.showwarning
@@ -244,7 +244,7 @@ def _notices(progress: Progress, as_json: bool) -> Iterator[None]:
             line: str | None = None,
         ) -> None:
             if issubclass(category, UnusedArgumentWarning):
-                say(f"Warning: {message}")
+                note(f"Warning: {message}")
             else:
                 show(message, category, filename, lineno, file, line)
 

@@ -9,20 +9,35 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fluxdeploy.cli.options import PathType
 from fluxdeploy.errors import FluxDeployError, UsageError
 from fluxdeploy.progress import Progress
+from fluxdeploy.terminal import say_json, show
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from fluxdeploy.bundle import Bundle
-    from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
+    from fluxdeploy.bundle.manifest import ComponentRecord, DimensionRange
+
+_SYMBOLS = {
+    "B": "prompts or pictures",
+    "S": "text tokens",
+    "L": "image tokens",
+    "T": "text and image tokens",
+    "N": "steps",
+    "H": "pixels, height",
+    "W": "pixels, width",
+    "h": "latents, height",
+    "w": "latents, width",
+}
+"""What the dimensions of tensors are called, in the order in which they are shown."""
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path), default="bundle")
+@click.argument("path", type=PathType(), default="bundle")
 @click.option("--check", is_flag=True, help="Compare every file with its recorded SHA-256.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(path: Path, check: bool, as_json: bool) -> None:
@@ -58,13 +73,13 @@ def _inspect_picture(path: Path, *, check: bool, as_json: bool) -> None:
     metadata = asdict(read_metadata(path))
     if as_json:
         report = {"path": str(path), "metadata": metadata}
-        click.echo(json.dumps(report, indent=2))
+        say_json(report, indent=2)
         return
     table = _make_grid()
     for key, value in metadata.items():
         if value is not None:
             table.add_row(key, str(value))
-    _print(table)
+    show(table)
 
 
 def _inspect_bundle(path: Path, *, check: bool, as_json: bool) -> None:
@@ -85,26 +100,40 @@ def _inspect_bundle(path: Path, *, check: bool, as_json: bool) -> None:
             "checked": "all" if check else "small",
             "manifest": json.loads(to_json(bundle.manifest)),
         }
-        click.echo(json.dumps(report, indent=2))
+        say_json(report, indent=2)
         return
-    _print(_tabulate_components(bundle), "", _tabulate_constants(bundle, check=check))
+    tables = _tabulate_components(bundle), _tabulate_dimensions(bundle)
+    show(tables[0], "", tables[1], "", _tabulate_constants(bundle, check=check))
 
 
 def _tabulate_components(bundle: Bundle) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for name in ("component", "precision", "size", "engine", "dimensions"):
-        table.add_column(name, overflow="fold", justify="right" if name == "size" else "left")
+    table = _make_table("component", "precision", "size", "engine")
     for name, component in bundle.manifest.components.items():
-        engines = component.engines or (None,)
-        for row, engine in enumerate(engines):
-            first = (name, component.precision, _format_size(_total_size(component)))
-            table.add_row(
-                *(first if row == 0 else ("", "", "")),
-                "none" if engine is None else _describe_engine(engine),
-                "" if engine is None else _describe_dimensions(engine),
-            )
+        first = (name, component.precision, _format_size(_total_size(component)))
+        engines = [f"{e.runtime} {e.runtime_version} {e.target}" for e in component.engines]
+        for row, engine in enumerate(engines or ["none"]):
+            table.add_row(*(first if row == 0 else ("", "", "")), engine)
+    return table
+
+
+def _tabulate_dimensions(bundle: Bundle) -> Table:
+    """What engines take: a row for each range of a size, with the components that have it."""
+    rows: dict[tuple[str, DimensionRange], dict[str, None]] = {}
+    for name, component in bundle.manifest.components.items():
+        differ = any(e.dimensions != component.engines[0].dimensions for e in component.engines)
+        for engine in component.engines:
+            who = f"{name} on {engine.target}" if differ else name
+            for symbol, size in engine.dimensions.items():
+                rows.setdefault((symbol, size), {})[who] = None
+    table = _make_table("engines take", "least", "usual", "most", "for")
+    order = list(_SYMBOLS)
+    for (symbol, size), names in sorted(
+        rows.items(), key=lambda row: order.index(row[0][0]) if row[0][0] in order else len(order)
+    ):
+        words = f"{symbol}  {_SYMBOLS.get(symbol, '')}".rstrip()
+        everyone = len(names) == len(bundle.manifest.components)
+        who = "all" if everyone else ", ".join(names)
+        table.add_row(words, str(size.min), str(size.opt), str(size.max), who)
     return table
 
 
@@ -151,16 +180,6 @@ def _total_size(component: ComponentRecord) -> int:
     return sum(file.size for file in component.files)
 
 
-def _describe_engine(engine: EngineRecord) -> str:
-    return f"{engine.runtime} {engine.runtime_version} {engine.target}"
-
-
-def _describe_dimensions(engine: EngineRecord) -> str:
-    return "  ".join(
-        f"{symbol} {size.min}-{size.opt}-{size.max}" for symbol, size in engine.dimensions.items()
-    )
-
-
 def _format_size(size: int) -> str:
     value = float(size)
     for unit in ("B", "KiB", "MiB"):
@@ -171,7 +190,19 @@ def _format_size(size: int) -> str:
 
 
 def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(each)}" for key, each in value.items())
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _make_table(*headings: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in headings:
+        number = heading in ("size", "least", "usual", "most")
+        table.add_column(heading, overflow="fold", justify="right" if number else "left")
+    return table
 
 
 def _make_grid() -> Table:
@@ -181,11 +212,3 @@ def _make_grid() -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     return table
-
-
-def _print(*parts: Table | str) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, emoji=False)
-    for part in parts:
-        console.print(part)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from fluxdeploy.errors import UsageError
 from fluxdeploy.precision import PRECISIONS
@@ -14,18 +18,145 @@ __all__ = [
     "AS_JSON",
     "BUNDLE",
     "CALIBRATION",
+    "CHECKPOINT",
+    "CHECKPOINT_NAME",
     "COMPONENT_PRECISION",
     "DEVICE",
+    "FILE",
+    "FOLDER",
     "MAX_BATCH",
     "MAX_SIZE",
     "MIN_SIZE",
     "OPT_SIZE",
     "PRECISION",
     "RUNTIME",
+    "SIZE",
     "TARGETS",
     "THREADS",
+    "WEIGHT_STREAMING",
+    "WORKSPACE",
+    "PathType",
+    "complete_component",
+    "complete_peer",
     "component_precisions",
 ]
+
+_COMPONENTS = ("clip", "t5", "conditioner", "transformer", "vae_decoder", "vae_encoder")
+"""For completion alone: the registry of components takes seconds to import."""
+
+
+class PathType(click.Path):
+    """A path, in which `~` is the user's home: shells leave it alone in `--out=~/bundle`.
+
+    folder: completion offers folders, and no files.
+    """
+
+    def __init__(self, *, folder: bool = False, **settings: Any) -> None:
+        super().__init__(path_type=Path, **settings)
+        self._folder = folder
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="dir" if self._folder else "file")]
+
+
+FOLDER = PathType(folder=True)
+"""A folder of ours, such as a bundle. Whether it is one is said by what opens or makes it."""
+
+FILE = PathType(dir_okay=False)
+
+
+class _CheckpointType(click.ParamType):  # type: ignore[type-arg]
+    """A path, a hub id, or the name of a checkpoint that comes with the package."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return os.path.expanduser(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from fluxdeploy.demo import DEMO_CHECKPOINTS
+
+        files = CompletionItem(incomplete, type="file")
+        return [*_beginning(incomplete, DEMO_CHECKPOINTS), files]
+
+
+class _SizeType(click.ParamType):  # type: ignore[type-arg]
+    """WIDTHxHEIGHT in pixels, or one number for a square; gives (height, width)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", value.strip().lower())
+        if found is None:
+            self.fail(
+                f"{value!r} is not WIDTHxHEIGHT in pixels, such as 1024x768, or 512 for a square.",
+                param,
+                ctx,
+            )
+        return int(found[2] or found[1]), int(found[1])
+
+
+def _beginning(incomplete: str, words: Iterable[str]) -> list[CompletionItem]:
+    return [CompletionItem(word) for word in words if word.startswith(incomplete)]
+
+
+def _complete_runtime(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    from engines import AUTO, runtime_names
+
+    return _beginning(incomplete, (AUTO, *runtime_names()))
+
+
+def _complete_target(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """The targets of the runtime that is named before, else of all."""
+    from engines import AUTO, runtime_names, runtimes
+
+    named = ctx.params.get("runtime", AUTO)
+    known = runtimes(named if named in runtime_names() else AUTO)
+    return _beginning(incomplete, dict.fromkeys(t for r in known for t in r.targets))
+
+
+def complete_component(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """The components, by name."""
+    return _beginning(incomplete, _COMPONENTS)
+
+
+def _complete_component_precision(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """NAME=, and then the precisions."""
+    name, separator, _ = incomplete.partition("=")
+    ends = PRECISIONS if separator else ("",)
+    names = [name] if separator else _COMPONENTS
+    return _beginning(incomplete, (f"{name}={end}" for name in names for end in ends))
+
+
+def complete_peer(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """The peer after the last comma."""
+    from fluxdeploy.bench.job import PEERS
+
+    before, comma, _ = incomplete.rpartition(",")
+    return _beginning(incomplete, (f"{before}{comma}{peer}" for peer in PEERS))
+
+
+CHECKPOINT_NAME = _CheckpointType()
+SIZE = _SizeType()
+
+CHECKPOINT = click.argument("checkpoint", required=False, type=CHECKPOINT_NAME)
 
 PRECISION = click.option(
     "--precision",
@@ -36,14 +167,14 @@ PRECISION = click.option(
 
 CALIBRATION = click.option(
     "--calibration",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=PathType(exists=True, dir_okay=False),
     help="For static scales: a text file with a prompt a line to measure activations with, or the "
     "calibration.json of an earlier build of the same checkpoint.  [default: prompts of our own]",
 )
 
 BUNDLE = click.option(
     "--bundle",
-    type=click.Path(path_type=Path),
+    type=FOLDER,
     default="bundle",
     help="The folder that `build` wrote.",
 )
@@ -51,6 +182,7 @@ BUNDLE = click.option(
 RUNTIME = click.option(
     "--runtime",
     default="auto",
+    shell_complete=_complete_runtime,
     help="What runs the engines; `doctor` lists what this machine has.",
 )
 
@@ -58,6 +190,7 @@ TARGETS = click.option(
     "--target",
     "targets",
     multiple=True,
+    shell_complete=_complete_target,
     help="What the engines are for: cpu, cuda, or a GPU's compute capability such as sm89. May be "
     "given several times.  [default: the best here]",
 )
@@ -74,31 +207,23 @@ DEVICE = click.option(
 )
 
 
-def parse_size(value: str) -> tuple[int, int]:
-    """WIDTHxHEIGHT in pixels, as (height, width)."""
-    found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", value)
-    if found is None:
-        raise click.BadParameter(f"{value!r} is not WIDTHxHEIGHT in pixels, such as 1024x768.")
-    return int(found[2]), int(found[1])
-
-
 MIN_SIZE = click.option(
     "--min-size",
-    type=parse_size,
+    type=SIZE,
     metavar="WxH",
     help="Built engines: the smallest picture.  [default: a quarter of --opt-size each way]",
 )
 
 OPT_SIZE = click.option(
     "--opt-size",
-    type=parse_size,
+    type=SIZE,
     metavar="WxH",
     help="Built engines: the picture that they are tuned for.  [default: the checkpoint's]",
 )
 
 MAX_SIZE = click.option(
     "--max-size",
-    type=parse_size,
+    type=SIZE,
     metavar="WxH",
     help="Built engines: the largest picture. Any proportions with as many pixels will "
     "do.  [default: twice --opt-size each way]",
@@ -111,6 +236,19 @@ MAX_BATCH = click.option(
     help="Built engines: pictures in one call.",
 )
 
+WORKSPACE = click.option(
+    "--workspace",
+    type=click.IntRange(min=1),
+    metavar="MIB",
+    help="TensorRT: limit of the scratch memory of a kernel.",
+)
+
+WEIGHT_STREAMING = click.option(
+    "--weight-streaming",
+    is_flag=True,
+    help="TensorRT: engines that can run with weights that do not all fit on the GPU.",
+)
+
 AS_JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object, and no progress."
 )
@@ -119,6 +257,7 @@ COMPONENT_PRECISION = click.option(
     "--component-precision",
     multiple=True,
     metavar="NAME=PRECISION",
+    shell_complete=_complete_component_precision,
     help="Override one component, such as t5=fp32. May be given several times.",
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluxdeploy.cli.options import (
+    AS_JSON,
+    CALIBRATION,
+    CHECKPOINT,
     COMPONENT_PRECISION,
+    FOLDER,
     MAX_BATCH,
     MAX_SIZE,
     MIN_SIZE,
@@ -18,42 +21,52 @@ from fluxdeploy.cli.options import (
     PRECISION,
     RUNTIME,
     TARGETS,
+    WEIGHT_STREAMING,
+    WORKSPACE,
     component_precisions,
 )
+from fluxdeploy.terminal import say_json, show
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fluxdeploy.build.plan import ComponentPlan, Plan, RunMemory
+    from fluxdeploy.build.plan import Plan
+    from fluxdeploy.kernels import CallSizes
 
 
 @click.command()
-@click.argument("checkpoint", required=False)
+@CHECKPOINT
 @PRECISION
 @COMPONENT_PRECISION
+@CALIBRATION
 @RUNTIME
 @TARGETS
 @MIN_SIZE
 @OPT_SIZE
 @MAX_SIZE
 @MAX_BATCH
+@WORKSPACE
+@WEIGHT_STREAMING
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=FOLDER,
     default="bundle",
     help="The bundle's folder, for the room on its disk.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@AS_JSON
 def command(
     checkpoint: str | None,
     precision: str,
     component_precision: tuple[str, ...],
+    calibration: Path | None,
     runtime: str,
     targets: tuple[str, ...],
     min_size: tuple[int, int] | None,
     opt_size: tuple[int, int] | None,
     max_size: tuple[int, int] | None,
     max_batch: int,
+    workspace: int | None,
+    weight_streaming: bool,
     out: Path,
     as_json: bool,
 ) -> None:
@@ -61,8 +74,9 @@ def command(
 
     With the options of `build`, and from the checkpoint's headers alone: the size of each
     component, disk and memory for the build, memory to make pictures at the usual and at the
-    largest size, and what is impossible. Nothing is written. The exit code is 1 where the build
-    cannot be; `build` then refuses in the same words. Memory of activations is an estimate.
+    largest size, and what is impossible. Nothing is written. The exit code is not 0 where the build
+    cannot be; `build` then refuses in the same words. No weight is read: that one is NaN shows when
+    it is built. Memory of activations is an estimate.
 
     \b
     Examples:
@@ -72,9 +86,8 @@ def command(
       fluxdeploy plan --json | jq .disk
     """
     from engines import choose_runtime
-    from fluxdeploy.build.checkpoint import find_checkpoint
-    from fluxdeploy.build.plan import make_plan
-    from fluxdeploy.build.resolve import BuildRequest, resolve
+    from fluxdeploy.build.prepare import prepare
+    from fluxdeploy.build.resolve import BuildRequest
     from fluxdeploy.build.sizes import SizeRange
 
     request = BuildRequest(
@@ -84,11 +97,13 @@ def command(
         runtime,
         targets,
         SizeRange(min_size, opt_size, max_size, max_batch),
+        calibration,
+        None if workspace is None else workspace * 2**20,
+        weight_streaming,
     )
-    chosen, devices = choose_runtime(runtime, targets, precision)
-    plan = make_plan(resolve(request, find_checkpoint(checkpoint), chosen, devices), out)
+    _, plan = prepare(request, out, *choose_runtime(runtime, targets, precision))
     if as_json:
-        click.echo(json.dumps(_report(plan), indent=2))
+        say_json(_report(plan), indent=2)
     else:
         _show(plan, out)
     if plan.problems:
@@ -103,47 +118,53 @@ def _report(plan: Plan) -> dict[str, Any]:
 
 
 def _show(plan: Plan, out: Path) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.print(_tabulate_components(plan))
-    console.print()
-    console.print(_tabulate_totals(plan, out))
+    show(*_tabulate_files(plan), "", *_tabulate_memory(plan), "", _tabulate_totals(plan, out))
     for style, mark, lines in (
         ("yellow", "Note", plan.warnings),
         ("red", "Cannot be built", plan.problems),
     ):
         for line in lines:
-            console.print(f"\n{mark}: {line}.", style=style)
+            show("", f"{mark}: {line}.", style=style)
 
 
-def _tabulate_components(plan: Plan) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
+def _tabulate_files(plan: Plan) -> tuple[Table, str]:
+    """The table, and its legend."""
     engines = any(component.engine for component in plan.components)
-    for heading in ("component", "precision"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("parameters", "linked", "written", *(("engine",) if engines else ())):
-        table.add_column(heading, justify="right")
-    for heading in ("weights in memory", "activations", "at most"):
+    table = _make_table("On the disk, in MiB", ("component", "precision"))
+    headings = {
+        "parameters": "",
+        "linked": "linked is what stays in the checkpoint's own files, and takes no room",
+        "written": "written is what is converted or quantized into new files",
+    }
+    if engines:
+        headings["engine"] = "engine is what the runtime makes of both"
+    for heading in headings:
         table.add_column(heading, justify="right")
     for component in plan.components:
-        table.add_row(*_row(component, engines))
-    return table
+        precision = component.precision
+        if component.compute != precision:
+            precision += f" in {component.compute}"
+        count = component.parameters
+        number = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+        sizes = [component.linked, component.written, component.engine][: 3 if engines else 2]
+        table.add_row(component.name, precision, number, *map(_mib, sizes))
+    return table, f"{'; '.join(filter(None, headings.values()))}."
 
 
-def _row(component: ComponentPlan, engines: bool) -> tuple[str, ...]:
-    precision = component.precision
-    if component.compute != precision:
-        precision += f" in {component.compute}"
-    sizes = [component.linked, component.written]
-    if engines:
-        sizes.append(component.engine)
-    sizes += [component.resident, component.activations, component.largest_activations]
-    count = component.parameters
-    number = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
-    return (component.name, precision, number, *(_size(size) for size in sizes))
+def _tabulate_memory(plan: Plan) -> tuple[Table, str]:
+    """The table, and its legend."""
+    place = "In memory" if plan.targets[0] == "cpu" else "On the GPU"
+    table = _make_table(f"{place}, in MiB", ("component",))
+    for heading in ("weights", "usual call", "largest call"):
+        table.add_column(heading, justify="right")
+    for component in plan.components:
+        sizes = component.resident, component.activations, component.largest_activations
+        table.add_row(component.name, *map(_mib, sizes))
+    legend = (
+        "A call takes its memory besides the weights. "
+        f"Usual is {_describe_call(plan.usual)}; largest is {_describe_call(plan.largest)}."
+    )
+    return table, legend
 
 
 def _tabulate_totals(plan: Plan, out: Path) -> Table:
@@ -158,41 +179,49 @@ def _tabulate_totals(plan: Plan, out: Path) -> Table:
         f"{_size(size)} {what}"
         for size, what in (
             (disk.written, "weights"),
-            (disk.copied, "copied from the checkpoint, whose disk is another"),
+            (disk.copied, "copied from the checkpoint, whose files cannot be linked"),
             (disk.engines, "engines"),
             (disk.other, "graphs, golden tensors, tokenizers"),
         )
         if size
     ]
-    table.add_row("disk", f"{_size(disk.needed)} of {_size(disk.free)} free at {out}")
+    table.add_row("disk", f"needs {_size(disk.needed)}; {_size(disk.free)} are free at {out}")
     table.add_row("", ", ".join(parts))
-    free = "unknown" if plan.free_memory is None else _size(plan.free_memory)
-    table.add_row("memory to build", f"{_size(max(p.bytes for p in plan.build))} of {free} free")
-    table.add_row("", ", ".join(f"{p.name} {_size(p.bytes)} ({p.component})" for p in plan.build))
+    most = max(phase.bytes for phase in plan.build)
+    free = "unknown" if plan.free_memory is None else f"{_size(plan.free_memory)} are free"
+    table.add_row("memory to build", f"needs {_size(most)}; {free}")
+    for phase in plan.build:
+        table.add_row("", f"{_size(phase.bytes)} for {phase.name} ({phase.component})")
     place = "memory to run" if plan.targets[0] == "cpu" else "GPU memory"
-    for heading, workload, run in (
-        (place, plan.usual, plan.run),
-        ("", plan.largest, plan.largest_run),
+    for heading, call, run in (
+        (place, "usual call", plan.run),
+        ("", "largest call", plan.largest_run),
     ):
-        pictures = "a picture" if workload.batch == 1 else f"{workload.batch} pictures"
-        table.add_row(
-            heading,
-            f"{pictures} of {workload.image} image tokens, {workload.text} text tokens: "
-            f"{_describe(run)}",
-        )
+        low = f"{_size(run.low_vram)} with --low-vram"
+        table.add_row(heading, f"{call}: {_size(run.all_open)}; {low}")
     return table
 
 
-def _describe(run: RunMemory) -> str:
-    return f"{_size(run.all_open)}, {_size(run.low_vram)} with --low-vram"
+def _make_table(title: str, headings: tuple[str, ...]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in headings:
+        table.add_column(heading, no_wrap=True)
+    return table
+
+
+def _describe_call(call: CallSizes) -> str:
+    pictures = "a picture" if call.batch == 1 else f"{call.batch} pictures"
+    return f"{pictures} of {call.image:,} image tokens with {call.text} text tokens"
+
+
+def _mib(size: int) -> str:
+    if not size:
+        return "-"
+    value = size / 2**20
+    return f"{value:,.0f}" if value >= 100 else f"{max(value, 0.1):.1f}"
 
 
 def _size(size: int) -> str:
-    value = float(size)
-    if not size:
-        return "-"
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from fluxdeploy.cli.options import AS_JSON, BUNDLE, DEVICE, RUNTIME, THREADS
+from fluxdeploy.cli.options import AS_JSON, BUNDLE, CHECKPOINT_NAME, DEVICE, FILE, RUNTIME, THREADS
 from fluxdeploy.progress import Progress
+from fluxdeploy.terminal import say_json, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,6 +26,7 @@ _WORST = 5
 @BUNDLE
 @click.option(
     "--checkpoint",
+    type=CHECKPOINT_NAME,
     help="What the bundle was made from: compares pictures and layers with PyTorch float32 too.",
 )
 @click.option(
@@ -37,7 +38,7 @@ _WORST = 5
 )
 @click.option(
     "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     metavar="FILE",
     help="Draw how pictures and layers spread, with their thresholds, into this PNG file.",
 )
@@ -84,7 +85,7 @@ def command(
     if plot is not None:
         plot_quality(report, plot)
     if as_json:
-        click.echo(json.dumps(report.as_json()))
+        say_json(report.as_json())
     else:
         _show(report)
     if not report.passed:
@@ -92,19 +93,14 @@ def command(
 
 
 def _show(report: VerifyReport) -> None:
-    from rich.console import Console
-
-    console = Console()
-    for table in _tables(report):
-        console.print(table)
+    show(*_tables(report))
     if report.emulated:
-        console.print(
+        show(
             f"FP8 is emulated on this CPU, in {' and '.join(report.emulated)}: the numbers are "
-            "FP8's, the speed is not.",
-            highlight=False,
+            "FP8's, the speed is not."
         )
     if report.pictures is None:
-        console.print("No pictures were compared: that takes --checkpoint, and PyTorch.")
+        show("No pictures were compared: that takes --checkpoint, and PyTorch.")
 
 
 def _tables(report: VerifyReport) -> Iterator[Table]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxdeploy.bundle.files import disk_errors
 from fluxdeploy.errors import MissingDependencyError, UsageError
+from fluxdeploy.install import install_command
 
 if TYPE_CHECKING:
     from fluxdeploy.verify.layers import LayersReport
@@ -37,7 +38,7 @@ def check_plot(path: Path) -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingDependencyError(
-            "--plot needs the package matplotlib: pip install 'fluxdeploy[dev]'."
+            f"--plot needs the package matplotlib: {install_command('dev')}."
         )
     if path.is_dir() or not path.parent.is_dir():
         raise UsageError(f"--plot {path} cannot be written: give a file in a folder that exists.")

@@ -14,6 +14,7 @@ from fluxdeploy.build.checkpoint import checkpoint_record, open_recorded
 from fluxdeploy.bundle import Bundle, open_bundle
 from fluxdeploy.demo import DEMO_CHECKPOINTS
 from fluxdeploy.errors import UsageError
+from fluxdeploy.install import install_command
 from fluxdeploy.progress import Progress
 from fluxdeploy.verify.layers import LayersReport, compare_layers
 from fluxdeploy.verify.pictures import (
@@ -129,7 +130,7 @@ def _find_checkpoint(bundle: Bundle, given: str | None, needed: bool) -> str | N
     if needed:
         raise UsageError(
             "Pictures are compared with PyTorch's, which takes --checkpoint, what the bundle was "
-            "made from, and the packages of fluxdeploy[export]."
+            f"made from, and PyTorch: {install_command('export')}."
         )
     return None
 

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fluxdeploy.cli import doctor, main
+from fluxdeploy.install import install_command
 
 
 def run(*args: str) -> Result:
@@ -56,7 +57,7 @@ def test_people_get_the_same_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 0, result.stderr
     assert "CPUExecutionProvider" in result.stdout
     assert "missing cuda-python, nvidia-ml-py, tensorrt-rtx" in " ".join(result.stdout.split())
-    assert "pip install 'fluxdeploy[rtx]'" in result.stdout
+    assert install_command("rtx") in result.stdout
     assert "--runtime auto takes" in result.stdout
 
 

@@ -17,6 +17,7 @@ from engines import EngineOptions
 from engines.golden import Deviation
 from fluxdeploy.bundle.manifest import QualityRecord
 from fluxdeploy.cli import main
+from fluxdeploy.install import install_command
 from fluxdeploy.verify import verify as module
 from fluxdeploy.verify.layers import LayersReport
 from fluxdeploy.verify.pictures import PictureReport, PicturesReport
@@ -173,5 +174,5 @@ def test_a_plot_that_cannot_be_is_refused_before_the_work(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run("--plot", tmp_path / "quality.png")
     assert result.exit_code == 1
-    assert "needs the package matplotlib: pip install 'fluxdeploy[dev]'" in result.stderr
+    assert f"needs the package matplotlib: {install_command('dev')}" in result.stderr
     assert "pictures" not in report

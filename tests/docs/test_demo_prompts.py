@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from fluxdeploy import FluxPipeline
 from fluxdeploy.demo.scenes import PLACES, RELATIONS, Scene, Thing, caption, is_held_out
+from fluxdeploy.demo.scorer import score
 from tests.docs.pages import ROOT
 
 _THING = r"an? (?:(\w+) )?(\w+) (\w+)"
@@ -41,3 +45,14 @@ def test_it_is_the_caption_of_a_held_out_scene(prompt: str) -> None:
     scene = parse(prompt)
     assert caption(scene) == prompt
     assert is_held_out(scene)
+
+
+def test_the_pictures_are_right(demo_bundle: Path) -> None:
+    """With the seed of `make demo`: things, places, relations, sizes and backgrounds."""
+    seed = int(re.search(r"--seed (\d+)", (ROOT / "Makefile").read_text())[1])  # type: ignore[index]
+    with FluxPipeline.from_bundle(demo_bundle) as pipe:
+        for prompt in demo_prompts():
+            found = score(np.asarray(pipe(prompt, seed=seed).images[0]), parse(prompt))
+            assert found.objects, prompt
+            judged = found.relation, found.place, found.background, found.sizes
+            assert False not in judged, prompt

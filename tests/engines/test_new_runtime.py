@@ -25,6 +25,7 @@ from fluxdeploy.build.engines import build_engines
 from fluxdeploy.build.resolve import list_engines
 from fluxdeploy.cli import main
 from fluxdeploy.errors import EngineError, UsageError
+from fluxdeploy.install import install_command
 from fluxdeploy.precision import PRECISIONS, Precision, Quantization
 from fluxdeploy.progress import Progress
 from tests.engines.conftest import INPUTS, RANGES, Make, arrays, engine_record, expected
@@ -108,7 +109,7 @@ def test_doctor_tells_of_it() -> None:
     assert report["packages"]["tpu"] == {"building-runtime": None}
     text = run("doctor").stdout
     assert "npu: Opening on neural processors  numpy" in text
-    assert "missing building-runtime: pip install 'fluxdeploy[tpu]'" in text
+    assert f"missing building-runtime: {install_command('tpu')}" in text
 
 
 def test_a_plan_is_made_for_it(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_cuda_engine_without_a_gpu(bundle: Make) -> None:
     if runtime.availability("cuda").ok:
         pytest.skip("this machine has a GPU")
     made = bundle(engine_record(target="cuda"))
-    with pytest.raises(EngineError, match=r"onnxruntime on cuda: .*(fluxdeploy\[gpu\]|driver)"):
+    with pytest.raises(EngineError, match=r"onnxruntime on cuda: .*(\[gpu\]|driver)"):
         open_engine(made, "tiny")
     made = bundle(engine_record(target="cuda"), engine_record(target="cpu"))
     inputs = arrays()

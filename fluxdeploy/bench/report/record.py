@@ -111,7 +111,8 @@ class BenchReport:
     """All that was measured. Ratios are those to the contender `baseline`.
 
     noise: the ratios of the baseline to itself: a ratio within them says nothing. rounds, warmup,
-    cold_starts: how many there were; a cold start finds its files in the system's cache.
+    cold_starts: how many there were, fewer than were asked for where Ctrl-C ended the benchmark; a
+    cold start finds its files in the system's cache.
     one_by_one: every turn had a process of its own, whose first picture does not count.
     """
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = [
     "WIDTHS",
     "Footprint",
-    "can_link",
     "count_elements",
     "existing_folder",
     "staged_bytes",
@@ -114,14 +113,6 @@ def existing_folder(path: Path) -> Path:
     while not folder.is_dir():
         folder = folder.parent
     return folder
-
-
-def can_link(file: Path, folder: Path) -> bool:
-    """Whether a hard link from below `folder` to `file` is probably possible."""
-    status = file.stat()
-    # Linux lets others than the owner link a file only where they could write to it.
-    allowed = os.name == "nt" or status.st_uid == os.geteuid() or os.access(file, os.W_OK)
-    return allowed and status.st_dev == folder.stat().st_dev
 
 
 def staged_bytes(destination: Path) -> int:

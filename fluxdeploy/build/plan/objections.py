@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from engines import choose_builder
 from fluxdeploy.build.checkpoint import find_text_remarks
 from fluxdeploy.build.plan.figures import DiskPlan, Phase, RunMemory
 from fluxdeploy.build.resolve import BuildSpec
+from fluxdeploy.errors import EngineError
 from fluxdeploy.machine import Memory
 
-__all__ = ["find_impossible", "find_remarks", "find_shortages"]
+__all__ = ["find_impossible", "find_remarks", "find_shortages", "in_gib"]
 
 
 def find_impossible(spec: BuildSpec) -> Iterator[str]:
@@ -29,6 +31,10 @@ def find_impossible(spec: BuildSpec) -> Iterator[str]:
         yield f"{', '.join(who)}: {problem}"
     if len(targets) > 1 and not runtime.builds:
         yield f"{runtime.name} takes one --target, not {', '.join(targets)}"
+    try:
+        choose_builder(spec.request.runtime, spec.request.targets, spec.request.precision)
+    except EngineError as error:
+        yield str(error).rstrip(".")
 
 
 def find_shortages(
@@ -41,8 +47,8 @@ def find_shortages(
     shortages, warnings = [], []
     if disk.needed > disk.free:
         lack = (
-            f"the build writes {_gib(disk.needed)} to the disk of {destination}, and "
-            f"{_gib(disk.free)} are free"
+            f"the build writes {in_gib(disk.needed)} to the disk of {destination}, and "
+            f"{in_gib(disk.free)} are free"
         )
         if disk.needed - reusable > disk.free:
             shortages.append(f"{lack}: free some space, or choose another --out")
@@ -53,8 +59,8 @@ def find_shortages(
         if free is None or phase.bytes <= free:
             continue
         needs = (
-            f"{_gib(phase.bytes)} of memory for {phase.component} ({phase.name}), and "
-            f"{_gib(free)} are free"
+            f"{in_gib(phase.bytes)} of memory for {phase.component} ({phase.name}), and "
+            f"{in_gib(free)} are free"
         )
         if phase.name == "check":
             warnings.append(
@@ -78,10 +84,8 @@ def find_remarks(spec: BuildSpec, usual: RunMemory, free: int | None) -> Iterato
     runtime, targets = spec.runtime, spec.targets
     told: dict[str, list[str]] = {}
     for target in targets:
-        building, running = runtime.can_build(target), runtime.availability(target)
-        if not building.ok:
-            told.setdefault(f"cannot be built here: {building.detail}", []).append(target)
-        elif not running.ok:
+        running = runtime.availability(target)
+        if runtime.can_build(target).ok and not running.ok:
             told.setdefault(f"will not be checked here: {running.detail}", []).append(target)
     for why, unusable in told.items():
         yield f"{runtime.name} engines for {', '.join(unusable)} {why}"
@@ -95,10 +99,11 @@ def find_remarks(spec: BuildSpec, usual: RunMemory, free: int | None) -> Iterato
         fits = usual.low_vram <= free
         advice = "run it with --low-vram" if fits else "even --low-vram is too much"
         yield (
-            f"a picture of the usual size takes {_gib(usual.all_open)} of memory, "
-            f"{_gib(usual.low_vram)} with --low-vram, and {_gib(free)} are free: {advice}"
+            f"a picture of the usual size takes {in_gib(usual.all_open)} of memory, "
+            f"{in_gib(usual.low_vram)} with --low-vram, and {in_gib(free)} are free: {advice}"
         )
 
 
-def _gib(size: int) -> str:
+def in_gib(size: int) -> str:
+    """A size in words, in GiB or MiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.0f} MiB"

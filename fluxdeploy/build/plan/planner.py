@@ -11,7 +11,6 @@ from fluxdeploy.build.plan.figures import ComponentPlan, DiskPlan, Phase, Plan, 
 from fluxdeploy.build.plan.footprint import (
     WIDTHS,
     Footprint,
-    can_link,
     count_elements,
     existing_folder,
     staged_bytes,
@@ -20,7 +19,7 @@ from fluxdeploy.build.plan.footprint import (
 from fluxdeploy.build.plan.objections import find_impossible, find_remarks, find_shortages
 from fluxdeploy.build.resolve import BuildSpec, ComponentSpec
 from fluxdeploy.build.sizes import overall, resolution_buckets
-from fluxdeploy.bundle.files import read_whole
+from fluxdeploy.bundle.files import can_link, read_whole
 from fluxdeploy.bundle.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST,

@@ -56,9 +56,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Pretend:
 @pytest.mark.parametrize(
     ("machine", "detail"),
     [
-        ({"installed": ()}, r"not installed: pip install fluxdeploy\[rtx\]"),
+        ({"installed": ()}, r"not installed: pip install .*\[rtx\]'"),
         ({"driver": False}, "installed, but there is no NVIDIA driver"),
-        ({"cuda_python": False}, r"cuda-python is not installed: pip install fluxdeploy\[rtx\]"),
+        ({"cuda_python": False}, r"cuda-python is not installed: pip install .*\[rtx\]'"),
         ({"gpu": None}, "there is an NVIDIA driver, but no GPU"),
         ({"gpu": "sm90"}, "the GPU is sm90, which TensorRT-RTX does not support"),
         ({"gpu": "sm120"}, "the GPU is sm120$"),
@@ -221,7 +221,7 @@ def test_building_without_the_package(pretend: Pretend, tmp_path: Path) -> None:
     runtime.module = "tensorrt_that_is_not_there"
     asked = source("tiny", "bf16", tmp_path / "missing.onnx", INPUTS)
     settings = BuildSettings((RANGES,))
-    with pytest.raises(MissingDependencyError, match=r"pip install fluxdeploy\[tensorrt\]"):
+    with pytest.raises(MissingDependencyError, match=r"pip install .*\[tensorrt\]'"):
         runtime.build(asked, ("sm89",), settings, tmp_path / "e", Progress(quiet=True))
 
 
