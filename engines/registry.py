@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from engines.base import Engine, EngineOptions, Runtime
+from fluxdeploy.arguments import shown
 from fluxdeploy.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
@@ -51,11 +52,11 @@ def _runtime(name: str) -> Runtime:
 
 def runtimes(name: str = AUTO) -> tuple[Runtime, ...]:
     """The runtimes to consider, best first. Raises `UsageError` for an unknown name."""
-    if name == AUTO:
+    if isinstance(name, str) and name == AUTO:
         return tuple(_runtime(known) for known in _RUNTIMES)
-    if name not in _RUNTIMES:
+    if not isinstance(name, str) or name not in _RUNTIMES:
         known = ", ".join((AUTO, *_RUNTIMES))
-        raise UsageError(f"There is no runtime {name!r}; the runtimes are {known}.")
+        raise UsageError(f"There is no runtime {shown(name)}; the runtimes are {known}.")
     return (_runtime(name),)
 
 

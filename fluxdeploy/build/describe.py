@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from fluxdeploy import __version__
 from fluxdeploy.build.keys import tool_versions
@@ -10,6 +11,7 @@ from fluxdeploy.build.run import BuildRun
 from fluxdeploy.bundle.manifest import (
     SCHEMA_VERSION,
     ComponentRecord,
+    Defaults,
     Manifest,
     QualityRecord,
     TokenizerRecord,
@@ -40,7 +42,7 @@ def describe(
         rope=checkpoint.rope,
         schedule=run.spec.schedule,
         tokenizers=tokenizers,
-        defaults=checkpoint.defaults,
+        defaults=_defaults(run, components),
         quality=QualityRecord(row.min_psnr, row.min_ssim, row.min_sqnr),
         provenance={
             "checkpoint": {
@@ -52,3 +54,9 @@ def describe(
             "tools": {"fluxdeploy": __version__} | tool_versions(),
         },
     )
+
+
+def _defaults(run: BuildRun, components: Mapping[str, ComponentRecord]) -> Defaults:
+    """The checkpoint's, with the picture that the engines are tuned for: they may take no other."""
+    sides = components["vae_decoder"].engines[0].dimensions
+    return replace(run.spec.checkpoint.defaults, height=sides["H"].opt, width=sides["W"].opt)

@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
-    help="CPU threads, the same number for every contender.  [default: all cores]",
+    help="CPU threads, the same number for every contender.  [default: all of the machine]",
 )
 @click.option(
     "--json",
