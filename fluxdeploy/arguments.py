@@ -67,10 +67,11 @@ def check_path(name: str, value: object) -> Path:
         raise UsageError(f"`{name}` must be a path, not {shown(value)}.")
     try:
         path = Path(value)
-        if b"\0" in os.fsencode(path):
-            raise ValueError
-    except (TypeError, ValueError):
-        raise UsageError(f"`{name}` is {shown(value)}, which no file can be called.") from None
+        possible = b"\0" not in os.fsencode(path)
+    except Exception:  # noqa: BLE001 - a path is anything that says it is one
+        possible = False
+    if not possible:
+        raise UsageError(f"`{name}` is {shown(value)}, which no file can be called.")
     return path
 
 
