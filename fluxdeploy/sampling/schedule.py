@@ -16,9 +16,10 @@ from fluxdeploy.arguments import check_integer
 from fluxdeploy.bundle.manifest import ScheduleSpec
 from fluxdeploy.errors import UsageError
 
-__all__ = ["shift_exponent", "sigmas"]
+__all__ = ["MAX_STEPS", "shift_exponent", "sigmas"]
 
-_MAX_STEPS = 1_000_000
+MAX_STEPS = 1_000_000
+"""More than any machine makes, and few enough for memory to hold their levels."""
 
 _MAX_EXPONENT = 80
 """A float32 holds e to this power, and its inverse."""
@@ -39,7 +40,7 @@ def sigmas(spec: ScheduleSpec, num_inference_steps: int, image_tokens: int) -> N
     Step i goes from level i to level i + 1, and level i is the model's timestep in 0..1. Raises
     `UsageError` for numbers of steps and tokens that make no levels.
     """
-    num_inference_steps = check_integer("num_inference_steps", num_inference_steps, 1, _MAX_STEPS)
+    num_inference_steps = check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
     image_tokens = check_integer("image_tokens", image_tokens, 1)
     levels = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).astype(np.float32)
     if spec.use_dynamic_shifting:
