@@ -10,6 +10,7 @@ import click
 from fluxdeploy.bench.job import PEERS
 from fluxdeploy.cli.options import DEVICE, RUNTIME, parse_size
 from fluxdeploy.errors import UsageError
+from fluxdeploy.library_output import libraries_on_stderr
 from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def command(
     if plot is not None:
         check_plot(plot)
     request = BenchRequest(bundles, peers, checkpoint, runtime, size, steps, batch, threads, device)
-    with Progress() as progress:
+    with libraries_on_stderr(), Progress() as progress:
         contenders, noise = choose_contenders(request, progress)
         baseline = peers[0] if peers else contenders[0].name
         counts = Counts(rounds, warmup, cold_starts, one_by_one)

@@ -18,6 +18,7 @@ import click
 from fluxdeploy import __version__
 from fluxdeploy.cli.options import AS_JSON, BUNDLE, DEVICE, RUNTIME, THREADS
 from fluxdeploy.errors import CutPromptWarning, UnusedArgumentWarning, UsageError
+from fluxdeploy.library_output import libraries_on_stderr
 from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ def command(
     start = time.monotonic()
     options = EngineOptions(threads, device)
     with (
+        libraries_on_stderr(),
         FluxPipeline.from_bundle(bundle, runtime, options, low_vram) as pipe,
         Progress(quiet=as_json) as progress,
         _notices(progress, as_json) as warned,

@@ -20,6 +20,7 @@ from fluxdeploy.cli.options import (
     TARGETS,
     component_precisions,
 )
+from fluxdeploy.library_output import libraries_on_stderr
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -86,7 +87,8 @@ def command(
         SizeRange(min_size, opt_size, max_size, max_batch),
     )
     chosen, devices = choose_runtime(runtime, targets, precision)
-    plan = make_plan(resolve(request, find_checkpoint(checkpoint), chosen, devices), out)
+    with libraries_on_stderr():
+        plan = make_plan(resolve(request, find_checkpoint(checkpoint), chosen, devices), out)
     if as_json:
         click.echo(json.dumps(_report(plan), indent=2))
     else:

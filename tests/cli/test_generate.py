@@ -134,6 +134,21 @@ def test_json_is_all_that_is_printed(bundle: Path, tmp_path: Path) -> None:
     }
 
 
+def test_what_a_library_prints_is_not_on_stdout(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = FakePipeline.__call__
+
+    def chatty(self: FakePipeline, prompt: str, **arguments: Any) -> FluxPipelineOutput:
+        print("[ WARNING ] noise of a library")
+        return draw(self, prompt, **arguments)
+
+    monkeypatch.setattr(FakePipeline, "__call__", chatty)
+    result = run("a fox", "--bundle", bundle, "--out", tmp_path / "image.png", "--json")
+    assert json.loads(result.stdout)["paths"]
+    assert "noise of a library" in result.stderr
+
+
 def test_several_prompts_are_drawn_with_one_seed(bundle: Path, tmp_path: Path) -> None:
     """So that each picture is the one that its own metadata make again."""
     out, sheet = tmp_path / "image.png", tmp_path / "sheet.png"
