@@ -34,7 +34,8 @@ class Checkpoint:
 
     `parts` holds those of `transformer`, `vae`, `clip` and `t5` that were found, `absent` what to
     tell of the others; `tokenizers` the folders of `clip` and `t5`; `settings` what the
-    checkpoint's author recorded for hosts under `_fluxdeploy` in model_index.json.
+    checkpoint's author recorded for hosts under `_fluxdeploy` in model_index.json; `pipeline` the
+    class that this file names, None where there is no such file.
     """
 
     root: Path
@@ -44,6 +45,7 @@ class Checkpoint:
     tokenizers: Mapping[str, Path]
     scheduler: Mapping[str, Any] | None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    pipeline: str | None = None
 
     def part(self, name: str) -> Part:
         """A network's part. Raises `CheckpointError`, naming what was looked for."""

@@ -68,9 +68,8 @@ def _open_diffusers(root: Path) -> Checkpoint:
     settings = index.get("_fluxdeploy", {})
     if not isinstance(settings, dict):
         raise CheckpointError(f"_fluxdeploy in {root}/model_index.json must be an object.")
-    return Checkpoint(
-        root, "diffusers", parts, absent, _tokenizers(root), read_json(scheduler), settings
-    )
+    tokenizers, schedule = _tokenizers(root), read_json(scheduler)
+    return Checkpoint(root, "diffusers", parts, absent, tokenizers, schedule, settings, kind)
 
 
 def _open_bfl(path: Path) -> Checkpoint:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from engines import choose_builder
-from fluxdeploy.build.checkpoint import find_checkpoint
+from fluxdeploy.build.checkpoint import find_checkpoint, limits
 from fluxdeploy.build.components import make_component
 from fluxdeploy.build.describe import describe
 from fluxdeploy.build.plan import make_plan
@@ -35,6 +35,9 @@ def build(request: BuildRequest, destination: Path, progress: Progress) -> Bundl
     plan.require_possible()
     for warning in plan.warnings:
         progress.note(f"{warning}.")
+    limit = limits(checkpoint)
+    if limit is not None:
+        progress.note(f"{limit[0].upper()}{limit[1:]}.")
     with Staging(destination) as staging:
         run = BuildRun(spec, staging, progress)
         tokenizers = {name: make_tokenizer(name, run) for name in checkpoint.tokenizers}

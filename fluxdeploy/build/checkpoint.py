@@ -24,6 +24,7 @@ __all__ = [
     "checkpoint_record",
     "find_checkpoint",
     "hash_checkpoint",
+    "limits",
     "open_recorded",
 ]
 
@@ -87,6 +88,16 @@ def open_recorded(bundle: Bundle, name: str, progress: Progress) -> Checkpoint:
             "layout differ."
         )
     return checkpoint
+
+
+def limits(checkpoint: Checkpoint) -> str | None:
+    """What a checkpoint is made for and a bundle of it does not do, in words; None for nothing."""
+    if checkpoint.pipeline != "FluxKontextPipeline":
+        return None
+    return (
+        "a bundle of this Kontext checkpoint does text to image and image to image, and not the "
+        "editing of a reference picture, which this version has no task for"
+    )
 
 
 def check_family(checkpoint: Checkpoint) -> None:

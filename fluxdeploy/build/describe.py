@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from fluxdeploy import __version__
+from fluxdeploy.build.checkpoint import limits
 from fluxdeploy.build.keys import tool_versions
 from fluxdeploy.build.run import BuildRun
 from fluxdeploy.bundle.manifest import (
@@ -32,6 +33,7 @@ def describe(
     guided = checkpoint.transformer.guidance_embedding
     row = PRECISIONS[components["transformer"].precision]
     name = request.checkpoint or DEFAULT_CHECKPOINT
+    limit = limits(checkpoint)
     return Manifest(
         schema_version=SCHEMA_VERSION,
         family="flux.1",
@@ -50,6 +52,7 @@ def describe(
                 "layout": checkpoint.layout,
                 "sha256": run.hashes.digest,
             },
+            **({} if limit is None else {"limits": limit}),
             "requested_precision": request.precision,
             "tools": {"fluxdeploy": __version__} | tool_versions(),
         },
