@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from onnx import TensorProto, helper
 
@@ -127,6 +126,8 @@ def measure_peaks(device: str) -> Peaks:
 
 def _product(side: int) -> Callable[[], object]:
     """A product with a constant matrix in ONNX Runtime, which lays it out for that beforehand."""
+    import onnxruntime  # not above: the package that switches its telemetry off comes after it
+
     ones = np.ones((side, side), np.float32)
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "ones"], ["y"])],

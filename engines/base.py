@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fluxdeploy.arguments import check_integer
 from fluxdeploy.bundle.manifest import (
     ComponentRecord,
     DimensionRange,
@@ -20,6 +21,7 @@ from fluxdeploy.bundle.manifest import (
 )
 from fluxdeploy.errors import EngineError, UsageError
 from fluxdeploy.kernels import AttentionKernels
+from fluxdeploy.machine import usable_cpus
 from fluxdeploy.precision import Precision
 from fluxdeploy.progress import Progress
 
@@ -39,6 +41,8 @@ __all__ = [
 Array = NDArray[np.generic]
 _Held = TypeVar("_Held")
 
+_MAX_DEVICE = 2**31 - 1
+
 CPU_SESSION = 2.5
 """Memory of a CPU session while it opens, as a multiple of its float32 weights: constants are
 folded and packed while the originals are still there. A safe estimate."""
@@ -48,12 +52,21 @@ folded and packed while the originals are still there. A safe estimate."""
 class EngineOptions:
     """How to run an engine on this machine; nothing here changes its numbers.
 
-    `threads` is the number of CPU threads (None: the runtime's own choice), `device` the index of
-    the GPU where the engine's target is one.
+    `threads` is the number of CPU threads (None: the runtime's own choice), at most the logical
+    CPUs that this process may use; `device` the index of the GPU where the engine's target is one.
+    Raises `UsageError` for anything else.
     """
 
     threads: int | None = None
     device: int = 0
+
+    def __post_init__(self) -> None:
+        if self.threads is not None:
+            # Runtimes start as many as they are told to, and thousands take a machine's memory.
+            unit = "(the logical CPUs that this process may use)"
+            threads = check_integer("threads", self.threads, 1, usable_cpus(), unit)
+            object.__setattr__(self, "threads", threads)
+        object.__setattr__(self, "device", check_integer("device", self.device, 0, _MAX_DEVICE))
 
 
 class Binding(ABC):

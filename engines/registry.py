@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from engines.base import Engine, EngineOptions, Runtime
 from engines.graph_files import check_graph
+from fluxdeploy.arguments import shown
 from fluxdeploy.bundle.manifest import EngineRecord
 from fluxdeploy.errors import EngineError, UsageError
 
@@ -54,11 +55,11 @@ def _runtime(name: str) -> Runtime:
 
 def runtimes(name: str = AUTO) -> tuple[Runtime, ...]:
     """The runtimes to consider, best first. Raises `UsageError` for an unknown name."""
-    if name == AUTO:
+    if isinstance(name, str) and name == AUTO:
         return tuple(_runtime(known) for known in _RUNTIMES)
-    if name not in _RUNTIMES:
+    if not isinstance(name, str) or name not in _RUNTIMES:
         known = ", ".join((AUTO, *_RUNTIMES))
-        raise UsageError(f"There is no runtime {name!r}; the runtimes are {known}.")
+        raise UsageError(f"There is no runtime {shown(name)}; the runtimes are {known}.")
     return (_runtime(name),)
 
 

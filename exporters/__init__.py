@@ -5,3 +5,5 @@ of stages over the networks of `models`, `graph` makes one ONNX graph of that, `
 graph into safetensors files, and `export` is the door to all of it. `components.run` runs the same
 chain in PyTorch, and `check` holds exports against it.
 """
+
+import fluxdeploy.errors  # noqa: F401 - with its package, which switches telemetry off

@@ -5,6 +5,7 @@ Importing this package is cheap: the pipeline and NumPy are loaded on first use.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 
 TYPE_CHECKING = False  # `typing` is not imported, so that Ctrl-C meets nothing before `cli`
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
 __all__ = ["CancelToken", "FluxPipeline", "FluxPipelineOutput", "__version__"]
 
 __version__ = "0.1.0"
+
+# Read when the libraries are imported, and all of ours that import them import this package first:
+# ONNX Runtime would keep a device id and a database of events, the hub's library tell of models.
+# Who has set them keeps what was set.
+for _switch in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ.setdefault(_switch, "1")
 
 _HOMES = {
     "CancelToken": "fluxdeploy.host.cancel",

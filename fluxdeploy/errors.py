@@ -1,4 +1,4 @@
-"""Every error that `fluxdeploy` raises on purpose, and its warning.
+"""Every error that `fluxdeploy` raises on purpose, and its warnings.
 
 Each message is one or two sentences: what failed, what is allowed, what to do. The command line
 prints the message without a traceback and exits with 1 (2 for `UsageError`).
@@ -10,6 +10,7 @@ __all__ = [
     "BundleError",
     "Cancelled",
     "CheckpointError",
+    "CutPromptWarning",
     "EngineError",
     "ExportError",
     "FluxDeployError",
@@ -58,3 +59,7 @@ class Cancelled(FluxDeployError):
 
 class UnusedArgumentWarning(UserWarning):
     """An argument does nothing beside the others; the picture is made all the same."""
+
+
+class CutPromptWarning(UserWarning):
+    """A text encoder does not read a prompt to its end; the picture is made all the same."""

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Memory", "describe_cpu", "describe_machine", "peak_memory", "read_memory"]
+__all__ = [
+    "Memory",
+    "describe_cpu",
+    "describe_machine",
+    "peak_memory",
+    "read_memory",
+    "usable_cpus",
+]
 
 _PROC = Path("/proc")
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
@@ -42,14 +49,18 @@ def describe_cpu() -> dict[str, Any]:
             key, _, value = line.partition(":")
             facts.setdefault(key.strip().lower(), value.strip())
     flags = set(facts.get("flags", facts.get("features", "")).split())
-    cores = os.cpu_count() or 1
-    if sys.platform == "linux":
-        cores = len(os.sched_getaffinity(0))
     return {
         "name": facts.get("model name") or platform.processor() or platform.machine(),
-        "cores": cores,
+        "cores": usable_cpus(),
         "instruction_sets": [name for name in _CPU_FEATURES if name in flags],
     }
+
+
+def usable_cpus() -> int:
+    """The logical CPUs that this process may run on."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ class Checkpoint:
     `parts` holds those of `transformer`, `vae`, `clip` and `t5` that were found, `absent` what to
     tell of the others; `tokenizers` the folders of `clip` and `t5`; `settings` what the
     checkpoint's author recorded for hosts under `_fluxdeploy` in model_index.json; `unused` a
-    sentence for each entry there that is not followed; `revision` the commit of a hub repository.
+    sentence for each entry there that is not followed; `revision` the commit of a hub repository;
+    `pipeline` the class that model_index.json names, None where there is no such file.
     """
 
     root: Path
@@ -75,6 +76,7 @@ class Checkpoint:
     settings: Mapping[str, Any] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     revision: str | None = None
+    pipeline: str | None = None
 
     def part(self, name: str) -> Part:
         """A network's part. Raises `CheckpointError`, naming what was looked for."""

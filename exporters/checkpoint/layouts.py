@@ -111,6 +111,7 @@ def _open_diffusers(root: Path) -> Checkpoint:
         read_json(scheduler),
         settings,
         check_index(index),
+        pipeline=index["_class_name"],
     )
 
 

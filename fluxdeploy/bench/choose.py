@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.base import EngineOptions
 from engines.registry import AUTO, runtimes
 from fluxdeploy.bench.job import PEERS, Job
 from fluxdeploy.bench.measure import Contender
@@ -24,6 +25,7 @@ from fluxdeploy.bundle.manifest import EngineRecord
 from fluxdeploy.demo import DEMO_CHECKPOINTS
 from fluxdeploy.errors import MissingDependencyError, UsageError
 from fluxdeploy.host.request import GenerationRequest, check_request
+from fluxdeploy.machine import usable_cpus
 from fluxdeploy.progress import Progress
 from fluxdeploy.sampling.latents import latent_shape, pack
 from fluxdeploy.sampling.noise import standard_normal
@@ -72,6 +74,7 @@ def choose_contenders(
     Raises `UsageError` for what cannot be timed, `BundleError` for a broken bundle,
     `MissingDependencyError` where a peer's packages are not installed.
     """
+    options = EngineOptions(request.threads, request.device)
     for name in request.peers:
         _check_installed(name)
     paths = dict.fromkeys(str(path) for path in request.bundles)
@@ -88,7 +91,7 @@ def choose_contenders(
         latents="",
         runtime=request.runtime,
         device="cpu" if target == "cpu" else "cuda",
-        threads=request.threads or _cores(),
+        threads=options.threads or usable_cpus(),
         prompt=_PROMPT,
         seed=_SEED,
         height=generation.height,
@@ -129,13 +132,6 @@ def _has(module: str) -> bool:
 
 def _compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _check_sizes(request: BenchRequest, bundles: Mapping[str, Bundle]) -> GenerationRequest:

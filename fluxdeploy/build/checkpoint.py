@@ -35,6 +35,7 @@ __all__ = [
     "find_checkpoint",
     "find_text_remarks",
     "hash_checkpoint",
+    "limits",
     "open_recorded",
     "require_unchanged",
 ]
@@ -201,6 +202,16 @@ def _check_levels(checkpoint: Checkpoint) -> None:
     raise CheckpointError(
         f"The scheduler's noise levels do not fall from 1 to 0 for a picture of {tokens} image "
         "tokens: the shifts in its config are out of any range."
+    )
+
+
+def limits(checkpoint: Checkpoint) -> str | None:
+    """What a checkpoint is made for and a bundle of it does not do, in words; None for nothing."""
+    if checkpoint.pipeline != "FluxKontextPipeline":
+        return None
+    return (
+        "a bundle of this Kontext checkpoint does text to image and image to image, and not the "
+        "editing of a reference picture, which this version has no task for"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fluxdeploy import __version__
+from fluxdeploy.build.checkpoint import limits
 from fluxdeploy.build.keys import tool_versions
 from fluxdeploy.build.run import BuildRun
 from fluxdeploy.bundle.manifest import (
@@ -29,6 +30,7 @@ def describe(
     checkpoint, request = run.spec.checkpoint, run.spec.request
     guided = checkpoint.transformer.guidance_embedding
     row = PRECISIONS[components["transformer"].precision]
+    limit = limits(checkpoint)
     return Manifest(
         schema_version=SCHEMA_VERSION,
         family="flux.1",
@@ -43,6 +45,7 @@ def describe(
         quality=QualityRecord(row.min_psnr, row.min_ssim, row.min_sqnr),
         provenance={
             "checkpoint": _origin(request.checkpoint or DEFAULT_CHECKPOINT, run),
+            **({} if limit is None else {"limits": limit}),
             "requested_precision": request.precision,
             "tools": {"fluxdeploy": __version__} | tool_versions(),
         },

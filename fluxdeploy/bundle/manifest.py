@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from fluxdeploy.bundle.boundary import NEEDED, Tensors, check_boundary
 from fluxdeploy.bundle.typed_json import FieldError, join, load_strict, parse, to_plain
 from fluxdeploy.errors import BundleError
 
@@ -34,6 +35,7 @@ __all__ = [
     "TensorSpec",
     "TokenizerRecord",
     "from_json",
+    "missing_component",
     "path_problem",
     "to_json",
 ]
@@ -55,6 +57,15 @@ _HIDDEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]",
 )
 """Control characters, ends of lines, and marks of the direction of writing."""
+_MAX_SIZE = 2**31 - 1
+"""Of what an engine may take: runtimes count in 32 bits."""
+
+_LARGE = 1e6
+"""No constant of a model is larger, nor, where it is divided by, smaller than one in so many: what
+float32 makes of others is infinity or zero."""
+
+_MAX_EXPONENT = 80
+"""A float32 holds e to this power, and its inverse."""
 
 Dimension = int | str
 """A fixed size, or the symbol of a dynamic one: B batch, S text tokens, L image tokens, T = S + L
@@ -275,6 +286,11 @@ def from_json(text: str, source: str) -> Manifest:
     return manifest
 
 
+def missing_component(manifest: Manifest) -> str | None:
+    """The first component that a picture takes and the bundle has not, or None."""
+    return next((name for name in NEEDED if name not in manifest.components), None)
+
+
 def path_problem(path: str) -> str | None:
     """Why `path` cannot name a file of a bundle, or None where it can.
 
@@ -344,6 +360,9 @@ def _check(manifest: Manifest) -> None:
         _check_tokenizer(tokenizer, f"tokenizers.{name}")
     _check_quality(manifest.quality)
     _check_constants(manifest)
+    _check_schedule(manifest)
+    _check_boundary(manifest)
+    _check_defaults(manifest)
 
 
 def _check_path(path: str, where: str) -> None:
@@ -377,6 +396,7 @@ def _check_component(component: ComponentRecord, where: str) -> None:
         _require(len(set(names)) == len(names), f"{where}.{side}", "names a tensor twice")
         for index, spec in enumerate(specs):
             symbols |= _check_tensor(spec, f"{where}.{side}[{index}]")
+    _require(bool(component.engines), f"{where}.engines", "is empty; nothing can run it")
     for index, engine in enumerate(component.engines):
         at = f"{where}.engines[{index}]"
         _require(
@@ -392,9 +412,10 @@ def _check_component(component: ComponentRecord, where: str) -> None:
         )
         for symbol, sizes in engine.dimensions.items():
             _require(
-                1 <= sizes.min <= sizes.opt <= sizes.max,
+                1 <= sizes.min <= sizes.opt <= sizes.max <= _MAX_SIZE,
                 f"{at}.dimensions.{symbol}",
-                f"must have 1 <= min <= opt <= max, not {sizes.min}, {sizes.opt}, {sizes.max}",
+                f"must have 1 <= min <= opt <= max <= {_MAX_SIZE}, not {sizes.min}, {sizes.opt}, "
+                f"{sizes.max}",
             )
     if component.golden is not None:
         _check_golden(component.golden, paths, f"{where}.golden")
@@ -408,9 +429,9 @@ def _check_tensor(spec: TensorSpec, where: str) -> set[str]:
     )
     for index, size in enumerate(spec.shape):
         _require(
-            size in SYMBOLS if isinstance(size, str) else size >= 1,
+            size in SYMBOLS if isinstance(size, str) else 1 <= size <= _MAX_SIZE,
             f"{where}.shape[{index}]",
-            f"is {size!r}; it must be a size of at least 1 or one of {_listed(SYMBOLS)}",
+            f"is {size!r}; it must be a size from 1 to {_MAX_SIZE} or one of {_listed(SYMBOLS)}",
         )
     return {size for size in spec.shape if isinstance(size, str)}
 
@@ -466,36 +487,110 @@ def _check_quality(quality: QualityRecord) -> None:
 
 
 def _check_constants(manifest: Manifest) -> None:
-    latents, schedule, defaults = manifest.latents, manifest.schedule, manifest.defaults
+    latents, axes = manifest.latents, manifest.rope.axes_dims
     positive = {
         "latents": ("channels", "patch_size", "spatial_factor"),
-        "schedule": ("shift",),
         "defaults": ("height", "width", "num_inference_steps", "max_sequence_length"),
-        "rope": ("theta",),
     }
     for part, names in positive.items():
         for name in names:
             value = getattr(getattr(manifest, part), name)
             _require(value > 0, join(part, name), f"is {value}; it must be positive")
-    _require(latents.scaling_factor != 0, "latents.scaling_factor", "is 0")
-    axes = manifest.rope.axes_dims
+    _check_range("latents.scaling_factor", abs(latents.scaling_factor), 1 / _LARGE, _LARGE)
+    _check_range("latents.shift_factor", latents.shift_factor, -_LARGE, _LARGE)
+    # Below 1, the frequencies would rise from one pair of channels to the next, without a bound.
+    _check_range("rope.theta", manifest.rope.theta, 1, _LARGE**2)
     _require(
-        bool(axes) and all(size > 0 and size % 2 == 0 for size in axes),
+        len(axes) >= 2 and all(size > 0 and size % 2 == 0 for size in axes),
         "rope.axes_dims",
-        f"is {list(axes)}; each axis needs an even, positive number of channels",
+        f"is {list(axes)}; rows and columns take two axes, and each axis an even, positive number "
+        "of channels",
+    )
+
+
+def _check_range(where: str, value: float, least: float, most: float) -> None:
+    _require(
+        least <= value <= most, where, f"is out of range: it must be from {least:g} to {most:g}"
+    )
+
+
+def _check_schedule(manifest: Manifest) -> None:
+    """What would make noise levels that are no numbers."""
+    schedule = manifest.schedule
+    _check_range("schedule.shift", schedule.shift, 1 / _LARGE, _LARGE)
+    for name in ("base_shift", "max_shift"):
+        _check_range(join("schedule", name), getattr(schedule, name), -_MAX_EXPONENT, _MAX_EXPONENT)
+    terminal = schedule.shift_terminal
+    _require(
+        terminal is None or 0 <= terminal < 1,
+        "schedule.shift_terminal",
+        f"is {terminal}; it must be null, or from 0 to less than 1",
     )
     _require(
         schedule.time_shift_type in ("exponential", "linear"),
         "schedule.time_shift_type",
         f"is {schedule.time_shift_type!r}; it must be 'exponential' or 'linear'",
     )
+    if not schedule.use_dynamic_shifting:
+        return
     _require(
-        not schedule.use_dynamic_shifting
-        or 0 < schedule.base_image_seq_len < schedule.max_image_seq_len,
+        0 < schedule.base_image_seq_len < schedule.max_image_seq_len,
         "schedule.base_image_seq_len",
         "must be positive and less than max_image_seq_len where shifting is dynamic",
     )
-    _require(defaults.guidance_scale >= 0, "defaults.guidance_scale", "is negative")
+    slope = (schedule.max_shift - schedule.base_shift) / (
+        schedule.max_image_seq_len - schedule.base_image_seq_len
+    )
+    height, width = (_tokens(manifest, side) for side in ("height", "width"))
+    mu = schedule.base_shift + slope * (height * width - schedule.base_image_seq_len)
+    least = -_MAX_EXPONENT if schedule.time_shift_type == "exponential" else 1 / _LARGE
+    most = _MAX_EXPONENT if schedule.time_shift_type == "exponential" else _LARGE
+    _require(
+        least <= mu <= most,
+        "schedule.max_shift",
+        f"and base_shift make a shift of {mu:g} for a picture of the default size: it must be from "
+        f"{least:g} to {most:g}",
+    )
+
+
+def _tokens(manifest: Manifest, side: str) -> int:
+    """Image tokens along a side of the default picture."""
+    pixels: int = getattr(manifest.defaults, side)
+    return pixels // (manifest.latents.patch_size * manifest.latents.spatial_factor)
+
+
+def _check_boundary(manifest: Manifest) -> None:
+    """What hosts give to components and take from them, and the sizes that both sides have."""
+    latents = manifest.latents
+    sizes = {
+        "the latents' channels": (latents.channels, "latents.channels"),
+        "a token's channels": (
+            latents.channels * latents.patch_size**2,
+            "latents, channels times patch_size squared,",
+        ),
+        "a head's channels": (sum(manifest.rope.axes_dims), "the sum of rope.axes_dims"),
+    }
+    if "clip" in manifest.tokenizers:
+        length = manifest.tokenizers["clip"].max_length
+        sizes["CLIP's tokens"] = (length, "tokenizers.clip.max_length")
+
+    def tensors(specs: tuple[TensorSpec, ...]) -> Tensors:
+        return {spec.name: (spec.dtype, spec.shape) for spec in specs}
+
+    check_boundary(
+        {
+            name: (tensors(component.inputs), tensors(component.outputs))
+            for name, component in manifest.components.items()
+        },
+        manifest.guidance_embedding,
+        sizes,
+    )
+
+
+def _check_defaults(manifest: Manifest) -> None:
+    """What a host uses where the caller says nothing must be what the engines take."""
+    latents, defaults = manifest.latents, manifest.defaults
+    _check_range("defaults.guidance_scale", defaults.guidance_scale, 0, _LARGE)
     _require(
         0 < defaults.strength <= 1,
         "defaults.strength",
@@ -509,6 +604,36 @@ def _check_constants(manifest: Manifest) -> None:
             join("defaults", name),
             f"is {value}; it must be a multiple of {multiple}",
         )
+    text, image = defaults.max_sequence_length, _tokens(manifest, "height")
+    image *= _tokens(manifest, "width")
+    if "t5" in manifest.tokenizers:
+        longest = manifest.tokenizers["t5"].max_length
+        _require(
+            text <= longest,
+            "defaults.max_sequence_length",
+            f"is {text}, and tokenizers.t5.max_length is {longest}",
+        )
+    factor = latents.spatial_factor
+    sizes = {
+        "B": (1, "a picture"),
+        "S": (text, "defaults.max_sequence_length"),
+        "L": (image, "the default picture"),
+        "T": (text + image, "the default picture with its text"),
+        "N": (defaults.num_inference_steps, "defaults.num_inference_steps"),
+        "H": (defaults.height, "defaults.height"),
+        "W": (defaults.width, "defaults.width"),
+        "h": (defaults.height // factor, "defaults.height"),
+        "w": (defaults.width // factor, "defaults.width"),
+    }
+    for name, component in manifest.components.items():
+        for index, engine in enumerate(component.engines):
+            for symbol, allowed in engine.dimensions.items():
+                size, what = sizes[symbol]
+                _require(
+                    allowed.min <= size <= allowed.max,
+                    f"components.{name}.engines[{index}].dimensions.{symbol}",
+                    f"is {allowed.min} to {allowed.max}; {what} needs {size}",
+                )
 
 
 def _listed(names: Mapping[str, object] | set[str] | tuple[str, ...]) -> str:

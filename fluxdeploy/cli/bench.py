@@ -21,6 +21,7 @@ from fluxdeploy.cli.options import (
 )
 from fluxdeploy.errors import UsageError
 from fluxdeploy.interrupts import INTERRUPTED
+from fluxdeploy.library_output import libraries_on_stderr
 from fluxdeploy.progress import Progress
 from fluxdeploy.terminal import say, say_json, show
 
@@ -82,7 +83,7 @@ if TYPE_CHECKING:
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
-    help="CPU threads, the same number for every contender.  [default: all cores]",
+    help="CPU threads, the same number for every contender.  [default: all of the machine]",
 )
 @click.option(
     "--plot",
@@ -147,7 +148,7 @@ def command(
     if plot is not None:
         check_plot(plot)
     request = BenchRequest(bundles, peers, checkpoint, runtime, size, steps, batch, threads, device)
-    with Progress(quiet=as_json) as progress:
+    with libraries_on_stderr(), Progress(quiet=as_json) as progress:
         contenders, noise = choose_contenders(request, progress)
         baseline = peers[0] if peers else contenders[0].name
         counts = Counts(rounds, warmup, cold_starts, one_by_one)

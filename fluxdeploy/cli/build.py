@@ -23,6 +23,7 @@ from fluxdeploy.cli.options import (
     WORKSPACE,
     component_precisions,
 )
+from fluxdeploy.library_output import libraries_on_stderr
 from fluxdeploy.progress import Progress
 from fluxdeploy.terminal import say, say_json
 
@@ -97,7 +98,7 @@ def command(
         None if workspace is None else workspace * 2**20,
         weight_streaming,
     )
-    with Progress(quiet=as_json) as progress:
+    with libraries_on_stderr(), Progress(quiet=as_json) as progress:
         bundle = build(request, out, progress)
     precisions = {name: record.precision for name, record in bundle.manifest.components.items()}
     if as_json:

@@ -17,6 +17,7 @@ from fluxdeploy.cli.options import (
     component_precisions,
 )
 from fluxdeploy.errors import UsageError
+from fluxdeploy.library_output import libraries_on_stderr
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 from fluxdeploy.terminal import say, say_json
@@ -105,7 +106,7 @@ def command(
     check_all_used(source, specs, known)
     folder, specs = place_weights(specs, out, link)
     files = {}
-    with Progress(quiet=as_json) as progress:
+    with libraries_on_stderr(), Progress(quiet=as_json) as progress:
         ranges = None
         if any(PRECISIONS[spec.precision].calibrated for spec in specs):
             digest = hash_checkpoint(source, progress).digest

@@ -16,7 +16,8 @@ import click
 
 from fluxdeploy import __version__
 from fluxdeploy.cli.options import AS_JSON, BUNDLE, DEVICE, RUNTIME, THREADS, PathType
-from fluxdeploy.errors import UnusedArgumentWarning, UsageError
+from fluxdeploy.errors import CutPromptWarning, UnusedArgumentWarning, UsageError
+from fluxdeploy.library_output import libraries_on_stderr
 from fluxdeploy.progress import Progress
 from fluxdeploy.terminal import say, say_json
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from fluxdeploy.host.pipeline import FluxPipeline
+
+_KINDS = (CutPromptWarning, UnusedArgumentWarning)
 
 
 @click.command()
@@ -145,9 +148,10 @@ def command(
     start = time.monotonic()
     options = EngineOptions(threads, device)
     with (
+        libraries_on_stderr(),
         FluxPipeline.from_bundle(bundle, runtime, options, low_vram) as pipe,
         Progress(quiet=as_json) as progress,
-        _notices(progress, as_json),
+        _notices(progress, as_json) as warned,
     ):
         defaults = pipe.bundle.manifest.defaults
         steps = defaults.num_inference_steps if steps is None else steps
@@ -218,6 +222,7 @@ def command(
             "height": height,
             "steps": steps,
             "seconds": round(seconds, 3),
+            "warnings": warned,
         }
         say_json(report)
         return
@@ -228,11 +233,16 @@ def command(
 
 
 @contextmanager
-def _notices(progress: Progress, as_json: bool) -> Iterator[None]:
-    """Tell of options that do nothing, a line each on stderr."""
+def _notices(progress: Progress, as_json: bool) -> Iterator[list[str]]:
+    """Tell of options that do nothing and of prompts that are cut, a line each on stderr.
+
+    Gives the list of them, which grows.
+    """
     note = functools.partial(say, err=True) if as_json else progress.note
+    told: list[str] = []
     with warnings.catch_warnings():
-        warnings.simplefilter("always", UnusedArgumentWarning)
+        for kind in _KINDS:
+            warnings.simplefilter("always", kind)
         show = warnings.showwarning
 
         def tell(
@@ -243,13 +253,14 @@ def _notices(progress: Progress, as_json: bool) -> Iterator[None]:
             file: TextIO | None = None,
             line: str | None = None,
         ) -> None:
-            if issubclass(category, UnusedArgumentWarning):
-                note(f"Warning: {message}")
-            else:
+            if not issubclass(category, _KINDS):
                 show(message, category, filename, lineno, file, line)
+            elif str(message) not in told:
+                told.append(str(message))
+                note(f"Warning: {message}")
 
         warnings.showwarning = tell
-        yield
+        yield told
 
 
 def _check_sheet(sheet: Path, paths: list[Path]) -> None:

@@ -196,7 +196,9 @@ TARGETS = click.option(
 )
 
 THREADS = click.option(
-    "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the runtime's choice]"
+    "--threads",
+    type=click.IntRange(min=1),
+    help="CPU threads, at most those of the machine.  [default: the runtime's choice]",
 )
 
 DEVICE = click.option(

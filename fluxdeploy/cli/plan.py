@@ -25,6 +25,7 @@ from fluxdeploy.cli.options import (
     WORKSPACE,
     component_precisions,
 )
+from fluxdeploy.library_output import libraries_on_stderr
 from fluxdeploy.terminal import say_json, show
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ def command(
         None if workspace is None else workspace * 2**20,
         weight_streaming,
     )
-    _, plan = prepare(request, out, *choose_runtime(runtime, targets, precision))
+    with libraries_on_stderr():
+        _, plan = prepare(request, out, *choose_runtime(runtime, targets, precision))
     if as_json:
         say_json(_report(plan), indent=2)
     else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fluxdeploy.cli.options import AS_JSON, BUNDLE, CHECKPOINT_NAME, DEVICE, FILE, RUNTIME, THREADS
+from fluxdeploy.library_output import libraries_on_stderr
 from fluxdeploy.progress import Progress
 from fluxdeploy.terminal import say_json, show
 
@@ -80,7 +81,7 @@ def command(
         check_plot(plot)
         pictures = pictures or 1
     options = EngineOptions(threads, device)
-    with Progress(quiet=as_json) as progress:
+    with libraries_on_stderr(), Progress(quiet=as_json) as progress:
         report = verify(bundle, checkpoint, runtime, options, progress, pictures)
     if plot is not None:
         plot_quality(report, plot)

@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Array, Engine
-from fluxdeploy.bundle.manifest import Manifest
+from fluxdeploy.arguments import shown
+from fluxdeploy.bundle.manifest import DimensionRange, Manifest
 from fluxdeploy.errors import UsageError
 from fluxdeploy.host.cancel import CancelToken
 from fluxdeploy.host.finite import check_finite
 
-__all__ = ["Components", "Run"]
+__all__ = ["Components", "Run", "check_range"]
 
 Run = Callable[[str, Mapping[str, Array]], "dict[str, NDArray[np.float32]]"]
 """`run(component, inputs)`: the component's outputs by name, for one call of the pipeline."""
@@ -90,10 +91,15 @@ class Components:
                 cancel.check(f"before the {component} was opened")
                 ranges = self.engine(component).dimensions
             for symbol, size in symbols.items():
-                allowed = ranges.get(symbol)
-                if allowed is not None and not allowed.min <= size <= allowed.max:
-                    raise UsageError(
-                        f"This bundle's {component} takes {allowed.min} to {allowed.max} "
-                        f"{_SIZE_WORDS[symbol]}, not {size}. Ask for a size in that range, or "
-                        "build the bundle with a wider one."
-                    )
+                if symbol in ranges:
+                    check_range(component, symbol, size, ranges[symbol])
+
+
+def check_range(component: str, symbol: str, size: int, allowed: DimensionRange) -> None:
+    """Raise `UsageError` for a size that a component's engine does not take."""
+    if not allowed.min <= size <= allowed.max:
+        raise UsageError(
+            f"This bundle's {component} takes {allowed.min} to {allowed.max} "
+            f"{_SIZE_WORDS[symbol]}, not {shown(size)}. Ask for a size in that range, or build the "
+            "bundle with a wider one."
+        )

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from fluxdeploy.arguments import shown
 from fluxdeploy.bundle.files import read_whole
 from fluxdeploy.errors import FluxDeployError, UsageError
 
@@ -83,13 +84,15 @@ def to_pixels(image: object, height: int, width: int) -> NDArray[np.float32]:
 def _resized(item: object, height: int, width: int) -> Sequence[NDArray[np.float32]]:
     """Pictures, float32 [height, width, 3] in 0..1."""
     if isinstance(item, Image.Image):
-        return [_lanczos(_upright_rgb(item), height, width)]
+        return [_lanczos(_decoded(item), height, width)]
     if not isinstance(item, np.ndarray) or item.ndim not in (3, 4) or item.shape[-1] != 3:
-        what = f"an array {list(item.shape)}" if isinstance(item, np.ndarray) else type(item)
+        what = f"an array {list(item.shape)}" if isinstance(item, np.ndarray) else shown(item)
         raise UsageError(f"`image` holds {what}. Give {_KINDS}.")
     if item.size == 0:
         raise UsageError("`image` holds an array without pixels.")
-    pictures = item if item.ndim == 4 else item[None]
+    pictures = np.asarray(item if item.ndim == 4 else item[None])
+    if pictures.shape[1] * pictures.shape[2] > _MAX_PIXELS:
+        raise UsageError(_too_large())
     if pictures.dtype == np.uint8:
         return [_lanczos(Image.fromarray(picture), height, width) for picture in pictures]
     if not np.issubdtype(pictures.dtype, np.floating):
@@ -100,9 +103,21 @@ def _resized(item: object, height: int, width: int) -> Sequence[NDArray[np.float
     return list(_nearest(pictures.astype(np.float32), height, width))
 
 
+def _decoded(image: Image.Image) -> Image.Image:
+    """A picture of the caller's, whose file may not have been read yet."""
+    try:
+        return _upright_rgb(image)
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:
+        raise UsageError(f"`image` holds a picture that cannot be read: {error}.") from error
+
+
 def _upright_rgb(image: Image.Image) -> Image.Image:
     if image.width * image.height > _MAX_PIXELS:
         raise UsageError(_too_large())
+    if not image.width or not image.height:
+        raise UsageError("A picture without pixels cannot be resized. Give another one.")
     if image.mode in ("I", "F"):
         raise UsageError(
             f"A picture of Pillow's mode {image.mode!r} has no known range. Convert it to 8 bits."

@@ -8,9 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Array
+from fluxdeploy.arguments import shown
 from fluxdeploy.errors import NumericError, UsageError
 from fluxdeploy.host.cancel import CancelToken
 from fluxdeploy.host.finite import check_finite, is_finite
+from fluxdeploy.host.request import as_latents
 from fluxdeploy.sampling.sampler import Sampler, Velocity
 
 __all__ = ["Blend", "StepCallback", "denoise"]
@@ -75,17 +77,21 @@ def _guided(
     return velocity
 
 
-def _take_over(
-    latents: NDArray[np.float32], replacement: NDArray[np.float32] | None, step: int
-) -> None:
+def _take_over(latents: NDArray[np.float32], replacement: object, step: int) -> None:
     """Go on with what the step callback returned, or left in `latents` itself."""
     if replacement is not None and replacement is not latents:
-        if np.shape(replacement) != latents.shape:
+        others = as_latents(replacement)
+        if others is None:
             raise UsageError(
-                f"callback_on_step_end returned latents of shape {list(np.shape(replacement))}; "
+                f"callback_on_step_end returned {shown(replacement)} as latents; they must be an "
+                f"array of numbers {list(latents.shape)}."
+            )
+        if others.shape != latents.shape:
+            raise UsageError(
+                f"callback_on_step_end returned latents of shape {list(others.shape)}; "
                 f"they must keep the shape {list(latents.shape)}."
             )
-        np.copyto(latents, replacement, casting="same_kind")
+        np.copyto(latents, others)
     if not is_finite(latents):
         raise NumericError(
             f"callback_on_step_end left NaN or infinity in the latents at step {step + 1}. Check "

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import secrets
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -13,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxdeploy.errors import FluxDeployError, UsageError
+from fluxdeploy.host.partial_files import replacing_picture
 from fluxdeploy.host.png_text import read_text
 
 if TYPE_CHECKING:
@@ -105,19 +104,15 @@ def save_picture(image: Image, path: Path, metadata: PictureMetadata) -> None:
 def write_png(image: Image, path: Path, chunks: PngInfo | None = None) -> None:
     """Write a PNG with text chunks. A file that was there stays until the new one is complete.
 
+    What killed writers have left in that folder is removed.
+
     Raises `UsageError` for a name that is not of a PNG, and `FluxDeployError` where the file
     cannot be written.
     """
     check_picture_path(path)
-    # In the same folder, so that the rename cannot cross file systems.
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        try:
-            with partial.open("xb") as file:
-                image.save(file, format="PNG", pnginfo=chunks)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing_picture(path) as file:
+            image.save(file, format="PNG", pnginfo=chunks)
     except OSError as error:
         raise FluxDeployError(
             f"Cannot write {path}: {error.strerror or error}. Choose a folder that exists and can "

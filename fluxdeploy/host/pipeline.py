@@ -7,23 +7,29 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from engines import open_engine
+from engines import open_engine, runtimes
 from engines.base import Engine, EngineOptions
+from fluxdeploy.arguments import check_flag, check_integer, check_path, shown
 from fluxdeploy.bundle import Bundle, open_bundle
-from fluxdeploy.errors import UnusedArgumentWarning, UsageError
+from fluxdeploy.bundle.manifest import Manifest, missing_component
+from fluxdeploy.errors import (
+    BundleError,
+    CutPromptWarning,
+    UnusedArgumentWarning,
+    UsageError,
+)
 from fluxdeploy.host.cancel import CancelToken, Turns
 from fluxdeploy.host.components import Components
 from fluxdeploy.host.making import LevelCallback, make_pictures
 from fluxdeploy.host.pictures import to_pil
 from fluxdeploy.host.prompts import PromptEncoder
-from fluxdeploy.host.request import check_request, idle_arguments
+from fluxdeploy.host.request import GenerationRequest, check_request, idle_arguments
 from fluxdeploy.host.tasks.image_to_image import ImageToImage
 from fluxdeploy.host.tasks.task import Task, choose_task
 from fluxdeploy.host.tasks.text_to_image import TextToImage
@@ -82,11 +88,22 @@ class FluxPipeline:
     ) -> None:
         """Use `from_bundle`, unless the components shall run on something else than engines.
 
-        Of the prompts' encoded texts, the latest `kept_text_bytes` are kept for later calls.
+        Of the prompts' encoded texts, the latest `kept_text_bytes` are kept for later calls. Raises
+        `UsageError` for arguments that cannot be these.
         """
+        if not isinstance(getattr(bundle, "manifest", None), Manifest) or not callable(
+            open_component
+        ):
+            raise UsageError(
+                f"A pipeline cannot be made of {shown(bundle)}. Open the folder of a bundle with "
+                "`FluxPipeline.from_bundle`."
+            )
+        low_vram = check_flag("low_vram", low_vram)
+        kept_text_bytes = check_integer("kept_text_bytes", kept_text_bytes, 0)
         self._bundle = bundle
         self._components = Components(bundle.manifest, open_component, low_vram)
-        self._encoder = PromptEncoder(tokenizers, kept_text_bytes)
+        clip_length = bundle.manifest.tokenizers["clip"].max_length
+        self._encoder = PromptEncoder(tokenizers, clip_length, kept_text_bytes)
         # Reentrant: a callback may make another picture, or close the pipeline before it raises.
         self._turns = Turns()
         self._told: set[str] = set()
@@ -103,9 +120,21 @@ class FluxPipeline:
 
         Raises `BundleError` where the folder is no bundle that this version reads. What is opened
         later is of this bundle: a call that would have to open an engine of another one, which has
-        taken its place, raises `BundleError`. Engines that are open go on.
+        taken its place, raises `BundleError`. Engines that are open go on. Raises `UsageError` for
+        an argument that cannot be.
         """
-        bundle = open_bundle(Path(path))
+        folder = check_path("path", path)
+        runtimes(runtime)
+        if not isinstance(options, (EngineOptions, type(None))):
+            raise UsageError(f"`options` must be EngineOptions, not {shown(options)}.")
+        low_vram = check_flag("low_vram", low_vram)
+        bundle = open_bundle(folder)
+        missing = missing_component(bundle.manifest)
+        if missing is not None:
+            raise BundleError(
+                f"The bundle {bundle.root} has no {missing}, which every picture takes. Build the "
+                "bundle again with `fluxdeploy build`."
+            )
         open_component = functools.partial(open_engine, bundle, runtime=runtime, options=options)
         return cls(bundle, load_tokenizers(bundle), open_component, low_vram)
 
@@ -155,7 +184,8 @@ class FluxPipeline:
         output_type: "pil" or "np".
 
         Warns once, with `UnusedArgumentWarning`, of an argument that does nothing beside the
-        others. Raises `UsageError` for an argument outside its range, `NumericError` where a
+        others, and with `CutPromptWarning` of a prompt that an encoder does not read to its end.
+        Raises `UsageError` for an argument outside its range, `NumericError` where a
         component gave NaN or infinity, `Cancelled` where `cancel` was, `EngineError` where an
         engine fails.
         """
@@ -209,10 +239,14 @@ class FluxPipeline:
     ) -> FluxPipelineOutput:
         """A call: `arguments` of every picture, and those that belong to tasks."""
         manifest = self._bundle.manifest
-        if output_type not in ("pil", "np"):
-            raise UsageError(f"The output_type {output_type!r} is unknown. Use 'pil' or 'np'.")
+        if not isinstance(output_type, str) or output_type not in ("pil", "np"):
+            raise UsageError(f"The output_type {shown(output_type)} is unknown. Use 'pil' or 'np'.")
         if not isinstance(cancel, (CancelToken, type(None))):
             raise UsageError(f"`cancel` must be a CancelToken, not {type(cancel).__name__}.")
+        if callback is not None and not callable(callback):
+            raise UsageError(
+                f"`callback_on_step_end` is {shown(callback)}, which cannot be called."
+            )
         kind, unused = choose_task(TASKS, of_tasks)
         if arguments["seed"] is None and arguments["latents"] is None:
             arguments = {**arguments, "seed": int.from_bytes(os.urandom(4), "little")}
@@ -225,6 +259,8 @@ class FluxPipeline:
                 )
         task = kind.read(request, manifest, of_tasks)
         self._tell((*unused, *idle_arguments(manifest, arguments), *task.notices()))
+        for notice in self._cuts(request):
+            warnings.warn(notice, CutPromptWarning, stacklevel=3)
         token = CancelToken() if cancel is None else cancel
         with self._turns.taken(token):
             on_step_end = None if callback is None else self._step_callback(callback)
@@ -240,18 +276,33 @@ class FluxPipeline:
                 self._told.add(notice)
                 warnings.warn(notice, UnusedArgumentWarning, stacklevel=4)
 
+    def _cuts(self, request: GenerationRequest) -> list[str]:
+        """A sentence for each prompt that is not read to its end."""
+        length = request.max_sequence_length
+        return [
+            *self._encoder.cuts(request.prompts, length, "The prompt"),
+            *self._encoder.cuts(request.negative_prompts or (), length, "The negative prompt"),
+        ]
+
     def _step_callback(self, callback: PipelineCallback) -> LevelCallback:
         def on_step_end(
             step: int, sigma: np.float32, latents: NDArray[np.float32]
         ) -> NDArray[np.float32] | None:
             timestep = float(sigma * np.float32(1000))
-            answer = callback(self, step, timestep, {"latents": latents})
+            # A view: what a callback does to its flags and its shape stays with the callback.
+            answer = callback(self, step, timestep, {"latents": latents.view()})
             if answer is None:
                 return None
             if not isinstance(answer, Mapping):
                 raise UsageError(
                     f"callback_on_step_end returned a {type(answer).__name__}. It must return "
                     'None or a dictionary such as {"latents": latents}.'
+                )
+            unknown = [key for key in answer if key != "latents"]
+            if unknown:
+                raise UsageError(
+                    f"callback_on_step_end returned {', '.join(map(shown, unknown))}. Only "
+                    "'latents' can be replaced; leave the others out."
                 )
             return answer.get("latents")
 

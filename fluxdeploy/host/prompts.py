@@ -49,8 +49,10 @@ class PromptEncoder:
     depend on the others, and equal calls must give equal pictures whatever came before.
     """
 
-    def __init__(self, tokenizers: Tokenizers, capacity: int) -> None:
+    def __init__(self, tokenizers: Tokenizers, clip_length: int, capacity: int) -> None:
+        """clip_length: the tokens that CLIP takes of a prompt."""
         self._tokenizers = tokenizers
+        self._clip_length = clip_length
         self._capacity = capacity
         self._kept: OrderedDict[tuple[str, int, bytes], NDArray[np.float32]] = OrderedDict()
 
@@ -66,6 +68,26 @@ class PromptEncoder:
             self._encoded("t5", "text_embeddings", t5_ids, run),
             np.repeat([distinct.index(prompt) for prompt in prompts], images_each),
         )
+
+    def cuts(self, prompts: Sequence[str], length: int, what: str) -> list[str]:
+        """A sentence for each of the prompts that is not read to its end by T5, or by CLIP.
+
+        length: the T5 tokens that they are cut to. what: what the prompts are called.
+        """
+        sentences = []
+        for number, prompt in enumerate(prompts):
+            clip, t5 = self._tokenizers.lengths(prompt)
+            read = (("T5", t5, length), ("CLIP", clip, self._clip_length))
+            cut = [
+                f"{name} reads {kept} of its {all_} tokens"
+                for name, all_, kept in read
+                if all_ > kept
+            ]
+            if cut:
+                which = f"{what} {number + 1} of {len(prompts)}" if len(prompts) > 1 else what
+                advice = " Raise `max_sequence_length`, or shorten it." if t5 > length else ""
+                sentences.append(f"{which} is cut: {', and '.join(cut)}.{advice}")
+        return sentences
 
     def forget(self) -> None:
         """Free what is kept."""

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fluxdeploy.arguments import check_integer, check_number, shown
 from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.errors import UsageError
+from fluxdeploy.host.components import check_range
 from fluxdeploy.sampling.latents import check_size, latent_shape, token_grid
 from fluxdeploy.sampling.noise import check_seed
+from fluxdeploy.text.tokenizer import check_prompt
 
-__all__ = ["GenerationRequest", "check_number", "check_request", "idle_arguments"]
+__all__ = ["GenerationRequest", "as_latents", "check_request", "idle_arguments"]
+
+_MAX_SCALE = 1e6
+"""Of guidance, either way: it is a number around 3, and float32 has an end."""
+
+_MAX_PROMPT = 100_000
+"""Characters of a prompt: 512 tokens are some 3,000, and reading a million takes seconds."""
 
 
 @dataclass(frozen=True)
@@ -95,37 +104,40 @@ def check_request(
                 f"There are {len(negative_prompts)} negative prompts for {len(prompts)} prompts. "
                 "Give one for all, or one for each."
             )
-    scale = check_number("true_cfg_scale", true_cfg_scale)
+    scale = check_number("true_cfg_scale", true_cfg_scale, -_MAX_SCALE, _MAX_SCALE)
     if num_inference_steps is None:
         num_inference_steps = defaults.num_inference_steps
     if guidance_scale is None:
         guidance_scale = defaults.guidance_scale
-    height = _integer("height", defaults.height if height is None else height)
-    width = _integer("width", defaults.width if width is None else width)
+    height = check_integer("height", defaults.height if height is None else height, None)
+    width = check_integer("width", defaults.width if width is None else width, None)
     check_size(height, width, manifest.latents)
-    images_each = _count("num_images_per_prompt", num_images_per_prompt)
+    images_each = check_integer("num_images_per_prompt", num_images_per_prompt, 1)
     if seed is not None:
         check_seed(seed)
-    own = None
-    if latents is not None:
-        own = _latents(latents, manifest, len(prompts) * images_each, height, width)
-    return GenerationRequest(
+    request = GenerationRequest(
         prompts=prompts,
         negative_prompts=negative_prompts if scale > 1 else None,
         true_cfg_scale=scale,
         height=height,
         width=width,
-        num_inference_steps=_count("num_inference_steps", num_inference_steps),
-        guidance_scale=check_number("guidance_scale", guidance_scale),
+        num_inference_steps=check_integer("num_inference_steps", num_inference_steps, 1),
+        guidance_scale=check_number("guidance_scale", guidance_scale, -_MAX_SCALE, _MAX_SCALE),
         num_images_per_prompt=images_each,
-        max_sequence_length=_count(
+        max_sequence_length=check_integer(
             "max_sequence_length",
             defaults.max_sequence_length if max_sequence_length is None else max_sequence_length,
+            1,
             manifest.tokenizers["t5"].max_length,
         ),
-        seed=None if seed is None or own is not None else int(seed),
-        latents=own,
+        seed=None if seed is None or latents is not None else int(seed),
+        latents=None,
     )
+    _check_ranges(manifest, request.engine_sizes(manifest, request.num_inference_steps))
+    if latents is None:
+        return request
+    # After the ranges, so that what memory cannot hold is never made.
+    return replace(request, latents=_latents(latents, manifest, request))
 
 
 def idle_arguments(manifest: Manifest, arguments: Mapping[str, Any]) -> tuple[str, ...]:
@@ -149,25 +161,53 @@ def idle_arguments(manifest: Manifest, arguments: Mapping[str, Any]) -> tuple[st
     return tuple(notices)
 
 
-def check_number(name: str, value: object) -> float:
-    """A finite number. Raises `UsageError` for anything else."""
-    if isinstance(value, (int, float, np.integer, np.floating)) and math.isfinite(value):
-        return float(value)
-    raise UsageError(f"`{name}` must be a finite number, not {value!r}.")
+def _check_ranges(manifest: Manifest, sizes: Mapping[str, Mapping[str, int]]) -> None:
+    """Refuse what no engine of a component takes, before memory is asked for it.
+
+    The engine that is opened may take less, which is known once it is.
+    """
+    for component, symbols in sizes.items():
+        record = manifest.components.get(component)
+        ranges = [] if record is None else [engine.dimensions for engine in record.engines]
+        for symbol, size in symbols.items():
+            allowed = [each[symbol] for each in ranges if symbol in each]
+            if allowed and not any(each.min <= size <= each.max for each in allowed):
+                check_range(component, symbol, size, allowed[0])
 
 
-def _latents(
-    latents: ArrayLike, manifest: Manifest, batch: int, height: int, width: int
-) -> NDArray[np.float32]:
-    """A copy of the caller's packed latents."""
+def as_latents(values: object) -> NDArray[np.float32] | None:
+    """A copy of numbers as a float32 array; None for what is no array of numbers.
+
+    What has more digits or a larger range is rounded, to infinity where it must.
+    """
+    try:
+        with np.errstate(over="ignore"), warnings.catch_warnings():
+            # NumPy's of ragged lists, and those of other libraries' arrays.
+            warnings.simplefilter("ignore")
+            array = np.asarray(values)
+            if array.dtype.kind not in "iuf":
+                return None
+            return np.array(array, np.float32, order="C")
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - an array is anything that says it is one
+        return None
+
+
+def _latents(latents: object, manifest: Manifest, request: GenerationRequest) -> Any:
+    """A copy of the caller's packed latents, float32 [B, L, C]."""
     spec = manifest.latents
-    rows, columns = token_grid(height, width, spec)
-    expected = (batch, rows * columns, spec.channels * spec.patch_size**2)
-    own = np.array(latents, np.float32, order="C")
+    rows, columns = token_grid(request.height, request.width, spec)
+    expected = (request.batch, rows * columns, spec.channels * spec.patch_size**2)
+    own = as_latents(latents)
+    if own is None:
+        raise UsageError(
+            f"`latents` must be an array of numbers {list(expected)}, packed, not {shown(latents)}."
+        )
     if own.shape != expected:
         raise UsageError(
-            f"`latents` has shape {list(own.shape)}; for {batch} pictures of {width}x{height} "
-            f"pixels it must be {list(expected)}, packed."
+            f"`latents` has shape {list(own.shape)}; for {request.batch} pictures of "
+            f"{request.width}x{request.height} pixels it must be {list(expected)}, packed."
         )
     if not np.isfinite(own).all():
         raise UsageError("`latents` holds NaN or infinity. Give finite values.")
@@ -181,19 +221,15 @@ def _prompts(name: str, value: object) -> tuple[str, ...]:
         or not prompts
         or not all(isinstance(prompt, str) for prompt in prompts)
     ):
-        raise UsageError(f"`{name}` must be a string or a list of at least one string.")
-    return tuple(prompts)
-
-
-def _integer(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise UsageError(f"`{name}` must be an integer, not {value!r}.")
-    return int(value)
-
-
-def _count(name: str, value: object, largest: int | None = None) -> int:
-    count = _integer(name, value)
-    if count < 1 or (largest is not None and count > largest):
-        allowed = "at least 1" if largest is None else f"from 1 to {largest}"
-        raise UsageError(f"`{name}` is {count}; it must be {allowed}.")
-    return count
+        raise UsageError(
+            f"`{name}` must be a string or a list of at least one string, not {shown(value)}."
+        )
+    for prompt in prompts:
+        if len(prompt) > _MAX_PROMPT:
+            raise UsageError(
+                f"`{name}` has {len(prompt)} characters; it must have at most {_MAX_PROMPT}, of "
+                "which the text encoders read a few hundred words."
+            )
+        check_prompt(prompt)
+    # Of a subclass, the text alone.
+    return tuple(str.__str__(prompt) for prompt in prompts)

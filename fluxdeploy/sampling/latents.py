@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from fluxdeploy.arguments import check_integer, shown
 from fluxdeploy.bundle.manifest import LatentSpec
 from fluxdeploy.errors import UsageError
 
@@ -27,17 +28,19 @@ __all__ = [
 
 def check_size(height: int, width: int, spec: LatentSpec) -> None:
     """Raise `UsageError` unless both sides are positive multiples of a token's pixels (16)."""
+    height, width = check_integer("height", height, None), check_integer("width", width, None)
     side = spec.spatial_factor * spec.patch_size
     if height > 0 and width > 0 and height % side == 0 and width % side == 0:
         return
     nearest = " or ".join(
         dict.fromkeys(
-            f"{_nearest(width, side, up)}x{_nearest(height, side, up)}" for up in (False, True)
+            f"{shown(_nearest(width, side, up))}x{shown(_nearest(height, side, up))}"
+            for up in (False, True)
         )
     )
     raise UsageError(
-        f"A picture of {width}x{height} pixels (width x height) cannot be made: both sides must be "
-        f"positive multiples of {side}. The nearest sizes are {nearest}."
+        f"A picture of {shown(width)}x{shown(height)} pixels (width x height) cannot be made: both "
+        f"sides must be positive multiples of {side}. The nearest sizes are {nearest}."
     )
 
 

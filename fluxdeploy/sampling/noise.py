@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from fluxdeploy.arguments import shown
 from fluxdeploy.errors import UsageError
 
 __all__ = ["TorchGenerator", "check_seed", "standard_normal"]
@@ -25,13 +26,13 @@ def check_seed(seed: int) -> None:
     """Raise `UsageError` unless `seed` is an integer from 0 to 2^64 - 1."""
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
         raise UsageError(
-            f"The seed {seed!r} is not an integer. Give one from 0 to 2^64 - 1, or none to have "
-            "one drawn."
+            f"The seed {shown(seed)} is not an integer. Give one from 0 to 2^64 - 1, or none "
+            "to have one drawn."
         )
     if not 0 <= seed <= _MAX_SEED:
         raise UsageError(
-            f"The seed {seed} is out of range. Seeds go from 0 to 2^64 - 1; leave it out to have "
-            "one drawn."
+            f"The seed {shown(seed)} is out of range. Seeds go from 0 to 2^64 - 1; leave it out "
+            "to have one drawn."
         )
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from fluxdeploy.arguments import check_integer, check_number
+from fluxdeploy.sampling.schedule import MAX_STEPS
+
 __all__ = ["first_step", "scale_noise"]
 
 
@@ -22,7 +25,9 @@ def scale_noise(
 def first_step(num_inference_steps: int, strength: float) -> int:
     """The step of the schedule that image to image begins with; strength is 0 to 1.
 
-    All N steps are made at strength 1, none at 0, and else N * strength of them, rounded up.
+    All N steps are made at strength 1, none at 0, and else N * strength of them, rounded up. Raises
+    `UsageError` for numbers that are no steps and no strength.
     """
-    kept = min(num_inference_steps * strength, num_inference_steps)
-    return int(max(num_inference_steps - kept, 0))
+    steps = check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+    strength = check_number("strength", strength, 0, 1)
+    return int(steps - min(steps * strength, steps))

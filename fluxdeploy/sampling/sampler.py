@@ -5,6 +5,7 @@ Its name is the module's, and nothing lists them: a new file is all that a new s
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -12,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from fluxdeploy.arguments import shown
 from fluxdeploy.errors import UsageError
 
 __all__ = ["Sampler", "Step", "Velocity", "load_sampler"]
@@ -43,10 +45,10 @@ class Sampler(Protocol):
 
 def load_sampler(name: str) -> Sampler:
     """The sampler of that name. Raises `UsageError` where there is none."""
-    try:
-        module = importlib.import_module(f"fluxdeploy.sampling.{name}")
-    except ModuleNotFoundError:
-        module = None
+    module = None
+    if isinstance(name, str) and name.isidentifier():
+        with contextlib.suppress(ModuleNotFoundError):
+            module = importlib.import_module(f"fluxdeploy.sampling.{name}")
     if not isinstance(module, Sampler):
-        raise UsageError(f"There is no sampler {name!r}. Use 'euler'.")
+        raise UsageError(f"There is no sampler {shown(name)}. Use 'euler'.")
     return module

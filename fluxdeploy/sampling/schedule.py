@@ -12,10 +12,19 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from fluxdeploy.arguments import check_integer
 from fluxdeploy.bundle.manifest import ScheduleSpec
 from fluxdeploy.errors import UsageError
 
-__all__ = ["shift_exponent", "sigmas"]
+__all__ = ["MAX_STEPS", "shift_exponent", "sigmas"]
+
+MAX_STEPS = 1_000_000
+"""More than any machine makes, and few enough for memory to hold their levels."""
+
+_MAX_EXPONENT = 80
+"""A float32 holds e to this power, and its inverse."""
+
+_MAX_SHIFT = 1e30
 
 
 def shift_exponent(spec: ScheduleSpec, image_tokens: int) -> float:
@@ -29,12 +38,10 @@ def sigmas(spec: ScheduleSpec, num_inference_steps: int, image_tokens: int) -> N
     """Noise levels, float32 [N + 1]: from 1 (all noise) down to 0 (the picture).
 
     Step i goes from level i to level i + 1, and level i is the model's timestep in 0..1. Raises
-    `UsageError` for too few steps.
+    `UsageError` for numbers of steps and tokens that make no levels.
     """
-    if num_inference_steps < 1:
-        raise UsageError(
-            f"{num_inference_steps} steps make no picture: num_inference_steps must be at least 1."
-        )
+    num_inference_steps = check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+    image_tokens = check_integer("image_tokens", image_tokens, 1)
     levels = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).astype(np.float32)
     if spec.use_dynamic_shifting:
         levels = _shift_by_size(levels, spec.time_shift_type, shift_exponent(spec, image_tokens))
@@ -47,6 +54,12 @@ def sigmas(spec: ScheduleSpec, num_inference_steps: int, image_tokens: int) -> N
 
 
 def _shift_by_size(levels: NDArray[np.float32], kind: str, mu: float) -> NDArray[np.float32]:
+    possible = abs(mu) <= _MAX_EXPONENT if kind == "exponential" else 0 < mu <= _MAX_SHIFT
+    if not possible:
+        raise UsageError(
+            "This bundle's schedule makes no noise levels for a picture of this size: its shift "
+            f"would be {mu:g}. Ask for a size nearer to the bundle's default."
+        )
     factor = np.float32(math.exp(mu) if kind == "exponential" else mu)
     one = np.float32(1)
     return factor / (factor + (one / levels - one))

@@ -40,6 +40,10 @@ class Tokenizers:
         """
         return self.t5_tokenizer.encode(prompts, max_sequence_length)
 
+    def lengths(self, prompt: str) -> tuple[int, int]:
+        """Tokens of a prompt before cutting, special ones included: CLIP's, and T5's."""
+        return self.clip_tokenizer.count(prompt), self.t5_tokenizer.count(prompt)
+
 
 def load_tokenizers(bundle: Bundle) -> Tokenizers:
     """The tokenizers that the manifest records as `clip` and `t5`.

@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer as Backend
 
+from fluxdeploy.arguments import check_integer, shown
 from fluxdeploy.bundle.manifest import TokenizerRecord
 from fluxdeploy.errors import BundleError, UsageError
 from fluxdeploy.native import native_errors
 
-__all__ = ["Tokenizer"]
+__all__ = ["Tokenizer", "check_prompt"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class Tokenizer:
         prefix, suffix = self.record.prefix, self.record.suffix
         length = self._checked_length(max_length)
         room = length - len(prefix) - len(suffix)
-        rows = np.full((len(prompts), length), self.record.pad_id, dtype=np.int32)
-        for row, content in zip(rows, self._tokenize(prompts), strict=True):
+        contents = self._tokenize(prompts)
+        rows = np.full((len(contents), length), self.record.pad_id, dtype=np.int32)
+        for row, content in zip(rows, contents, strict=True):
             if len(content) > room:
                 start = len(content) - room if self.record.truncation_side == "left" else 0
                 content = content[start : start + room]
@@ -60,31 +62,39 @@ class Tokenizer:
 
     def _checked_length(self, max_length: int | None) -> int:
         longest = self.record.max_length
-        length = longest if max_length is None else max_length
+        length = longest if max_length is None else check_integer("max_length", max_length, None)
         shortest = len(self.record.prefix) + len(self.record.suffix)
         if not shortest <= length <= longest:
             raise UsageError(
-                f"The {self.name} tokenizer cannot pad to {length} tokens; "
+                f"The {self.name} tokenizer cannot pad to {shown(length)} tokens; "
                 f"choose {shortest} to {longest}."
             )
         return length
 
     def _tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
         """The ids of each prompt alone, without special tokens around it."""
-        if isinstance(prompts, str):
-            raise UsageError("Prompts must be a list of strings; put the one prompt into a list.")
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+            raise UsageError(
+                f"Prompts must be a list of strings, not {shown(prompts)}; put the one prompt into "
+                "a list."
+            )
         for prompt in prompts:
-            if not isinstance(prompt, str):
-                raise UsageError(f"A prompt must be a string, not {type(prompt).__name__}.")
-            try:
-                prompt.encode()
-            except UnicodeEncodeError:
-                raise UsageError(
-                    "A prompt holds half of a UTF-16 surrogate pair, which is no character; "
-                    "decode the text it came from as UTF-8 or UTF-16."
-                ) from None
+            check_prompt(prompt)
         with native_errors(
             BundleError, f"The {self.name} tokenizer fails on a prompt", "Build the bundle again."
         ):
             encodings = self.backend.encode_batch_fast(list(prompts), add_special_tokens=False)
             return [encoding.ids for encoding in encodings]
+
+
+def check_prompt(prompt: object) -> None:
+    """Raise `UsageError` for what is no string of Unicode text."""
+    if not isinstance(prompt, str):
+        raise UsageError(f"A prompt must be a string, not {type(prompt).__name__}.")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            "A prompt holds half of a UTF-16 surrogate pair, which is no character; "
+            "decode the text it came from as UTF-8 or UTF-16."
+        ) from None

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from fluxdeploy.build.checkpoint import check_family, find_checkpoint
+from fluxdeploy.build.checkpoint import check_family, find_checkpoint, limits
+from fluxdeploy.build.describe import describe
+from fluxdeploy.bundle.manifest import ComponentRecord, DimensionRange, EngineRecord
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from fluxdeploy.errors import UsageError
 
@@ -52,3 +56,49 @@ def test_an_unknown_name_of_the_package_is_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"demo:large.*demo:dev and demo:schnell"):
         find_checkpoint("demo:large")
+
+
+@pytest.mark.parametrize(
+    ("kind", "limited"),
+    [
+        ("FluxKontextPipeline", True),
+        ("FluxPipeline", False),
+        ("FluxImg2ImgPipeline", False),
+        ("FluxInpaintPipeline", False),
+        (None, False),
+    ],
+)
+def test_a_bundle_says_what_its_checkpoint_is_for_and_it_does_not_do(
+    tmp_path: Path, kind: str | None, limited: bool
+) -> None:
+    source = DEMO_CHECKPOINTS["demo:dev"]
+    checkpoint = find_checkpoint("demo:dev")
+    if kind is not None:
+        for folder in source.iterdir():
+            if folder.is_dir():
+                (tmp_path / folder.name).symlink_to(folder)
+        index = json.loads((source / "model_index.json").read_text())
+        (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": kind}))
+        checkpoint = find_checkpoint(str(tmp_path))
+    limit = limits(checkpoint)
+    assert (limit is not None) == limited
+    provenance = _described(checkpoint).provenance
+    assert provenance.get("limits") == limit
+    if limited:
+        assert "text to image and image to image, and not the editing" in str(limit)
+
+
+def test_the_default_picture_is_the_one_that_engines_are_tuned_for() -> None:
+    defaults = _described(find_checkpoint("demo:dev")).defaults
+    assert (defaults.height, defaults.width) == (96, 160)
+
+
+def _described(checkpoint: Any) -> Any:
+    sides = {"H": DimensionRange(64, 96, 128), "W": DimensionRange(64, 160, 192)}
+    engine = EngineRecord("memory", "1", "cpu", "", sides)
+    record = ComponentRecord("", "fp32", "fp32", (), (), (), (engine,), None)
+    request = SimpleNamespace(checkpoint=None, precision="fp32")
+    spec = SimpleNamespace(checkpoint=checkpoint, request=request, schedule=None)
+    run = SimpleNamespace(spec=spec, hashes=SimpleNamespace(digest="0" * 64))
+    components = {"transformer": record, "vae_decoder": record}
+    return describe(run, {}, components)  # type: ignore[arg-type]

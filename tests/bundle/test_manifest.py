@@ -15,7 +15,9 @@ from fluxdeploy.bundle.manifest import (
     SCHEMA_VERSION,
     DimensionRange,
     Manifest,
+    TensorSpec,
     from_json,
+    missing_component,
     path_problem,
     to_json,
 )
@@ -117,26 +119,30 @@ ENGINE = "components.t5.engines[0]"
         ("components.t5.golden.max_error", -1, "is negative"),
         ("components.t5.golden.min_cosine", 2, "is not between -1 and 1"),
         ("components.t5.inputs[0].dtype", "bfloat16", "tensors are float32 or int32"),
-        ("components.t5.inputs[0].shape[0]", 0, "a size of at least 1"),
-        ("components.t5.inputs[0].shape[0]", "Q", "a size of at least 1 or one of B,"),
+        ("components.t5.inputs[0].shape[0]", 0, "a size from 1 to 2147483647"),
+        ("components.t5.inputs[0].shape[0]", "Q", "a size from 1 to 2147483647 or one of B,"),
         ("components.t5.inputs[0].shape[0]", 1.5, "must be an integer or a string, not 1.5"),
-        (f"{ENGINE}.dimensions.S.min", 513, "1 <= min <= opt <= max, not 513, 512, 512"),
-        (f"{ENGINE}.dimensions.S.opt", 513, "1 <= min <= opt <= max, not 1, 513, 512"),
+        (
+            f"{ENGINE}.dimensions.S.min",
+            513,
+            "1 <= min <= opt <= max <= 2147483647, not 513, 512, 512",
+        ),
+        (f"{ENGINE}.dimensions.S.opt", 513, "not 1, 513, 512"),
         (f"{ENGINE}.dimensions.B.min", 0, "1 <= min <= opt <= max"),
         (f"{ENGINE}.dimensions.B", ABSENT, "exactly the symbols"),
         (f"{ENGINE}.dimensions.L", {"min": 1, "opt": 1, "max": 1}, "exactly the symbols"),
         ("rope.axes_dims", [16, 56, 57], "even, positive"),
         ("rope.axes_dims", [15, 57, 56], "even, positive"),
         ("rope.axes_dims", [], "even, positive"),
-        ("rope.theta", 0, "must be positive"),
+        ("rope.theta", 0, "from 1 to 1e+12"),
         ("latents.patch_size", 0, "must be positive"),
-        ("latents.scaling_factor", 0, "is 0"),
-        ("schedule.shift", -3, "must be positive"),
+        ("latents.scaling_factor", 0, "from 1e-06 to 1e+06"),
+        ("schedule.shift", -3, "from 1e-06 to 1e+06"),
         ("schedule.time_shift_type", "cubic", "'exponential' or 'linear'"),
         ("schedule.base_image_seq_len", 4096, "less than max_image_seq_len"),
         ("defaults.height", 1000, "a multiple of 16"),
         ("defaults.num_inference_steps", 0, "must be positive"),
-        ("defaults.guidance_scale", -1, "is negative"),
+        ("defaults.guidance_scale", -1, "from 0 to 1e+06"),
         ("defaults.strength", 0, "above 0 and at most 1"),
         ("defaults.strength", 1.5, "above 0 and at most 1"),
         ("quality.min_psnr", -1, "between 0 and 150 dB"),
@@ -243,12 +249,170 @@ def test_an_engine_of_fixed_sizes_has_no_dimensions(manifest: Manifest) -> None:
         outputs=(replace(t5.outputs[0], shape=(1, 77, 8)),),
         engines=(replace(t5.engines[0], dimensions={}),),
     )
-    assert from_json(to_json(replace(manifest, components={"t5": fixed})), "here")
+    assert from_json(to_json(replace(manifest, components={"another": fixed})), "here")
     wrong = replace(
         fixed, engines=(replace(t5.engines[0], dimensions={"B": DimensionRange(1, 1, 1)}),)
     )
     with pytest.raises(BundleError, match="symbols of the component's tensors: none, not B"):
-        from_json(to_json(replace(manifest, components={"t5": wrong})), "here")
+        from_json(to_json(replace(manifest, components={"another": wrong})), "here")
+
+
+DOCUMENTED = {
+    "clip": ({"input_ids": "B 77"}, {"pooled_embeddings": "B 768"}),
+    "t5": ({"input_ids": "B S"}, {"text_embeddings": "B S 4096"}),
+    "conditioner": (
+        {
+            "text_embeddings": "B S 4096",
+            "pooled_embeddings": "B 768",
+            "timestep": "N",
+            "guidance": "B",
+        },
+        {"context": "B S 3072", "modulation": "N B 344 3072"},
+    ),
+    "transformer": (
+        {
+            "hidden_states": "B L 64",
+            "context": "B S 3072",
+            "modulation": "B 344 3072",
+            "rope_cos": "T 128",
+            "rope_sin": "T 128",
+        },
+        {"velocity": "B L 64"},
+    ),
+    "vae_decoder": ({"latents": "B 16 h w"}, {"images": "B 3 H W"}),
+    "vae_encoder": ({"images": "B 3 H W"}, {"mean": "B 16 h w", "logvar": "B 16 h w"}),
+}
+"""The tensors of FLUX.1-dev, as docs/components.md has them."""
+
+RANGES = {
+    "B": DimensionRange(1, 1, 64),
+    "S": DimensionRange(1, 512, 512),
+    "L": DimensionRange(1, 4096, 65536),
+    "T": DimensionRange(2, 4608, 66048),
+    "N": DimensionRange(1, 28, 1000),
+    **{side: DimensionRange(16, 1024, 4096) for side in "HW"},
+    **{side: DimensionRange(2, 128, 512) for side in "hw"},
+}
+
+
+def _specs(tensors: dict[str, str]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(
+            name,
+            "int32" if name == "input_ids" else "float32",
+            tuple(int(size) if size.isdigit() else size for size in shape.split()),
+        )
+        for name, shape in tensors.items()
+    )
+
+
+@pytest.fixture
+def whole(manifest: Manifest) -> Any:
+    """The manifest of FLUX.1-dev as JSON: all components, and both tokenizers."""
+    t5, clip = manifest.components["t5"], manifest.tokenizers["clip"]
+    components = {}
+    for name, sides in DOCUMENTED.items():
+        inputs, outputs = map(_specs, sides)
+        symbols = {size for spec in (*inputs, *outputs) for size in spec.shape}
+        dimensions = {symbol: RANGES[symbol] for symbol in symbols if isinstance(symbol, str)}
+        engine = replace(t5.engines[0], dimensions=dimensions)
+        components[name] = replace(t5, inputs=inputs, outputs=outputs, engines=(engine,))
+    tokenizers = {"clip": clip, "t5": replace(clip, max_length=512)}
+    return json.loads(to_json(replace(manifest, components=components, tokenizers=tokenizers)))
+
+
+def test_the_documented_tensors_are_taken(whole: Any) -> None:
+    manifest = from_json(json.dumps(whole), "here")
+    assert missing_component(manifest) is None
+    without = {**whole, "guidance_embedding": False}
+    del without["components"]["conditioner"]["inputs"][3]
+    assert from_json(json.dumps(without), "here")
+
+
+@pytest.mark.parametrize("name", ["clip", "t5", "conditioner", "transformer", "vae_decoder"])
+def test_a_component_that_every_picture_takes_is_missed(whole: Any, name: str) -> None:
+    del whole["components"][name]
+    assert missing_component(from_json(json.dumps(whole), "here")) == name
+
+
+CONDITIONER, TRANSFORMER = "components.conditioner", "components.transformer"
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        ("guidance_embedding", False, "conditioner.inputs must be text_embeddings, pooled_embed"),
+        (f"{CONDITIONER}.inputs[3]", ABSENT, "conditioner.inputs must be text_embeddings, pool"),
+        (f"{CONDITIONER}.inputs[2].name", "sigma", "timestep, guidance, not text_embeddings"),
+        (f"{TRANSFORMER}.outputs[0].name", "noise", "outputs must be velocity, not noise"),
+        ("components.clip.outputs", [], "outputs must be pooled_embeddings, not none"),
+        ("components.t5.inputs[0].dtype", "float32", "t5.inputs.input_ids is float32; it must be"),
+        (f"{CONDITIONER}.inputs[2].dtype", "int32", "timestep is int32; it must be float32"),
+        (f"{CONDITIONER}.inputs[2].shape", ["N", 1], "timestep has the shape ['N', 1]; it must"),
+        (f"{TRANSFORMER}.inputs[0].shape", ["B", "S", 64], "hidden_states has the shape ['B', 'S'"),
+        (f"{TRANSFORMER}.inputs[0].shape[2]", "S", "hidden_states has the shape ['B', 'L', 'S']"),
+        ("components.vae_decoder.outputs[0].shape[1]", 1, "images has the shape ['B', 1, 'H', 'W"),
+        (f"{TRANSFORMER}.inputs[0].shape[2]", 384, "gives 384 for a token's channels, and latents"),
+        (f"{TRANSFORMER}.outputs[0].shape[2]", 128, "gives 128 for a token's channels"),
+        ("latents.patch_size", 1, "gives 64 for a token's channels, and latents, channels times"),
+        ("latents.channels", 8, "for a token's channels"),
+        ("components.vae_encoder.outputs[1].shape[1]", 32, "and latents.channels makes that 16"),
+        (f"{TRANSFORMER}.inputs[3].shape[1]", 64, "gives 64 for a head's channels, and the sum"),
+        ("rope.axes_dims", [16, 56, 64], "makes that 136"),
+        ("rope.axes_dims", [128], "rows and columns take two axes"),
+        (f"{TRANSFORMER}.inputs[1].shape[2]", 512, "for the transformer's width, and components.c"),
+        (f"{TRANSFORMER}.inputs[2].shape[1]", 41, "gives 41 for the modulation's rows"),
+        ("components.t5.outputs[0].shape[2]", 128, "for T5's width"),
+        ("components.clip.outputs[0].shape[1]", 96, "for CLIP's width"),
+        ("tokenizers.clip.max_length", 248, "gives 77 for CLIP's tokens, and tokenizers.clip.max_"),
+        ("tokenizers.t5.max_length", 256, "is 512, and tokenizers.t5.max_length is 256"),
+        (f"{TRANSFORMER}.engines", [], "is empty; nothing can run it"),
+        ("defaults.height", 8192, "is 16 to 4096; defaults.height needs 8192"),
+        ("defaults.num_inference_steps", 2000, "dimensions.N is 1 to 1000; defaults.num_inference"),
+        (
+            "defaults.max_sequence_length",
+            513,
+            "defaults.max_sequence_length is 513, and tokenizers",
+        ),
+        (
+            "components.t5.engines[0].dimensions.B",
+            {"min": 2, "opt": 2, "max": 2},
+            "a picture needs",
+        ),
+        ("components.t5.engines[0].dimensions.B.max", 10**18, "<= max <= 2147483647"),
+        (f"{TRANSFORMER}.inputs[0].shape[2]", 10**18, "must be a size from 1 to 2147483647"),
+        ("latents.scaling_factor", 1e308, "from 1e-06 to 1e+06"),
+        ("latents.scaling_factor", -1e-300, "from 1e-06 to 1e+06"),
+        ("latents.shift_factor", -1e308, "from -1e+06 to 1e+06"),
+        ("rope.theta", 1e300, "from 1 to 1e+12"),
+        ("rope.theta", 1e-300, "from 1 to 1e+12"),
+        ("schedule.shift", 1e308, "from 1e-06 to 1e+06"),
+        ("schedule.max_shift", 1e308, "from -80 to 80"),
+        ("schedule.max_shift", 800.0, "from -80 to 80"),
+        ("schedule.base_shift", -1e5, "schedule.base_shift is out of range: it must be from -80"),
+        ("schedule.max_image_seq_len", 260, "for a picture of the default size: it must be from"),
+        ("schedule.shift_terminal", 1.0, "null, or from 0 to less than 1"),
+        ("schedule.shift_terminal", -0.5, "null, or from 0 to less than 1"),
+        ("defaults.guidance_scale", 1e300, "from 0 to 1e+06"),
+    ],
+)
+def test_what_would_fail_in_the_middle_of_a_picture_is_refused(
+    whole: Any, where: str, value: object, message: str
+) -> None:
+    holder, key = _place(whole, where)
+    if value is ABSENT:
+        del holder[key]
+    else:
+        holder[key] = value
+    with pytest.raises(BundleError) as caught:
+        from_json(json.dumps(whole), "bundle/fluxdeploy.json")
+    assert message in str(caught.value)
+
+
+def test_a_linear_shift_of_no_picture_is_refused(whole: Any) -> None:
+    whole["schedule"] |= {"time_shift_type": "linear", "base_shift": -1.0, "max_shift": 0.0}
+    with pytest.raises(BundleError, match="make a shift of 0 for a picture of the default size"):
+        from_json(json.dumps(whole), "here")
 
 
 def test_parsing_leaves_no_field_unchecked(manifest: Manifest) -> None:

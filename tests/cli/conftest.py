@@ -38,7 +38,6 @@ def bundle(tmp_path: Path) -> Path:
     root = tmp_path / "my [red] bundle"
     decoder = write(root, "onnx/vae_decoder.onnx", b"decoder" * 300)
     tokenizer = write(root, "tokenizers/clip.json", b"{}")
-    tensors = ("B", 3, "H", "W")
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         family="flux",
@@ -48,8 +47,8 @@ def bundle(tmp_path: Path) -> Path:
             "vae_decoder": ComponentRecord(
                 precision="bf16",
                 compute="bf16",
-                inputs=(TensorSpec("latents", "float32", tensors),),
-                outputs=(TensorSpec("images", "float32", tensors),),
+                inputs=(TensorSpec("latents", "float32", ("B", 16, "h", "w")),),
+                outputs=(TensorSpec("images", "float32", ("B", 3, "H", "W")),),
                 files=(decoder,),
                 engines=(
                     EngineRecord(
@@ -61,6 +60,8 @@ def bundle(tmp_path: Path) -> Path:
                             "B": DimensionRange(1, 1, 4),
                             "H": DimensionRange(16, 64, 128),
                             "W": DimensionRange(16, 64, 256),
+                            "h": DimensionRange(2, 8, 16),
+                            "w": DimensionRange(2, 8, 32),
                         },
                     ),
                 ),

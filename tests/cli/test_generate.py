@@ -63,7 +63,10 @@ def run(*args: object) -> Result:
     return CliRunner().invoke(main, ["generate", *map(str, args)], prog_name="fluxdeploy")
 
 
-def test_every_option_reaches_the_pipeline(bundle: Path, tmp_path: Path) -> None:
+def test_every_option_reaches_the_pipeline(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.base.usable_cpus", lambda: 2)
     out = tmp_path / "fox.png"
     Image.new("RGB", (20, 10), (1, 2, 3)).save(tmp_path / "start.png")
     options = (
@@ -127,7 +130,23 @@ def test_json_is_all_that_is_printed(bundle: Path, tmp_path: Path) -> None:
         "width": 128,
         "height": 64,
         "steps": 4,
+        "warnings": [],
     }
+
+
+def test_what_a_library_prints_is_not_on_stdout(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = FakePipeline.__call__
+
+    def chatty(self: FakePipeline, prompt: str, **arguments: Any) -> FluxPipelineOutput:
+        print("[ WARNING ] noise of a library")
+        return draw(self, prompt, **arguments)
+
+    monkeypatch.setattr(FakePipeline, "__call__", chatty)
+    result = run("a fox", "--bundle", bundle, "--out", tmp_path / "image.png", "--json")
+    assert json.loads(result.stdout)["paths"]
+    assert "noise of a library" in result.stderr
 
 
 def test_several_prompts_are_drawn_with_one_seed(bundle: Path, tmp_path: Path) -> None:
@@ -215,6 +234,26 @@ def test_a_missing_bundle_is_named(tmp_path: Path) -> None:
     result = run("a fox", "--bundle", tmp_path / "missing", "--out", tmp_path / "image.png")
     assert result.exit_code == 1
     assert "no bundle" in result.stderr
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "1.5", "1e300"])
+def test_a_strength_that_cannot_be_is_a_usage_error(
+    bundle: Path, tmp_path: Path, value: str
+) -> None:
+    Image.new("RGB", (20, 10)).save(tmp_path / "start.png")
+    options = ("--image", tmp_path / "start.png", f"--strength={value}")
+    result = run("a fox", "--bundle", bundle, "--out", tmp_path / "image.png", *options)
+    assert result.exit_code == 2
+    assert "`strength`" in result.stderr
+    assert FakePipeline.calls == []
+
+
+def test_more_threads_than_the_machine_has_are_a_usage_error(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "image.png"
+    result = run("a fox", "--bundle", bundle, "--out", out, "--threads", 10_000)
+    assert result.exit_code == 2
+    assert "logical CPUs that this process may use" in result.stderr
+    assert FakePipeline.opened == []
 
 
 @pytest.mark.parametrize("option", ["--num-images=0", "--threads=0", "--steps=x", "--seed=1.5"])

@@ -82,7 +82,10 @@ def test_the_tables_show_spreads_and_thresholds(report: dict[str, Any]) -> None:
     assert report["pictures"] is None
 
 
-def test_threads_and_the_gpu_are_passed_on(report: dict[str, Any]) -> None:
+def test_threads_and_the_gpu_are_passed_on(
+    report: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.base.usable_cpus", lambda: 2)
     assert run("--device", 1, "--threads", 2).exit_code == 0
     assert report["options"] == EngineOptions(threads=2, device=1)
     assert run("--device", -1).exit_code == 2

@@ -124,7 +124,8 @@ def test_closed_engine(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_threads(bundle: Make, threads: int) -> None:
+def test_threads(bundle: Make, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.base.usable_cpus", lambda: 2)
     options = EngineOptions(threads=threads)
     engine: Any = open_engine(bundle(), "tiny", options=options)
     assert engine.session.get_session_options().intra_op_num_threads == threads

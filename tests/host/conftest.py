@@ -73,6 +73,9 @@ class CharacterTokenizers:
             row[: len(codes) + 1] = [*codes, 999]
         return ids
 
+    def lengths(self, prompt: str) -> tuple[int, int]:
+        return len(prompt) + 1, len(prompt) + 1
+
 
 class MemoryEngine(Engine):
     """An engine that is a function of its inputs, and keeps count of its runs."""

@@ -124,3 +124,19 @@ def test_a_broken_image_is_refused_first(
     assert words in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not any(engine.runs for engine in engines.values())
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_prompt_that_is_cut_says_so(tmp_path: Path, as_json: bool) -> None:
+    options = ("--max-sequence-length", "16", "--out", str(tmp_path / "image.png"))
+    arguments = ["generate", "a fox", "a" * 30, "b" * 30, *options, *["--json"][: int(as_json)]]
+    result = CliRunner().invoke(main, arguments, prog_name="fluxdeploy")
+    assert result.exit_code == 0, result.stderr
+    words = (
+        "The prompt is cut: T5 reads 16 of its 31 tokens. Raise `max_sequence_length`, or shorten "
+        "it."
+    )
+    # Two prompts of equal lengths say the same, once.
+    assert result.stderr.count(f"Warning: {words}") == 1
+    if as_json:
+        assert json.loads(result.stdout)["warnings"] == [words]

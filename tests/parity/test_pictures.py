@@ -153,10 +153,14 @@ def test_the_promise_holds_with_exact_angles_too(
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_any_number_of_threads(
-    threads: int, open_pipeline: Callable[..., FluxPipeline], open_reference: Callable[..., Any]
+    threads: int,
+    open_pipeline: Callable[..., FluxPipeline],
+    open_reference: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from tests.support.float64 import pinned_angles
 
+    monkeypatch.setattr("engines.base.usable_cpus", lambda: 3)
     case = Case("many tokens", 128, 160, 2, 256, prompt=LONG, seed=5)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

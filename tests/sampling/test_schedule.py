@@ -61,10 +61,30 @@ def test_one_unshifted_step_goes_from_noise_to_picture(schedule_spec: ScheduleSp
         np.testing.assert_array_equal(sigmas(spec, 1, 4096), [1, 0])
 
 
-@pytest.mark.parametrize("steps", [0, -3])
-def test_fewer_than_one_step_is_refused(schedule_spec: ScheduleSpec, steps: int) -> None:
-    with pytest.raises(UsageError, match="must be at least 1"):
+@pytest.mark.parametrize("steps", [0, -3, 10**9, 10**30, 2.0, True, None, "4", [4]])
+def test_numbers_of_steps_that_cannot_be_are_refused(
+    schedule_spec: ScheduleSpec, steps: Any
+) -> None:
+    with pytest.raises(UsageError, match=r"must be (from 1 to|an integer)"):
         sigmas(schedule_spec, steps, 4096)
+
+
+@pytest.mark.parametrize(
+    ("kind", "max_shift", "tokens"),
+    [
+        ("exponential", 1.15, 10**6),
+        ("exponential", 80.0, 8192),
+        ("exponential", -80.0, 8192),
+        ("linear", -0.1, 4096),
+        ("linear", 0.0, 4096),
+    ],
+)
+def test_a_size_whose_shift_makes_no_levels_is_refused(
+    schedule_spec: ScheduleSpec, kind: str, max_shift: float, tokens: int
+) -> None:
+    spec = dataclasses.replace(schedule_spec, time_shift_type=kind, max_shift=max_shift)
+    with pytest.raises(UsageError, match="makes no noise levels for a picture of this size"):
+        sigmas(spec, 4, tokens)
 
 
 def test_one_step_is_refused_where_it_cannot_reach_the_terminal_level(

@@ -62,6 +62,8 @@ def openvino_loader(job: Job) -> Callable[[], Any]:
 
 
 def _main(checkpoint: str, file: str) -> None:
+    # Its converter sends telemetry where this package of its own can be imported.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     import openvino
     import torch
     from diffusers import FluxTransformer2DModel

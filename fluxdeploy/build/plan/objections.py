@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engines import choose_builder
-from fluxdeploy.build.checkpoint import find_text_remarks
+from fluxdeploy.build.checkpoint import find_text_remarks, limits
 from fluxdeploy.build.plan.figures import DiskPlan, Phase, RunMemory
 from fluxdeploy.build.resolve import BuildSpec
 from fluxdeploy.errors import EngineError
@@ -81,6 +81,9 @@ def find_remarks(spec: BuildSpec, usual: RunMemory, free: int | None) -> Iterato
     """
     yield from spec.checkpoint.notices
     yield from find_text_remarks(spec.checkpoint, spec.tokenizers)
+    limit = limits(spec.checkpoint)
+    if limit is not None:
+        yield limit
     runtime, targets = spec.runtime, spec.targets
     told: dict[str, list[str]] = {}
     for target in targets:

@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fluxdeploy.arguments import check_number
 from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.errors import UsageError
 from fluxdeploy.host.components import Run
 from fluxdeploy.host.input_images import to_pixels
-from fluxdeploy.host.request import GenerationRequest, check_number
+from fluxdeploy.host.request import GenerationRequest
 from fluxdeploy.host.tasks.task import Start, Task
 from fluxdeploy.sampling.latents import latent_shape, pack, sample_posterior, scale
 from fluxdeploy.sampling.noise import TorchGenerator
@@ -47,9 +48,8 @@ class ImageToImage(Task):
     ) -> ImageToImage:
         """The task of a request with `image` and `strength`."""
         given = arguments["strength"]
-        strength = manifest.defaults.strength if given is None else check_number("strength", given)
-        if not 0 <= strength <= 1:
-            raise UsageError(f"`strength` is {strength:g}; it must be from 0 to 1.")
+        strength = manifest.defaults.strength if given is None else given
+        strength = check_number("strength", strength, 0, 1)
         images = to_pixels(arguments["image"], request.height, request.width)
         if request.batch % len(images) != 0:
             raise UsageError(

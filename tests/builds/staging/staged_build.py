@@ -22,6 +22,7 @@ from fluxdeploy.bundle.manifest import (
     SCHEMA_VERSION,
     ComponentRecord,
     Defaults,
+    EngineRecord,
     FileRecord,
     LatentSpec,
     Manifest,
@@ -32,7 +33,7 @@ from fluxdeploy.bundle.manifest import (
 )
 from fluxdeploy.errors import BundleError
 
-COMPONENTS = ("clip", "t5", "vae_decoder")
+COMPONENTS = ("one", "two", "three")
 SHARED = "onnx/weights/shared.safetensors"
 TOKENIZER = "tokenizers/clip.json"
 
@@ -55,18 +56,19 @@ def describe(components: dict[str, ComponentRecord], files: tuple[FileRecord, ..
 
 
 def build(destination: Path, checkpoint: Path, version: str, pause: float = 0.0) -> None:
-    """Build `version`; the component `clip` is the same in every version."""
+    """Build `version`; the component `one` is the same in every version."""
     with staging.Staging(destination) as stage:
         components = {}
         for name in COMPONENTS:
-            key = name if name == "clip" else f"{name} {version}"
+            key = name if name == "one" else f"{name} {version}"
             files = stage.finished(name, key)
+            path = f"onnx/{name}.onnx"
             if files is None:
-                path = f"onnx/{name}.onnx"
                 write(stage.root / path, key.encode() * 50, pause)
                 link_or_copy(checkpoint, stage.root / SHARED)
                 files = stage.record(name, key, [path, stage.root / SHARED])
-            components[name] = ComponentRecord(key, "fp32", "fp32", (), (), files, (), None)
+            engines = (EngineRecord("onnxruntime", "1", "cpu", path, {}),)
+            components[name] = ComponentRecord(key, "fp32", "fp32", (), (), files, engines, None)
         tokenizer = stage.finished("the tokenizer/1", version)
         if tokenizer is None:
             write(stage.root / TOKENIZER, version.encode(), pause)

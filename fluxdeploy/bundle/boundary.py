@@ -1,0 +1,114 @@
+"""The tensors that a host gives to each component, and takes from it.
+
+A manifest that names others, or in which a size is not the same on both sides, is refused when it
+is read: a host would fail with it in the middle of a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fluxdeploy.bundle.typed_json import FieldError
+
+__all__ = ["NEEDED", "Tensors", "check_boundary"]
+
+Shape = tuple[int | str, ...]
+
+Tensors = Mapping[str, tuple[str, Shape]]
+"""For each tensor, its dtype and its shape."""
+
+NEEDED = ("clip", "t5", "conditioner", "transformer", "vae_decoder")
+"""The components that every picture takes."""
+
+_PICTURE: Shape = ("B", 3, "H", "W")
+
+# A word is a size that is the same wherever it stands; a letter is a symbol of the manifest.
+_BOUNDARY: Mapping[str, tuple[Mapping[str, Shape], Mapping[str, Shape]]] = {
+    "clip": (
+        {"input_ids": ("B", "CLIP's tokens")},
+        {"pooled_embeddings": ("B", "CLIP's width")},
+    ),
+    "t5": ({"input_ids": ("B", "S")}, {"text_embeddings": ("B", "S", "T5's width")}),
+    "conditioner": (
+        {
+            "text_embeddings": ("B", "S", "T5's width"),
+            "pooled_embeddings": ("B", "CLIP's width"),
+            "timestep": ("N",),
+            "guidance": ("B",),
+        },
+        {
+            "context": ("B", "S", "the transformer's width"),
+            "modulation": ("N", "B", "the modulation's rows", "the transformer's width"),
+        },
+    ),
+    "transformer": (
+        {
+            "hidden_states": ("B", "L", "a token's channels"),
+            "context": ("B", "S", "the transformer's width"),
+            "modulation": ("B", "the modulation's rows", "the transformer's width"),
+            "rope_cos": ("T", "a head's channels"),
+            "rope_sin": ("T", "a head's channels"),
+        },
+        {"velocity": ("B", "L", "a token's channels")},
+    ),
+    "vae_decoder": ({"latents": ("B", "the latents' channels", "h", "w")}, {"images": _PICTURE}),
+    "vae_encoder": (
+        {"images": _PICTURE},
+        {
+            "mean": ("B", "the latents' channels", "h", "w"),
+            "logvar": ("B", "the latents' channels", "h", "w"),
+        },
+    ),
+}
+
+
+def check_boundary(
+    components: Mapping[str, tuple[Tensors, Tensors]],
+    guidance: bool,
+    sizes: Mapping[str, tuple[int, str]],
+) -> None:
+    """Hold the inputs and outputs of the components that hosts know against what they expect.
+
+    guidance: whether the conditioner takes a guidance scale. sizes: what the rest of the manifest
+    says of a size, and where. Raises `FieldError` with the place in the manifest.
+    """
+    known = dict(sizes)
+    for name, expected in _BOUNDARY.items():
+        if name not in components:
+            continue
+        for side, tensors, wanted in zip(
+            ("inputs", "outputs"), components[name], expected, strict=True
+        ):
+            where = f"components.{name}.{side}"
+            names = [each for each in wanted if each != "guidance" or guidance]
+            if set(tensors) != set(names):
+                raise FieldError(
+                    where, f"must be {', '.join(names)}, not {', '.join(tensors) or 'none'}"
+                )
+            for tensor in names:
+                _check_tensor(f"{where}.{tensor}", *tensors[tensor], wanted[tensor], known)
+
+
+def _check_tensor(
+    where: str, dtype: str, shape: Shape, wanted: Shape, known: dict[str, tuple[int, str]]
+) -> None:
+    kind = "int32" if where.endswith(".input_ids") else "float32"
+    if dtype != kind:
+        raise FieldError(where, f"is {dtype}; it must be {kind}")
+    fits = len(shape) == len(wanted) and all(
+        isinstance(size, int) if _is_word(expected) else size == expected
+        for size, expected in zip(shape, wanted, strict=True)
+    )
+    if not fits:
+        raise FieldError(where, f"has the shape {list(shape)}; it must be {list(wanted)}")
+    for size, expected in zip(shape, wanted, strict=True):
+        if isinstance(size, int) and isinstance(expected, str):
+            other, place = known.setdefault(expected, (size, where))
+            if size != other:
+                raise FieldError(
+                    where, f"gives {size} for {expected}, and {place} makes that {other}"
+                )
+
+
+def _is_word(expected: int | str) -> bool:
+    return isinstance(expected, str) and len(expected) > 1
