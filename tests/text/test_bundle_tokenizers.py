@@ -43,7 +43,11 @@ def records(demo: Mapping[str, Path], tmp_path: Path) -> dict[str, TokenizerReco
         name: TokenizerRecord(
             path=f"tokenizers/{name}.json",
             files=(write(tmp_path, f"tokenizers/{name}.json", tokenizer.text.encode()),),
-            **{key: value for key, value in asdict(tokenizer).items() if key != "text"},
+            **{
+                key: value
+                for key, value in asdict(tokenizer).items()
+                if key not in ("text", "largest_id")
+            },
         )
         for name, tokenizer in made.items()
     }
