@@ -34,9 +34,8 @@ _MAX_JSON = 16 << 20
 """Bytes. FLUX.1's largest is a tokenizer.json of 3.5 MiB; its spiece.model has 0.8 MiB."""
 
 _MAX_VALUES = 600_000
-_MAX_PIECES = 100_000
-"""Of a vocabulary. FLUX.1's have 49,408 and 32,100; past 100,000 transformers asks the hub whether
-it is Mistral's."""
+_MAX_PIECES = 1 << 16
+"""Of a vocabulary, and above every id. FLUX.1's have 49,408 and 32,100."""
 
 _MAX_MERGES = 300_000
 _MAX_ADDED = 1000
@@ -117,7 +116,7 @@ def checked_folder(folder: Path, kind: Kind) -> Iterator[Path]:
     elif _PIECES in files:
         _check_sentencepiece(folder, files[_PIECES])
     else:
-        _check_size(folder, "vocab.json", "pieces", len(objects["vocab.json"]), _MAX_PIECES)
+        _check_pieces(folder, "vocab.json", objects["vocab.json"])
         lines = files["merges.txt"].count(b"\n")
         _check_size(folder, "merges.txt", "lines", lines, _MAX_MERGES)
     for name in files.keys() & {_CONFIG, _SPECIAL}:
@@ -192,6 +191,20 @@ def _check_size(folder: Path, where: str, what: str, count: int, most: int) -> N
         raise broken(folder, f"its {where} has {count} {what}, and at most {most} are allowed")
 
 
+def _check_pieces(folder: Path, where: str, pieces: Any) -> None:
+    if isinstance(pieces, (dict, list)):
+        _check_size(folder, where, "pieces", len(pieces), _MAX_PIECES)
+    if isinstance(pieces, dict):
+        # Saving a vocabulary goes through all ids up to the last.
+        for piece, number in pieces.items():
+            if isinstance(number, int) and number >= _MAX_PIECES:
+                raise broken(
+                    folder,
+                    f"its {where} gives {piece!r:.80} the id {number}, and at most "
+                    f"{_MAX_PIECES - 1} is allowed",
+                )
+
+
 def _check_settings(folder: Path, objects: Mapping[str, dict[str, Any]], kind: Kind) -> None:
     named_class = objects.get(_CONFIG, {}).get("tokenizer_class")
     if named_class not in (None, kind.class_name, f"{kind.class_name}Fast", *_GENERIC_CLASSES):
@@ -222,8 +235,8 @@ def _check_document(folder: Path, document: dict[str, Any], kind: Kind) -> None:
         )
     if model.get("dropout"):
         raise broken(folder, f"its {_DOCUMENT} drops merges at random")
+    _check_pieces(folder, _DOCUMENT, model["vocab"])
     for what, value, most in (
-        ("pieces", model["vocab"], _MAX_PIECES),
         ("merges", model.get("merges"), _MAX_MERGES),
         ("added tokens", document.get("added_tokens"), _MAX_ADDED),
     ):

@@ -124,6 +124,11 @@ def canonical_tokenizer(
             raise broken(folder, "one tokenizer.json cannot hold its vocabulary")
         _check_equal(folder, backend, canonical, [token["content"] for token in added])
         prefix, suffix = _surroundings(canonical)
+        around = len(prefix) + len(suffix)
+        if around > source.max_length:
+            raise broken(
+                folder, f"it puts {around} tokens around a text and pads to {source.max_length}"
+            )
     return CanonicalTokenizer(
         text=text,
         largest_id=max((*canonical.get_vocab().values(), loaded.pad_token_id)),

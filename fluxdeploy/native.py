@@ -17,6 +17,8 @@ from fluxdeploy.errors import FluxDeployError
 __all__ = ["exhausted", "native_errors", "try_threads"]
 
 _MAX_WORDS = 600
+_SEARCHED = 2000
+"""Characters at both ends of a message: libraries put their stack of calls around the reason."""
 
 _EXHAUSTED = (
     (
@@ -49,6 +51,7 @@ def exhausted(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EAGAIN):
         return _EXHAUSTED[1 if error.errno == errno.ENOMEM else 2][1]
     words = str(error)
+    words = words[:_SEARCHED] + words[-_SEARCHED:]
     for pattern, advice in _EXHAUSTED:
         if re.search(pattern, words, re.IGNORECASE):
             return advice

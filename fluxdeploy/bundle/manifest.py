@@ -7,6 +7,7 @@ other languages.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -66,6 +67,21 @@ float32 makes of others is infinity or zero."""
 
 _MAX_EXPONENT = 80
 """A float32 holds e to this power, and its inverse."""
+_MAX_ELEMENTS = 2**31 - 1
+_MAX_TOKENS = 1 << 16
+_MAX_ENTRIES = 64
+_MAX_FILES = 4096
+
+_MOST: Mapping[str, float] = {
+    "latents.channels": 4096,
+    "latents.patch_size": 64,
+    "latents.spatial_factor": 1024,
+    "defaults.height": 1 << 16,
+    "defaults.width": 1 << 16,
+    "defaults.num_inference_steps": 10_000,
+    "defaults.max_sequence_length": _MAX_TOKENS,
+}
+"""The largest magnitude of a field. What a host allocates and computes follows from these."""
 
 Dimension = int | str
 """A fixed size, or the symbol of a dynamic one: B batch, S text tokens, L image tokens, T = S + L
@@ -353,6 +369,7 @@ def _require(condition: bool, where: str, problem: str) -> None:
 
 
 def _check(manifest: Manifest) -> None:
+    _check_counts(manifest)
     _check_files(manifest)
     for name, component in manifest.components.items():
         _check_component(component, f"components.{name}")
@@ -363,6 +380,39 @@ def _check(manifest: Manifest) -> None:
     _check_schedule(manifest)
     _check_boundary(manifest)
     _check_defaults(manifest)
+    _check_magnitudes(manifest)
+
+
+def _check_counts(manifest: Manifest) -> None:
+    """Refuse lists that would take long to check, before they are."""
+    counts = {
+        "components": len(manifest.components),
+        "tokenizers": len(manifest.tokenizers),
+        "rope.axes_dims": len(manifest.rope.axes_dims),
+    }
+    for name, component in manifest.components.items():
+        specs = {"inputs": component.inputs, "outputs": component.outputs}
+        counts |= {f"components.{name}.{side}": len(given) for side, given in specs.items()}
+        counts[f"components.{name}.engines"] = len(component.engines)
+        for side, given in specs.items():
+            for index, spec in enumerate(given[:_MAX_ENTRIES]):
+                counts[f"components.{name}.{side}[{index}].shape"] = len(spec.shape)
+    for name, tokenizer in manifest.tokenizers.items():
+        for side, ids in (("prefix", tokenizer.prefix), ("suffix", tokenizer.suffix)):
+            counts[f"tokenizers.{name}.{side}"] = len(ids)
+    for where, count in counts.items():
+        _require(count <= _MAX_ENTRIES, where, f"has {count} entries; {_MAX_ENTRIES} are the most")
+    files = sum(1 for _ in manifest.files())
+    _require(files <= _MAX_FILES, "", f"It names {files} files; {_MAX_FILES} are the most")
+
+
+def _check_magnitudes(manifest: Manifest) -> None:
+    for where, most in _MOST.items():
+        part, name = where.split(".")
+        value = getattr(getattr(manifest, part), name)
+        _require(abs(value) <= most, where, f"is {value}; it is at most {most:g}")
+    for index, size in enumerate(manifest.rope.axes_dims):
+        _require(size <= 4096, f"rope.axes_dims[{index}]", f"is {size}; it is at most 4096")
 
 
 def _check_path(path: str, where: str) -> None:
@@ -433,6 +483,11 @@ def _check_tensor(spec: TensorSpec, where: str) -> set[str]:
             f"{where}.shape[{index}]",
             f"is {size!r}; it must be a size from 1 to {_MAX_SIZE} or one of {_listed(SYMBOLS)}",
         )
+    _require(
+        math.prod(size for size in spec.shape if isinstance(size, int)) <= _MAX_ELEMENTS,
+        f"{where}.shape",
+        f"is {list(spec.shape)}, which has more than {_MAX_ELEMENTS} elements",
+    )
     return {size for size in spec.shape if isinstance(size, str)}
 
 
@@ -461,9 +516,10 @@ def _check_tokenizer(tokenizer: TokenizerRecord, where: str) -> None:
         )
     shortest = max(1, len(tokenizer.prefix) + len(tokenizer.suffix))
     _require(
-        tokenizer.max_length >= shortest,
+        shortest <= tokenizer.max_length <= _MAX_TOKENS,
         f"{where}.max_length",
-        f"is {tokenizer.max_length}; with the prefix and the suffix it is at least {shortest}",
+        f"is {tokenizer.max_length}; with the prefix and the suffix it is at least {shortest}, and "
+        f"at most {_MAX_TOKENS}",
     )
     for name in ("padding_side", "truncation_side"):
         side = getattr(tokenizer, name)

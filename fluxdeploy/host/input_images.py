@@ -122,12 +122,19 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         raise UsageError(
             f"A picture of Pillow's mode {image.mode!r} has no known range. Convert it to 8 bits."
         )
-    upright: Any = ImageOps.exif_transpose(image)
+    upright = _upright(image)
     if upright.mode.startswith("I;16"):
         # `convert` would make all above 255 white; of 16-bit colours Pillow keeps the high byte.
         upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
     rgb: Image.Image = upright.convert("RGB")
     return rgb
+
+
+def _upright(image: Image.Image) -> Any:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # noqa: BLE001 - on broken EXIF Pillow raises anything; viewers ignore it
+        return image
 
 
 def _too_large() -> str:

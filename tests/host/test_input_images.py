@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from fluxdeploy.errors import FluxDeployError, UsageError
-from fluxdeploy.host.input_images import open_image
+from fluxdeploy.host.input_images import open_image, to_pixels
 
 
 def png_of_size(width: int, height: int) -> bytes:
@@ -73,6 +73,23 @@ def test_a_picture_that_would_fill_the_memory_is_refused(
     path.write_bytes(png_of_size(*size))
     with pytest.raises(UsageError, match=r"image\.png: The picture has more than 8192 x 8192"):
         open_image(path)
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\x00M\x00*", b"MM\x00+", b"II\x2a\x00", b"", b"MM\x00*\xff\xff"]
+)
+def test_a_picture_with_broken_exif_is_taken_as_it_lies(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "image.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned
+    Image.new("RGB", (30, 40), "red").save(path, exif=exif)
+    data = path.read_bytes()
+    start = data.index(b"Exif\0\0") + 6
+    path.write_bytes(data[:start] + damage + data[start + len(damage) :])
+    image, _ = open_image(path)
+    assert to_pixels(image, 16, 16).shape == (1, 3, 16, 16)
+    with Image.open(path) as lazy:
+        assert to_pixels(lazy, 16, 16).shape == (1, 3, 16, 16)
 
 
 def test_a_file_too_large_to_be_a_picture_is_refused(tmp_path: Path) -> None:
