@@ -101,13 +101,15 @@ class StoredTensor:
         if values.size != count:
             raise CheckpointError(f"{self.file} was cut off while it was read.")
         exact = to_float32(values, self.dtype)
-        # Ends instead of a mask of all: NaN and infinity reach them, and no memory is taken.
+        if self.scale is not None:
+            exact = exact * self.scale.read()[0]
+        # Its ends instead of a mask of all: NaN and infinity reach them, and no memory is taken.
         if count and not (np.isfinite(exact.min()) and np.isfinite(exact.max())):
             raise CheckpointError(
                 f"Tensor {self.name} in {self.file} holds NaN or infinity: the checkpoint is "
                 "broken. Fetch it again, or merge or convert it again from what it was made of."
             )
-        return exact if self.scale is None else exact * self.scale.read()[0]
+        return exact
 
 
 _RAW = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"}
