@@ -49,6 +49,9 @@ _FOLDERS = {
     "t5": "text_encoder_2",
 }
 
+_COMPARED = 4096
+"""Elements of each tensor that are compared where a whole part would take too long."""
+
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Read the headers and configs of a checkpoint.
@@ -131,6 +134,8 @@ def _open_bfl(path: Path) -> Checkpoint:
     for name in ("clip", "t5"):
         _add(parts, absent, name, root / _FOLDERS[name])
         absent[name] += _unread_encoder(name, found)
+        if name in parts:
+            _check_encoders_beside(name, parts[name].weights, root, found)
     scheduler = root / "scheduler" / "scheduler_config.json"
     return Checkpoint(
         root,
@@ -251,7 +256,8 @@ def _add_vae(
     if sources:
         (first, parts["vae"]), *others = sources
         for other, part in others:
-            if not same_values(parts["vae"].weights, part.weights):
+            weights = parts["vae"].weights
+            if weights.keys() != part.weights.keys() or not same_values(weights, part.weights):
                 raise CheckpointError(
                     f"There are two different VAEs, in {first} and in {other}: leave the one that "
                     "belongs to the transformer."
@@ -284,6 +290,23 @@ def _vaes_beside(
         else:
             vaes.append(file)
     return vaes, strangers
+
+
+def _check_encoders_beside(
+    name: str, weights: Weights, root: Path, found: Mapping[Path, Contents]
+) -> None:
+    """Refuse a single file of a text encoder that is another one than the folder's.
+
+    A part of each tensor is compared: all of T5 would take minutes.
+    """
+    for file, held in found.items():
+        if name in held.parts:
+            beside = _canonical(name, attach_scales(read_stored([file])))
+            if not same_values(weights, beside, _COMPARED):
+                raise CheckpointError(
+                    f"There are two different text encoders, in {root / _FOLDERS[name]} and in "
+                    f"{file}: leave the one that belongs to the transformer, in the folder."
+                )
 
 
 def _unread_encoder(part: str, found: Mapping[Path, Contents]) -> str:

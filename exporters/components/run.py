@@ -28,7 +28,8 @@ def run_reference(
 ) -> dict[str, Array]:
     """Run a float32 chain with the checkpoint's weights; returns its outputs by name.
 
-    `on_stage` hears of every stage that is done. Raises `CheckpointError` for missing tensors.
+    `on_stage` hears of every stage that is done. Raises `CheckpointError` for missing tensors and
+    for weights that are not finite.
     """
     return run_samples(chain, weights, [inputs], after=on_stage)[0]
 

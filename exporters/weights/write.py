@@ -184,7 +184,7 @@ def _parts(tensor: WrittenTensor) -> Iterator[np.ndarray]:
         return
     for values in _read(stored):
         narrow = from_float32(values, tensor.dtype)
-        if tensor.dtype == "F16" and (np.isinf(narrow) & np.isfinite(values)).any():
+        if tensor.dtype == "F16" and np.isinf(narrow).any():
             raise CheckpointError(
                 f"Tensor {stored.name} holds values up to {_largest(stored):.3g}, past FP16's "
                 "65504: build with --precision bf16."

@@ -218,8 +218,10 @@ def put_in_the_folder(bfl: Path, source: Path) -> Path:
     return bfl / VAE
 
 
-@pytest.mark.parametrize("second", [put_beside, put_inside, put_in_the_folder])
-@pytest.mark.parametrize("whole_folder", [True, False])
+@pytest.mark.parametrize(
+    ("second", "whole_folder"),
+    [(put_beside, True), (put_beside, False), (put_inside, False), (put_in_the_folder, False)],
+)
 def test_a_second_vae_has_to_be_the_same(
     bfl: Path, source: Path, second: Callable[[Path, Path], Path], whole_folder: bool
 ) -> None:
@@ -273,6 +275,22 @@ def test_single_text_encoders_beside(bfl: Path, file: str, part: str, words: lis
         open_checkpoint(bfl).part(part)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("file", [CLIP, T5])
+def test_a_second_text_encoder_has_to_be_the_same(bfl: Path, file: str, dtype: Any) -> None:
+    beside = bfl / "encoder.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(bfl / file).items()}
+    save_file(tensors, beside)
+    open_checkpoint(bfl)
+    name = next(
+        name for name in tensors if name.endswith(("fc1.weight", "DenseReluDense.wo.weight"))
+    )
+    save_file(tensors | {name: (tensors[name].float() * 1.5).to(dtype)}, beside)
+    with pytest.raises(CheckpointError, match="two different text encoders, in") as caught:
+        open_checkpoint(bfl)
+    assert str(beside) in str(caught.value)
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_2"])

@@ -152,11 +152,16 @@ def test_values_past_fp16_name_the_precision_that_holds_them(tmp_path: Path) -> 
     bound(tmp_path, values, "bf16")
 
 
-def test_what_is_infinite_hides_no_value_past_fp16(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="FP16"):
-        bound(tmp_path, torch.tensor([torch.inf, -1e6]), "fp16")
-    _, tensor = bound(tmp_path, torch.tensor([torch.inf, 1.0]), "fp16")
-    assert tensor.numpy().tolist() == [np.inf, 1.0]
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_weights_that_are_not_finite_are_named(
+    tmp_path: Path, value: float, precision: str
+) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"layer.weight in .* holds NaN or infinity: .*broken"
+    ):
+        bound(tmp_path, torch.tensor([1.0, value]), precision)
+    assert list((tmp_path / "weights").iterdir()) == []
 
 
 def test_converted_file_never_replaces_a_linked_one(tmp_path: Path) -> None:
