@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fluxdeploy.build.checkpoint import check_family, find_checkpoint
+from fluxdeploy.build.checkpoint import (
+    check_family,
+    find_checkpoint,
+    hash_checkpoint,
+    require_unchanged,
+)
+from fluxdeploy.bundle.files import HashCache
+from fluxdeploy.bundle.tensorfile import read_header, write_sparse
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
-from fluxdeploy.errors import UsageError
+from fluxdeploy.errors import CheckpointError, UsageError
+from fluxdeploy.progress import Progress
 
 pytest.importorskip("torch")
 
@@ -52,3 +63,66 @@ def test_an_unknown_name_of_the_package_is_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"demo:large.*demo:dev and demo:schnell"):
         find_checkpoint("demo:large")
+
+
+VAE = "vae/diffusion_pytorch_model.safetensors"
+
+
+def _rewrite(
+    path: Path, rename: str = "", pad: bool = False, dtype: str = "", drop: int = 0
+) -> None:
+    """Write a safetensors file of zeros again, a little otherwise."""
+    tensors = [
+        (t.name + rename, dtype or t.dtype, t.shape) for t in read_header(path).tensors.values()
+    ]
+    path.unlink()
+    write_sparse(path, tensors[drop:], {"padding": "x" * 100} if pad else None)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of demo:schnell, with times of long ago and a cache of hashes for itself."""
+    root = tmp_path / "checkpoint"
+    shutil.copytree(DEMO_CHECKPOINTS["demo:schnell"], root)
+    for file in root.rglob("*.safetensors"):
+        os.utime(file, (1_600_000_000, 1_600_000_000))
+    return root
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rename": ".x"}, {"pad": True}, {"dtype": "F16"}, {"drop": 1}, {"dtype": "F32"}],
+)
+def test_a_file_that_changes_between_its_header_and_its_hash_is_told(
+    copy: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    checkpoint = find_checkpoint(str(copy))
+    _rewrite(copy / VAE, **change)
+    with pytest.raises(CheckpointError, match=f"{VAE} was changed while the checkpoint was read"):
+        hash_checkpoint(checkpoint, Progress(quiet=True), HashCache(tmp_path))
+
+
+@pytest.mark.parametrize("how", ["bytes", "kept time", "replaced", "linked", "touched"])
+def test_a_file_that_changes_while_it_is_built_is_told(
+    copy: Path, tmp_path: Path, how: str
+) -> None:
+    checkpoint, cache = find_checkpoint(str(copy)), HashCache(tmp_path)
+    hash_checkpoint(checkpoint, Progress(quiet=True), cache)
+    cache.link(copy / VAE, tmp_path / "weights")
+    require_unchanged(cache)
+    data = bytearray((copy / VAE).read_bytes())
+    data[-1] ^= 1
+    if how == "linked":
+        os.link(copy / VAE, tmp_path / "other")
+    elif how == "touched":
+        os.utime(copy / VAE)
+    else:
+        if how == "replaced":
+            (copy / VAE).unlink()
+        (copy / VAE).write_bytes(data)
+        if how == "kept time":
+            os.utime(copy / VAE, (1_600_000_000, 1_600_000_000))
+        with pytest.raises(CheckpointError, match=f"{VAE} was changed"):
+            require_unchanged(cache)
+        return
+    require_unchanged(cache)
