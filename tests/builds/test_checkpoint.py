@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fluxdeploy.build.checkpoint import check_family, find_checkpoint, limits
+from fluxdeploy.build.checkpoint import (
+    check_family,
+    find_checkpoint,
+    hash_checkpoint,
+    limits,
+    require_unchanged,
+)
 from fluxdeploy.build.describe import describe
+from fluxdeploy.bundle.files import HashCache
 from fluxdeploy.bundle.manifest import ComponentRecord, DimensionRange, EngineRecord
+from fluxdeploy.bundle.tensorfile import read_header, write_sparse
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
-from fluxdeploy.errors import UsageError
+from fluxdeploy.errors import CheckpointError, UsageError
+from fluxdeploy.progress import Progress
 
 pytest.importorskip("torch")
 
@@ -88,17 +99,77 @@ def test_a_bundle_says_what_its_checkpoint_is_for_and_it_does_not_do(
         assert "text to image and image to image, and not the editing" in str(limit)
 
 
-def test_the_default_picture_is_the_one_that_engines_are_tuned_for() -> None:
-    defaults = _described(find_checkpoint("demo:dev")).defaults
-    assert (defaults.height, defaults.width) == (96, 160)
-
-
 def _described(checkpoint: Any) -> Any:
     sides = {"H": DimensionRange(64, 96, 128), "W": DimensionRange(64, 160, 192)}
     engine = EngineRecord("memory", "1", "cpu", "", sides)
     record = ComponentRecord("", "fp32", "fp32", (), (), (), (engine,), None)
     request = SimpleNamespace(checkpoint=None, precision="fp32")
-    spec = SimpleNamespace(checkpoint=checkpoint, request=request, schedule=None)
+    spec = SimpleNamespace(
+        checkpoint=checkpoint, request=request, schedule=None, defaults=checkpoint.defaults
+    )
     run = SimpleNamespace(spec=spec, hashes=SimpleNamespace(digest="0" * 64))
     components = {"transformer": record, "vae_decoder": record}
     return describe(run, {}, components)  # type: ignore[arg-type]
+
+
+VAE = "vae/diffusion_pytorch_model.safetensors"
+
+
+def _rewrite(
+    path: Path, rename: str = "", pad: bool = False, dtype: str = "", drop: int = 0
+) -> None:
+    """Write a safetensors file of zeros again, a little otherwise."""
+    tensors = [
+        (t.name + rename, dtype or t.dtype, t.shape) for t in read_header(path).tensors.values()
+    ]
+    path.unlink()
+    write_sparse(path, tensors[drop:], {"padding": "x" * 100} if pad else None)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of demo:schnell, with times of long ago and a cache of hashes for itself."""
+    root = tmp_path / "checkpoint"
+    shutil.copytree(DEMO_CHECKPOINTS["demo:schnell"], root)
+    for file in root.rglob("*.safetensors"):
+        os.utime(file, (1_600_000_000, 1_600_000_000))
+    return root
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rename": ".x"}, {"pad": True}, {"dtype": "F16"}, {"drop": 1}, {"dtype": "F32"}],
+)
+def test_a_file_that_changes_between_its_header_and_its_hash_is_told(
+    copy: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    checkpoint = find_checkpoint(str(copy))
+    _rewrite(copy / VAE, **change)
+    with pytest.raises(CheckpointError, match=f"{VAE} was changed while the checkpoint was read"):
+        hash_checkpoint(checkpoint, Progress(quiet=True), HashCache(tmp_path))
+
+
+@pytest.mark.parametrize("how", ["bytes", "kept time", "replaced", "linked", "touched"])
+def test_a_file_that_changes_while_it_is_built_is_told(
+    copy: Path, tmp_path: Path, how: str
+) -> None:
+    checkpoint, cache = find_checkpoint(str(copy)), HashCache(tmp_path)
+    hash_checkpoint(checkpoint, Progress(quiet=True), cache)
+    cache.link(copy / VAE, tmp_path / "weights")
+    require_unchanged(cache)
+    data = bytearray((copy / VAE).read_bytes())
+    data[-1] ^= 1
+    if how == "linked":
+        os.link(copy / VAE, tmp_path / "other")
+    elif how == "touched":
+        os.utime(copy / VAE)
+    else:
+        if how == "replaced":
+            (copy / VAE).unlink()
+        (copy / VAE).write_bytes(data)
+        if how == "kept time":
+            os.utime(copy / VAE, (1_600_000_000, 1_600_000_000))
+        with pytest.raises(CheckpointError, match=f"{VAE} was changed"):
+            require_unchanged(cache)
+        return
+    require_unchanged(cache)
