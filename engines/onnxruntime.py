@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from engines.base import (
     Runtime,
 )
 from engines.gpu import has_nvidia_driver
-from engines.tensors import BoundInputs, check_inputs, output_shape
+from engines.tensors import BoundInputs, Found, check_graph, check_inputs, output_shape
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError
 from fluxdeploy.kernels import AttentionKernels
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["OnnxRuntime"]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_DTYPES = {"tensor(float)": "float32", "tensor(int32)": "int32"}
 _ERRORS = 3  # the least severity that is logged
 _FORMATS = ("fp8", "int8")
 
@@ -194,6 +195,16 @@ def _load_cuda_libraries() -> str:
     return f" {lines[0]}" if lines else ""
 
 
+def _tensors(nodes: Sequence[onnxruntime.NodeArg]) -> Found:
+    return {
+        node.name: (
+            _DTYPES.get(node.type, node.type),
+            tuple(size if isinstance(size, int) else None for size in node.shape),
+        )
+        for node in nodes
+    }
+
+
 class _OnnxRuntimeEngine(Engine):
     def __init__(
         self,
@@ -208,6 +219,7 @@ class _OnnxRuntimeEngine(Engine):
         self._session: onnxruntime.InferenceSession | None = _session(
             path, engine.target, options, component, record.precision
         )
+        check_graph(self, _tensors(self.session.get_inputs()), _tensors(self.session.get_outputs()))
 
     @property
     def session(self) -> onnxruntime.InferenceSession:
