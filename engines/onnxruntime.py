@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from engines.base import (
     Runtime,
 )
 from engines.gpu import has_nvidia_driver
-from engines.tensors import BoundInputs, check_inputs, output_shape
+from engines.tensors import BoundInputs, Found, check_graph, check_inputs, output_shape
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError
 from fluxdeploy.install import install_command
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["OnnxRuntime"]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_DTYPES = {"tensor(float)": "float32", "tensor(int32)": "int32"}
 _ERRORS = 3  # the least severity that is logged
 _FORMATS = ("fp8", "int8")
 
@@ -201,6 +202,16 @@ def _running(component: str) -> AbstractContextManager[None]:
     return native_errors(EngineError, f"{component} failed in ONNX Runtime")
 
 
+def _tensors(nodes: Sequence[onnxruntime.NodeArg]) -> Found:
+    return {
+        node.name: (
+            _DTYPES.get(node.type, node.type),
+            tuple(size if isinstance(size, int) else None for size in node.shape),
+        )
+        for node in nodes
+    }
+
+
 class _OnnxRuntimeEngine(Engine):
     def __init__(
         self,
@@ -215,6 +226,7 @@ class _OnnxRuntimeEngine(Engine):
         self._session: onnxruntime.InferenceSession | None = _session(
             path, engine.target, options, component, record.precision
         )
+        check_graph(self, _tensors(self.session.get_inputs()), _tensors(self.session.get_outputs()))
 
     @property
     def session(self) -> onnxruntime.InferenceSession:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines.base import Array, Availability, Binding, Engine, EngineOptions, Extra, Runtime
-from engines.tensors import BoundInputs
+from engines.tensors import BoundInputs, Found, check_graph
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError
 from fluxdeploy.install import install_command
@@ -30,6 +30,7 @@ missing in every step. With its hint for bfloat16, OpenVINO rounds the angles of
 sines too, which puts a conditioner of FLUX.1's width off by a third of its range."""
 
 _TYPES = ("fp32", "bf16")
+_DTYPES = {"f32": "float32", "i32": "int32"}
 
 
 class OpenVino(Runtime):
@@ -118,6 +119,18 @@ def _running(component: str) -> AbstractContextManager[None]:
     return native_errors(EngineError, f"{component} failed in OpenVINO")
 
 
+def _tensors(ports: Sequence[Any]) -> Found:
+    """What a compiled model takes or gives, under each of its names."""
+    return {
+        name: (
+            _DTYPES.get(port.element_type.get_type_name(), port.element_type.get_type_name()),
+            tuple(size.get_length() if size.is_static else None for size in port.partial_shape),
+        )
+        for port in ports
+        for name in port.names
+    }
+
+
 class _OpenVinoEngine(Engine):
     def __init__(
         self,
@@ -131,6 +144,7 @@ class _OpenVinoEngine(Engine):
         self._model: openvino.CompiledModel | None = _compile(
             path, record.compute, options, component
         )
+        check_graph(self, _tensors(self._model.inputs), _tensors(self._model.outputs))
 
     def model(self) -> openvino.CompiledModel:
         """The compiled model. Raises `EngineError` once the engine was closed."""

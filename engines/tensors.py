@@ -12,7 +12,54 @@ from engines.base import Engine
 from fluxdeploy.bundle.manifest import DimensionRange, TensorSpec
 from fluxdeploy.errors import EngineError
 
-__all__ = ["BoundInputs", "check_inputs", "output_shape"]
+__all__ = ["BoundInputs", "Found", "check_graph", "check_inputs", "output_shape"]
+
+_REBUILD = "Build the bundle again with `fluxdeploy build`."
+
+Found = Mapping[str, tuple[str, tuple[int | None, ...]]]
+"""What a graph has: for each tensor its dtype, and its sizes, None where one is free."""
+
+
+def check_graph(engine: Engine, inputs: Found, outputs: Found) -> None:
+    """Hold what a manifest says of an engine's tensors against the graph that was opened.
+
+    Raises `EngineError` for a graph that takes other tensors, or does not give those.
+    """
+    for side, specs, found in (
+        ("inputs", engine.inputs, inputs),
+        ("outputs", engine.outputs, outputs),
+    ):
+        wanted = {spec.name: spec for spec in specs}
+        missing = wanted.keys() - found.keys()
+        # What else a graph gives is left alone; what else it takes would be missing in each run.
+        surplus = found.keys() - wanted.keys() if side == "inputs" else set()
+        if missing or surplus:
+            raise EngineError(
+                f"The manifest says that {engine.component} has the {side} {', '.join(wanted)}, "
+                f"and its graph has {', '.join(found) or 'none'}. {_REBUILD}"
+            )
+        for name, spec in wanted.items():
+            dtype, sizes = found[name]
+            if dtype != spec.dtype or not _fits(spec, sizes, engine.dimensions):
+                shown = ["free" if size is None else size for size in sizes]
+                raise EngineError(
+                    f"The manifest says that {name} of {engine.component} is {spec.dtype} "
+                    f"{list(spec.shape)}, and its graph has {dtype} {shown}. {_REBUILD}"
+                )
+
+
+def _fits(
+    spec: TensorSpec, sizes: tuple[int | None, ...], dimensions: Mapping[str, DimensionRange]
+) -> bool:
+    if len(sizes) != len(spec.shape):
+        return False
+    for wanted, size in zip(spec.shape, sizes, strict=True):
+        if size is None or size == wanted:
+            continue
+        allowed = dimensions.get(wanted) if isinstance(wanted, str) else None
+        if allowed is None or not allowed.min == size == allowed.max:
+            return False
+    return True
 
 
 def check_inputs(

@@ -102,8 +102,7 @@ class FluxPipeline:
         kept_text_bytes = check_integer("kept_text_bytes", kept_text_bytes, 0)
         self._bundle = bundle
         self._components = Components(bundle.manifest, open_component, low_vram)
-        clip_length = bundle.manifest.tokenizers["clip"].max_length
-        self._encoder = PromptEncoder(tokenizers, clip_length, kept_text_bytes)
+        self._encoder = PromptEncoder(tokenizers, bundle.manifest.tokenizers, kept_text_bytes)
         # Reentrant: a callback may make another picture, or close the pipeline before it raises.
         self._turns = Turns()
         self._told: set[str] = set()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Array
+from fluxdeploy.bundle.manifest import TokenizerRecord
 from fluxdeploy.host.components import Run
 from fluxdeploy.text import Tokenizers
 
@@ -49,10 +50,12 @@ class PromptEncoder:
     depend on the others, and equal calls must give equal pictures whatever came before.
     """
 
-    def __init__(self, tokenizers: Tokenizers, clip_length: int, capacity: int) -> None:
-        """clip_length: the tokens that CLIP takes of a prompt."""
+    def __init__(
+        self, tokenizers: Tokenizers, records: Mapping[str, TokenizerRecord], capacity: int
+    ) -> None:
+        """records: what the manifest says of the tokenizers."""
         self._tokenizers = tokenizers
-        self._clip_length = clip_length
+        self._longest = {name: record.max_length for name, record in records.items()}
         self._capacity = capacity
         self._kept: OrderedDict[tuple[str, int, bytes], NDArray[np.float32]] = OrderedDict()
 
@@ -77,7 +80,7 @@ class PromptEncoder:
         sentences = []
         for number, prompt in enumerate(prompts):
             clip, t5 = self._tokenizers.lengths(prompt)
-            read = (("T5", t5, length), ("CLIP", clip, self._clip_length))
+            read = (("T5", t5, length), ("CLIP", clip, self._longest["clip"]))
             cut = [
                 f"{name} reads {kept} of its {all_} tokens"
                 for name, all_, kept in read
@@ -85,7 +88,8 @@ class PromptEncoder:
             ]
             if cut:
                 which = f"{what} {number + 1} of {len(prompts)}" if len(prompts) > 1 else what
-                advice = " Raise `max_sequence_length`, or shorten it." if t5 > length else ""
+                more = t5 > length < self._longest["t5"]
+                advice = " Raise `max_sequence_length`, or shorten it." if more else ""
                 sentences.append(f"{which} is cut: {', and '.join(cut)}.{advice}")
         return sentences
 

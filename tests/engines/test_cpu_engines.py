@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from engines import openvino as openvino_module
 from engines.onnxruntime import OnnxRuntime
 from engines.openvino import OpenVino
 from engines.tensorrt.runtime import TensorRt
+from fluxdeploy.bundle.manifest import TensorSpec
 from fluxdeploy.errors import EngineError
 from fluxdeploy.kernels import AttentionKernels
 from fluxdeploy.precision import PRECISIONS
-from tests.engines.conftest import Make, arrays, engine_record, expected, record
+from tests.engines.conftest import INPUTS, Make, arrays, engine_record, expected, record
 
 RUNTIMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
@@ -34,6 +36,30 @@ def runtime(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def engine(bundle: Make, runtime: str) -> Engine:
     return open_engine(bundle(engine_record(runtime)), "tiny", runtime)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"inputs": INPUTS[:2]}, "has the inputs x, scale, and its graph has x, scale, ids"),
+        ({"inputs": (*INPUTS, TensorSpec("more", "float32", ("B",)))}, "x, scale, ids, more, and"),
+        ({"inputs": (TensorSpec("X", "float32", ("B", "T", 4)), *INPUTS[1:])}, "the inputs X, sc"),
+        ({"outputs": (TensorSpec("z", "float32", ("B", "T", 4)),)}, "has the outputs z, and its"),
+        ({"outputs": (TensorSpec("y", "float32", ("B", "T", 2**20)),)}, "that y of tiny is float"),
+        ({"outputs": (TensorSpec("y", "int32", ("B", "T", 4)),)}, "its graph has float32"),
+        ({"inputs": (*INPUTS[:2], TensorSpec("ids", "float32", ("B",)))}, "its graph has int32"),
+        ({"inputs": (INPUTS[0], TensorSpec("scale", "float32", ("B", "T", 4)), INPUTS[2])}, "scal"),
+        ({"inputs": (INPUTS[0], TensorSpec("scale", "float32", ("B", "T")), INPUTS[2])}, "'T'], a"),
+    ],
+)
+def test_a_manifest_that_the_graph_contradicts_is_refused_on_opening(
+    bundle: Make, runtime: str, change: dict[str, Any], words: str
+) -> None:
+    made = bundle(engine_record(runtime))
+    made.manifest.components["tiny"] = replace(made.manifest.components["tiny"], **change)
+    with pytest.raises(EngineError, match="The manifest says") as caught:
+        open_engine(made, "tiny", runtime)
+    assert words in str(caught.value)
 
 
 def split(inputs: dict[str, Any], *resident: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -295,10 +321,12 @@ def test_what_openvino_computes_in(
         def read_model(self, path: Path) -> None:
             pass
 
-        def compile_model(self, model: None, device: str, settings: dict[str, Any]) -> None:
+        def compile_model(self, model: None, device: str, settings: dict[str, Any]) -> Any:
             told.update(settings)
+            return SimpleNamespace(inputs=(), outputs=())
 
     monkeypatch.setattr(openvino_module, "_core", Core)
+    monkeypatch.setattr(openvino_module, "check_graph", lambda *_: None)
     engine = engine_record("openvino")
     described = replace(record(engine), compute=compute)
     OpenVino().open(component, described, engine, Path(), EngineOptions())

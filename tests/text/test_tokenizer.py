@@ -63,14 +63,24 @@ def test_threads_that_ask_for_different_lengths_do_not_disturb_each_other(
         (["a"], 513, "t5 tokenizer cannot pad to 513 tokens; choose 1 to 512"),
         (["a"], 0, "choose 1 to 512"),
         (["a"], -1, "choose 1 to 512"),
+        (["a"], 10**30, "choose 1 to 512"),
+        (["a"], "32", "`max_length` must be an integer, not '32'"),
+        (["a"], 32.0, "`max_length` must be an integer"),
+        (["a"], True, "`max_length` must be an integer"),
         ("a cat", 32, "list of strings"),
+        (b"a cat", 32, "list of strings"),
+        (None, 32, "list of strings, not None"),
+        (5, 32, "list of strings, not 5"),
+        ({"a": 1}, 32, "list of strings"),
+        ((prompt for prompt in ["a"]), 32, "list of strings"),
+        (np.array(["a"]), 32, "list of strings"),
         ([None], 32, "must be a string, not NoneType"),
         (["a", b"cat"], 32, "must be a string, not bytes"),
         (["half a pair \ud83d"], 32, "surrogate"),
     ],
 )
 def test_bad_calls_are_refused_with_what_to_do(
-    t5: Tokenizer, prompts: Any, length: int, message: str
+    t5: Tokenizer, prompts: Any, length: Any, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
         t5.encode(prompts, length)
