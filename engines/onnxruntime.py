@@ -23,7 +23,7 @@ from engines.base import (
     Runtime,
 )
 from engines.gpu import has_nvidia_driver
-from engines.tensors import BoundInputs, Found, check_graph, check_inputs, output_shape
+from engines.tensors import BoundInputs, Found, check_boundary, check_inputs, output_shape
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError
 from fluxdeploy.install import install_command
@@ -226,7 +226,9 @@ class _OnnxRuntimeEngine(Engine):
         self._session: onnxruntime.InferenceSession | None = _session(
             path, engine.target, options, component, record.precision
         )
-        check_graph(self, _tensors(self.session.get_inputs()), _tensors(self.session.get_outputs()))
+        check_boundary(
+            self, _tensors(self.session.get_inputs()), _tensors(self.session.get_outputs())
+        )
 
     @property
     def session(self) -> onnxruntime.InferenceSession:

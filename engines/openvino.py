@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines.base import Array, Availability, Binding, Engine, EngineOptions, Extra, Runtime
-from engines.tensors import BoundInputs, Found, check_graph
+from engines.tensors import BoundInputs, Found, check_boundary
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError
 from fluxdeploy.install import install_command
@@ -144,7 +144,7 @@ class _OpenVinoEngine(Engine):
         self._model: openvino.CompiledModel | None = _compile(
             path, record.compute, options, component
         )
-        check_graph(self, _tensors(self._model.inputs), _tensors(self._model.outputs))
+        check_boundary(self, _tensors(self._model.inputs), _tensors(self._model.outputs))
 
     def model(self) -> openvino.CompiledModel:
         """The compiled model. Raises `EngineError` once the engine was closed."""

@@ -12,7 +12,7 @@ from engines.base import Engine
 from fluxdeploy.bundle.manifest import DimensionRange, TensorSpec
 from fluxdeploy.errors import EngineError
 
-__all__ = ["BoundInputs", "Found", "check_graph", "check_inputs", "output_shape"]
+__all__ = ["BoundInputs", "Found", "check_boundary", "check_inputs", "output_shape"]
 
 _REBUILD = "Build the bundle again with `fluxdeploy build`."
 
@@ -20,7 +20,7 @@ Found = Mapping[str, tuple[str, tuple[int | None, ...]]]
 """What a graph has: for each tensor its dtype, and its sizes, None where one is free."""
 
 
-def check_graph(engine: Engine, inputs: Found, outputs: Found) -> None:
+def check_boundary(engine: Engine, inputs: Found, outputs: Found) -> None:
     """Hold what a manifest says of an engine's tensors against the graph that was opened.
 
     Raises `EngineError` for a graph that takes other tensors, or does not give those.

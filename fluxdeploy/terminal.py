@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
@@ -102,14 +103,19 @@ def open_streams() -> None:
 
 def reader_gone() -> bool:
     """Whether who read stdout or stderr has gone away; nothing more is written to them then."""
-    gone = False
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            _silence(stream)
-            gone = True
-    return gone
+    lost = [stream for stream in (sys.stdout, sys.stderr) if _has_lost_reader(stream)]
+    for stream in lost:
+        _silence(stream)
+    return bool(lost)
+
+
+def _has_lost_reader(stream: TextIO) -> bool:
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # not a pipe, or not on this system
+        return False
 
 
 def _silence(stream: TextIO) -> None:

@@ -41,7 +41,7 @@ def prepare(
 def _check_apart(checkpoint: Path, destination: Path) -> None:
     """Refuse to replace the checkpoint, or a folder around it, by the bundle."""
     if checkpoint.exists():
-        source, target = checkpoint.resolve(), destination.resolve()
+        source, target = (Path(os.path.realpath(path)) for path in (checkpoint, destination))
         if source == target or target in source.parents or source in target.parents:
             raise BundleError(
                 f"The bundle {destination} and the checkpoint {checkpoint} overlap. "

@@ -269,7 +269,7 @@ def _check_sheet(sheet: Path, paths: list[Path]) -> None:
 
     check_picture_path(sheet)
     _check_writable("--sheet", [sheet])
-    if sheet.resolve() in {path.resolve() for path in paths}:
+    if os.path.realpath(sheet) in map(os.path.realpath, paths):
         raise UsageError(f"--sheet {sheet} is also the name of a picture. Name another file.")
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from click.testing import CliRunner, Result
 import fluxdeploy.bench.measure
 from engines import EngineOptions
 from fluxdeploy.bench import bundle_contender, choose
+from fluxdeploy.bench.clock import Laps
 from fluxdeploy.bench.job import PEERS, Job
 from fluxdeploy.bench.measure import Contender
 from fluxdeploy.bench.process import ContenderProcess
@@ -38,10 +40,11 @@ def run(*arguments: object) -> Result:
     return CliRunner(env={"COLUMNS": "150"}).invoke(main, ["bench", *map(str, arguments)])
 
 
-def measure(file: Path, *arguments: object) -> BenchReport:
-    result = run(*arguments, "--json", file)
+def measure(*arguments: object) -> BenchReport:
+    result = run(*arguments, "--json")
     assert result.exit_code == 0, result.output
-    return from_json(file.read_text())
+    assert result.stderr == ""
+    return from_json(result.stdout)
 
 
 def test_a_bundle_is_timed_in_all_its_parts(demo_bundle: Path, tmp_path: Path) -> None:
@@ -49,7 +52,7 @@ def test_a_bundle_is_timed_in_all_its_parts(demo_bundle: Path, tmp_path: Path) -
     page, plot = tmp_path / "bench.html", tmp_path / "bench.png"
     files = ("--html", page, "--plot", plot)
     arguments = ("--bundle", demo_bundle, *QUICK, "--size", "96x64", "--batch", 2)
-    report = measure(tmp_path / "bench.json", *arguments, "--cold-starts", 1, *files)
+    report = measure(*arguments, "--cold-starts", 1, *files)
     (contender,) = report.contenders
     assert report.baseline == contender.name == str(demo_bundle)
     assert (report.workload.width, report.workload.height, report.workload.batch) == (96, 64, 2)
@@ -74,19 +77,15 @@ def test_a_bundle_is_timed_in_all_its_parts(demo_bundle: Path, tmp_path: Path) -
     assert contender.timings["picture"].ratio is not None
     assert contender.timings["picture"].ratio.median == 1.0
     assert set(report.noise) == set(counts) - {"cold start"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "bench.html",
-        "bench.json",
-        "bench.png",
-    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.html", "bench.png"]
 
 
 @pytest.mark.parametrize("peer", ["eager", "openvino"])
-def test_peers_draw_what_the_bundle_draws(demo_bundle: Path, tmp_path: Path, peer: str) -> None:
+def test_peers_draw_what_the_bundle_draws(demo_bundle: Path, peer: str) -> None:
     for module, _ in PEERS[peer].packages:
         pytest.importorskip(module)
     arguments = ("--bundle", demo_bundle, "--against", peer, *SMALL, "--cold-starts", 0)
-    report = measure(tmp_path / "bench.json", *arguments)
+    report = measure(*arguments)
     own, other = report.contenders
     assert report.baseline == other.name == peer
     assert other.agreement.velocity_error < 2e-5
@@ -119,7 +118,7 @@ def test_one_by_one_no_two_contenders_are_in_memory(
     copy = shutil.copytree(demo_bundle, tmp_path / "copy")
     arguments = ("--bundle", demo_bundle, "--bundle", copy, *SMALL, "--cold-starts", 0)
     flags = ("--one-by-one",) if one_by_one else ()
-    report = measure(tmp_path / "bench.json", *arguments, *flags)
+    report = measure(*arguments, *flags)
     assert report.one_by_one is one_by_one
     assert most == (1 if one_by_one else 2)
     assert not running
@@ -167,7 +166,7 @@ def test_another_network_is_not_timed(
 ) -> None:
     result = run(
         *("--bundle", demo_bundle, "--bundle", bundle("dev"), *SMALL),
-        *("--json", tmp_path / "bench.json"),
+        *("--html", tmp_path / "bench.html"),
     )
     assert result.exit_code == 1
     assert "draws something else than" in result.stderr
@@ -211,23 +210,31 @@ def test_bundles_are_timed_without_torch(
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="it looks for processes in /proc")
-def test_ctrl_c_leaves_no_file_and_no_process(demo_bundle: Path, tmp_path: Path) -> None:
-    files = ("--json", "bench.json", "--html", "bench.html")
-    arguments = ("--bundle", demo_bundle, *QUICK, "--rounds", 10_000, *files)
+def test_ctrl_c_before_the_first_round_leaves_no_file_and_no_process(
+    demo_bundle: Path, tmp_path: Path
+) -> None:
+    files = ("--json", "--html", "bench.html")
+    arguments = ("--bundle", demo_bundle, *QUICK, "--warmup", 10_000, *files)
     with start(*arguments, cwd=tmp_path) as process:
-        assert process.stderr is not None
-        assert process.stderr.readline().startswith("Starting contenders")
-        children = children_of(process.pid)
-        assert len(children) == 1
+        children = wait_for(lambda: children_of(process.pid))
         process.send_signal(signal.SIGINT)
         try:
-            _, errors = process.communicate(timeout=60)
+            output, errors = process.communicate(timeout=60)
         finally:
             process.kill()
     assert process.returncode == 130
     assert "Traceback" not in errors
+    assert output == ""
     assert list(tmp_path.iterdir()) == []
     assert [child for child in children if Path(f"/proc/{child}").exists()] == []
+
+
+def wait_for(find: Callable[[], list[int]]) -> list[int]:
+    for _ in range(600):
+        if found := find():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("nothing was started")
 
 
 def children_of(parent: int) -> list[int]:
@@ -240,6 +247,42 @@ def children_of(parent: int) -> list[int]:
         if re.search(rf"^PPid:\t{parent}$", text, re.MULTILINE):
             found.append(int(status.parent.name))
     return found
+
+
+@pytest.mark.parametrize("stage", ["rounds", "cold starts"])
+def test_ctrl_c_keeps_what_was_finished(
+    demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Of the rounds the whole ones, and no cold starts; of the cold starts none, and all rounds."""
+
+    class Interrupted(ContenderProcess):
+        draws = starts = 0
+
+        def __init__(self, name: str, job: Job) -> None:
+            type(self).starts += 1
+            if stage == "cold starts" and self.starts > 1:
+                raise KeyboardInterrupt
+            super().__init__(name, job)
+
+        def draw(self) -> Laps:
+            type(self).draws += 1
+            # A round is two draws here: the contender's, and the baseline's own again.
+            if stage == "rounds" and self.draws == 6:
+                raise KeyboardInterrupt
+            return super().draw()
+
+    monkeypatch.setattr(fluxdeploy.bench.measure, "ContenderProcess", Interrupted)
+    page = tmp_path / "bench.html"
+    counts = ("--rounds", 4, "--warmup", 0, "--cold-starts", 2)
+    arguments = ("--bundle", demo_bundle, *SMALL, *counts, "--html", page, "--json")
+    result = run(*arguments)
+    assert result.exit_code == 130
+    report = from_json(result.stdout)
+    assert report.rounds == (2 if stage == "rounds" else 4)
+    assert report.cold_starts == 0
+    assert len(report.contenders[0].timings["picture"].rounds) == report.rounds
+    assert f"Interrupted after {report.rounds} of 4 rounds and 0 of 2 cold starts" in result.stderr
+    assert f"{report.rounds} rounds after" in page.read_text()
 
 
 def test_an_unknown_peer_is_told_the_known_ones(demo_bundle: Path) -> None:
@@ -283,7 +326,6 @@ def test_another_checkpoint_is_refused(
         (("--size", "100x96"), "multiples of 16"),
         (("--size", "big"), "WIDTHxHEIGHT"),
         (("--runtime", "tensorrt"), "no engine for --runtime tensorrt"),
-        (("--json", "missing/bench.json"), "a folder that exists"),
         (("--html", "missing/bench.html"), "a folder that exists"),
         (("--rounds", "0"), "--rounds"),
         (("--against", ""), "The peers are"),

@@ -24,6 +24,10 @@ ROOT = Path(__file__).parents[2]
 OPTIONAL = ("torch", "transformers", "diffusers", "onnx", "onnx_ir", "onnxscript", "tensorrt_rtx")
 
 
+class Panic(BaseException):
+    """As the panic of a library in Rust is."""
+
+
 def run(*args: str) -> Result:
     return CliRunner().invoke(main, list(args), prog_name="fluxdeploy")
 
@@ -122,6 +126,11 @@ def test_wrong_usage_exits_with_2(args: list[str]) -> None:
         (MemoryError(), 1, "Memory ran out"),
         (KeyboardInterrupt(), 130, "Error: Interrupted."),
         (ZeroDivisionError("division by zero"), 1, "bug in fluxdeploy (ZeroDivisionError: div"),
+        (Panic("index out of bounds"), 1, "bug in fluxdeploy (Panic: index out of bounds)"),
+        (Panic(), 1, "bug in fluxdeploy (Panic: )"),
+        (GeneratorExit("odd"), 1, "bug in fluxdeploy (GeneratorExit: odd)"),
+        (click.Abort(), 130, "Error: Interrupted."),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "Error: Broken pipe."),
     ],
 )
 def test_failures_end_in_one_message(

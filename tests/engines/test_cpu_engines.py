@@ -326,7 +326,7 @@ def test_what_openvino_computes_in(
             return SimpleNamespace(inputs=(), outputs=())
 
     monkeypatch.setattr(openvino_module, "_core", Core)
-    monkeypatch.setattr(openvino_module, "check_graph", lambda *_: None)
+    monkeypatch.setattr(openvino_module, "check_boundary", lambda *_: None)
     engine = engine_record("openvino")
     described = replace(record(engine), compute=compute)
     OpenVino().open(component, described, engine, Path(), EngineOptions())
