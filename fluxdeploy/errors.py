@@ -21,8 +21,21 @@ __all__ = [
 ]
 
 
+_MAX_MESSAGE = 2000
+
+
 class FluxDeployError(Exception):
-    """Base of all errors that carry a message meant for the user."""
+    """Base of all errors that carry a message meant for the user.
+
+    A message may quote a file, which may be one long name or list: then its middle is left out.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        if len(text) > _MAX_MESSAGE:
+            half = _MAX_MESSAGE // 2
+            text = f"{text[:half]} ... {text[-half:]}"
+        super().__init__(text)
 
 
 class UsageError(FluxDeployError, ValueError):

@@ -41,6 +41,28 @@ _LEGACY = (
 )
 """Keys of published configs that no version of the encoders reads any more."""
 
+_UNREAD = ("dtype", "id2label", "label2id", "num_labels", "torch_dtype")
+"""Of other uses; transformers makes as many labels as it is told."""
+
+_MAX_SIZE = 1 << 20
+_SIZES = (
+    "d_ff",
+    "d_kv",
+    "d_model",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_decoder_layers",
+    "num_heads",
+    "num_hidden_layers",
+    "num_layers",
+    "projection_dim",
+    "relative_attention_max_distance",
+    "relative_attention_num_buckets",
+    "vocab_size",
+)
+
 _MODEL_TYPES = {"clip": ("clip_text_model", "clip"), "t5": ("t5",)}
 
 
@@ -94,7 +116,8 @@ def text_config(name: str, weights: Weights, config: Mapping[str, Any]) -> Any:
         )
     nested = config.get("text_config") if kind == "clip" else None
     chosen = nested if isinstance(nested, dict) else config
-    fields = {key: value for key, value in chosen.items() if key not in ("dtype", "torch_dtype")}
+    fields = {key: value for key, value in chosen.items() if key not in _UNREAD}
+    _check_numbers(name, fields)
     try:
         parsed = CLIPTextConfig(**fields) if name == "clip" else T5Config(**fields)
     except (StrictDataclassError, ArithmeticError, TypeError, ValueError) as error:
@@ -104,6 +127,16 @@ def text_config(name: str, weights: Weights, config: Mapping[str, Any]) -> Any:
         ) from error
     _check_sizes(name, parsed, weights)
     return parsed
+
+
+def _check_numbers(name: str, fields: Mapping[str, Any]) -> None:
+    for key in _SIZES:
+        value = fields.get(key, 1)
+        if isinstance(value, (int, float)) and not 0 < value <= _MAX_SIZE:
+            raise CheckpointError(
+                f"The {name} text encoder's config.json says {key} {value!r}; 1 to {_MAX_SIZE} are "
+                "allowed."
+            )
 
 
 def _check_sizes(name: str, config: Any, weights: Weights) -> None:

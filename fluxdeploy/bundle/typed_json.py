@@ -22,8 +22,9 @@ T = TypeVar("T")
 _MAX_DIGITS = 20
 """Enough for 64 bits; turning longer digit strings into numbers takes quadratic time."""
 
-_MAX_VALUES = 300_000
-"""Their objects take a second to make, and a hundred times the memory of their text."""
+_MAX_VALUES = 100_000
+"""A FLUX.1 with everything in one file has 12,000 in its header. More take seconds, and a hundred
+times the memory of their text."""
 
 _MAX_WORDS = 300
 
@@ -56,7 +57,7 @@ def load_strict(text: str) -> Any:
 
     Raises `ValueError` for anything that is not JSON, for NaN, infinities and numbers past a
     float's range, for integers of more than 20 digits, for duplicate keys, for strings that are
-    not Unicode text (lone surrogates), for nesting too deep to read, and for more than 300,000
+    not Unicode text (lone surrogates), for nesting too deep to read, and for more than 100,000
     values.
     """
     # Commas in strings count too: what is read here has few.
@@ -123,6 +124,8 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         wanted = " or ".join(_wording(option) for option in _options(kind))
         raise FieldError(where, f"must be {wanted}, not {_shown(value)}")
     kind = options[0]
+    if kind in (bool, int, str, types.NoneType):
+        return value
     if is_dataclass(kind):
         return _parse_fields(kind, value, where)
     origin = get_origin(kind)
@@ -154,19 +157,20 @@ def _hints(kind: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(kind)}
 
 
+@cache
 def _options(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def _fits(kind: Any, value: Any) -> bool:
+    if kind in (bool, int, str, types.NoneType):
+        return type(value) is kind
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
     if is_dataclass(kind) or get_origin(kind) is Mapping:
         return isinstance(value, dict)
     if get_origin(kind) is tuple:
         return isinstance(value, list)
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind in (bool, int, str, types.NoneType):
-        return type(value) is kind
     raise TypeError(f"the type hint {kind!r} has no JSON form")
 
 
