@@ -101,6 +101,9 @@ def _fetch_parts(
     """Fetch the configs, then `files` and the weights of some folders."""
     chosen = _choose_parts(repository, names, parts)
     configs = [name for name in names if _CONFIGS.fullmatch(name)]
+    if "model_index.json" in configs and "config.json" in configs:
+        # The transformer's in Black Forest Labs' layout alone.
+        configs.remove("config.json")
     indices = [f"{part}/{each.index}" for part, each in chosen.items() if each.index]
     root = _fetch(repository, revision, [*configs, *indices] or files)
     for name in configs:

@@ -202,6 +202,13 @@ def _holds_none(file: Path, held: Contents) -> CheckpointError:
 
 def _nothing_in(root: Path, found: Mapping[Path, Contents]) -> CheckpointError:
     """The refusal of a folder without a transformer."""
+    names = sorted(file.name for file in root.iterdir())
+    for name in names:
+        if name.lower().endswith(".gguf"):
+            return CheckpointError(
+                f"{root} holds a GGUF file ({name}) and no transformer in a safetensors file, and "
+                "only those are read: use the checkpoint in bfloat16, float16 or FP8."
+            )
     if len(found) == 1:
         ((file, held),) = found.items()
         return _holds_none(file, held)
@@ -212,13 +219,6 @@ def _nothing_in(root: Path, found: Mapping[Path, Contents]) -> CheckpointError:
             f"{root} holds no FLUX.1 transformer: {'; '.join(seen[:3])}{more}. Name the "
             "checkpoint's folder, or the file of its transformer."
         )
-    names = sorted(file.name for file in root.iterdir())
-    for name in names:
-        if name.lower().endswith(".gguf"):
-            return CheckpointError(
-                f"{root} holds a GGUF file ({name}) and no safetensors file, and only those are "
-                "read: use the checkpoint in bfloat16, float16 or FP8."
-            )
     for name in names:
         if name.endswith(PICKLES):
             return CheckpointError(

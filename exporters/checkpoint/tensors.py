@@ -106,7 +106,7 @@ class StoredTensor:
         # Its ends instead of a mask of all: NaN and infinity reach them, and no memory is taken.
         if count and not (np.isfinite(exact.min()) and np.isfinite(exact.max())):
             raise CheckpointError(
-                f"Tensor {self.name} in {self.file} holds NaN or infinity: the checkpoint is "
+                f"Tensor {self.name} holds NaN or infinity in {self.file}: the checkpoint is "
                 "broken. Fetch it again, or merge or convert it again from what it was made of."
             )
         return exact

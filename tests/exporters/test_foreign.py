@@ -248,6 +248,32 @@ def test_files_that_begin_as_something_else(
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"flux1-Q4.gguf": ()}, r"holds a GGUF file \(flux1-Q4.gguf\)"),
+        ({"Q8.GGUF": (), "ae.safetensors": ("decoder.conv_in.weight",)}, "holds a GGUF file"),
+        ({"ae.safetensors": ("decoder.conv_in.weight",)}, "ae.safetensors holds .* it is a VAE"),
+        (
+            {"clip_l.safetensors": ("text_model.encoder.layers.0.self_attn.k_proj.weight",)},
+            "it is a text encoder",
+        ),
+        ({"wan.sft": ("head.modulation",), "a.sft": ("redux_up.weight",)}, "a.sft is FLUX.1 Redux"),
+        ({"x.safetensors": ("lora_unet_x.alpha",)}, "it is a LoRA"),
+    ],
+)
+def test_folders_without_a_transformer(
+    tmp_path: Path, files: dict[str, tuple[str, ...]], words: str
+) -> None:
+    for name, tensors in files.items():
+        if tensors:
+            write_sparse(tmp_path / name, [(tensor, "F16", (4, 4, 3, 3)) for tensor in tensors])
+        else:
+            (tmp_path / name).write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(tmp_path)
+
+
 def test_a_lora_beside_a_named_file_is_left_aside(bfl: Path) -> None:
     write_sparse(bfl / "style.safetensors", [(LORAS[0], "F32", (4, 4))])
     with pytest.raises(CheckpointError, match=r"style.safetensors, beside .* is a LoRA"):

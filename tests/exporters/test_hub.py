@@ -65,6 +65,7 @@ def refusal(name: str) -> str:
 
 UNUSED = (
     "README.md",
+    "config.json",
     "flux1-dev.safetensors",
     "ae.safetensors",
     "dev_grid.jpg",

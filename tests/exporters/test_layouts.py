@@ -332,9 +332,7 @@ def test_weights_that_are_not_finite(copy: Path, value: float, dtype: Any) -> No
 
     edit_tensors(copy / TRANSFORMER, spoil)
     weights = open_checkpoint(copy).part("transformer").weights
-    with pytest.raises(
-        CheckpointError, match="holds NaN or infinity: the checkpoint is broken"
-    ) as e:
+    with pytest.raises(CheckpointError, match="the checkpoint is broken") as caught:
         weights[name].read()
-    assert f"Tensor {name} in {copy / TRANSFORMER}" in str(e.value)
+    assert f"Tensor {name} holds NaN or infinity in {copy / TRANSFORMER}" in str(caught.value)
     assert np.isfinite(weights["proj_out.weight"].read()).all()

@@ -157,9 +157,7 @@ def test_values_past_fp16_name_the_precision_that_holds_them(tmp_path: Path) -> 
 def test_weights_that_are_not_finite_are_named(
     tmp_path: Path, value: float, precision: str
 ) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"layer.weight in .* holds NaN or infinity: .*broken"
-    ):
+    with pytest.raises(CheckpointError, match=r"layer.weight holds NaN or infinity in .*broken"):
         bound(tmp_path, torch.tensor([1.0, value]), precision)
     assert list((tmp_path / "weights").iterdir()) == []
 

@@ -256,10 +256,6 @@ def test_values_are_those_of_both_streams(checkpoint: Callable[..., Path], tmp_p
     [
         ("transformer_blocks.1.ff.net.0.proj.weight", "transformer_blocks.1.ff.net.2"),
         ("single_transformer_blocks.0.attn.to_v.weight", "single_transformer_blocks.0.attn.to_v"),
-        (
-            "transformer_blocks.0.attn.norm_added_k.weight",
-            "transformer_blocks.0.attn.norm_added_k",
-        ),
         ("proj_out.weight", "velocity"),
     ],
 )
