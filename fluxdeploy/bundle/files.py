@@ -229,8 +229,9 @@ class FileIdentity:
         )
 
     def may_equal(self, other: FileIdentity) -> bool:
-        """Whether it is the same file and nothing but `changed` tells of a change."""
-        return replace(self, changed=0) == replace(other, changed=0)
+        """Whether nothing tells of a change but `changed`, and `device`, which is another number
+        where a file system was mounted again."""
+        return replace(self, device=0, changed=0) == replace(other, device=0, changed=0)
 
 
 class HashCache:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fluxdeploy.build import build as build_module
 from fluxdeploy.build.checkpoint import (
     check_family,
     find_checkpoint,
@@ -19,6 +20,7 @@ from fluxdeploy.build.checkpoint import (
     require_unchanged,
 )
 from fluxdeploy.build.describe import describe
+from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.bundle.files import HashCache
 from fluxdeploy.bundle.manifest import ComponentRecord, DimensionRange, EngineRecord
 from fluxdeploy.bundle.tensorfile import read_header, write_sparse
@@ -173,3 +175,22 @@ def test_a_file_that_changes_while_it_is_built_is_told(
             require_unchanged(cache)
         return
     require_unchanged(cache)
+
+
+def test_a_build_from_a_file_that_changes_replaces_nothing(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def make_component(*_: object) -> None:
+        (copy / VAE).write_bytes(bytes((copy / VAE).stat().st_size))
+        os.utime(copy / VAE, (1_600_000_000, 1_600_000_000))
+
+    possible = SimpleNamespace(require_possible=lambda: None, warnings=())
+    monkeypatch.setattr(build_module, "make_component", make_component)
+    monkeypatch.setattr(build_module, "make_tokenizer", lambda *_: None)
+    monkeypatch.setattr(build_module, "make_plan", lambda *_: possible)
+    request = BuildRequest(str(copy))
+    with pytest.raises(CheckpointError, match=f"{VAE} was changed"):
+        build_module.build(request, tmp_path / "out/bundle", Progress(quiet=True))
+    assert not (tmp_path / "out/bundle").exists()
