@@ -565,9 +565,7 @@ def _check_constants(manifest: Manifest) -> None:
 
 
 def _check_range(where: str, value: float, least: float, most: float) -> None:
-    _require(
-        least <= value <= most, where, f"is out of range: it must be from {least:g} to {most:g}"
-    )
+    _require(least <= value <= most, where, f"is {value:g}; it must be from {least:g} to {most:g}")
 
 
 def _check_schedule(manifest: Manifest) -> None:
@@ -581,6 +579,11 @@ def _check_schedule(manifest: Manifest) -> None:
         terminal is None or 0 <= terminal < 1,
         "schedule.shift_terminal",
         f"is {terminal}; it must be null, or from 0 to less than 1",
+    )
+    _require(
+        not terminal or manifest.defaults.num_inference_steps > 1,
+        "defaults.num_inference_steps",
+        "is 1, and one step cannot reach schedule.shift_terminal",
     )
     _require(
         schedule.time_shift_type in ("exponential", "linear"),
@@ -663,11 +666,12 @@ def _check_defaults(manifest: Manifest) -> None:
     text, image = defaults.max_sequence_length, _tokens(manifest, "height")
     image *= _tokens(manifest, "width")
     if "t5" in manifest.tokenizers:
-        longest = manifest.tokenizers["t5"].max_length
+        t5 = manifest.tokenizers["t5"]
+        shortest = len(t5.prefix) + len(t5.suffix)
         _require(
-            text <= longest,
+            shortest <= text <= t5.max_length,
             "defaults.max_sequence_length",
-            f"is {text}, and tokenizers.t5.max_length is {longest}",
+            f"is {text}; tokenizers.t5 makes {shortest} to {t5.max_length} tokens",
         )
     factor = latents.spatial_factor
     sizes = {
@@ -683,13 +687,27 @@ def _check_defaults(manifest: Manifest) -> None:
     }
     for name, component in manifest.components.items():
         for index, engine in enumerate(component.engines):
+            where = f"components.{name}.engines[{index}].dimensions"
             for symbol, allowed in engine.dimensions.items():
                 size, what = sizes[symbol]
                 _require(
                     allowed.min <= size <= allowed.max,
-                    f"components.{name}.engines[{index}].dimensions.{symbol}",
+                    join(where, symbol),
                     f"is {allowed.min} to {allowed.max}; {what} needs {size}",
                 )
+            _check_sides(engine.dimensions, factor, where)
+
+
+def _check_sides(dimensions: Mapping[str, DimensionRange], factor: int, where: str) -> None:
+    """A picture has `factor` pixels a latent along each side, in each size that an engine takes."""
+    for pixels, latents in (("H", "h"), ("W", "w")):
+        if pixels in dimensions and latents in dimensions:
+            many, few = dimensions[pixels], dimensions[latents]
+            _require(
+                all(getattr(many, n) // factor == getattr(few, n) for n in ("min", "opt", "max")),
+                join(where, latents),
+                f"does not fit {pixels}: latents.spatial_factor makes it {factor} times as large",
+            )
 
 
 def _listed(names: Mapping[str, object] | set[str] | tuple[str, ...]) -> str:

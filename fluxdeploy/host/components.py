@@ -72,6 +72,10 @@ class Components:
             if self._low_vram and component in self._engines:
                 self._engines.pop(component).close()
 
+    def release_all(self) -> None:
+        """Close what a call that failed has left open, where memory is short."""
+        self.release(*tuple(self._engines))
+
     def close(self) -> None:
         """Close all of them; they are opened again when they are needed."""
         while self._engines:

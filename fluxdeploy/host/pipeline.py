@@ -263,7 +263,11 @@ class FluxPipeline:
         token = CancelToken() if cancel is None else cancel
         with self._turns.taken(token):
             on_step_end = None if callback is None else self._step_callback(callback)
-            pictures = make_pictures(task, self._components, self._encoder, on_step_end, token)
+            try:
+                pictures = make_pictures(task, self._components, self._encoder, on_step_end, token)
+            except BaseException:
+                self._components.release_all()
+                raise
         return FluxPipelineOutput(
             pictures if output_type == "np" else to_pil(pictures), request.seed
         )

@@ -115,6 +115,7 @@ def check_request(
     images_each = check_integer("num_images_per_prompt", num_images_per_prompt, 1)
     if seed is not None:
         check_seed(seed)
+    t5 = manifest.tokenizers["t5"]
     request = GenerationRequest(
         prompts=prompts,
         negative_prompts=negative_prompts if scale > 1 else None,
@@ -127,8 +128,8 @@ def check_request(
         max_sequence_length=check_integer(
             "max_sequence_length",
             defaults.max_sequence_length if max_sequence_length is None else max_sequence_length,
-            1,
-            manifest.tokenizers["t5"].max_length,
+            max(1, len(t5.prefix) + len(t5.suffix)),
+            t5.max_length,
         ),
         seed=None if seed is None or latents is not None else int(seed),
         latents=None,

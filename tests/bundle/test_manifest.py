@@ -365,14 +365,14 @@ CONDITIONER, TRANSFORMER = "components.conditioner", "components.transformer"
         ("components.t5.outputs[0].shape[2]", 128, "for T5's width"),
         ("components.clip.outputs[0].shape[1]", 96, "for CLIP's width"),
         ("tokenizers.clip.max_length", 248, "gives 77 for CLIP's tokens, and tokenizers.clip.max_"),
-        ("tokenizers.t5.max_length", 256, "is 512, and tokenizers.t5.max_length is 256"),
+        ("tokenizers.t5.max_length", 256, "is 512; tokenizers.t5 makes 2 to 256 tokens"),
         (f"{TRANSFORMER}.engines", [], "is empty; nothing can run it"),
         ("defaults.height", 8192, "is 16 to 4096; defaults.height needs 8192"),
         ("defaults.num_inference_steps", 2000, "dimensions.N is 1 to 1000; defaults.num_inference"),
         (
             "defaults.max_sequence_length",
             513,
-            "defaults.max_sequence_length is 513, and tokenizers",
+            "defaults.max_sequence_length is 513; tokenizers.t5 m",
         ),
         (
             "components.t5.engines[0].dimensions.B",
@@ -389,10 +389,18 @@ CONDITIONER, TRANSFORMER = "components.conditioner", "components.transformer"
         ("schedule.shift", 1e308, "from 1e-06 to 1e+06"),
         ("schedule.max_shift", 1e308, "from -80 to 80"),
         ("schedule.max_shift", 800.0, "from -80 to 80"),
-        ("schedule.base_shift", -1e5, "schedule.base_shift is out of range: it must be from -80"),
+        ("schedule.base_shift", -1e5, "schedule.base_shift is -100000; it must be from -80"),
         ("schedule.max_image_seq_len", 260, "for a picture of the default size: it must be from"),
         ("schedule.shift_terminal", 1.0, "null, or from 0 to less than 1"),
         ("schedule.shift_terminal", -0.5, "null, or from 0 to less than 1"),
+        ("latents.spatial_factor", 4, "dimensions.h"),
+        ("latents.spatial_factor", 64, "dimensions.h"),
+        (
+            "components.vae_encoder.engines[0].dimensions.w.opt",
+            127,
+            "dimensions.w does not fit W: latents.spatial_factor makes it 8 times as large",
+        ),
+        ("defaults.max_sequence_length", 1, "is 1; tokenizers.t5 makes 2 to 512 tokens"),
         ("defaults.guidance_scale", 1e300, "from 0 to 1e+06"),
     ],
 )
@@ -407,6 +415,14 @@ def test_what_would_fail_in_the_middle_of_a_picture_is_refused(
     with pytest.raises(BundleError) as caught:
         from_json(json.dumps(whole), "bundle/fluxdeploy.json")
     assert message in str(caught.value)
+
+
+def test_a_terminal_level_takes_two_steps(whole: Any) -> None:
+    whole["schedule"]["shift_terminal"] = 0.1
+    assert from_json(json.dumps(whole), "here")
+    whole["defaults"]["num_inference_steps"] = 1
+    with pytest.raises(BundleError, match=r"one step cannot reach schedule\.shift_terminal"):
+        from_json(json.dumps(whole), "here")
 
 
 def test_a_linear_shift_of_no_picture_is_refused(whole: Any) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from engines.base import EngineOptions
 from fluxdeploy.arguments import check_integer, check_number, check_path, shown
 from fluxdeploy.bundle.manifest import ComponentRecord, DimensionRange, EngineRecord, Manifest
-from fluxdeploy.errors import CutPromptWarning, NumericError, UsageError
+from fluxdeploy.errors import CutPromptWarning, EngineError, NumericError, UsageError
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.machine import usable_cpus
 from fluxdeploy.sampling.latents import check_size
@@ -355,6 +355,21 @@ def test_a_callbacks_own_error_passes_and_leaves_the_pipeline(
         bounded("a fox", callback_on_step_end=callback)
     assert caught.value is error
     np.testing.assert_array_equal(bounded("a fox", seed=1, output_type="np").images, before)
+
+
+@pytest.mark.parametrize("component", ["vae_decoder", "vae_encoder"])
+def test_a_component_of_other_sizes_than_the_manifests_is_told(
+    bounded: FluxPipeline, engines: Engines, component: str
+) -> None:
+    compute = engines[component].compute
+
+    def smaller(inputs: Any) -> dict[str, Any]:
+        outputs = compute(inputs)
+        return {name: values[..., :-1] for name, values in outputs.items()}
+
+    engines[component].compute = smaller
+    with pytest.raises(EngineError, match=f"The {component} gave"):
+        bounded("a fox", image=Image.new("RGB", (8, 8)))
 
 
 @pytest.mark.parametrize("path", [5, None, b"bundle", ["bundle"], 1.5, "a\0b", "\ud800", object()])

@@ -367,6 +367,23 @@ def test_low_vram_opens_engines_one_after_the_other(pipe: FluxPipeline, manifest
     ]
 
 
+@pytest.mark.parametrize("error", [KeyError("mine"), KeyboardInterrupt(), NumericError("nan")])
+def test_low_vram_leaves_no_engine_open_after_a_failure(
+    pipe: FluxPipeline, manifest: Manifest, error: BaseException
+) -> None:
+    sparing, events = frugal(pipe, manifest)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        picture(sparing, callback_on_step_end=fail)
+    opened = [event[1:] for event in events if event.startswith("+")]
+    assert opened == [event[1:] for event in events if event.startswith("-")]
+    assert opened[-1] == "transformer"
+    np.testing.assert_array_equal(picture(sparing), picture(pipe))
+
+
 def test_low_vram_refuses_sizes_before_it_opens_anything(
     pipe: FluxPipeline, manifest: Manifest
 ) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fluxdeploy.arguments import check_number
 from fluxdeploy.bundle.manifest import Manifest
-from fluxdeploy.errors import UsageError
+from fluxdeploy.errors import EngineError, UsageError
 from fluxdeploy.host.components import Run
 from fluxdeploy.host.input_images import to_pixels
 from fluxdeploy.host.request import GenerationRequest
@@ -100,6 +100,11 @@ class ImageToImage(Task):
         epsilon = generator.normal(latent_shape(len(self.images), height, width, spec))
         encoded = [run("vae_encoder", {"images": image[None]}) for image in self.images]
         mean, logvar = (np.concatenate([each[n] for each in encoded]) for n in ("mean", "logvar"))
+        if not mean.shape == logvar.shape == epsilon.shape:
+            raise EngineError(
+                f"The vae_encoder gave {list(mean.shape)} and {list(logvar.shape)} where latents "
+                f"are {list(epsilon.shape)}. Build the bundle again with `fluxdeploy build`."
+            )
         known = scale(sample_posterior(mean, logvar, epsilon), spec)
         known = np.concatenate([known] * (request.batch // len(known)))
         noise = generator.normal(latent_shape(request.batch, height, width, spec))
