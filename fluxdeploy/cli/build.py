@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -109,4 +110,4 @@ def command(
         names = [name for name, other in precisions.items() if other == used]
         who = "all components" if len(names) == len(precisions) else ", ".join(names)
         say(f"{used} in place of {precision}: {who}")
-    say(f'{out} is ready: fluxdeploy generate "a prompt" --bundle {out}')
+    say(f'{out} is ready: fluxdeploy generate "a prompt" --bundle {shlex.quote(str(out))}')

@@ -131,8 +131,7 @@ def _tabulate_dimensions(bundle: Bundle) -> Table:
         rows.items(), key=lambda row: order.index(row[0][0]) if row[0][0] in order else len(order)
     ):
         words = f"{symbol}  {_SYMBOLS.get(symbol, '')}".rstrip()
-        everyone = len(names) == len(bundle.manifest.components)
-        who = "all" if everyone else ", ".join(names)
+        who = "all" if names.keys() == bundle.manifest.components.keys() else ", ".join(names)
         table.add_row(words, str(size.min), str(size.opt), str(size.max), who)
     return table
 

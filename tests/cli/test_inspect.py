@@ -52,11 +52,38 @@ def test_a_bundle_is_shown_with_its_components_and_constants(bundle: Path) -> No
     assert "bf16" in decoder
     assert "2.1 KiB" in decoder
     assert "onnxruntime 1.31.1 cpu" in decoder
-    assert "B 1-1-4" in decoder
-    assert "W 16-64-256" in decoder
+    rows = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert "engines take least usual most for" in rows
+    assert "B prompts or pictures 1 1 4 all" in rows
+    assert "W pixels, width 16 64 256 all" in rows
     assert "128 x 64, 4 steps, guidance 3.5, 256 text tokens, strength 0.6" in result.stdout
     assert "exponential shift 0.5 at 256 tokens to 1.15 at 4096" in result.stdout
     assert "tokenizers/clip.json, at most 77 tokens" in result.stdout
+
+
+@pytest.mark.parametrize("columns", [80, 100, 60])
+def test_tables_fit_the_terminal(bundle: Path, columns: int) -> None:
+    """No word of a heading or a name is cut."""
+    result = CliRunner(env={"COLUMNS": str(columns)}).invoke(main, ["inspect", str(bundle)])
+    lines = result.stdout.splitlines()
+    assert all(len(line) <= columns for line in lines)
+    assert "…" not in result.stdout
+    table = lines[: lines.index("")] if "" in lines else lines
+    assert len([line for line in table if line.strip()]) == 2, "a heading, and one line a component"
+
+
+def test_engines_that_differ_are_told_apart(bundle: Path) -> None:
+    path = bundle / MANIFEST_NAME
+    plain = json.loads(path.read_text())
+    (engine,) = plain["components"]["vae_decoder"]["engines"]
+    other = json.loads(json.dumps(engine)) | {"target": "cuda"}
+    other["dimensions"]["B"]["max"] = 8
+    plain["components"]["vae_decoder"]["engines"] = [engine, other]
+    path.write_text(json.dumps(plain))
+    rows = [" ".join(line.split()) for line in run(bundle).stdout.splitlines()]
+    assert "B prompts or pictures 1 1 4 vae_decoder on cpu" in rows
+    assert "B prompts or pictures 1 1 8 vae_decoder on cuda" in rows
+    assert "onnxruntime 1.31.1 cuda" in rows
 
 
 def test_text_from_a_bundle_is_never_taken_for_markup(bundle: Path) -> None:

@@ -72,3 +72,27 @@ def test_unknown_targets_are_usage_errors(tmp_path: Path) -> None:
     result = run(tmp_path, "--target", "sm99")
     assert result.exit_code == 2
     assert "sm99" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--precision", "int8"),
+        ("--runtime", "tensorrt-rtx", "--target", "sm89", "--precision", "fp8"),
+        ("--runtime", "openvino", "--precision", "bf16"),
+        ("--max-size", "2048", "--max-batch", "16"),
+    ],
+)
+def test_it_can_be_read_at_80_columns(options: tuple[str, ...], tmp_path: Path) -> None:
+    arguments = ["plan", *options, "--out", str(tmp_path / "bundle")]
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(main, arguments, prog_name="fluxdeploy")
+    lines = result.stdout.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert "…" not in result.stdout
+    for name in ("clip", "t5", "conditioner", "transformer", "vae_decoder", "vae_encoder"):
+        rows = [line for line in lines if line.split() and line.split()[0] == name]
+        assert len(rows) == 2, "a line on the disk, and one in memory"
+    assert "On the disk, in MiB" in result.stdout
+    assert "linked is what stays in the checkpoint's own files" in result.stdout
+    assert "A call takes its memory besides the weights." in result.stdout
