@@ -397,9 +397,26 @@ def owner_problem(status: os.stat_result) -> str | None:
         return None
     if status.st_uid not in (0, os.geteuid()):
         return f"belongs to another user (number {status.st_uid})"
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    others = status.st_mode & stat.S_IWOTH
+    if others or (status.st_mode & stat.S_IWGRP and not _is_private_group(status)):
         return f"can be written by others (its mode is {stat.S_IMODE(status.st_mode):o})"
     return None
+
+
+def _is_private_group(status: os.stat_result) -> bool:
+    """Whether a file's group is the one that its owner has alone.
+
+    Debian and others give each user such a group, and a mask that lets it write.
+    """
+    import grp
+    import pwd
+
+    try:
+        owner, group = pwd.getpwuid(status.st_uid), grp.getgrgid(status.st_gid)
+    except KeyError:  # unknown here, as in many containers
+        return False
+    own = group.gr_gid == owner.pw_gid and group.gr_name == owner.pw_name
+    return own and set(group.gr_mem) <= {owner.pw_name}
 
 
 def user_cache() -> Path:

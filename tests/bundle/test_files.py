@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,6 +24,7 @@ from fluxdeploy.bundle.files import (
     disk_errors,
     hash_files,
     link_or_copy,
+    owner_problem,
     read_whole,
     sha256_file,
     write_atomic,
@@ -300,7 +302,7 @@ def test_a_link_to_another_file_is_a_change(tmp_path: Path) -> None:
     assert HashCache(tmp_path / "cache").changed() == []
 
 
-@pytest.mark.parametrize("mode", [0o777, 0o775, 0o722, 0o1777])
+@pytest.mark.parametrize("mode", [0o777, 0o773, 0o722, 0o1777])
 def test_a_cache_that_others_can_write_is_not_believed(
     tmp_path: Path, reads: list[str], mode: int
 ) -> None:
@@ -315,6 +317,38 @@ def test_a_cache_that_others_can_write_is_not_believed(
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     HashCache(folder).hash_files([path])
     assert reads == ["x", "x"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no groups there")
+@pytest.mark.parametrize(
+    ("mode", "name", "members", "primary", "refused"),
+    [
+        (0o40775, "me", [], True, False),
+        (0o40775, "me", ["me"], True, False),
+        (0o40775, "me", ["me", "you"], True, True),
+        (0o40775, "staff", [], True, True),
+        (0o40775, "me", [], False, True),
+        (0o40755, "staff", ["you"], False, False),
+        (0o40777, "me", [], True, True),
+    ],
+)
+def test_a_group_may_write_where_its_owner_has_it_alone(
+    monkeypatch: pytest.MonkeyPatch,
+    mode: int,
+    name: str,
+    members: list[str],
+    primary: bool,
+    refused: bool,
+) -> None:
+    import grp
+    import pwd
+
+    group = SimpleNamespace(gr_gid=7, gr_name=name, gr_mem=members)
+    owner = SimpleNamespace(pw_name="me", pw_gid=7 if primary else 8)
+    monkeypatch.setattr(grp, "getgrgid", lambda _: group)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: owner)
+    status = SimpleNamespace(st_mode=mode, st_uid=os.geteuid(), st_gid=7)
+    assert (owner_problem(status) is not None) is refused  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="takes another user")
