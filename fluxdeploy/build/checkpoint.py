@@ -195,7 +195,7 @@ def _check_levels(checkpoint: Checkpoint) -> None:
     """Refuse a schedule whose noise levels do not fall, for a picture of the usual size."""
     step, defaults = checkpoint.token_pixels, checkpoint.defaults
     tokens = (defaults.height // step) * (defaults.width // step)
-    with np.errstate(all="ignore"), suppress(OverflowError, ZeroDivisionError):
+    with np.errstate(all="ignore"), suppress(ArithmeticError, UsageError):
         levels = sigmas(checkpoint.schedule, max(2, defaults.num_inference_steps), tokens)
         if 0 < levels[0] <= 1 + 1e-6 and (np.diff(levels) < 0).all():
             return
