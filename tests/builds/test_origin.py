@@ -1,0 +1,31 @@
+"""What a manifest says of the checkpoint that its bundle was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fluxdeploy.build.describe import _origin
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "expected"),
+    [
+        ("acme/flux", "c" * 40, {"name": "acme/flux", "revision": "c" * 40}),
+        ("acme/flux@v1.1", "d" * 40, {"name": "acme/flux", "revision": "d" * 40}),
+        ("acme/flux@refs/pr/3", "e" * 40, {"name": "acme/flux", "revision": "e" * 40}),
+        ("/models/mine", None, {"name": "mine"}),
+        ("mine/flux1-dev.safetensors", None, {"name": "mine"}),
+        ("demo:dev", None, {"name": "demo:dev"}),
+    ],
+)
+def test_the_commit_of_a_hub_repository_is_recorded(
+    name: str, revision: str | None, expected: dict[str, str]
+) -> None:
+    checkpoint = SimpleNamespace(root=Path("/models/mine"), layout="bfl", revision=revision)
+    hashes = SimpleNamespace(digest="0" * 64)
+    run: Any = SimpleNamespace(spec=SimpleNamespace(checkpoint=checkpoint), hashes=hashes)
+    assert _origin(name, run) == expected | {"layout": "bfl", "sha256": "0" * 64}
