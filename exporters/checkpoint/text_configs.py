@@ -15,8 +15,17 @@ from fluxdeploy.errors import CheckpointError
 
 __all__ = ["text_config", "with_aliases"]
 
-_UNREAD = ("dtype", "id2label", "label2id", "num_labels", "torch_dtype")
-"""Of other uses; transformers makes as many labels as it is told."""
+_UNREAD = (
+    "attention_dropout",
+    "classifier_dropout",
+    "dropout_rate",
+    "dtype",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "torch_dtype",
+)
+"""Of training and other uses; transformers makes as many labels as it is told."""
 
 _MAX_SIZE = 1 << 20
 _SIZES = (
