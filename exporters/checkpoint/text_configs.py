@@ -124,7 +124,7 @@ def _check_sizes(name: str, config: Any, weights: Weights) -> None:
                 config.num_heads,
             ),
         }
-    if activation not in ACT2FN:
+    if not isinstance(activation, str) or activation not in ACT2FN:
         raise CheckpointError(
             f"The {name} text encoder's config.json names the activation {activation!r}, which "
             "transformers does not have."

@@ -257,7 +257,7 @@ def test_file_cut_off_after_its_header_was_read_is_noticed(tmp_path: Path) -> No
         ({"a": _tensor("U8", [2**63, 2**63], 0, 8)}, "too large"),
         ({"a": _tensor("U8", [1] * 90_000, 0, 1)}, "90000 axes, and at most 32 are allowed"),
         ({"a": _tensor("U8", [10**19] * 50_000, 0, 1)}, "50000 axes"),
-        ({"a": _tensor("U8", [[]] * 100_000, 0, 1)}, "the shape [[], [], ["),
+        ({"a": _tensor("U8", [[]] * 90_000, 0, 1)}, "the shape [[], [], ["),
         ({"a" * 10**6: _tensor("U8", [9], 0, 8)}, "takes 9 bytes, and its offsets give it 8"),
         ({"a": _tensor("x" * 10**6, [8], 0, 8)}, "unknown dtype 'xxx"),
         (b'{"a":[' + b"1," * 10**6 + b"1]}", "more than the 100000 values"),

@@ -39,6 +39,12 @@ def test_a_size_out_of_bounds_is_named(name: str, key: str, value: float) -> Non
     assert f"{name} text encoder's config.json says {key} {value!r}; 1 to" in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [[], {}, None, 7, "rel", ["relu"]])
+def test_an_activation_that_is_none_is_named(value: object) -> None:
+    with pytest.raises(CheckpointError, match="names the activation|is not valid"):
+        text_config("t5", {}, {**T5, "dense_act_fn": value})
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("num_labels", 10**9), ("id2label", "x"), ("dropout_rate", 5), ("dtype", "float7")],
