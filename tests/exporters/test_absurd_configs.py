@@ -41,7 +41,7 @@ def test_a_size_out_of_bounds_is_named(name: str, key: str, value: float) -> Non
 
 @pytest.mark.parametrize("value", [[], {}, None, 7, "rel", ["relu"]])
 def test_an_activation_that_is_none_is_named(value: object) -> None:
-    with pytest.raises(CheckpointError, match="names the activation|is not valid"):
+    with pytest.raises(CheckpointError, match=r"names the activation|is not valid"):
         text_config("t5", {}, {**T5, "dense_act_fn": value})
 
 
