@@ -19,6 +19,9 @@ __all__ = ["Deviation", "measure_component", "require"]
 
 Array = NDArray[Any]
 
+_MAX_GOLDEN = 256 << 20
+"""Bytes. A full-size model's have some 10 MiB a component."""
+
 
 @dataclass(frozen=True)
 class Deviation:
@@ -91,6 +94,11 @@ def require(component: str, deviation: Deviation, golden: GoldenRecord) -> None:
 
 def _read_golden(path: Path) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
     file = read_header(path)
+    size = sum(entry.nbytes for entry in file.tensors.values())
+    if size > _MAX_GOLDEN:
+        raise BundleError(
+            f"{path} holds {size} bytes of tensors; at most {_MAX_GOLDEN} are allowed. Rebuild it."
+        )
     sides: dict[str, dict[str, Array]] = {"input": {}, "output": {}}
     for name in file.tensors:
         side, _, tensor = name.partition(".")

@@ -187,3 +187,12 @@ def test_threads_that_start_end_again() -> None:
     before = threading.active_count()
     try_threads(20)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("kind", [BundleError, EngineError, UsageError])
+def test_a_message_that_quotes_a_file_stays_readable(kind: type[Exception]) -> None:
+    message = str(kind(f"The scheduler is {'x' * 10**6}; it must be another."))
+    assert len(message) < 2100
+    assert message.startswith("The scheduler is xxx")
+    assert message.endswith("xxx; it must be another.")
+    assert str(kind("short")) == "short"

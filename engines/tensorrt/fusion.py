@@ -134,7 +134,7 @@ class FusionReport:
                 int(plain["weight_bytes"]),
                 int(plain["engine_bytes"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ArithmeticError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise EngineError(f"This is not a fusion report: {error!r}. Build again.") from error
 
 

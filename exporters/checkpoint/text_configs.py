@@ -41,8 +41,17 @@ _LEGACY = (
 )
 """Keys of published configs that no version of the encoders reads any more."""
 
-_UNREAD = ("dtype", "id2label", "label2id", "num_labels", "torch_dtype")
-"""Of other uses; transformers makes as many labels as it is told."""
+_UNREAD = (
+    "attention_dropout",
+    "classifier_dropout",
+    "dropout_rate",
+    "dtype",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "torch_dtype",
+)
+"""Of training and other uses; transformers makes as many labels as it is told."""
 
 _MAX_SIZE = 1 << 20
 _SIZES = (
@@ -164,7 +173,7 @@ def _check_sizes(name: str, config: Any, weights: Weights) -> None:
                 config.num_heads,
             ),
         }
-    if activation not in ACT2FN:
+    if not isinstance(activation, str) or activation not in ACT2FN:
         raise CheckpointError(
             f"The {name} text encoder's config.json names the activation {activation!r}, which "
             "transformers does not have."

@@ -216,7 +216,14 @@ def limits(checkpoint: Checkpoint) -> str | None:
 
 
 def check_family(checkpoint: Checkpoint) -> None:
-    """Refuse networks that do not belong together, and FLUX.1's tools (Fill, Canny, Depth)."""
+    """Refuse networks that do not belong together, and FLUX.1's tools (Fill, Canny, Depth).
+
+    What is missing is named before anything else.
+    """
+    for name in ("vae", "clip", "t5"):
+        checkpoint.part(name)
+    for name in ("clip", "t5"):
+        checkpoint.tokenizer(name)
     transformer, vae = checkpoint.transformer, checkpoint.vae
     packed = transformer.patch_size**2 * vae.latent_channels
     if transformer.in_channels != packed or transformer.out_channels != packed:

@@ -181,6 +181,17 @@ def test_an_index_that_the_shards_contradict(
     assert INDEX.rpartition("/")[2] in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"])
+def test_an_index_may_list_all_names_of_the_embedding(copy: Path, name: str) -> None:
+    part = copy / "text_encoder_2"
+    names = dict.fromkeys(load_file(part / "model.safetensors"), "model.safetensors")
+    write_index(part / "model.safetensors.index.json", {**names, name: "model.safetensors"})
+    assert open_checkpoint(copy).t5.num_layers == 2
+    write_index(part / "model.safetensors.index.json", {**names, "x": "model.safetensors"})
+    with pytest.raises(CheckpointError, match="tensor x is in"):
+        open_checkpoint(copy)
+
+
 def test_shards_beside_a_whole_file(copy: Path) -> None:
     whole = (copy / TRANSFORMER).read_bytes()
     shard(copy)

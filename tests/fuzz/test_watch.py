@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 def watched(scratch: Path, work: str) -> subprocess.CompletedProcess[str]:
     code = (
-        "import os, subprocess, time\nfrom pathlib import Path\n"
+        "import os, shutil, subprocess, time\nfrom pathlib import Path\n"
         "from tests.fuzz.watch import Watch\n"
         f"watch = Watch(Path({str(scratch)!r}), 0.5, 300 << 20)\nwatch.begin()\n"
         f"with watch.example():\n    {work}\n"
@@ -48,7 +48,10 @@ def test_what_is_done_outside_is_told(tmp_path: Path, work: str) -> None:
 
 
 def test_work_inside_is_not_told(tmp_path: Path) -> None:
-    work = "Path('a').write_text(''); os.rename('a', 'b'); open('/proc/self/stat').read()"
+    work = (
+        "Path('a').write_text(''); os.rename('a', 'b'); open('/proc/self/stat').read(); "
+        "os.makedirs('c/d'); Path('c/d/e').touch(); shutil.rmtree('c')"
+    )
     assert watched(tmp_path, work).stdout == "[]\n"
 
 

@@ -33,6 +33,15 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _SYSTEM = ("/proc/", "/sys/", "/dev/null", "/dev/urandom", "/etc/localtime", "/usr/share/zoneinfo")
 
 
+def _changed(event: str, arguments: tuple[Any, ...]) -> list[str]:
+    """The paths that an event changes."""
+    # Of a link only the new name: what it leads to stays as it is.
+    places = {"os.link": (1,), "os.symlink": (1,), "os.rename": (0, 1)}.get(event, (0,))
+    folder = arguments[-1] if isinstance(arguments[-1], int) and arguments[-1] >= 0 else None
+    root = "" if folder is None else os.readlink(f"/proc/self/fd/{folder}")
+    return [os.path.join(root, os.fsdecode(arguments[place])) for place in places]
+
+
 @dataclass
 class Watch:
     """Bounds one example after the other in a process of its own.
@@ -90,8 +99,10 @@ class Watch:
             if isinstance(path, (str, bytes)) and not self._may_open(path, flags or 0):
                 self.outside.append(f"opened {path!r}")
         elif event in _CHANGES:
-            for path in arguments[:2]:
-                if isinstance(path, (str, bytes)) and not self._within(path, (self._writable,)):
+            for path in _changed(event, arguments):
+                parent, _ = os.path.split(os.path.abspath(path))
+                # The name itself is changed, wherever it leads.
+                if not self._within(parent, (self._writable,)):
                     self.outside.append(f"{event} {path!r}")
         elif event in _NEVER and arguments[0] not in _PROGRAMS:
             self.outside.append(f"{event} {arguments!r:.100}")
@@ -103,5 +114,5 @@ class Watch:
 
     @staticmethod
     def _within(path: str | bytes, folders: tuple[str, ...]) -> bool:
-        name = os.path.abspath(os.fsdecode(path))
+        name = os.path.realpath(os.fsdecode(path))
         return any(name.startswith(folder) or name == folder.rstrip(os.sep) for folder in folders)
