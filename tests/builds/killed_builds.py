@@ -29,6 +29,7 @@ import exporters.export
 import exporters.synthetic.sparse_checkpoint
 import fluxdeploy.build.build
 import fluxdeploy.build.engines
+import fluxdeploy.build.prepare
 import fluxdeploy.build.run
 import fluxdeploy.cli.build
 from fluxdeploy.build.staging import Staging
@@ -39,10 +40,10 @@ from tests.support.traces import Traces
 
 _STEPS: tuple[tuple[Any, str, str], ...] = (
     (Staging, "__enter__", "recovery"),
-    (fluxdeploy.build.build, "find_checkpoint", "checkpoint"),
+    (fluxdeploy.build.prepare, "find_checkpoint", "checkpoint"),
     (fluxdeploy.build.run, "hash_checkpoint", "hashing"),
     (fluxdeploy.build.build, "make_tokenizer", "tokenizer"),
-    (fluxdeploy.build.build, "resolve", "modules"),
+    (fluxdeploy.build.prepare, "resolve", "modules"),
     (exporters.export, "trace_chain", "tracing"),
     (exporters.export, "bind", "weights"),
     (exporters.export, "_check", "graph check"),
