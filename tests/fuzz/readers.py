@@ -390,7 +390,8 @@ def arguments(folder: Path) -> Reader:
     }
     paths = [str(folder / name) for name in ("empty", "text.png", "pipe", "none", "none/x.png")]
     plain = [str(value) for value in EXTREMES if isinstance(value, (int, float, str))]
-    plain = [word for word in plain if len(word) < 300 and not set(word) & {"\x00", "/"}]
+    # The system has no other arguments; half a character, for one, is none.
+    plain = [word for word in plain if len(word) < 300 and not set(word) & {"\x00", "/", "\ud800"}]
     values = st.one_of(
         st.sampled_from([*paths, *plain]),
         st.sampled_from(["512x512", "1x0", "cpu", "cuda", "fp8", "auto", "onnxruntime", "t5=int8"]),
