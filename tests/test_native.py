@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fluxdeploy.bundle.manifest import TokenizerRecord
+from fluxdeploy.bundle.files import disk_errors, read_whole
+from fluxdeploy.bundle.manifest import FileRecord, TokenizerRecord
 from fluxdeploy.errors import BundleError, EngineError, UsageError
 from fluxdeploy.native import exhausted, native_errors, try_threads
 from fluxdeploy.text.bundle import load_tokenizers
@@ -100,9 +101,16 @@ def test_what_is_no_failure_of_the_library_passes(error: type[BaseException]) ->
 
 def _stub(folder: Path, document: Any) -> Any:
     (folder / "x.json").write_text(document if isinstance(document, str) else json.dumps(document))
-    record = TokenizerRecord("x.json", 77, 0, (), (), "right", "right", ())
+    files = (FileRecord("x.json", 0, "0" * 64),)
+    record = TokenizerRecord("x.json", 77, 0, (), (), "right", "right", files)
+
+    def read(file: FileRecord) -> bytes:
+        with disk_errors("read", folder / file.path):
+            return read_whole(folder / file.path, 16 << 20)
+
     return SimpleNamespace(
         root=folder,
+        read=read,
         path=folder.joinpath,
         manifest=SimpleNamespace(tokenizers={"clip": record, "t5": record}),
     )
@@ -144,7 +152,7 @@ def test_a_tokenizer_that_is_no_file_or_too_large(tmp_path: Path, kind: str) -> 
         os.truncate(path, 1 << 40)
     elif kind == "not UTF-8":
         path.write_bytes(b"\xff{}")
-    with pytest.raises(BundleError, match=r"x\.json cannot be read"):
+    with pytest.raises(BundleError, match=r"Cannot read .*x\.json: |x\.json cannot be read"):
         load_tokenizers(stub)
 
 
@@ -166,7 +174,7 @@ from engines.base import EngineOptions
 from engines.onnxruntime import _session
 LIMIT
 try:
-    _session("nowhere.onnx", "cpu", EngineOptions(threads=8), "t5", "fp32")
+    _session("nowhere.onnx", "cpu", EngineOptions(), "t5", "fp32")
 except Exception as error:
     print(type(error).__name__, error)
 """
@@ -175,7 +183,7 @@ except Exception as error:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become a user without other threads")
 def test_a_session_that_cannot_have_its_threads_does_not_wait_for_them() -> None:
     # Another user's id, which nobody has: the limit is then of this process alone.
-    limit = "os.setuid(64321); resource.setrlimit(resource.RLIMIT_NPROC, (3, 3))"
+    limit = "os.setuid(64321); resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))"
     done = limited(limit, OPEN)
     assert "EngineError ONNX Runtime cannot open t5" in done.stdout, done.stderr
     assert "the system starts no more threads" in done.stdout

@@ -148,7 +148,7 @@ HOSTILE: dict[str, tuple[Hostile, str]] = {
     "a prefix of 90,000 ids": (_clip("prefix", value=[1] * 90_000), "prefix"),
     "an id past 32 bits": (_clip("pad_id", value=2**31), "pad_id"),
     "10 to the 12 tokens": (_clip("max_length", value=10**12), "max_length"),
-    "a height of 10 to the 12": (_edit("defaults", "height", value=16 * 10**11), "height"),
+    "a height of 10 to the 12": (_edit("defaults", "height", value=16 * 10**11), ""),
     "10 to the 12 steps": (_edit("defaults", "num_inference_steps", value=10**12), "steps"),
     "text of 10 to the 12 tokens": (_edit("defaults", "max_sequence_length", value=10**12),
                                     "max_sequence_length"),
