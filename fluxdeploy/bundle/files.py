@@ -451,21 +451,26 @@ def _is_entry(entry: object) -> bool:
 
 
 def can_link(source: Path, folder: Path) -> bool:
-    """Whether a hard link to a file from below `folder` can probably stand for a copy.
-
-    A link has the file's own mode: of a private file, what others may read needs a copy.
-    """
+    """Whether a hard link to a file from below `folder` can probably stand for a copy."""
     status = source.stat()
-    # Linux lets others than the owner link a file only where they could write to it.
-    allowed = os.name == "nt" or status.st_uid == os.geteuid() or os.access(source, os.W_OK)
-    return allowed and _is_readable(status) and status.st_dev == folder.stat().st_dev
+    # Linux lets others than the owner link a file only where they could write to it, and none of
+    # them change its mode.
+    own = os.name == "nt" or os.geteuid() in (0, status.st_uid)
+    allowed = own or (os.access(source, os.W_OK) and not _lacking(status))
+    return allowed and status.st_dev == folder.stat().st_dev
 
 
-def _is_readable(status: os.stat_result) -> bool:
-    """Whether a file may be read by all who may read one that is made now."""
+def _make_readable(path: Path, status: os.stat_result) -> None:
+    """Let all read a file who may read one that is made now. Raises `OSError`."""
+    if lacking := _lacking(status):
+        os.chmod(path, stat.S_IMODE(status.st_mode) | lacking)
+
+
+def _lacking(status: os.stat_result) -> int:
+    """The bits of a mode that let read what is made now, and that a file has not."""
     mask = os.umask(0o077)
     os.umask(mask)
-    return not 0o444 & ~mask & ~status.st_mode
+    return 0o444 & ~mask & ~status.st_mode
 
 
 def can_clone(source: Path, folder: Path) -> bool:
@@ -529,8 +534,9 @@ def link_or_copy(
 ) -> Literal["linked", "copied"]:
     """Put `source` at `destination`: a hard link where that is possible, else a copy.
 
-    A private file is copied too, where others may read what is made here: see `can_link`.
-    Symbolic links are followed first, since runtimes refuse those that leave a model's folder.
+    A file and its links have one mode, and libraries save weights as private files: so a link makes
+    them as readable as what else is written here, as far as the user's mask allows, and as a copy
+    would be. Symbolic links are followed first, since runtimes refuse those that leave a model's folder.
     An existing destination is replaced at once, never half. Missing folders are made. Raises
     `BundleError` where the source is no file or the disk refuses.
     """
@@ -543,12 +549,12 @@ def link_or_copy(
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(target)
         try:
-            if not _is_readable(status):
-                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
             os.link(real, temporary)
+            _make_readable(temporary, status)
         except OSError:
             # Other file system, no links there, too many, not the owner: a copy always does,
             # and where it does not either, its error is the one to show.
+            temporary.unlink(missing_ok=True)
             _copy(real, target, on_bytes)
             return "copied"
         try:

@@ -377,10 +377,10 @@ def _check(manifest: Manifest) -> None:
         _check_tokenizer(tokenizer, f"tokenizers.{name}")
     _check_quality(manifest.quality)
     _check_constants(manifest)
+    _check_magnitudes(manifest)
     _check_schedule(manifest)
     _check_boundary(manifest)
     _check_defaults(manifest)
-    _check_magnitudes(manifest)
 
 
 def _check_counts(manifest: Manifest) -> None:

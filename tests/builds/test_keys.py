@@ -93,7 +93,7 @@ def other_config(given: Given) -> Given:
     clip = checkpoint.parts["clip"]
     parts = {
         **checkpoint.parts,
-        "clip": dataclasses.replace(clip, config={**clip.config, "layer_norm_eps": 1e-3}),
+        "clip": dataclasses.replace(clip, given={**clip.config, "layer_norm_eps": 1e-3}),
     }
     changed = dataclasses.replace(checkpoint, parts=parts)
     return dataclasses.replace(given, spec=dataclasses.replace(given.spec, checkpoint=changed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -132,34 +133,50 @@ def test_what_takes_no_room_needs_none(
         place_weights(specs("clip", precision="fp16"), tmp_path, link=not clones)
 
 
-PRIVATE: list[tuple[int, int, str]] = [
-    (0o600, 0o022, "copied"),
-    (0o640, 0o022, "copied"),
-    (0o600, 0o077, "linked"),
-    (0o640, 0o027, "linked"),
-    (0o644, 0o022, "linked"),
-    (0o444, 0o022, "linked"),
-    (0o400, 0o002, "copied"),
-]
-
-
-@pytest.mark.parametrize(("mode", "mask", "how"), PRIVATE)
-def test_a_file_that_the_rest_s_readers_cannot_read_is_copied(
-    tmp_path: Path, mode: int, mask: int, how: str
+@pytest.mark.parametrize(
+    ("mode", "mask", "wanted"),
+    [
+        (0o600, 0o022, 0o644),
+        (0o640, 0o022, 0o644),
+        (0o400, 0o002, 0o444),
+        (0o600, 0o077, 0o600),
+        (0o640, 0o027, 0o640),
+        (0o644, 0o022, 0o644),
+        (0o755, 0o022, 0o755),
+    ],
+)
+def test_a_link_is_as_readable_as_the_rest(
+    tmp_path: Path, mode: int, mask: int, wanted: int
 ) -> None:
+    """Libraries save weights as private files, and a server of another user is to read them."""
     source, target = tmp_path / "a", tmp_path / "b"
     source.write_bytes(b"weights")
     source.chmod(mode)
     before = os.umask(mask)
     try:
-        assert files.can_link(source, tmp_path) == (how == "linked")
-        assert files.link_or_copy(source, target) == how
+        assert files.can_link(source, tmp_path)
+        assert files.link_or_copy(source, target) == "linked"
     finally:
         os.umask(before)
-    wanted = 0o666 & ~mask & 0o444
-    assert target.stat().st_mode & wanted == wanted
-    assert source.stat().st_mode & 0o777 == mode, "the user's file keeps its mode"
-    assert target.read_bytes() == b"weights"
+    assert target.stat().st_mode & 0o777 == wanted
+    assert target.samefile(source)
+
+
+def test_a_file_whose_mode_cannot_be_changed_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_bytes(b"weights")
+    source.chmod(0o600)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(files.os, "chmod", refuse)
+    assert files.link_or_copy(source, target) == "copied"
+    assert source.stat().st_mode & 0o777 == 0o600
+    assert target.stat().st_mode & 0o444 == 0o444
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 @pytest.mark.parametrize("put", [files.link_or_copy, files.clone])

@@ -142,13 +142,13 @@ def test_what_is_no_file_or_too_large(
     else:
         path.symlink_to("nowhere")
     words = {
-        "pipe": "it is a named pipe",
-        "device": "it is a device",
-        "sparse": "it has 1099511627776 bytes, and at most",
-        "folder": "it is a folder",
-        "gone": "No such file",
+        "pipe": "cannot be read: it is a named pipe",
+        "device": "is a link that leaves its folder, to /dev/zero",
+        "sparse": "cannot be read: it has 1099511627776 bytes, and at most",
+        "folder": "cannot be read: it is a folder",
+        "gone": "cannot be read: No such file",
     }
-    refuse(path.parent, f"{file} cannot be read: {words[kind]}")
+    refuse(path.parent, f"{file} {words[kind]}")
 
 
 @pytest.mark.parametrize("length", [10**12, 1 << 17, -5])

@@ -459,7 +459,9 @@ def test_a_written_checkpoint_opens_as_flux(
     transformer: Any, text: TextEncoders, tokenizers: tuple[Path, TokenizerSizes], tmp_path: Path
 ) -> None:
     dev = guidance.guided_student(transformer)
-    parts = (vae.make_vae(), text, dev)
+    untrained = vae.make_vae()
+    untrained.register_to_config(shift_factor=0.0)
+    parts = (untrained, text, dev)
     settings = {"num_inference_steps": 28, "guidance_scale": 3.0}
     write_checkpoint(
         tmp_path / "dev", tokenizers[0], *(copy.deepcopy(part) for part in parts), settings
