@@ -534,11 +534,11 @@ def link_or_copy(
 ) -> Literal["linked", "copied"]:
     """Put `source` at `destination`: a hard link where that is possible, else a copy.
 
-    A file and its links have one mode, and libraries save weights as private files: so a link makes
-    them as readable as what else is written here, as far as the user's mask allows, and as a copy
-    would be. Symbolic links are followed first, since runtimes refuse those that leave a model's folder.
-    An existing destination is replaced at once, never half. Missing folders are made. Raises
-    `BundleError` where the source is no file or the disk refuses.
+    A file and its links have one mode, and libraries save weights as private files: a link makes
+    the file as readable as what else is written here, and as a copy would be, within the user's
+    mask. Symbolic links are followed first, since runtimes refuse those that leave a model's
+    folder. An existing destination is replaced at once, never half. Missing folders are made.
+    Raises `BundleError` where the source is no file or the disk refuses.
     """
     real, target = Path(os.path.realpath(source)), Path(destination)
     with disk_errors("read", source):
