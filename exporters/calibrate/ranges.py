@@ -188,11 +188,13 @@ def _load_state(path: Path, key: str, samples: Sequence[Sample], recorder: _Reco
         if file.metadata.get("key") != key:
             return 0
         latents = [read_tensor(file, str(i)) for i in range(len(samples))]
-    except CheckpointError:
+        largest = load_strict(file.metadata["largest"])
+        inputs, values = dict(largest["inputs"]), dict(largest["values"])
+        steps = int(file.metadata["steps"])
+    except (CheckpointError, KeyError, TypeError, ValueError):
         return 0
-    for sample, values in zip(samples, latents, strict=True):
-        sample.latents = values
-    largest = load_strict(file.metadata["largest"])
-    recorder.inputs.update(largest["inputs"])
-    recorder.values.update(largest["values"])
-    return int(file.metadata["steps"])
+    for sample, state in zip(samples, latents, strict=True):
+        sample.latents = state
+    recorder.inputs.update(inputs)
+    recorder.values.update(values)
+    return steps

@@ -20,6 +20,7 @@ import click
 from fluxdeploy import __version__
 from fluxdeploy.errors import FluxDeployError, UsageError
 from fluxdeploy.interrupts import INTERRUPTED, ExitOnInterrupt
+from fluxdeploy.native import exhausted
 from fluxdeploy.terminal import open_streams, reader_gone, say, visible
 
 __all__ = ["COMMANDS", "DEBUG_VARIABLE", "main"]
@@ -143,11 +144,10 @@ class _CommandGroup(click.Group):
             if isinstance(error, BrokenPipeError):
                 _end_without_reader()
             raise _failure(error, _describe_os_error(error)) from None
-        except MemoryError as error:
-            message = "Memory ran out; close other programs, or ask for less at once."
-            raise _failure(error, message) from None
         # The last stop before a user's eyes. A panic of a library in Rust is no `Exception`.
         except BaseException as error:  # noqa: BLE001
+            if (why := exhausted(error)) is not None:
+                raise _failure(error, f"{why[0].upper()}{why[1:]}.") from None
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             message = (
                 f"This is a bug in fluxdeploy ({what}). "

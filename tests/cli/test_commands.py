@@ -124,6 +124,8 @@ def test_wrong_usage_exits_with_2(args: list[str]) -> None:
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), 1, "Error: No such file: x"),
         (OSError("odd"), 1, "Error: odd."),
         (MemoryError(), 1, "Memory ran out"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "Memory ran out"),
+        (RuntimeError("can't start new thread"), 1, "The system starts no more threads"),
         (KeyboardInterrupt(), 130, "Error: Interrupted."),
         (ZeroDivisionError("division by zero"), 1, "bug in fluxdeploy (ZeroDivisionError: div"),
         (Panic("index out of bounds"), 1, "bug in fluxdeploy (Panic: index out of bounds)"),

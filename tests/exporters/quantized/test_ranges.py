@@ -9,6 +9,7 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from exporters.calibrate.ranges import ActivationRanges, measure_ranges
+from exporters.calibrate.ranges import ActivationRanges, _load_state, measure_ranges
 from exporters.calibrate.trajectory import Calibration, default_calibration
 from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.checkpoint.tensors import StoredTensor
+from fluxdeploy.bundle.tensorfile import TensorFileWriter
 from fluxdeploy.demo import DEMO_CHECKPOINTS
 from fluxdeploy.errors import CheckpointError, NumericError, UsageError
 from fluxdeploy.progress import Progress, Task
@@ -309,3 +311,23 @@ def test_the_default_calibration_follows_the_checkpoint() -> None:
     calibration = default_calibration(opened)
     assert calibration.sizes[0] == (index["height"], index["width"])
     assert calibration.guidance == index["guidance_scale"]
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {},
+        {"largest": "{", "steps": "1"},
+        {"largest": "{}", "steps": "1"},
+        {"largest": '{"inputs": 1, "values": {}}', "steps": "1"},
+        {"largest": '{"inputs": {}, "values": {}}'},
+        {"largest": '{"inputs": {}, "values": {}}', "steps": "one"},
+    ],
+)
+def test_a_state_that_lacks_something_is_not_taken_over(
+    tmp_path: Path, metadata: dict[str, str]
+) -> None:
+    path, recorder = tmp_path / "state", SimpleNamespace(inputs={}, values={})
+    with TensorFileWriter(path, [], {"key": "k", **metadata}):
+        pass
+    assert _load_state(path, "k", [], recorder) == 0  # type: ignore[arg-type]
