@@ -307,6 +307,14 @@ def test_single_components_do_not_ask_for_the_rest(opened: Checkpoint) -> None:
 # What a checkpoint records, against its networks and tokenizers.
 
 
+@pytest.fixture(scope="module")
+def tokenizers(source: Path) -> dict[str, Any]:
+    from exporters.tokenizers import canonical_tokenizer
+
+    folders = {"clip": "tokenizer", "t5": "tokenizer_2"}
+    return {name: canonical_tokenizer(source / at, name) for name, at in folders.items()}
+
+
 def settle(checkpoint: Path, **sizes: Any) -> BuildSpec:
     runtime, targets = choose_builder("onnxruntime", (), "fp32")
     request = BuildRequest(str(checkpoint), "fp32", sizes=SizeRange(**sizes))
@@ -341,17 +349,12 @@ def test_settings_that_nothing_draws_with(copy: Path, settings: dict[str, Any], 
         {"shift_terminal": -0.5},
     ],
 )
-def test_schedule_whose_levels_do_not_fall(copy: Path, changes: dict[str, Any]) -> None:
+def test_schedule_whose_levels_do_not_fall(
+    copy: Path, tokenizers: dict[str, Any], changes: dict[str, Any]
+) -> None:
     edit_json(copy / "scheduler/scheduler_config.json", **changes)
     with pytest.raises(CheckpointError, match="noise levels do not fall"):
-        check_drawable(open_checkpoint(copy), settle_tokenizers(copy))
-
-
-def settle_tokenizers(checkpoint: Path) -> dict[str, Any]:
-    from exporters.tokenizers import canonical_tokenizer
-
-    folders = {"clip": "tokenizer", "t5": "tokenizer_2"}
-    return {name: canonical_tokenizer(checkpoint / at, name) for name, at in folders.items()}
+        check_drawable(open_checkpoint(copy), tokenizers)
 
 
 @pytest.mark.parametrize(
@@ -362,9 +365,9 @@ def settle_tokenizers(checkpoint: Path) -> dict[str, Any]:
     ],
 )
 def test_tokenizer_with_more_ids_than_embeddings(
-    copy: Path, name: str, part: str, path: str, table: str
+    copy: Path, tokenizers: dict[str, Any], name: str, part: str, path: str, table: str
 ) -> None:
-    largest = settle_tokenizers(copy)[name].largest_id
+    largest = tokenizers[name].largest_id
 
     def cut(tensors: Tensors) -> None:
         full = next(key for key in tensors if key.endswith(table))
@@ -373,7 +376,7 @@ def test_tokenizer_with_more_ids_than_embeddings(
     edit_tensors(copy / path, cut)
     edit_json(copy / part / "config.json", vocab_size=largest)
     with pytest.raises(CheckpointError, match=f"ids up to {largest}, .* embeds {largest}"):
-        settle(copy)
+        check_drawable(open_checkpoint(copy), tokenizers)
 
 
 def test_tokenizer_with_another_length_than_positions(copy: Path) -> None:
@@ -383,10 +386,12 @@ def test_tokenizer_with_another_length_than_positions(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(("end", "told"), [(2, False), (None, False), (7, True)])
-def test_end_of_text_that_no_prompt_has(copy: Path, end: int | None, told: bool) -> None:
+def test_end_of_text_that_no_prompt_has(
+    copy: Path, tokenizers: dict[str, Any], end: int | None, told: bool
+) -> None:
     if end is not None:
         edit_json(copy / "text_encoder/config.json", eos_token_id=end)
-    remarks = find_text_remarks(open_checkpoint(copy), settle_tokenizers(copy))
+    remarks = find_text_remarks(open_checkpoint(copy), tokenizers)
     assert any(f"eos_token_id {end}" in remark for remark in remarks) is told
 
 
