@@ -21,7 +21,8 @@ _CLIP_PREFIX = "text_model."
 _SPARE = {
     "clip": r"text_model\.(embeddings\.position_ids|(text|visual)_projection\.weight|logit_scale"
     r"|vision_model\..*)",
-    "t5": r"encoder\.embed_tokens\.weight|decoder\..*|lm_head\.weight",
+    # ComfyUI puts a tokenizer beside the weights.
+    "t5": r"encoder\.embed_tokens\.weight|decoder\..*|lm_head\.weight|spiece_model",
 }
 _LEGACY = (
     "dropout",
