@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ __all__ = ["Tokenizers", "load_tokenizers"]
 
 _MAX_TOKENIZER = 16 << 20
 """FLUX.1's have 3 MiB."""
+
+
+_MAX_NUMBER = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,34 @@ def _load(bundle: Bundle, name: str) -> Tokenizer:
             f"The tokenizer {path} has {len(data)} bytes, and at most {_MAX_TOKENIZER} are "
             "allowed. Build the bundle again."
         )
+    if _has_larger_number(data):
+        raise BundleError(
+            f"The tokenizer {path} cannot be read: it has a number beyond {_MAX_NUMBER}, which no "
+            "id or length is. Build the bundle again."
+        )
     with native_errors(
         BundleError, f"The tokenizer {path} cannot be read", "Build the bundle again."
     ):
         backend = Backend.from_str(data.decode("utf-8"))
     return Tokenizer(name, backend, record)
+
+
+def _has_larger_number(data: bytes) -> bool:
+    """Whether a JSON text holds an integer past `_MAX_NUMBER`; not for what is no JSON.
+
+    The native library makes room for as many tokens as an id says, and ends the process where
+    memory does not do.
+    """
+    try:
+        waiting = [json.loads(data)]
+    except (ValueError, RecursionError):
+        return False
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, int) and abs(value) > _MAX_NUMBER:
+            return True
+    return False

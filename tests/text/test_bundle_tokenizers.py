@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -96,6 +97,24 @@ def test_a_file_that_is_no_tokenizer_is_refused(
     file = write(tmp_path, "tokenizers/t5.json", data)
     with pytest.raises(BundleError, match=r"tokenizers/t5\.json cannot be read: .* Build"):
         load_tokenizers(bundle(tmp_path, {**records, "t5": replace(records["t5"], files=(file,))}))
+
+
+@pytest.mark.parametrize("number", [2**31, -(2**31), 10**12, 1_673_039_458, (1 << 24) + 1])
+@pytest.mark.parametrize("name", ["clip", "t5"])
+def test_a_number_that_would_take_all_memory_is_refused(
+    records: dict[str, TokenizerRecord], tmp_path: Path, name: str, number: int
+) -> None:
+    """As an id, the native library would make room for so many tokens, or end the process."""
+    document = json.loads((tmp_path / f"tokenizers/{name}.json").read_text())
+    if name == "clip":
+        document["model"]["vocab"]["x"] = number
+    else:
+        document["added_tokens"] = [{"id": number, "content": "x", "special": False}]
+    (tmp_path / f"tokenizers/{name}.json").unlink()
+    file = write(tmp_path, f"tokenizers/{name}.json", json.dumps(document).encode())
+    changed = replace(records[name], files=(file,))
+    with pytest.raises(BundleError, match=f"{name}.json cannot be read: it has a number beyond"):
+        load_tokenizers(bundle(tmp_path, {**records, name: changed}))
 
 
 @pytest.mark.parametrize("change", ["bytes", "size", "missing", "folder", "swapped"])
