@@ -51,6 +51,9 @@ SYMBOLS = ("B", "S", "L", "T", "N", "H", "W", "h", "w")
 """The symbols that a `Dimension` may be."""
 
 _MAX_DEPTH = 32
+_MAX_NAME, _MAX_PATH = 255, 1024
+"""Bytes of a file's name, and characters of a path below a bundle, whose own comes before it."""
+
 _MAX_DECIBELS = 150
 """A float32 has about this many between its largest and its smallest digit: no gate needs more."""
 
@@ -325,6 +328,11 @@ def path_problem(path: str) -> str | None:
         return "leaves the bundle"
     if "" in parts or "." in parts:
         return "has an empty part"
+    if (
+        any(len(part.encode("utf-8", "surrogatepass")) > _MAX_NAME for part in parts)
+        or len(path) > _MAX_PATH
+    ):
+        return "is longer than file systems allow"
     return None
 
 
