@@ -23,7 +23,6 @@ __all__ = [
     "find_tensor",
     "read_entries",
     "read_stored",
-    "read_tensors",
     "same_values",
 ]
 
@@ -182,14 +181,6 @@ def same_values(one: Weights, other: Weights, most: int | None = None) -> bool:
         ):
             return False
     return True
-
-
-def read_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """All tensors of some safetensors files, with the scales of FP8 checkpoints attached.
-
-    Raises `CheckpointError` for a broken file and for a tensor that stands in two files.
-    """
-    return attach_scales(read_stored(files))
 
 
 def read_stored(files: Iterable[Path], index: Index | None = None) -> dict[str, StoredTensor]:

@@ -49,7 +49,7 @@ from fluxdeploy.bundle.manifest import (
 from fluxdeploy.bundle.typed_json import load_strict, parse, to_plain
 from fluxdeploy.errors import BundleError
 
-__all__ = ["Staging", "check_destination"]
+__all__ = ["Staging", "check_destination", "find_manifest"]
 
 OnBytes = Callable[[int], None]
 
@@ -132,11 +132,11 @@ class Staging:
                 shutil.rmtree(self._aside)
             else:
                 os.rename(self._aside, self.destination)
-        self._earlier = _read_manifest(self.destination)
+        self._earlier = find_manifest(self.destination)
         self._artifacts = dict(self._read_artifacts())
         # A manifest is here where a build was stopped just before the swap, or just after it,
         # while it removed the earlier bundle. Either way its components can be used again.
-        manifest = _read_manifest(self.root)
+        manifest = find_manifest(self.root)
         if manifest is not None:
             for name, component in manifest.components.items():
                 if name not in self._artifacts:
@@ -399,7 +399,7 @@ def _check_replaceable(destination: Path) -> None:
             f"{destination} holds files and is not a bundle, so it is not replaced; choose a new "
             "or an empty folder."
         )
-    manifest = _read_manifest(destination)
+    manifest = find_manifest(destination)
     if manifest is not None:
         strangers = files - {MANIFEST_NAME} - {record.path for _, record in manifest.files()}
         if strangers:
@@ -409,7 +409,7 @@ def _check_replaceable(destination: Path) -> None:
             )
 
 
-def _read_manifest(root: Path) -> Manifest | None:
+def find_manifest(root: Path) -> Manifest | None:
     """The manifest of the folder `root`, or None where there is none that can be read."""
     path = root / MANIFEST_NAME
     try:

@@ -504,7 +504,7 @@ def clone(
     """
     real, target = Path(os.path.realpath(source)), Path(destination)
     with disk_errors("read", source):
-        reader = open(real, "rb", buffering=0)  # noqa: SIM115
+        reader = open_regular(real)
     with reader, disk_errors("write", target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as writer:

@@ -128,8 +128,9 @@ def read_metadata(path: Path) -> PictureMetadata:
     try:
         text = read_text(path)
     except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise FluxDeployError(
-            f"{path} cannot be read as a PNG: {error}. Give a picture that fluxdeploy wrote."
+            f"{path} cannot be read as a PNG: {reason}. Give a picture that fluxdeploy wrote."
         ) from error
     try:
         return PictureMetadata(

@@ -9,10 +9,11 @@ https://www.w3.org/TR/png-3/#11textinfo.
 from __future__ import annotations
 
 import os
-import stat
 import zlib
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
+
+from fluxdeploy.bundle.files import open_regular
 
 __all__ = ["read_text"]
 
@@ -29,16 +30,13 @@ def read_text(path: Path) -> dict[str, str]:
     Raises `ValueError`, saying what is wrong, for a file that is no whole PNG, or has more text or
     chunks than pictures have, and `OSError`.
     """
-    # Asked before opening: opening a named pipe would wait for its writer.
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("it is not a regular file")
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         if file.read(len(_SIGNATURE)) != _SIGNATURE:
             raise ValueError("it does not begin as a PNG does")
         return _read_chunks(file)
 
 
-def _read_chunks(file: BinaryIO) -> dict[str, str]:
+def _read_chunks(file: FileIO) -> dict[str, str]:
     size = os.fstat(file.fileno()).st_size
     found: dict[str, str] = {}
     left = _MAX_TEXT

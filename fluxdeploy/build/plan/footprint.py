@@ -64,7 +64,6 @@ def weigh(spec: ExportSpec) -> Footprint:
 
     quantization, width = PRECISIONS[spec.precision].quantization, WIDTHS[spec.compute]
     parameters = linked = written = graph = quantized = largest = 0
-    sources = set()
     for placement in spec.placements:
         stored, count = placement.stored, count_elements(placement.stored.shape)
         parameters += count
@@ -79,7 +78,6 @@ def weigh(spec: ExportSpec) -> Footprint:
         graph += width * count
         if placement.how is Storing.LINKED:
             linked += stored.nbytes
-            sources.add(Path(os.path.realpath(stored.file)))
         else:
             written += stored.nbytes if placement.how is Storing.COPIED else width * count
     return Footprint(
@@ -90,7 +88,7 @@ def weigh(spec: ExportSpec) -> Footprint:
         quantized=quantized,
         largest_quantized=largest,
         largest_stage=_largest_stage(spec.chain),
-        sources=frozenset(sources),
+        sources=spec.linked,
     )
 
 

@@ -19,16 +19,13 @@ from fluxdeploy.build.plan.footprint import (
 from fluxdeploy.build.plan.objections import find_impossible, find_remarks, find_shortages
 from fluxdeploy.build.resolve import BuildSpec, ComponentSpec
 from fluxdeploy.build.sizes import overall, resolution_buckets
-from fluxdeploy.bundle.files import can_link, read_whole
+from fluxdeploy.build.staging import find_manifest
+from fluxdeploy.bundle.files import can_link
 from fluxdeploy.bundle.manifest import (
-    MANIFEST_NAME,
-    MAX_MANIFEST,
     SYMBOLS,
     DimensionRange,
     Manifest,
-    from_json,
 )
-from fluxdeploy.errors import BundleError
 from fluxdeploy.kernels import AttentionKernels, CallSizes
 from fluxdeploy.machine import read_memory
 from fluxdeploy.precision import PRECISIONS
@@ -150,7 +147,7 @@ class _Planner:
             other=tokenizers + graphs + sum(map(self._golden_bytes, self.components.values())),
             free=shutil.disk_usage(folder).free + staged_bytes(self.destination),
         )
-        earlier = _earlier_manifest(self.destination)
+        earlier = find_manifest(self.destination)
         reusable = sum(
             component.written + component.engine
             for component in components.values()
@@ -235,11 +232,3 @@ class _Planner:
             all_open=together(tuple(itertools.chain(*turns.values()))),
             low_vram=max(together(names) for names in turns.values()),
         )
-
-
-def _earlier_manifest(destination: Path) -> Manifest | None:
-    path = destination / MANIFEST_NAME
-    try:
-        return from_json(read_whole(path, MAX_MANIFEST).decode("utf-8"), str(path))
-    except (OSError, ValueError, BundleError):
-        return None

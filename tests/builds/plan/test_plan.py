@@ -241,7 +241,7 @@ def test_an_earlier_bundle_may_be_enough(
         )
         for part in plan.components
     }
-    monkeypatch.setattr(planner, "_earlier_manifest", lambda _: SimpleNamespace(components=earlier))
+    monkeypatch.setattr(planner, "find_manifest", lambda _: SimpleNamespace(components=earlier))
     _have_free(monkeypatch, plan.disk.needed - 1000)
     again = plan_for(demo, out, runtime("onnxruntime"), CPU, "int8")
     again.require_possible()

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from exporters.check.readback import read_linears
 from exporters.checkpoint import Checkpoint
-from exporters.checkpoint.tensors import StoredTensor, read_tensors
+from exporters.checkpoint.tensors import StoredTensor, read_stored
 from exporters.formats import FORMATS, Packed
 from exporters.weights.bind import Ledger
 from exporters.weights.write import WrittenTensor, shards, write_files, write_tensors
@@ -186,7 +186,7 @@ def test_scaled_fp8_checkpoints_are_quantized_anew(
 def stored_tensors(folder: Path, count: int, rows: int, columns: int) -> list[StoredTensor]:
     tensors = {f"layer.{i}": torch.randn(rows, columns) for i in range(count)}
     save_file(tensors, folder / "source.safetensors")
-    return list(read_tensors([folder / "source.safetensors"]).values())
+    return list(read_stored([folder / "source.safetensors"]).values())
 
 
 def ignore(*_: object) -> None:
@@ -276,7 +276,7 @@ def damaged(stored: StoredTensor) -> StoredTensor:
     values[-1, -1] = torch.nan
     file = stored.file.with_name(f"damaged {stored.name}.safetensors")
     save_file({stored.name: values}, file)
-    return read_tensors([file])[stored.name]
+    return read_stored([file])[stored.name]
 
 
 @pytest.fixture
