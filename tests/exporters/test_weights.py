@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from exporters.checkpoint.tensors import read_stored
+from exporters.checkpoint.tensors import attach_scales, read_stored
 from exporters.components.chain import Chain, Piece, Stage
 from exporters.weights.bind import WeightFolder, bind
 from exporters.weights.decide import decide
@@ -51,7 +51,7 @@ def bind_one_weight(
     module = nn.Module()
     module.weight = nn.Parameter(torch.empty(shape, dtype=in_module, device="meta"))
     chain = Chain("part", (), (), (Stage(Piece(module, ()), (), (), "layer."),))
-    placements = decide(chain, read_stored([file]), None)
+    placements = decide(chain, attach_scales(read_stored([file])), None)
     bind(model, 1, placements, WeightFolder(root / "weights"), f"part.{precision}", {})
     tensor = model.graph.initializers["layer.weight"].const_value
     assert isinstance(tensor, ir.ExternalTensor)
