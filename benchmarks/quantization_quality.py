@@ -28,11 +28,11 @@ from fluxdeploy.bundle import Bundle
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.machine import describe_machine
 from fluxdeploy.progress import Progress
+from fluxdeploy.similarity import psnr, ssim
 from fluxdeploy.text import load_tokenizers
 from fluxdeploy.verify.layers import compare_layers
 from fluxdeploy.verify.pictures import choose_scenes, draw, judge
 from fluxdeploy.verify.reference import ReferenceEngine
-from fluxdeploy.verify.similarity import psnr, ssim
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -6,7 +6,6 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnx
 import onnx_ir as ir
@@ -19,15 +18,13 @@ from exporters.formats import Packed
 from exporters.graph.fuse import fuse_attention
 from exporters.graph.quantize import quantize
 from exporters.graph.trace import trace_chain
+from exporters.quality.layers import Layers
 from exporters.weights.bind import NO_LEDGER, Ledger, WeightFolder, bind
 from exporters.weights.decide import Placement, Storing, decide
 from fluxdeploy.bundle.files import write_atomic
 from fluxdeploy.errors import CheckpointError, ExportError
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
-
-if TYPE_CHECKING:
-    from exporters.calibrate.ranges import ActivationRanges
 
 __all__ = ["ExportSpec", "Exported", "check_all_used", "export_component", "specify"]
 
@@ -40,7 +37,8 @@ class ExportSpec:
     """A component that is to be exported, settled from a checkpoint's headers alone.
 
     precision: what it is built in. compute: the type of all that `precision` does not quantize.
-    placements: what becomes of each of its weights.
+    placements: what becomes of each of its weights. layers: of each of its layers, where it is
+        quantized; nothing is spared, and nothing measured, until `with_layers` says so.
     """
 
     component: Component
@@ -49,6 +47,7 @@ class ExportSpec:
     chain: Chain
     weights: Weights
     placements: tuple[Placement, ...]
+    layers: Layers | None
 
     @property
     def name(self) -> str:
@@ -62,6 +61,11 @@ class ExportSpec:
             for placement in self.placements
             if placement.how is Storing.LINKED
         )
+
+    def with_layers(self, layers: Layers) -> ExportSpec:
+        """The same, with other layers: weights that these spare stay as they are."""
+        placements = _place(self.component, self.chain, self.weights, layers)
+        return replace(self, placements=placements, layers=layers)
 
     def copied(self) -> ExportSpec:
         """The same, with weights of its own: copies of what the graph needs of those files."""
@@ -81,11 +85,20 @@ def specify(
     tensor and for a wrong shape or type.
     """
     component.check_precision(precision)
-    quantized = PRECISIONS[precision].quantization is not None
-    compute = compute if quantized else precision
+    quantization = PRECISIONS[precision].quantization
+    layers = None if quantization is None else Layers(quantization)
+    compute = compute if quantization is not None else precision
     chain, weights = component.source(checkpoint, compute)
-    placements = decide(chain, weights, component.is_quantized if quantized else None)
-    return ExportSpec(component, precision, compute, chain, weights, placements)
+    placements = _place(component, chain, weights, layers)
+    return ExportSpec(component, precision, compute, chain, weights, placements, layers)
+
+
+def _place(
+    component: Component, chain: Chain, weights: Weights, layers: Layers | None
+) -> tuple[Placement, ...]:
+    if layers is None:
+        return decide(chain, weights, None)
+    return decide(chain, weights, lambda n: component.is_quantized(n) and layers.has_weight(n))
 
 
 def check_all_used(
@@ -119,35 +132,37 @@ class Exported:
     """An exported component: its graph, and the weight files that it needs.
 
     `path` and `weights` are relative to the folder of the export. `quantized` counts the linears
-    whose weights are quantized, `attentions` the softmaxes, and `weight_bytes` what all weights
-    take in the types that the graph has them in.
+    that are quantized as the precision says, `weights_only` those whose weight alone is,
+    `attentions` the softmaxes, `wide_attentions` those that a recipe spares, and `weight_bytes`
+    what all weights take in the types that the graph has them in.
     """
 
     path: str
     weights: tuple[str, ...]
     quantized: int
+    weights_only: int
     attentions: int
+    wide_attentions: int
     weight_bytes: int
 
 
 def export_component(
     spec: ExportSpec,
     folder: WeightFolder,
-    ranges: ActivationRanges | None = None,
     fused: bool = False,
     progress: Progress | None = None,
     ledger: Ledger = NO_LEDGER,
 ) -> Exported:
     """Trace a component, bind its weights and write `<name>.onnx` beside the weight folder.
 
-    Static scales come from `ranges`. With `fused` attention is ONNX Runtime's own operator where it
+    With `fused` attention is ONNX Runtime's own operator where it
     can be.
 
     Raises `CheckpointError` for weights that do not fit, `ExportError` for a graph that fails the
     checks, `BundleError` where the disk refuses.
     """
     name, precision = spec.name, spec.precision
-    quantization = PRECISIONS[precision].quantization
+    layers = spec.layers
     folder.make()
     progress = progress or Progress(quiet=True)
     task = progress.task(f"  {name}: tracing ({precision})")
@@ -155,9 +170,8 @@ def export_component(
     task.finish()
     boundary = len(spec.chain.inputs)
     packed: Mapping[str, Packed] = {}
-    if quantization is not None:
-        wanted = spec.component.is_quantized
-        packed = quantize(model, boundary, name, wanted, quantization, ranges)
+    if layers is not None:
+        packed = quantize(model, boundary, name, spec.component.is_quantized, layers)
     if fused:
         fuse_attention(model)
     files = bind(
@@ -175,11 +189,16 @@ def export_component(
     path = folder.root.parent / f"{name}.onnx"
     write_atomic(path, proto.SerializeToString(deterministic=True))
     tensors = (value.const_value for value in model.graph.initializers.values())
+    linears = [weight.removesuffix(".weight") for weight in packed]
+    weights_only = sum(layers is not None and linear in layers.recipe.spared for linear in linears)
+    attentions = sum(node.op_type == "Softmax" for node in model.graph)
     return Exported(
         path.name,
         tuple(f"{folder.root.name}/{file}" for file in files),
-        len(packed),
-        sum(node.op_type == "Softmax" for node in model.graph),
+        len(packed) - weights_only,
+        weights_only,
+        attentions,
+        0 if layers is None else layers.wide_attentions,
         sum(tensor.nbytes for tensor in tensors if tensor is not None),
     )
 

@@ -140,7 +140,7 @@ def test_no_import_is_part_of_a_circle() -> None:
         ("engines.registry", "_HOME = 'fluxdeploy.host.pipeline'"),
         ("fluxdeploy.host.pipeline", "from exporters.models import vae"),
         ("fluxdeploy.host.pipeline", "from fluxdeploy import __version__"),
-        ("fluxdeploy.host.request", "from fluxdeploy.verify import similarity"),
+        ("fluxdeploy.host.request", "from fluxdeploy.verify import pictures"),
         ("exporters.export", "from engines.base import Engine"),
         ("exporters.checkpoint.hub", "from fluxdeploy.demo.scenes import Scene"),
         ("exporters.graph.trace", "from fluxdeploy.build import keys"),

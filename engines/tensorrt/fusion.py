@@ -146,13 +146,15 @@ class Expectation:
     """What an engine was asked to be.
 
     `attentions` softmaxes must each be fused into one kernel in `attention_type`, and no other
-    softmax may be there. None fuses in fp32, and with None any form will do. `gemms` are the exact
+    softmax may be there; `wide_attentions` of them in `compute` instead. None fuses in fp32, and
+    with None any form will do. `gemms` are the exact
     numbers of linears by type; quantized types that it does not name must not occur. `compute` is
     the type of what is not quantized, and `weight_bytes` the size of all weights in the types that
     the graph has them in.
     """
 
     attentions: int
+    wide_attentions: int
     attention_type: str | None
     gemms: Mapping[str, int]
     compute: str
@@ -167,11 +169,14 @@ def expect(source: EngineSource) -> Expectation:
     if quantization is not None:
         linear, eight_bits = FORMATS[quantization.format]
         kind = linear if quantization.activations is not None else f"{linear}-weights"
-        gemms[kind] = source.quantized
+        gemms = {kind: source.quantized}
+        if source.weights_only:
+            gemms[f"{linear}-weights"] = source.weights_only
         if quantization.attention:
             attention = eight_bits
     return Expectation(
         source.attentions,
+        source.wide_attentions,
         None if source.one_head else attention,
         gemms,
         source.compute,
@@ -318,6 +323,9 @@ def _attention_problems(report: FusionReport, expectation: Expectation) -> list[
         )
     asked = expectation.attention_type
     others = [n for n, kind in report.attentions.items() if asked not in (None, kind)]
+    spared = [n for n in others if report.attentions[n] == expectation.compute]
+    if spared and len(spared) == expectation.wide_attentions:
+        others = [n for n in others if n not in spared]
     if others:
         found = ", ".join(sorted({report.attentions[node] for node in others}))
         problems.append(

@@ -1,44 +1,64 @@
-"""Files of a calibration: measured ranges as JSON, and prompts to measure with as text."""
+"""Files of a calibration: what was measured and found as JSON, and prompts to measure with."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from exporters.calibrate.ranges import ActivationRanges, attentions, linears
 from exporters.checkpoint import Checkpoint
 from exporters.components.registry import COMPONENTS
+from exporters.components.run import shared_inputs
 from fluxdeploy.bundle.files import read_whole, write_atomic
-from fluxdeploy.bundle.typed_json import FieldError, load_strict, parse, to_plain
+from fluxdeploy.bundle.recipe import RecipeRecord, check_recipe
+from fluxdeploy.bundle.typed_json import FieldError, join, load_strict, parse, to_plain
 from fluxdeploy.errors import ExportError, UsageError
 
-__all__ = ["read_prompts", "read_ranges", "write_ranges"]
+__all__ = ["CalibrationFile", "read_calibration", "read_prompts", "write_calibration"]
 
-_VERSION = 1
-_MAX_RANGES = 4 << 20
-"""FLUX.1's have 60 KiB, and the prompts."""
+_VERSION = 2
+_MAX_RANGES = 16 << 20
+"""FLUX.1's have 2 MiB, a byte a channel, and the prompts."""
 _MAX_PROMPTS = 16 << 20
 
 
-def write_ranges(ranges: ActivationRanges, path: Path) -> None:
-    """Write ranges as JSON, whole or not at all; equal ranges give equal bytes.
+@dataclass(frozen=True)
+class CalibrationFile:
+    """What a build has measured and found, for the next one of the same checkpoint.
+
+    ranges: None where no static scale was needed. recipes: by component, see `exporters.quality`.
+    """
+
+    checkpoint: str
+    ranges: ActivationRanges | None
+    recipes: Mapping[str, RecipeRecord]
+
+
+def write_calibration(calibration: CalibrationFile, path: Path) -> None:
+    """Write a calibration as JSON, whole or not at all; equal ones give equal bytes.
 
     Raises `BundleError` where the disk refuses.
     """
-    plain = {"schema_version": _VERSION, **to_plain(ranges)}
-    write_atomic(path, json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+    plain = {"schema_version": _VERSION, **to_plain(calibration)}
+    write_atomic(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_ranges(path: Path, checkpoint: Checkpoint, digest: str | None) -> ActivationRanges:
-    """Read the ranges of a checkpoint whose weights have the SHA-256 `digest`, None for any.
+def read_calibration(path: Path, checkpoint: Checkpoint, digest: str | None) -> CalibrationFile:
+    """Read the calibration of a checkpoint whose weights have the SHA-256 `digest`, None for any.
 
     Raises `ExportError` for a file that is missing or broken, of another version, of another
-    checkpoint, or without a value for each of the transformer's layers.
+    checkpoint, or whose ranges lack one of the transformer's layers.
     """
     try:
         plain = load_strict(read_whole(path, _MAX_RANGES).decode("utf-8"))
     except OSError as error:
-        raise ExportError(f"Cannot read the ranges {path}: {error.strerror or error}.") from error
+        raise ExportError(
+            f"Cannot read the calibration {path}: {error.strerror or error}."
+        ) from error
     except ValueError as error:
         raise _broken(path, f"it is not valid JSON ({error})") from error
     if not isinstance(plain, dict) or "schema_version" not in plain:
@@ -46,28 +66,33 @@ def read_ranges(path: Path, checkpoint: Checkpoint, digest: str | None) -> Activ
     version = plain.pop("schema_version")
     if version != _VERSION:
         raise ExportError(
-            f"The ranges {path} are of version {version!r}, and this fluxdeploy reads version "
-            f"{_VERSION}. Leave out --calibration to have them measured again."
+            f"The calibration {path} is of version {version!r}, and this fluxdeploy reads version "
+            f"{_VERSION}. Leave out --calibration to have it measured again."
         )
     try:
-        ranges = parse(ActivationRanges, plain)
+        found = parse(CalibrationFile, plain)
+        for name, record in found.recipes.items():
+            check_recipe(record, join("recipes", name))
     except FieldError as error:
         raise _broken(path, str(error)) from error
-    if digest is not None and ranges.checkpoint != digest:
+    measured = {found.checkpoint, *([] if found.ranges is None else [found.ranges.checkpoint])}
+    if digest is not None and measured != {digest}:
         raise ExportError(
-            f"The ranges {path} were measured on another checkpoint than {checkpoint.root}. Name "
-            "the file of this checkpoint, or leave out --calibration to have them measured again."
+            f"The calibration {path} was measured on another checkpoint than {checkpoint.root}. "
+            "Name the file of this checkpoint, or leave out --calibration to have it measured "
+            "again."
         )
     try:
-        _check_complete(ranges, checkpoint)
+        if found.ranges is not None:
+            _check_complete(found.ranges, checkpoint)
     except FieldError as error:
         raise _broken(path, str(error)) from error
-    return ranges
+    return found
 
 
 def _broken(path: Path, problem: str) -> ExportError:
     return ExportError(
-        f"{path} does not hold activation ranges: {problem}. Leave out --calibration to have them "
+        f"{path} does not hold a calibration: {problem}. Leave out --calibration to have them "
         "measured again."
     )
 
@@ -76,21 +101,34 @@ def _check_complete(ranges: ActivationRanges, checkpoint: Checkpoint) -> None:
     for i, size in enumerate(ranges.calibration.sizes):
         if len(size) != 2:
             raise FieldError(f"calibration.sizes[{i}]", "must be a height and a width")
-    chain, _ = COMPONENTS["transformer"].source(checkpoint, "fp32")
+    chain, weights = COMPONENTS["transformer"].source(checkpoint, "fp32")
     attention_names = set(attentions(chain))
+    first = shared_inputs(chain)
     for field, names in (
         ("inputs", set(linears(chain))),
         ("values", attention_names),
         ("queries", attention_names),
         ("keys", attention_names),
+        ("channels", {first[name] for name in linears(chain)}),
     ):
         found = getattr(ranges, field)
         for name in sorted(names ^ set(found)):
             problem = "is missing" if name in names else "is no layer of this checkpoint"
             raise FieldError(f"{field}[{name}]", problem)
         for name, value in found.items():
-            if value < 0:
+            if field == "channels":
+                _check_channels(name, value, weights[f"{name}.weight"].shape[1])
+            elif value < 0:
                 raise FieldError(f"{field}[{name}]", f"must be 0 or more, not {value}")
+
+
+def _check_channels(name: str, value: str, columns: int) -> None:
+    try:
+        codes = base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise FieldError(f"channels[{name}]", f"is not base64 ({error})") from error
+    if len(codes) != columns:
+        raise FieldError(f"channels[{name}]", f"has {len(codes)} channels, not {columns}")
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ and sizes. Queries and keys are not measured: their norm bounds them.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from exporters.calibrate.trajectory import Calibration, Sample, finite, start_samples, take_step
@@ -22,17 +24,17 @@ from exporters.checkpoint import Checkpoint, Weights
 from exporters.checkpoint.tensors import find_tensor
 from exporters.components.chain import Chain, Stage
 from exporters.components.registry import COMPONENTS
-from exporters.components.run import watch_linears
+from exporters.components.run import shared_inputs, watch_linears
 from exporters.models.mmdit import DoubleBlock, SingleBlock
 from fluxdeploy.bundle.files import disk_errors
 from fluxdeploy.bundle.tensorfile import TensorFileWriter, read_header, read_tensor
 from fluxdeploy.bundle.typed_json import load_strict, to_plain
-from fluxdeploy.errors import CheckpointError
+from fluxdeploy.errors import CheckpointError, ExportError
 from fluxdeploy.progress import Progress
 
-__all__ = ["ActivationRanges", "attentions", "linears", "measure_ranges"]
+__all__ = ["ActivationRanges", "attentions", "channel_maxima", "linears", "measure_ranges"]
 
-_METHOD = 1
+_METHOD = 2
 """Raised whenever another code would measure other numbers, so that no old state is taken over."""
 
 _VALUE_LINEARS = (".to_v", ".add_v_proj")
@@ -49,6 +51,8 @@ class ActivationRanges:
         "transformer_blocks.0.attn.to_q". Linears that share an input have equal values.
     values: of an attention's V, over both streams, by its name, "transformer_blocks.0.attn".
     queries, keys: upper bounds of an attention's Q, after its scaling by head_dim^-0.5, and K.
+    channels: of each channel of an input, by the first of the linears that read it; see
+        `channel_maxima`.
 
     A value is 0 where an activation was always 0.
     """
@@ -59,6 +63,31 @@ class ActivationRanges:
     values: Mapping[str, float]
     queries: Mapping[str, float]
     keys: Mapping[str, float]
+    channels: Mapping[str, str]
+
+
+_STEPS, _ZERO = 4, 128
+"""A channel's code is so many steps an octave above 2^(-_ZERO / _STEPS), rounded up."""
+
+
+def channel_maxima(ranges: ActivationRanges, first: str) -> NDArray[np.float32]:
+    """The largest magnitudes of an input's channels, float32 [in], up to a fifth too large.
+
+    `ActivationRanges.channels` has a byte of each in base64. Raises `ExportError` for an input that
+    was not measured.
+    """
+    if first not in ranges.channels:
+        raise ExportError(
+            f"The activation ranges lack the channels of {first}: measure them again."
+        )
+    codes = np.frombuffer(base64.b64decode(ranges.channels[first]), np.uint8)
+    return np.exp2((codes.astype(np.float32) - _ZERO) / _STEPS)
+
+
+def _encode_channels(maxima: NDArray[np.float32]) -> str:
+    octaves = np.log2(np.maximum(maxima, np.finfo(np.float32).tiny))
+    codes = np.ceil(_STEPS * octaves + _ZERO).clip(0, 255).astype(np.uint8)
+    return base64.b64encode(codes.tobytes()).decode()
 
 
 def measure_ranges(
@@ -86,7 +115,7 @@ def measure_ranges(
     queries = {name: _gamma(block, weights, _QUERY_NORMS) for name, block in blocks.items()}
     keys = {name: root * _gamma(block, weights, _KEY_NORMS) for name, block in blocks.items()}
     samples = start_samples(checkpoint, calibration, progress)
-    recorder = _Recorder(frozenset(linears(chain)))
+    recorder = _Recorder(frozenset(linears(chain)), shared_inputs(chain))
     enter = watch_linears(chain, recorder.see)
     key = _state_key(digest, calibration)
     first = 0 if state is None else _load_state(state, key, samples, recorder)
@@ -99,7 +128,10 @@ def measure_ranges(
     if state is not None:
         with disk_errors("remove", state):
             state.unlink(missing_ok=True)
-    return ActivationRanges(digest, calibration, recorder.inputs, recorder.values, queries, keys)
+    channels = {first: _encode_channels(seen) for first, seen in recorder.channels.items()}
+    return ActivationRanges(
+        digest, calibration, recorder.inputs, recorder.values, queries, keys, channels
+    )
 
 
 def linears(chain: Chain) -> tuple[str, ...]:
@@ -140,13 +172,24 @@ class _Recorder:
     """The largest magnitudes seen at the linears of a transformer's blocks."""
 
     linears: frozenset[str]
+    first: Mapping[str, str]
     inputs: dict[str, float] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
+    channels: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> set[str]:
+        """The linears that are the first to read their input."""
+        return {self.first[name] for name in self.linears}
 
     def see(self, name: str, linear: nn.Linear, x: Tensor, output: Tensor) -> None:
         if name not in self.linears:
             return
         self._keep(self.inputs, name, x, f"The input of {name} holds")
+        if self.first[name] == name:
+            seen = x.abs().flatten(0, -2).amax(0).numpy()
+            known = self.channels.setdefault(name, seen)
+            np.maximum(known, seen, out=known)
         if name.endswith(_VALUE_LINEARS):
             attention = name.rpartition(".")[0]
             self._keep(self.values, attention, output, f"The output of {name} holds")
@@ -170,10 +213,12 @@ def _save_state(
     """Write what is known after `steps` steps: the samples' latents and the largest magnitudes."""
     largest = {"inputs": recorder.inputs, "values": recorder.values}
     metadata = {"key": key, "steps": str(steps), "largest": json.dumps(largest)}
-    declared = [(str(i), "F32", sample.latents.shape) for i, sample in enumerate(samples)]
+    tensors = {str(i): np.ascontiguousarray(s.latents) for i, s in enumerate(samples)}
+    tensors |= recorder.channels
+    declared = [(name, "F32", array.shape) for name, array in tensors.items()]
     with TensorFileWriter(path, declared, metadata) as writer:
-        for sample in samples:
-            writer.write(np.ascontiguousarray(sample.latents))
+        for array in tensors.values():
+            writer.write(array)
 
 
 def _load_state(path: Path, key: str, samples: Sequence[Sample], recorder: _Recorder) -> int:
@@ -190,6 +235,7 @@ def _load_state(path: Path, key: str, samples: Sequence[Sample], recorder: _Reco
         latents = [read_tensor(file, str(i)) for i in range(len(samples))]
         largest = load_strict(file.metadata["largest"])
         inputs, values = dict(largest["inputs"]), dict(largest["values"])
+        channels = {n: read_tensor(file, n).copy() for n in recorder.groups if n in file.tensors}
         steps = int(file.metadata["steps"])
     except (CheckpointError, KeyError, TypeError, ValueError):
         return 0
@@ -197,4 +243,5 @@ def _load_state(path: Path, key: str, samples: Sequence[Sample], recorder: _Reco
         sample.latents = state
     recorder.inputs.update(inputs)
     recorder.values.update(values)
+    recorder.channels.update(channels)
     return steps

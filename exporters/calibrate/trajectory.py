@@ -29,6 +29,7 @@ from fluxdeploy.sampling.schedule import sigmas
 
 __all__ = [
     "Calibration",
+    "Runner",
     "Sample",
     "default_calibration",
     "finite",
@@ -126,10 +127,17 @@ class Sample:
         self.latents = self.latents + (self.sigmas[step + 1] - self.sigmas[step]) * velocity
 
 
+Runner = Callable[[str, Sequence[Mapping[str, Array]]], list[dict[str, Array]]]
+"""Runs a component, by its name, for several samples, as `run_samples` does."""
+
+
 def start_samples(
-    checkpoint: Checkpoint, calibration: Calibration, progress: Progress
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    progress: Progress,
+    run: Runner | None = None,
 ) -> list[Sample]:
-    """Every prompt at every size, at its start.
+    """Every prompt at every size, at its start. `run` is float32 PyTorch unless it is given.
 
     Raises `UsageError` for a calibration that no picture can be made with, and `CheckpointError`
     for missing tensors.
@@ -142,7 +150,8 @@ def start_samples(
         sigmas(checkpoint.schedule, calibration.steps, rows * columns) for rows, columns in grids
     ]
     timesteps = np.concatenate([levels[:-1] for levels in schedules])
-    conditions = _encode(checkpoint, calibration, timesteps, progress)
+    run = run or _reference(checkpoint, progress)
+    conditions = _encode(checkpoint, calibration, timesteps, run)
     text_tokens = checkpoint.defaults.max_sequence_length
     samples = []
     for number, (size, grid, levels) in enumerate(
@@ -159,26 +168,32 @@ def start_samples(
     return samples
 
 
+def _reference(checkpoint: Checkpoint, progress: Progress) -> Runner:
+    sources = {
+        name: COMPONENTS[name].source(checkpoint, "fp32") for name in ("clip", "t5", "conditioner")
+    }
+    stages = sum(len(chain.stages) for chain, _ in sources.values())
+    task = progress.task("Encoding the prompts", total=stages)
+
+    def run(name: str, samples: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
+        return run_samples(*sources[name], samples, after=task.advance)
+
+    return run
+
+
 def _encode(
-    checkpoint: Checkpoint, calibration: Calibration, timesteps: Floats, progress: Progress
+    checkpoint: Checkpoint, calibration: Calibration, timesteps: Floats, run: Runner
 ) -> list[dict[str, Array]]:
     """For each prompt its `context` [1, S, D] and `modulation` [N, 1, M, D] at all timesteps."""
-    clip, t5, conditioner = (
-        COMPONENTS[name].source(checkpoint, "fp32") for name in ("clip", "t5", "conditioner")
-    )
     length = checkpoint.defaults.max_sequence_length
     clip_ids = open_tokenizer(checkpoint.tokenizer("clip"), "clip").encode(calibration.prompts)
     t5_ids = open_tokenizer(checkpoint.tokenizer("t5"), "t5", length).encode(calibration.prompts)
-    stages = sum(len(chain.stages) for chain, _ in (clip, t5, conditioner))
-    task = progress.task("Encoding the prompts", total=stages)
-    done = task.advance
-    pooled = run_samples(*clip, [{"input_ids": ids[None]} for ids in clip_ids], after=done)
-    text = run_samples(*t5, [{"input_ids": ids[None]} for ids in t5_ids], after=done)
+    pooled = run("clip", [{"input_ids": ids[None]} for ids in clip_ids])
+    text = run("t5", [{"input_ids": ids[None]} for ids in t5_ids])
     schedule: dict[str, Array] = {"timestep": timesteps}
     if checkpoint.transformer.guidance_embedding:
         schedule["guidance"] = np.full(1, calibration.guidance, np.float32)
-    embeddings = [{**p, **t, **schedule} for p, t in zip(pooled, text, strict=True)]
-    return run_samples(*conditioner, embeddings, after=done)
+    return run("conditioner", [{**p, **t, **schedule} for p, t in zip(pooled, text, strict=True)])
 
 
 def take_step(

@@ -23,6 +23,7 @@ from exporters.components.chain import Stage
 from exporters.components.registry import COMPONENTS
 from exporters.components.run import WatchAttention, watch_linears
 from exporters.formats import EightBits, QuantizedLinear
+from fluxdeploy.bundle.recipe import NOTHING, Recipe
 from fluxdeploy.errors import ExportError, NumericError
 from fluxdeploy.progress import Progress
 
@@ -41,7 +42,11 @@ _INPUTS = re.compile(r"(.*\.attn)\.(?:to_[qkv]|add_[qkv]_proj)")
 
 
 def measure_fidelity(
-    checkpoint: Checkpoint, onnx_path: Path, calibration: Calibration, progress: Progress
+    checkpoint: Checkpoint,
+    onnx_path: Path,
+    recipe: Recipe,
+    calibration: Calibration,
+    progress: Progress,
 ) -> dict[str, float]:
     """The SQNR in dB of each quantized layer of an exported transformer, in order.
 
@@ -53,12 +58,13 @@ def measure_fidelity(
     time.
 
     Raises `ExportError` for a graph that cannot be read, or in which other linears are quantized
-    than the large ones of this checkpoint, `NumericError` for a scale of attention that is far
-    too large for its values, and what `measure_ranges` raises.
+    than the large ones of this checkpoint that `recipe` does not spare, `NumericError` for a scale
+    of attention that is far too large for its values, and what `measure_ranges` raises.
     """
     chain, weights = COMPONENTS["transformer"].source(checkpoint, "fp32")
     found, attentions = read_linears(onnx_path), read_attentions(onnx_path)
-    for name in sorted(found.keys() ^ set(linears(chain))):
+    expected = [name for name in linears(chain) if recipe.spared.get(name) != NOTHING]
+    for name in sorted(found.keys() ^ set(expected)):
         state = "is quantized, which must not be" if name in found else "is not quantized"
         raise ExportError(f"{onnx_path} does not fit this checkpoint: {name} {state}.")
     middle = calibration.steps // 2
@@ -76,7 +82,8 @@ def measure_fidelity(
     with WatchAttention(meter.see_attention):
         take_step(chain, weights, samples, middle, enter, task.advance)
     meter.check_reach()
-    return {name: meter.ratio(name) for name in _layers(linears(chain), attentions)}
+    layers = _layers(linears(chain), attentions)
+    return {name: meter.ratio(name) for name in layers if recipe.spared.get(name) != NOTHING}
 
 
 def _layers(linears: tuple[str, ...], attentions: Mapping[str, object]) -> Iterator[str]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.checkpoint import Weights
 from exporters.components.chain import Chain
-from exporters.components.run import run_reference
 from fluxdeploy.bundle.manifest import DimensionRange, LatentSpec, RopeSpec, ScheduleSpec
 from fluxdeploy.bundle.tensorfile import TensorFileWriter
 from fluxdeploy.sampling.rope import joint_ids, rope_tables
@@ -33,8 +31,11 @@ def golden_inputs(
     rope: RopeSpec,
     schedule: ScheduleSpec,
     ranges: Mapping[str, DimensionRange],
+    upstream: Mapping[str, Array],
 ) -> dict[str, Array]:
     """Inputs for a component such as a host would give it: a 64×96 picture, seeded noise.
+
+    `upstream` are golden outputs of the components before it, where they are its inputs.
 
     `vocabulary` bounds the token ids of a text encoder; its last id takes the place of the
     end-of-text token. Where `ranges`, the sizes that the engine takes, begin above that picture it
@@ -54,6 +55,10 @@ def golden_inputs(
     for spec in chain.inputs:
         if spec.name in given:
             inputs[spec.name] = given[spec.name]
+            continue
+        if spec.name in upstream:
+            batch = spec.shape.index("B")
+            inputs[spec.name] = upstream[spec.name].take(range(sizes["B"]), batch)
             continue
         shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
         if spec.dtype == "int32":
@@ -99,18 +104,16 @@ def _grid(latents: LatentSpec, ranges: Mapping[str, DimensionRange]) -> tuple[in
 
 def write_golden(
     path: Path,
-    chain: Chain,
-    weights: Weights,
     inputs: Mapping[str, Array],
-    on_stage: Callable[[], None] = lambda: None,
+    outputs: Mapping[str, Array],
+    metadata: Mapping[str, str],
 ) -> None:
-    """Run a float32 chain in PyTorch and write `input.*` and `output.*` to a safetensors file."""
-    outputs = run_reference(chain, weights, inputs, on_stage)
+    """Write `input.*` and `output.*` to a safetensors file."""
     tensors = {f"input.{name}": array for name, array in inputs.items()}
     tensors |= {f"output.{name}": array for name, array in outputs.items()}
     kinds = {"float32": "F32", "int32": "I32"}
     declared = [(name, kinds[str(a.dtype)], a.shape) for name, a in tensors.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TensorFileWriter(path, declared) as writer:
+    with TensorFileWriter(path, declared, metadata) as writer:
         for array in tensors.values():
             writer.write(np.ascontiguousarray(array))

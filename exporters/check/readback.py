@@ -5,13 +5,14 @@ Only what the graph says counts, so that a mistake of whoever wrote it is read a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
 
 from exporters.formats import FORMATS, EightBits, QuantizedLinear
-from exporters.formats.graph_file import GraphFile
+from exporters.formats.graph_file import GraphFile, read_values
+from exporters.formats.number_types import SMOOTHING_SUFFIX
 from fluxdeploy.errors import ExportError
 
 __all__ = ["QuantizedAttention", "read_attentions", "read_linears"]
@@ -37,7 +38,8 @@ def read_linears(path: Path) -> dict[str, QuantizedLinear]:
     file = GraphFile(path)
     formats = {known.numbers.onnx_type.value: known for known in FORMATS.values()}
     # Scales may be of a type that another format has weights in.
-    scales = tuple({suffix for known in FORMATS.values() for suffix in known.suffixes})
+    suffixes = {suffix for known in FORMATS.values() for suffix in known.suffixes}
+    scales = tuple({*suffixes, SMOOTHING_SUFFIX})
     found = {}
     for name, weight in file.initializers.items():
         known = formats.get(weight.data_type)
@@ -49,16 +51,29 @@ def read_linears(path: Path) -> dict[str, QuantizedLinear]:
             raise ExportError(
                 f"{path} was not written by this exporter: the use of {name} is not as expected."
             ) from error
-        found[name.removesuffix(".weight")] = linear
+        found[name.removesuffix(".weight")] = _smoothed(file, weight, linear)
     return found
+
+
+def _smoothed(
+    file: GraphFile, weight: onnx.TensorProto, linear: QuantizedLinear
+) -> QuantizedLinear:
+    """A linear whose input's channels may be multiplied with something before all else."""
+    (reader,) = file.users[weight.name]
+    product = reader if reader.op_type == "MatMulInteger" else file.users[reader.output[0]][0]
+    vector = file.smoothing(product.input[0])
+    if vector is None:
+        return linear
+    factors = read_values(vector, file.folder)
+    return replace(linear, narrow=lambda x: linear.narrow(x * factors))
 
 
 def read_attentions(path: Path) -> dict[str, QuantizedAttention]:
     """The quantized attentions of an exported transformer, "transformer_blocks.0.attn" and so on.
 
     Raises `ExportError` for a file that is no ONNX graph, and for attentions in another form than
-    the exporter's: where a block has them in 8 bits, Q, K, V and softmax output of every block are,
-    and all in the same type.
+    the exporter's: where a block has one of Q, K, V and softmax output in 8 bits, it has all four,
+    and in the same type.
     """
     file = GraphFile(path)
     scales: dict[str, list[tuple[EightBits, float] | None]] = {}
@@ -72,16 +87,16 @@ def read_attentions(path: Path) -> dict[str, QuantizedAttention]:
             raise ExportError(
                 f"{path} was not written by this exporter: {name} is not as expected."
             ) from error
-    if all(scale is None for found in scales.values() for scale in found):
-        return {}
     attentions = {}
     for name, found in scales.items():
         whole = [scale for scale in found if scale is not None]
+        if not whole:
+            continue
         if len(whole) < len(found):
             part = ("Q", "K", "the softmax output", "V")[found.index(None)]
             raise ExportError(
                 f"{path} was not written by this exporter: {part} of {name} is not quantized, "
-                "though attention is elsewhere."
+                "though the rest of it is."
             )
         numbers = whole[0][0]
         attentions[name] = QuantizedAttention(numbers, *(scale for _, scale in whole))

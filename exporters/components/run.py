@@ -13,9 +13,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from exporters.checkpoint.tensors import Weights, find_tensor
-from exporters.components.chain import Chain, Stage
+from exporters.components.chain import Chain, Piece, Stage
 
-__all__ = ["WatchAttention", "run_reference", "run_samples", "watch_linears"]
+__all__ = [
+    "PRODUCTS",
+    "WatchAttention",
+    "run_reference",
+    "run_samples",
+    "run_stage",
+    "shared_inputs",
+    "watch_linears",
+]
 
 Array = NDArray[np.generic]
 
@@ -55,7 +63,7 @@ def run_samples(
     ]
     for number, stage in enumerate(chain.stages):
         before(stage)
-        _run_stage(stage, weights, held)
+        run_stage(stage, weights, held)
         for name in stage.reads:
             if last_use[name] == number and name not in outputs:
                 for values in held:
@@ -65,7 +73,8 @@ def run_samples(
 
 
 @torch.no_grad()
-def _run_stage(stage: Stage, weights: Weights, held: Sequence[dict[str, Tensor]]) -> None:
+def run_stage(stage: Stage, weights: Weights, held: Sequence[dict[str, Tensor]]) -> None:
+    """Run one stage for several samples, of each of which `held` has the chain's values by name."""
     module = stage.piece.module
     parameters = {}
     for name, parameter in module.named_parameters():
@@ -102,7 +111,43 @@ def watch_linears(
     return enter
 
 
-_PRODUCTS = (torch.Tensor.matmul, torch.Tensor.__matmul__)
+_EXAMPLE = {"B": 1, "S": 8, "L": 8, "T": 16, "N": 1, "H": 64, "W": 64, "h": 8, "w": 8}
+
+
+def shared_inputs(chain: Chain) -> dict[str, str]:
+    """Each linear of a chain, in the order of execution, with the first that reads its input."""
+    found = {piece: _readers(piece) for piece in chain.pieces}
+    return {
+        stage.scope + name: stage.scope + first
+        for stage in chain.stages
+        for name, first in found[stage.piece].items()
+    }
+
+
+@torch.no_grad()
+def _readers(piece: Piece) -> dict[str, str]:
+    readers: list[tuple[Tensor, str]] = []
+    first: dict[str, str] = {}
+
+    def see(name: str, linear: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
+        first[name] = next((known for seen, known in readers if seen is inputs[0]), name)
+        readers.append((inputs[0], name))
+
+    hooks = [
+        module.register_forward_pre_hook(functools.partial(see, name))
+        for name, module in piece.module.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    with torch.device("meta"):
+        piece.module(
+            *(torch.empty(value.size(_EXAMPLE), dtype=value.dtype) for value in piece.inputs)
+        )
+    for hook in hooks:
+        hook.remove()
+    return first
+
+
+PRODUCTS = (torch.Tensor.matmul, torch.Tensor.__matmul__)
 
 
 class WatchAttention(TorchFunctionMode):
@@ -125,7 +170,7 @@ class WatchAttention(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func in _PRODUCTS and all(tensor.dim() == 4 for tensor in args):
+        if func in PRODUCTS and all(tensor.dim() == 4 for tensor in args):
             if self._scored is None:
                 self._scored = args[0], args[1].mT
             else:

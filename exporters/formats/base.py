@@ -22,7 +22,7 @@ from torch import Tensor
 from exporters.formats.graph_edit import GraphEdit
 from exporters.formats.graph_file import GraphFile, read_values, values_of
 from exporters.formats.number_types import EightBits, NumberType
-from fluxdeploy.bundle.tensorfile import DTYPE_BITS
+from fluxdeploy.bundle.tensorfile import DTYPE_BITS, from_float32
 
 __all__ = ["Activations", "Format", "Packed", "Part", "QuantizedLinear"]
 
@@ -152,6 +152,11 @@ class Format(ABC):
         return self.widen(*stored).T
 
     @property
+    def smooths(self) -> bool:
+        """Whether an input has one scale for all channels, so that outlying ones cost the rest."""
+        return False
+
+    @property
     def suffixes(self) -> tuple[str, ...]:
         """What the names of a weight's further parts have after its own name."""
         return tuple(part.suffix for part in self.layout(0, 0)[1:])
@@ -193,30 +198,36 @@ class Packed:
     scales: the type of those of its scales that have the product's.
     group: weights of one group have a scale in common, so that an engine can merge their products;
         one without a name is of none.
+    factors: what the channels of its input are multiplied with, float32 [in]; its columns are
+        divided by them. None where they are not.
+    vector: name and type of the parameter that has these factors, where this weight is the one
+        that it is stored with.
     """
 
     format: Format
     scales: ir.DataType
     group: str = ""
+    factors: NDArray[np.float32] | None = field(default=None, compare=False)
+    vector: tuple[str, ir.DataType] | None = None
 
     @property
     def dtype(self) -> str:
         """The safetensors type of its numbers."""
         return self.format.numbers.stored
 
-    def parameters(self, name: str) -> list[str]:
-        """The names of the parameters that the graph has beside the weight `name`."""
-        return [name + suffix for suffix in self.format.suffixes]
-
     def declarations(
         self, name: str, rows: int, columns: int
     ) -> list[tuple[str, str, tuple[int, ...]]]:
         """Name, safetensors type and shape of all that a weight [rows, columns] is stored as."""
         scales = _STORED[self.scales]
-        return [
+        declared = [
             (name + part.suffix, part.numbers.stored if part.numbers else scales, part.shape)
             for part in self.format.layout(rows, columns)
         ]
+        if self.vector is not None:
+            vector, dtype = self.vector
+            declared.append((vector, _STORED[dtype], (columns,)))
+        return declared
 
     def pack(
         self,
@@ -226,7 +237,14 @@ class Packed:
         largest: Callable[[], float],
     ) -> Iterable[NDArray[np.uint8]]:
         """The raw bytes of what `declarations` lists: see `Format.pack`."""
-        return self.format.pack(parts, shape, self.scales, name, largest)
+        factors = self.factors
+        if factors is None:
+            return self.format.pack(parts, shape, self.scales, name, largest)
+        divided = (np.divide(part, factors, out=part) for part in parts)
+        packed = [*self.format.pack(divided, shape, self.scales, name, largest)]
+        if self.vector is not None:
+            packed.append(from_float32(factors, _STORED[self.vector[1]]).view(np.uint8))
+        return packed
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from torch import Tensor
 
+from exporters.formats.number_types import SMOOTHING_SUFFIX
 from fluxdeploy.errors import ExportError
 
 __all__ = ["GraphFile", "read_values", "values_of"]
+
+_NARROWING = ("Cast", "DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear")
 
 
 class GraphFile:
@@ -41,6 +44,16 @@ class GraphFile:
     def scale(self, node: onnx.NodeProto) -> float:
         """The scale of a QuantizeLinear or DequantizeLinear of a whole tensor."""
         return float(onnx.numpy_helper.to_array(self.initializers[node.input[1]]))
+
+    def smoothing(self, value: str) -> TensorProto | None:
+        """What the channels of a product's input are multiplied with before it is quantized."""
+        node = self.producers.get(value)
+        while node is not None and node.op_type in _NARROWING:
+            node = self.producers.get(node.input[0])
+        if node is None or node.op_type != "Mul" or not node.input[1].endswith(SMOOTHING_SUFFIX):
+            return None
+        vector: TensorProto = self.initializers[node.input[1]]
+        return vector
 
     def narrowed(self, value: str) -> tuple[onnx.NodeProto, onnx.NodeProto] | None:
         """The QuantizeLinear and DequantizeLinear that a value comes through, None if not."""

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from exporters.formats.graph_edit import GraphEdit, new_node
 
-__all__ = ["SCALE_SUFFIX", "EightBits", "NumberType"]
+__all__ = ["SCALE_SUFFIX", "SMOOTHING_SUFFIX", "EightBits", "NumberType"]
 
 SCALE_SUFFIX = ".scale"
 """What the name of a scale has after the name of what it scales."""
+
+SMOOTHING_SUFFIX = ".smoothing"
+"""What the name of what an input's channels are multiplied with has after that of a weight."""
 
 
 @dataclass(frozen=True)

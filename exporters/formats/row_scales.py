@@ -43,6 +43,10 @@ class RowScaled(Format):
 
     numbers: EightBits
 
+    @property
+    def smooths(self) -> bool:
+        return True
+
     def layout(self, rows: int, columns: int) -> tuple[Part, ...]:
         return Part("", (columns, rows), self.numbers), Part(SCALE_SUFFIX, (rows,))
 

@@ -5,18 +5,16 @@ What a quantized product looks like is a module of `exporters.formats`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import replace
 
 import onnx_ir as ir
 
-from exporters.formats import FORMATS, Packed
-from exporters.formats.graph_edit import GraphEdit
+from exporters.formats import Packed
+from exporters.formats.graph_edit import GraphEdit, new_node
+from exporters.formats.number_types import SMOOTHING_SUFFIX
+from exporters.quality.layers import Layers
 from fluxdeploy.errors import ExportError
-from fluxdeploy.precision import Quantization
-
-if TYPE_CHECKING:
-    from exporters.calibrate.ranges import ActivationRanges
 
 __all__ = ["quantize"]
 
@@ -26,50 +24,42 @@ def quantize(
     boundary: int,
     component: str,
     is_quantized: Callable[[str], bool],
-    quantization: Quantization,
-    ranges: ActivationRanges | None,
+    layers: Layers,
 ) -> dict[str, Packed]:
     """Rewrite a traced graph, whose inputs after the first `boundary` are its weights.
 
-    `component` is its name for messages, `is_quantized` says of a linear's name whether its weight
-    is to be quantized. `ranges` are needed where inputs of linears are quantized with static
-    scales. Returns the weights that are quantized. Raises `ExportError` where a linear is not in
-    the expected form, or where a range is missing, or for a quantization that its format has not.
+    `component` is its name for messages, `is_quantized` says of a linear's name whether it is one
+    of the large ones, of which `layers` says what becomes of them. Returns the weights that are
+    quantized. Raises `ExportError` where a linear is not in the expected form, or where a range is
+    missing, or for a quantization that its format has not.
     """
-    rewrite = _Rewrite(model.graph, component, quantization, ranges)
+    rewrite = _Rewrite(model.graph, component, layers)
     packed = {}
     for value in list(model.graph.inputs[boundary:]):
         linear = str(value.name).removesuffix(".weight")
-        if linear != value.name and is_quantized(linear):
+        if linear != value.name and is_quantized(linear) and layers.has_weight(linear):
             packed[str(value.name)] = rewrite.linear(value, linear)
-    if quantization.attention:
+    if layers.quantization.attention:
         for node in [node for node in model.graph if node.op_type == "Softmax"]:
             rewrite.attention(node)
-    number_format = FORMATS[quantization.format]
-    model.graph.opset_imports.update(number_format.opsets)
-    model.ir_version = max(model.ir_version, number_format.ir_version)
+    model.graph.opset_imports.update(layers.format.opsets)
+    model.ir_version = max(model.ir_version, layers.format.ir_version)
     return packed
 
 
 class _Rewrite:
-    def __init__(
-        self,
-        graph: ir.Graph,
-        component: str,
-        quantization: Quantization,
-        ranges: ActivationRanges | None,
-    ) -> None:
+    def __init__(self, graph: ir.Graph, component: str, layers: Layers) -> None:
         self._graph = graph
         self._component = component
-        self._activations = quantization.activations
-        self._ranges = ranges
-        self._format = FORMATS[quantization.format]
+        self._layers = layers
+        self._format = layers.format
         self._edit = GraphEdit(graph)
-        if self._activations not in self._format.activations:
+        asked = layers.quantization.activations
+        if asked not in self._format.activations:
             known = ", ".join(how or "none" for how in self._format.activations)
             raise ExportError(
                 f"{component}: {self._format.name} has no linears whose inputs are quantized as "
-                f"{self._activations or 'none'}; it has {known}."
+                f"{asked or 'none'}; it has {known}."
             )
 
     def linear(self, weight: ir.Value, linear: str) -> Packed:
@@ -88,11 +78,37 @@ class _Rewrite:
             raise ExportError(f"{self._component}: {linear} {problem}")
 
         def largest() -> float:
-            return _range(self._required().inputs, linear)
+            return self._layers.largest(linear)
 
-        packed = self._format.multiply(self._edit, product, weight, self._activations, largest)
+        factors = self._layers.smooths(linear)
+        vector = None if factors is None else self._smooth(product, weight, columns)
+        packed = self._format.multiply(
+            self._edit, product, weight, self._layers.activations(linear), largest
+        )
         self._graph.remove(transpose, safe=True)
-        return packed
+        return packed if factors is None else replace(packed, factors=factors, vector=vector)
+
+    def _smooth(
+        self, product: ir.Node, weight: ir.Value, columns: int
+    ) -> tuple[str, ir.DataType] | None:
+        """Multiply a product's input with a vector; what it is where this weight is the first."""
+        x = product.inputs[0]
+        assert x is not None
+        compute = x.dtype
+        assert compute is not None
+        name, made = f"{weight.name}{SMOOTHING_SUFFIX}", []
+
+        def make() -> tuple[ir.Value, ...]:
+            made.append(name)
+            vector = self._edit.parameter(name, (columns,), compute)
+            outputs = {f"{x.name}.smooth": compute}
+            node = new_node("Mul", [x, vector], outputs, f"{x.name}/Smooth")
+            self._edit.after(x, node)
+            return (node.outputs[0],)
+
+        (smooth,) = self._edit.once(x, make)
+        product.replace_input_with(0, smooth)
+        return (name, compute) if made else None
 
     def attention(self, softmax: ir.Node) -> None:
         """Quantize Q, K, softmax output and V of softmax(Q Kᵀ) V.
@@ -104,30 +120,19 @@ class _Rewrite:
         mixed, place = _user_of(softmax.outputs[0])
         if scores is None or scores.op_type != "MatMul" or mixed.op_type != "MatMul" or place != 0:
             raise ExportError(f"{self._component}: {scope} is not softmax(Q Kᵀ) V in the graph.")
-        ranges, numbers = self._required(), self._format.attention
+        if not self._layers.has_attention(scope):
+            return
+        layers, numbers = self._layers, self._format.attention
         # Of Q, K and the softmax the largest are bounds, which need no headroom.
         for node, index, largest in (
-            (scores, 0, _range(ranges.queries, scope)),
-            (scores, 1, _range(ranges.keys, scope)),
+            (scores, 0, layers.attention_range("queries", scope)),
+            (scores, 1, layers.attention_range("keys", scope)),
             (mixed, 0, 1.0),
-            (mixed, 1, numbers.headroom * _range(ranges.values, scope)),
+            (mixed, 1, numbers.headroom * layers.attention_range("values", scope)),
         ):
             value = node.inputs[index]
             assert value is not None
             node.replace_input_with(index, numbers.narrow(self._edit, value, largest))
-
-    def _required(self) -> ActivationRanges:
-        if self._ranges is None:
-            raise ExportError(
-                f"{self._component}: static quantization needs measured activation ranges."
-            )
-        return self._ranges
-
-
-def _range(largest: Mapping[str, float], layer: str) -> float:
-    if layer not in largest:
-        raise ExportError(f"The activation ranges lack {layer}: measure them again.")
-    return largest[layer]
 
 
 def _producer_of(value: ir.Value | None) -> ir.Node | None:

@@ -30,7 +30,7 @@ from fluxdeploy.bench.worker import PICTURES, VELOCITY
 from fluxdeploy.errors import NumericError
 from fluxdeploy.machine import describe_machine
 from fluxdeploy.progress import Progress
-from fluxdeploy.verify.similarity import psnr
+from fluxdeploy.similarity import psnr
 
 __all__ = ["Contender", "Counts", "run_bench"]
 

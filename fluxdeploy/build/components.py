@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from engines import BuildSettings
 from fluxdeploy.build.engines import build_engines, check_engine, engine_source
+from fluxdeploy.build.golden import golden_path, read_gate, write_golden_tensors
 from fluxdeploy.build.keys import content_key
 from fluxdeploy.build.resolve import ComponentSpec
 from fluxdeploy.build.run import BuildRun
 from fluxdeploy.build.staging import Staging
-from fluxdeploy.bundle.manifest import ComponentRecord, FileRecord, GoldenRecord
-from fluxdeploy.precision import PRECISIONS
+from fluxdeploy.bundle.manifest import ComponentRecord, FileRecord
 
 if TYPE_CHECKING:
     from exporters.export import Exported
@@ -25,54 +25,64 @@ def make_component(component: ComponentSpec, run: BuildRun) -> ComponentRecord:
 
     Raises the errors of each step; what other components have finished stays.
     """
-    row = PRECISIONS[component.precision]
-    ranges = run.ranges[1].sha256 if row.calibrated else None
+    calibration, layers = None, None
+    calibration_file: tuple[FileRecord, ...] = ()
+    if component.quantized:
+        from exporters.quality.recipes import layers_of
+
+        calibration, file = run.calibration
+        calibration_file = (file,)
+        recipe = calibration.recipes[component.name].recipe
+        layers = layers_of(component.asked, run.spec.checkpoint, recipe, calibration.ranges)
+        component = replace(component, export=component.export.with_layers(layers))
+    key = content_key(component, run.spec, run.hashes, layers)
+    files = run.staging.finished(component.name, key)
+    if files:
+        run.progress.note(f"  {component.name}: unchanged")
+    else:
+        files = _make(component, key, run)
+    return replace(
+        _record(component, key, run),
+        files=files + calibration_file,
+        recipe=None if calibration is None else calibration.recipes[component.name],
+    )
+
+
+def _record(component: ComponentSpec, key: str, run: BuildRun) -> ComponentRecord:
+    """What is known of a component whose golden tensors are written."""
     chain = component.export.chain
-    record = ComponentRecord(
-        key=content_key(component, run.spec, run.hashes, ranges),
+    return ComponentRecord(
+        key=key,
         precision=component.precision,
         compute=component.compute,
         inputs=chain.inputs,
         outputs=chain.outputs,
         files=(),
         engines=component.engines,
-        golden=GoldenRecord(f"golden/{component.name}.safetensors", row.max_error, row.min_cosine),
+        golden=read_gate(run.staging.root, golden_path(component.name)),
+        recipe=None,
     )
-    files = run.staging.finished(component.name, record.key)
-    if files:
-        run.progress.note(f"  {component.name}: unchanged")
-    else:
-        files = _make(component, record, run)
-    return replace(record, files=files)
 
 
-def _make(
-    component: ComponentSpec, record: ComponentRecord, run: BuildRun
-) -> tuple[FileRecord, ...]:
+def _make(component: ComponentSpec, key: str, run: BuildRun) -> tuple[FileRecord, ...]:
     from exporters.export import export_component
 
-    assert record.golden is not None
     staging, progress = run.staging, run.progress
-    ranges, ranges_file = run.ranges if PRECISIONS[record.precision].calibrated else (None, None)
-    artifacts = WeightArtifacts(staging, record.key)
-    exported = export_component(
-        component.export, run.weights, ranges, component.fused, progress, artifacts
-    )
+    artifacts = WeightArtifacts(staging, key)
+    exported = export_component(component.export, run.weights, component.fused, progress, artifacts)
     paths = [f"onnx/{path}" for path in (exported.path, *exported.weights)]
     if run.spec.runtime.builds:
         paths += _build_engines(component, exported, run)
-    _write_golden(component, record.golden, run)
-    paths.append(record.golden.path)
+    write_golden_tensors(component, run)
+    paths.append(golden_path(component.name))
+    record = _record(component, key, run)
     check_engine(run.spec.runtime, component.name, record, staging.root, progress)
     known = {
         f"onnx/weights/{linked}": run.hashes.files[source]
         for linked, source in run.weights.sources.items()
     }
     known |= artifacts.hashes
-    if ranges_file is not None:
-        paths.append(ranges_file.path)
-        known[ranges_file.path] = ranges_file.sha256
-    return staging.record(component.name, record.key, paths, known)
+    return staging.record(component.name, key, paths, known)
 
 
 def _build_engines(component: ComponentSpec, exported: Exported, run: BuildRun) -> list[str]:
@@ -80,23 +90,6 @@ def _build_engines(component: ComponentSpec, exported: Exported, run: BuildRun) 
     settings = BuildSettings(component.profiles, request.memory_limit, request.weight_streaming)
     source = engine_source(component.export, exported, root)
     return build_engines(run.spec.runtime, source, component.engines, settings, root, run.progress)
-
-
-def _write_golden(component: ComponentSpec, golden: GoldenRecord, run: BuildRun) -> None:
-    from exporters.check.golden import golden_inputs, write_golden
-
-    checkpoint, declared = run.spec.checkpoint, component.export.component
-    reference, weights = declared.source(checkpoint, "fp32")
-    task = run.progress.task(f"  {component.name}: PyTorch reference", len(reference.stages))
-    inputs = golden_inputs(
-        reference,
-        None if declared.vocabulary is None else declared.vocabulary(checkpoint),
-        checkpoint.latents,
-        checkpoint.rope,
-        run.spec.schedule,
-        component.engines[0].dimensions,
-    )
-    write_golden(run.staging.root / golden.path, reference, weights, inputs, task.advance)
 
 
 class WeightArtifacts:

@@ -15,6 +15,7 @@ from fluxdeploy.bundle.manifest import (
     QualityRecord,
     TokenizerRecord,
 )
+from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from fluxdeploy.precision import PRECISIONS
 
@@ -29,7 +30,9 @@ def describe(
     """All that a host must know of what a run has made."""
     checkpoint, request = run.spec.checkpoint, run.spec.request
     guided = checkpoint.transformer.guidance_embedding
-    row = PRECISIONS[components["transformer"].precision]
+    transformer = components["transformer"]
+    row = PRECISIONS[transformer.precision]
+    promise = Promise() if transformer.recipe is None else transformer.recipe.promise
     limit = limits(checkpoint)
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -42,7 +45,7 @@ def describe(
         schedule=run.spec.schedule,
         tokenizers=tokenizers,
         defaults=run.spec.defaults,
-        quality=QualityRecord(row.min_psnr, row.min_ssim, row.min_sqnr),
+        quality=QualityRecord(promise.psnr or row.min_psnr, row.min_ssim, row.min_sqnr),
         provenance={
             "checkpoint": _origin(request.checkpoint or DEFAULT_CHECKPOINT, run),
             **({} if limit is None else {"limits": limit}),

@@ -10,10 +10,14 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fluxdeploy.build.checkpoint import CheckpointHashes
 from fluxdeploy.build.resolve import BuildSpec, ComponentSpec
+from fluxdeploy.bundle.typed_json import to_plain
+
+if TYPE_CHECKING:
+    from exporters.quality.layers import Layers
 
 __all__ = ["content_key", "digest", "sources_digest", "tool_versions"]
 
@@ -32,9 +36,9 @@ _NOT_SOURCES = "exporters/training"
 
 
 def content_key(
-    component: ComponentSpec, spec: BuildSpec, hashes: CheckpointHashes, ranges: str | None
+    component: ComponentSpec, spec: BuildSpec, hashes: CheckpointHashes, layers: Layers | None
 ) -> str:
-    """Of all that a component's files depend on. `ranges` is the SHA-256 of the ranges' file."""
+    """Of all that a component's files depend on. `layers` are those of a quantized one."""
     checkpoint, request = spec.checkpoint, spec.request
     files = {placement.stored.file for placement in component.export.placements}
     return digest(
@@ -43,7 +47,9 @@ def content_key(
             "precision": component.precision,
             "compute": component.compute,
             "kernels": component.kernels.value,
-            "ranges": ranges,
+            "layers": None if layers is None else _described(layers),
+            # Golden inputs are made of what all of its networks give.
+            "checkpoint": hashes.digest if component.export.component.part == "transformer" else "",
             "networks": repr((checkpoint.transformer, checkpoint.vae)),
             "configs": {name: dict(part.config) for name, part in checkpoint.parts.items()},
             # The names are those of the files in the bundle.
@@ -58,6 +64,12 @@ def content_key(
             "sources": sources_digest(),
         }
     )
+
+
+def _described(layers: Layers) -> Any:
+    ranges = layers.ranges
+    needed = ranges is not None and (layers.quantization.activations == "static" or layers.factors)
+    return [to_plain(layers.recipe), to_plain(ranges) if needed else None]
 
 
 def digest(value: Any) -> str:

@@ -11,7 +11,6 @@ from fluxdeploy.build.plan import Plan, make_plan
 from fluxdeploy.build.resolve import BuildRequest, BuildSpec, resolve
 from fluxdeploy.build.staging import check_destination
 from fluxdeploy.errors import BundleError
-from fluxdeploy.precision import PRECISIONS
 
 __all__ = ["prepare"]
 
@@ -31,7 +30,7 @@ def prepare(
     check_destination(destination)
     checkpoint = find_checkpoint(request.checkpoint)
     spec = resolve(request, checkpoint, runtime, targets)
-    if any(PRECISIONS[component.precision].calibrated for component in spec.components):
+    if any(component.quantized for component in spec.components):
         from exporters.calibrate.find import open_calibration
 
         open_calibration(checkpoint, None, request.calibration)

@@ -15,11 +15,14 @@ from engines import Runtime
 from fluxdeploy.build.checkpoint import check_drawable, check_family, check_limits
 from fluxdeploy.build.sizes import SizeRange, any_size, overall, resolution_buckets
 from fluxdeploy.bundle.manifest import Defaults, DimensionRange, EngineRecord, ScheduleSpec
+from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.kernels import AttentionKernels
+from fluxdeploy.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
     from exporters.export import ExportSpec
+    from exporters.quality.recipes import Asked
     from exporters.tokenizers import CanonicalTokenizer
 
 __all__ = ["BuildRequest", "BuildSpec", "ComponentSpec", "list_engines", "resolve"]
@@ -31,7 +34,9 @@ class BuildRequest:
 
     `precision` is the transformer's and decides the others' (docs/bundle.md);
     `component_precision` overrides single ones. `calibration` is a file of prompts, or the
-    calibration.json of another bundle of the same checkpoint, where static scales are needed.
+    calibration.json of another bundle of the same checkpoint. `promise` is what pictures have to
+    keep in few bits, None for what the precision promises; with one that asks for nothing they are
+    not looked at. With `strict` a precision that does not keep it is an error.
     `sizes`, `memory_limit` and `weight_streaming` are for runtimes that build engines.
     """
 
@@ -42,6 +47,8 @@ class BuildRequest:
     targets: tuple[str, ...] = ()
     sizes: SizeRange = field(default_factory=SizeRange)
     calibration: Path | None = None
+    promise: Promise | None = None
+    strict: bool = False
     memory_limit: int | None = None
     weight_streaming: bool = False
 
@@ -75,6 +82,17 @@ class ComponentSpec:
     @property
     def compute(self) -> str:
         return self.export.compute
+
+    @property
+    def quantized(self) -> bool:
+        return PRECISIONS[self.precision].quantization is not None
+
+    @property
+    def asked(self) -> Asked:
+        """What its recipe is found for. Only of a quantized one."""
+        from exporters.quality.recipes import Asked
+
+        return Asked(self.export.component, self.precision, self.compute)
 
 
 @dataclass(frozen=True)

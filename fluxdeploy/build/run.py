@@ -1,4 +1,4 @@
-"""A build under way: what its components are made with, and their activation ranges."""
+"""A build under way: what its components are made with, and their calibration."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fluxdeploy.build.checkpoint import hash_checkpoint
 from fluxdeploy.build.keys import digest, sources_digest
+from fluxdeploy.build.quality import require_nothing_spared
 from fluxdeploy.build.resolve import BuildSpec
 from fluxdeploy.build.staging import Staging
 from fluxdeploy.bundle.files import HashCache
@@ -14,7 +15,7 @@ from fluxdeploy.bundle.manifest import FileRecord
 from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
-    from exporters.calibrate.ranges import ActivationRanges
+    from exporters.calibrate.range_file import CalibrationFile
 
 __all__ = ["BuildRun"]
 
@@ -39,18 +40,33 @@ class BuildRun:
         self.weights = WeightFolder(staging.root / "onnx" / "weights", cache.link)
 
     @cached_property
-    def ranges(self) -> tuple[ActivationRanges, FileRecord]:
-        """The transformer's activation ranges, read or measured, and their file in the bundle."""
-        from exporters.calibrate.find import find_ranges, open_calibration
-        from exporters.calibrate.range_file import read_ranges, write_ranges
+    def calibration(self) -> tuple[CalibrationFile, FileRecord]:
+        """What the quantized components need, read or measured, and its file in the bundle."""
+        from exporters.calibrate.find import open_calibration
+        from exporters.calibrate.range_file import read_calibration, write_calibration
+        from exporters.quality.calibrate import calibrate
 
-        checkpoint, known = self.spec.checkpoint, self.hashes.digest
-        source = open_calibration(checkpoint, known, self.spec.request.calibration)
+        checkpoint, known, request = self.spec.checkpoint, self.hashes.digest, self.spec.request
+        source = open_calibration(checkpoint, known, request.calibration)
         path = self.staging.root / _CALIBRATION
-        key = digest({"checkpoint": known, "source": repr(source), "sources": sources_digest()})
+        asked = [component.asked for component in self.spec.components if component.quantized]
+        key = digest(
+            {
+                "checkpoint": known,
+                "source": repr(source),
+                "asked": [(a.component.name, a.precision, a.compute) for a in asked],
+                "promise": repr(request.promise),
+                "sources": sources_digest(),
+            }
+        )
         files = self.staging.finished(_CALIBRATION, key)
         if files is None:
             state = self.staging.scratch(_CALIBRATION)
-            write_ranges(find_ranges(source, checkpoint, known, state, self.progress), path)
+            found = calibrate(
+                checkpoint, known, source, asked, request.promise, state, self.progress
+            )
+            if request.strict:
+                require_nothing_spared(found.recipes)
+            write_calibration(found, path)
             files = self.staging.record(_CALIBRATION, key, [path])
-        return read_ranges(path, checkpoint, known), files[0]
+        return read_calibration(path, checkpoint, known), files[0]

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from fluxdeploy.bundle.boundary import NEEDED, Tensors, check_boundary
+from fluxdeploy.bundle.recipe import RecipeRecord, check_recipe
 from fluxdeploy.bundle.typed_json import FieldError, join, load_strict, parse, to_plain
 from fluxdeploy.errors import BundleError
 
@@ -41,7 +42,7 @@ __all__ = [
     "to_json",
 ]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST_NAME = "fluxdeploy.json"
 
 MAX_MANIFEST = 4 << 20
@@ -151,6 +152,7 @@ class ComponentRecord:
     nothing is quantized.
 
     `key` is the content key of what it was built from: a build with an equal key reuses its files.
+    `recipe` is null where nothing is quantized.
     """
 
     key: str
@@ -161,6 +163,7 @@ class ComponentRecord:
     files: tuple[FileRecord, ...]
     engines: tuple[EngineRecord, ...]
     golden: GoldenRecord | None
+    recipe: RecipeRecord | None
 
 
 @dataclass(frozen=True)
@@ -447,6 +450,8 @@ def _check_files(manifest: Manifest) -> None:
 
 
 def _check_component(component: ComponentRecord, where: str) -> None:
+    if component.recipe is not None:
+        check_recipe(component.recipe, join(where, "recipe"))
     paths = {record.path for record in component.files}
     symbols: set[str] = set()
     for side, specs in (("inputs", component.inputs), ("outputs", component.outputs)):

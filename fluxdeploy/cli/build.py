@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.cli.options import (
     AS_JSON,
     CALIBRATION,
@@ -18,7 +19,9 @@ from fluxdeploy.cli.options import (
     MIN_SIZE,
     OPT_SIZE,
     PRECISION,
+    QUALITY,
     RUNTIME,
+    STRICT,
     TARGETS,
     WEIGHT_STREAMING,
     WORKSPACE,
@@ -34,6 +37,8 @@ from fluxdeploy.terminal import say, say_json
 @PRECISION
 @COMPONENT_PRECISION
 @CALIBRATION
+@QUALITY
+@STRICT
 @RUNTIME
 @TARGETS
 @MIN_SIZE
@@ -54,6 +59,8 @@ def command(
     precision: str,
     component_precision: tuple[str, ...],
     calibration: Path | None,
+    quality: Promise | None,
+    strict: bool,
     runtime: str,
     targets: tuple[str, ...],
     min_size: tuple[int, int] | None,
@@ -85,8 +92,10 @@ def command(
       fluxdeploy build ./FLUX.1-dev --precision fp8 --runtime tensorrt-rtx --target sm89
     """
     from fluxdeploy.build.build import build
+    from fluxdeploy.build.quality import tell_recipe
     from fluxdeploy.build.resolve import BuildRequest
     from fluxdeploy.build.sizes import SizeRange
+    from fluxdeploy.bundle.typed_json import to_plain
 
     request = BuildRequest(
         checkpoint,
@@ -96,18 +105,26 @@ def command(
         targets,
         SizeRange(min_size, opt_size, max_size, max_batch),
         calibration,
+        quality,
+        strict,
         None if workspace is None else workspace * 2**20,
         weight_streaming,
     )
     with libraries_on_stderr(), Progress(quiet=as_json) as progress:
         bundle = build(request, out, progress)
-    precisions = {name: record.precision for name, record in bundle.manifest.components.items()}
+    components = bundle.manifest.components
+    precisions = {name: record.precision for name, record in components.items()}
+    recipes = {name: r.recipe for name, r in components.items() if r.recipe is not None}
     if as_json:
         report = {"bundle": str(out), "hash": bundle.content_hash, "precisions": precisions}
+        report["recipes"] = to_plain(recipes)
         say_json(report)
         return
     for used in sorted(set(precisions.values()) - {precision}):
         names = [name for name, other in precisions.items() if other == used]
         who = "all components" if len(names) == len(precisions) else ", ".join(names)
         say(f"{used} in place of {precision}: {who}")
+    for name, recipe in recipes.items():
+        for line in tell_recipe(name, recipe, components[name].compute):
+            say(line)
     say(f'{out} is ready: fluxdeploy generate "a prompt" --bundle {shlex.quote(str(out))}')

@@ -18,7 +18,6 @@ from fluxdeploy.cli.options import (
 )
 from fluxdeploy.errors import UsageError
 from fluxdeploy.library_output import libraries_on_stderr
-from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 from fluxdeploy.terminal import say, say_json
 
@@ -82,8 +81,8 @@ def command(
 
     overrides = component_precisions(component_precision)
     source = find_checkpoint(checkpoint)
-    from exporters.calibrate.find import find_ranges, open_calibration
-    from exporters.calibrate.range_file import write_ranges
+    from exporters.calibrate.find import open_calibration
+    from exporters.calibrate.range_file import write_calibration
     from exporters.components.registry import (
         COMPONENTS,
         ONE_PIECE_COMPONENTS,
@@ -91,7 +90,10 @@ def command(
         find_component,
     )
     from exporters.export import check_all_used, export_component, specify
+    from exporters.quality.calibrate import calibrate
+    from exporters.quality.recipes import Asked, layers_of
     from fluxdeploy.build.plan.exporting import place_weights
+    from fluxdeploy.bundle.recipe import Promise
 
     if no_split and "conditioner" in components:
         raise UsageError("With --no-split the conditioner is a part of the transformer.")
@@ -107,16 +109,27 @@ def command(
     folder, specs = place_weights(specs, out, link)
     files = {}
     with libraries_on_stderr(), Progress(quiet=as_json) as progress:
-        ranges = None
-        if any(PRECISIONS[spec.precision].calibrated for spec in specs):
+        asked = [
+            Asked(spec.component, spec.precision, spec.compute) for spec in specs if spec.layers
+        ]
+        if asked:
             digest = hash_checkpoint(source, progress).digest
-            measured = open_calibration(source, digest, calibration)
-            ranges = find_ranges(measured, source, digest, None, progress)
+            given = open_calibration(source, digest, calibration)
+            found = calibrate(source, digest, given, asked, Promise(), None, progress)
             folder.make()
-            write_ranges(ranges, out / "calibration.json")
+            write_calibration(found, out / "calibration.json")
+            known_layers = {
+                a.component.name: layers_of(
+                    a, source, found.recipes[a.component.name].recipe, found.ranges
+                )
+                for a in asked
+            }
+            specs = [
+                spec.with_layers(known_layers[spec.name]) if spec.layers else spec for spec in specs
+            ]
         task = progress.task("Exporting", total=len(specs))
         for spec in specs:
-            exported = export_component(spec, folder, ranges, progress=progress)
+            exported = export_component(spec, folder, progress=progress)
             files[spec.name] = {
                 "precision": spec.precision,
                 "path": str(out / exported.path),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.errors import UsageError
 from fluxdeploy.precision import PRECISIONS
 
@@ -29,8 +31,10 @@ __all__ = [
     "MIN_SIZE",
     "OPT_SIZE",
     "PRECISION",
+    "QUALITY",
     "RUNTIME",
     "SIZE",
+    "STRICT",
     "TARGETS",
     "THREADS",
     "WEIGHT_STREAMING",
@@ -101,6 +105,40 @@ class _SizeType(click.ParamType):  # type: ignore[type-arg]
                 ctx,
             )
         return int(found[2] or found[1]), int(found[1])
+
+
+class _QualityType(click.ParamType):  # type: ignore[type-arg]
+    """What pictures have to keep: a PSNR in dB, `cosine=X`, or `none`; gives a `Promise`."""
+
+    name = "quality"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = value.strip().lower()
+        if text == "none":
+            return Promise()
+        kind, separator, number = text.rpartition("=")
+        try:
+            found = float(number)
+        except ValueError:
+            found = math.nan
+        if kind == "cosine" and 0 < found < 1:
+            return Promise(cosine=found)
+        if separator or not 1 <= found <= _MOST_DECIBELS:
+            self.fail(
+                f"{value!r} is neither a PSNR from 1 to {_MOST_DECIBELS} dB, such as 30, nor a "
+                "cosine between 0 and 1, such as cosine=0.995, nor none.",
+                param,
+                ctx,
+            )
+        return Promise(psnr=found)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return _beginning(incomplete, ("none", "cosine="))
+
+
+_MOST_DECIBELS = 100
 
 
 def _beginning(incomplete: str, words: Iterable[str]) -> list[CompletionItem]:
@@ -249,6 +287,21 @@ WEIGHT_STREAMING = click.option(
     "--weight-streaming",
     is_flag=True,
     help="TensorRT: engines that can run with weights that do not all fit on the GPU.",
+)
+
+QUALITY = click.option(
+    "--quality",
+    type=_QualityType(),
+    metavar="DB|cosine=X|none",
+    help="What pictures keep in few bits: PSNR against float32 in dB, or the cosine of a step's "
+    "velocity. Layers stay in wider numbers until it is kept; `none` looks at nothing.  [default: "
+    "what the precision promises]",
+)
+
+STRICT = click.option(
+    "--strict",
+    is_flag=True,
+    help="Fail where a precision keeps its quality only with some layers in wider numbers.",
 )
 
 AS_JSON = click.option(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.cli.options import (
     AS_JSON,
     CALIBRATION,
@@ -19,7 +20,9 @@ from fluxdeploy.cli.options import (
     MIN_SIZE,
     OPT_SIZE,
     PRECISION,
+    QUALITY,
     RUNTIME,
+    STRICT,
     TARGETS,
     WEIGHT_STREAMING,
     WORKSPACE,
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 @PRECISION
 @COMPONENT_PRECISION
 @CALIBRATION
+@QUALITY
+@STRICT
 @RUNTIME
 @TARGETS
 @MIN_SIZE
@@ -60,6 +65,8 @@ def command(
     precision: str,
     component_precision: tuple[str, ...],
     calibration: Path | None,
+    quality: Promise | None,
+    strict: bool,
     runtime: str,
     targets: tuple[str, ...],
     min_size: tuple[int, int] | None,
@@ -99,6 +106,8 @@ def command(
         targets,
         SizeRange(min_size, opt_size, max_size, max_batch),
         calibration,
+        quality,
+        strict,
         None if workspace is None else workspace * 2**20,
         weight_streaming,
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from engines.graph_files import check_graph
 from fluxdeploy.bundle import Bundle
+from fluxdeploy.bundle.recipe import Recipe
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 
@@ -65,5 +66,6 @@ def compare_layers(
     (graph,) = (file.path for file in record.files if file.path.endswith(".onnx"))
     with bundle.unchanged(record.files):
         check_graph(bundle, record, graph)
-        sqnr = measure_fidelity(checkpoint, bundle.path(graph), few, progress)
+        recipe = Recipe() if record.recipe is None else record.recipe.recipe
+        sqnr = measure_fidelity(checkpoint, bundle.path(graph), recipe, few, progress)
     return LayersReport(sqnr, bundle.manifest.quality.min_sqnr)

@@ -16,8 +16,8 @@ from fluxdeploy.bundle import Bundle
 from fluxdeploy.bundle.manifest import QualityRecord
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.progress import Progress
+from fluxdeploy.similarity import psnr, ssim
 from fluxdeploy.text import load_tokenizers
-from fluxdeploy.verify.similarity import psnr, ssim
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fluxdeploy.verify.similarity import psnr, ssim
+from fluxdeploy.similarity import psnr, ssim
 
 
 @pytest.fixture

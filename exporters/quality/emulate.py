@@ -1,0 +1,196 @@
+"""A component in few bits, in PyTorch: what its layers round away, as a recipe has them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from exporters.checkpoint import Checkpoint
+from exporters.components.chain import Chain, Stage
+from exporters.components.component import Component
+from exporters.components.run import PRODUCTS, run_samples
+from exporters.formats import EightBits
+from exporters.quality.layers import Layers
+
+__all__ = ["Emulator"]
+
+Array = NDArray[np.generic]
+
+_CACHED, _CACHE = 16 << 20, 256 << 20
+"""Bytes of the largest weight that is kept once it is rounded, and of all of them."""
+
+_COMPUTE = {
+    "fp32": ir.DataType.FLOAT,
+    "fp16": ir.DataType.FLOAT16,
+    "bf16": ir.DataType.BFLOAT16,
+}
+
+
+class Emulator:
+    """A component in PyTorch float32 whose linears and attentions can be had as `Layers` say.
+
+    `compute` is the type of the scales: that of all which is not quantized in a graph, and which is
+    float32 here.
+
+    chain, weights: of the component in float32. large: its linears that a quantized precision
+    quantizes. attentions: the names that those of a transformer's blocks have, one for each stage.
+    enter: to be called before each stage by whoever runs stages by themselves.
+
+    Raises what `Component.source` does.
+    """
+
+    def __init__(self, component: Component, checkpoint: Checkpoint, compute: str) -> None:
+        self.chain, self.weights = component.source(checkpoint, "fp32")
+        self.layers: Layers | None = None
+        chain = self.chain
+        self.large = tuple(name for name in _linears(chain) if component.is_quantized(name))
+        self.attentions = tuple(f"{stage.scope}attn" for stage in chain.stages)
+        self._scales = _COMPUTE[compute]
+        self._scope = ""
+        self._kept: dict[tuple[str, str, bytes], Tensor] = {}
+        self._size = 0
+        quantized = frozenset(self.large)
+        for piece in chain.pieces:
+            for name, module in piece.module.named_modules():
+                if isinstance(module, nn.Linear):
+                    usual = module.forward
+                    module.forward = functools.partial(  # type: ignore[method-assign]
+                        self._forward, name, module, usual, quantized
+                    )
+
+    def enter(self, stage: Stage) -> None:
+        self._scope = stage.scope
+
+    def run(
+        self,
+        samples: Sequence[Mapping[str, Array]],
+        layers: Layers | None,
+        after: Callable[[], None] = lambda: None,
+    ) -> list[dict[str, Array]]:
+        """The component's outputs by name for several samples; see `run_samples`."""
+        with self.running(layers):
+            return run_samples(self.chain, self.weights, samples, self.enter, after)
+
+    @contextmanager
+    def running(self, layers: Layers | None) -> Iterator[None]:
+        """A block in which the chain computes as `layers` has it."""
+        before, self.layers = self.layers, layers
+        try:
+            if layers is None or not layers.quantization.attention:
+                yield
+            else:
+                with _NarrowAttention(self._narrow_scores, self._narrow_mix):
+                    yield
+        finally:
+            self.layers = before
+
+    def _forward(
+        self,
+        local: str,
+        linear: nn.Linear,
+        usual: Callable[[Tensor], Tensor],
+        quantized: frozenset[str],
+        x: Tensor,
+    ) -> Tensor:
+        layers, name = self.layers, self._scope + local
+        if layers is None or name not in quantized or not layers.has_weight(name):
+            return usual(x)
+        factors = layers.smooths(name)
+        narrow = x if factors is None else x * torch.from_numpy(factors)
+        activations = layers.activations(name)
+        largest = layers.largest(name) if activations == "static" else 0.0
+        narrow = layers.format.emulate_input(narrow, activations, largest)
+        return torch.nn.functional.linear(narrow, self._weight(name, linear.weight), linear.bias)
+
+    def _weight(self, name: str, weight: Tensor) -> Tensor:
+        layers = self.layers
+        assert layers is not None
+        factors = layers.smooths(name)
+        key = (name, layers.format.name, b"" if factors is None else factors.tobytes())
+        if key in self._kept:
+            return self._kept[key]
+        scaled = weight if factors is None else weight / torch.from_numpy(factors)
+        found = layers.format.emulate_weight(scaled, self._scales)
+        if found.nbytes <= _CACHED and self._size + found.nbytes <= _CACHE:
+            self._kept[key] = found
+            self._size += found.nbytes
+        return found
+
+    @property
+    def _attention(self) -> tuple[EightBits, str] | None:
+        """The type and the name of the attention that runs, None where it is not quantized."""
+        layers, name = self.layers, f"{self._scope}attn"
+        if layers is None or not layers.has_attention(name):
+            return None
+        return layers.format.attention, name
+
+    def _narrow_scores(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        found = self._attention
+        if found is None:
+            return query, key
+        return (
+            self._rounded(query, found, self._range("queries", found)),
+            self._rounded(key, found, self._range("keys", found)),
+        )
+
+    def _narrow_mix(self, shares: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        found = self._attention
+        if found is None:
+            return shares, value
+        reach = found[0].headroom * self._range("values", found)
+        return self._rounded(shares, found, 1.0), self._rounded(value, found, reach)
+
+    def _range(self, kind: str, found: tuple[EightBits, str]) -> float:
+        assert self.layers is not None
+        return self.layers.attention_range(kind, found[1])
+
+    def _rounded(self, x: Tensor, found: tuple[EightBits, str], largest: float) -> Tensor:
+        numbers, _ = found
+        return numbers.emulate(x, numbers.step(largest, self._scales))
+
+
+def _linears(chain: Chain) -> Iterator[str]:
+    for stage in chain.stages:
+        for name, module in stage.piece.module.named_modules():
+            if isinstance(module, nn.Linear):
+                yield stage.scope + name
+
+
+_Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class _NarrowAttention(TorchFunctionMode):
+    """While it is entered, softmax(Q Kᵀ) V multiplies what `scores` and `mix` make of its factors.
+
+    Its two products are the only ones of tensors [B, heads, tokens, head_dim] with each other.
+    """
+
+    def __init__(self, scores: _Pair, mix: _Pair) -> None:
+        super().__init__()
+        self._scores, self._mix = scores, mix
+        self._scored = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in PRODUCTS and all(tensor.dim() == 4 for tensor in args):
+            if self._scored:
+                args = self._mix(*args)
+            else:
+                query, key = self._scores(args[0], args[1].mT)
+                args = query, key.mT
+            self._scored = not self._scored
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,91 @@
+"""The golden tensors of a component that is being built, and how far its engines may be off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.golden import Deviation
+from fluxdeploy.build.resolve import ComponentSpec
+from fluxdeploy.build.run import BuildRun
+from fluxdeploy.bundle.manifest import GoldenRecord
+from fluxdeploy.bundle.tensorfile import read_header, read_tensor
+from fluxdeploy.precision import PRECISIONS
+
+__all__ = ["golden_path", "read_gate", "write_golden_tensors"]
+
+Array = NDArray[np.generic]
+
+_UPSTREAM: Mapping[str, tuple[str, ...]] = {
+    "conditioner": ("clip", "t5"),
+    "transformer": ("conditioner",),
+}
+"""Whose golden outputs a component's golden inputs are: static scales fit values of the network's
+own, and cut off others."""
+
+_TIMES = 2.0
+"""How many times the error of an emulation an engine may have: it rounds at other places too."""
+
+
+def golden_path(component: str) -> str:
+    return f"golden/{component}.safetensors"
+
+
+def read_gate(root: Path, path: str) -> GoldenRecord:
+    """The gate of golden tensors below `root`, which is written with them."""
+    metadata = read_header(root / path).metadata
+    return GoldenRecord(path, float(metadata["max_error"]), float(metadata["min_cosine"]))
+
+
+def write_golden_tensors(component: ComponentSpec, run: BuildRun) -> None:
+    """Write known inputs, and what PyTorch makes of them in float32.
+
+    The gate is that of the precision, and wider where these numbers take it, wherever they are
+    computed: an engine is held against what it was asked to compute, and pictures decide whether
+    that is good enough.
+    """
+    from exporters.check.golden import golden_inputs, write_golden
+    from exporters.components.run import run_reference
+    from exporters.quality.emulate import Emulator
+
+    checkpoint, declared = run.spec.checkpoint, component.export.component
+    reference, weights = declared.source(checkpoint, "fp32")
+    task = run.progress.task(f"  {component.name}: PyTorch reference", len(reference.stages))
+    inputs = golden_inputs(
+        reference,
+        None if declared.vocabulary is None else declared.vocabulary(checkpoint),
+        checkpoint.latents,
+        checkpoint.rope,
+        run.spec.schedule,
+        component.engines[0].dimensions,
+        _upstream(component.name, run.staging.root),
+    )
+    outputs = run_reference(reference, weights, inputs, task.advance)
+    row, layers = PRECISIONS[component.precision], component.export.layers
+    max_error, min_cosine = row.max_error, row.min_cosine
+    if layers is not None:
+        emulator = Emulator(declared, checkpoint, component.compute)
+        (found,) = emulator.run([inputs], layers)
+        for name, exact in outputs.items():
+            off = Deviation.of(found[name], exact)
+            max_error = max(max_error, _TIMES * off.max_error)
+            # An error of twice the size has four times the power.
+            min_cosine = min(min_cosine, 1 - _TIMES**2 * (1 - off.cosine))
+    gate = {"max_error": f"{max_error:.4g}", "min_cosine": f"{max(min_cosine, 0.0):.8g}"}
+    write_golden(run.staging.root / golden_path(component.name), inputs, outputs, gate)
+
+
+def _upstream(component: str, root: Path) -> dict[str, Array]:
+    given: dict[str, Array] = {}
+    for name in _UPSTREAM.get(component, ()):
+        file = read_header(root / golden_path(name))
+        for tensor in file.tensors:
+            side, _, output = tensor.partition(".")
+            if side == "output":
+                given[output] = read_tensor(file, tensor)
+    if "modulation" in given:  # of all timesteps: the first
+        given["modulation"] = given["modulation"][0]
+    return given
