@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 
 from export_worker import peak_bytes
 
@@ -59,10 +60,11 @@ def main(source: str, output: str, precision: str) -> None:
         for name in ("conditioner", "transformer"):
             started = time.perf_counter()
             component = COMPONENTS[name]
+            spec = specify(checkpoint, component, component.precision_beside(precision))
+            assert spec.layers is not None
             exported = export_component(
-                specify(checkpoint, component, component.precision_beside(precision)),
+                spec.with_layers(replace(spec.layers, ranges=ranges)),
                 weights,
-                ranges,
                 ledger=Telling(staging, f"{source} {precision} {name}"),
             )
             _tell(

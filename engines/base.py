@@ -155,11 +155,12 @@ class EngineSource:
 
     component, onnx, inputs: the component, its ONNX file, and the tensors that it takes.
     precision, compute: what is quantized, and the type of all the rest.
-    quantized: how many linears are quantized as the precision says. weights_only: how many have
-        their weights quantized alone for the sake of quality. attentions: how many softmaxes there
-        are. wide_attentions: how many of them are left wide for that sake.
+    quantized: how many linears are quantized as the precision says. attentions: how many softmaxes
+        there are.
     one_head: whether attention has a single head as wide as the network, which no kernel fuses.
     weight_bytes: all weights, in the types that the graph has them in.
+    weights_only: how many linears have their weights quantized alone for the sake of quality.
+    wide_attentions: how many attentions are not quantized for that sake.
     """
 
     component: str
@@ -168,11 +169,11 @@ class EngineSource:
     onnx: Path
     inputs: tuple[TensorSpec, ...]
     quantized: int
-    weights_only: int
     attentions: int
-    wide_attentions: int
     one_head: bool
     weight_bytes: int
+    weights_only: int = 0
+    wide_attentions: int = 0
 
 
 @dataclass(frozen=True)

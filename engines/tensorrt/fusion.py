@@ -154,11 +154,11 @@ class Expectation:
     """
 
     attentions: int
-    wide_attentions: int
     attention_type: str | None
     gemms: Mapping[str, int]
     compute: str
     weight_bytes: int
+    wide_attentions: int = 0
 
 
 def expect(source: EngineSource) -> Expectation:
@@ -176,11 +176,11 @@ def expect(source: EngineSource) -> Expectation:
             attention = eight_bits
     return Expectation(
         source.attentions,
-        source.wide_attentions,
         None if source.one_head else attention,
         gemms,
         source.compute,
         source.weight_bytes,
+        source.wide_attentions,
     )
 
 

@@ -63,7 +63,7 @@ class ActivationRanges:
     values: Mapping[str, float]
     queries: Mapping[str, float]
     keys: Mapping[str, float]
-    channels: Mapping[str, str]
+    channels: Mapping[str, str] = field(default_factory=dict)
 
 
 _STEPS, _ZERO = 4, 128

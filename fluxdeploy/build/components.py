@@ -60,7 +60,6 @@ def _record(component: ComponentSpec, key: str, run: BuildRun) -> ComponentRecor
         files=(),
         engines=component.engines,
         golden=read_gate(run.staging.root, golden_path(component.name)),
-        recipe=None,
     )
 
 

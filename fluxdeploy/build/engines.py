@@ -29,11 +29,11 @@ def engine_source(spec: ExportSpec, exported: Exported, root: Path) -> EngineSou
         root / "onnx" / exported.path,
         spec.chain.inputs,
         exported.quantized,
-        exported.weights_only,
         exported.attentions,
-        exported.wide_attentions,
         spec.component.one_head,
         exported.weight_bytes,
+        exported.weights_only,
+        exported.wide_attentions,
     )
 
 

@@ -163,7 +163,7 @@ class ComponentRecord:
     files: tuple[FileRecord, ...]
     engines: tuple[EngineRecord, ...]
     golden: GoldenRecord | None
-    recipe: RecipeRecord | None
+    recipe: RecipeRecord | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,8 @@ def test_full_width_in_fp8_is_about_half_of_bf16(full_width: Path, tmp_path: Pat
             dict.fromkeys(linears(chain), 8.0),
             *(dict.fromkeys(attentions(chain), 8.0) for _ in range(3)),
         )
-        exported = export_component(spec, WeightFolder(folder / "weights"), ranges)
+        spec = spec.with_layers(replace(spec.layers, ranges=ranges))
+        exported = export_component(spec, WeightFolder(folder / "weights"))
         source = EngineSource(
             "transformer",
             PRECISIONS[precision],

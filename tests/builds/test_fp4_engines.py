@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def make_engine(checkpoint: Checkpoint, folder: Path, target: str) -> tuple[Expo
         *(dict.fromkeys(attentions(chain), 8.0) for _ in range(3)),
     )
     weights = WeightFolder(folder / "weights")
-    exported = export_component(spec, weights, ranges)
+    spec = spec.with_layers(replace(spec.layers, ranges=ranges))
+    exported = export_component(spec, weights)
     source = EngineSource(
         "transformer",
         PRECISIONS["fp4"],

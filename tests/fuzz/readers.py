@@ -340,7 +340,11 @@ def tokenizer_folder(folder: Path) -> Reader:
 
 
 def ranges(folder: Path) -> Reader:
-    from exporters.calibrate.range_file import read_ranges, write_ranges
+    from exporters.calibrate.range_file import (
+        CalibrationFile,
+        read_calibration,
+        write_calibration,
+    )
     from exporters.calibrate.ranges import ActivationRanges, attentions, linears
     from exporters.calibrate.trajectory import Calibration
     from exporters.checkpoint import open_checkpoint
@@ -354,9 +358,9 @@ def ranges(folder: Path) -> Reader:
         "0" * 64, calibration, dict.fromkeys(linears(chain), 2.5), heads, heads, heads
     )
     path = folder / "ranges.json"
-    write_ranges(made, path)
+    write_calibration(CalibrationFile(made.checkpoint, made, {}), path)
     return _of_file(
-        path, [path.read_bytes()], lambda p: read_ranges(p, opened, "0" * 64), _json_or_bytes
+        path, [path.read_bytes()], lambda p: read_calibration(p, opened, "0" * 64), _json_or_bytes
     )
 
 
@@ -365,8 +369,8 @@ def arguments(folder: Path) -> Reader:
     import click
     from click.testing import CliRunner
 
-    import exporters.calibrate.find
     import exporters.export
+    import exporters.quality.calibrate
     import fluxdeploy.build.build
     from fluxdeploy.cli import main
     from fluxdeploy.errors import FluxDeployError
@@ -377,7 +381,7 @@ def arguments(folder: Path) -> Reader:
     for module, name in (
         (fluxdeploy.build.build, "make_component"),
         (exporters.export, "export_component"),
-        (exporters.calibrate.find, "find_ranges"),
+        (exporters.quality.calibrate, "calibrate"),
     ):
         setattr(module, name, begin)
     (folder / "empty").mkdir()

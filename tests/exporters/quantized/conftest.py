@@ -13,7 +13,7 @@ pytest.importorskip("diffusers")
 
 import onnx_ir as ir
 
-from exporters.calibrate.range_file import read_ranges, write_ranges
+from exporters.calibrate.range_file import CalibrationFile, read_calibration, write_calibration
 from exporters.calibrate.ranges import ActivationRanges, measure_ranges
 from exporters.calibrate.trajectory import Calibration
 from exporters.checkpoint import Checkpoint, open_checkpoint
@@ -59,6 +59,17 @@ Quantized = Callable[..., Path]
 def source(checkpoint: Callable[..., Path]) -> Path:
     """A checkpoint in diffusers layout, float32, not to be written to."""
     return checkpoint("dev")
+
+
+def write_ranges(ranges: ActivationRanges, path: Path) -> None:
+    """A calibration of ranges alone."""
+    write_calibration(CalibrationFile(ranges.checkpoint, ranges, {}), path)
+
+
+def read_ranges(path: Path, checkpoint: Checkpoint, digest: str | None) -> ActivationRanges:
+    found = read_calibration(path, checkpoint, digest).ranges
+    assert found is not None
+    return found
 
 
 def open_short(folder: Path) -> Checkpoint:
@@ -110,7 +121,9 @@ def export_into(
             patch.setattr("exporters.export.trace_chain", lambda chain: traced(compute))
             weights = WeightFolder(folder / "weights")
             spec = specify(checkpoint, COMPONENTS["transformer"], precision, compute)
-            exported = export_component(spec, weights, ranges, ledger=ledger)
+            if spec.layers is not None:
+                spec = spec.with_layers(dataclasses.replace(spec.layers, ranges=ranges))
+            exported = export_component(spec, weights, ledger=ledger)
         return folder / exported.path
 
     return export

@@ -23,6 +23,7 @@ from exporters.checkpoint import Checkpoint
 from exporters.components.chain import Stage
 from exporters.components.registry import COMPONENTS
 from exporters.components.run import WatchAttention, watch_linears
+from fluxdeploy.bundle.recipe import Recipe
 from fluxdeploy.errors import ExportError, NumericError
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
@@ -45,7 +46,7 @@ Change = Callable[[onnx.GraphProto], object]
 
 
 def measure(checkpoint: Checkpoint, path: Path) -> dict[str, float]:
-    return measure_fidelity(checkpoint, path, SHORT, QUIET)
+    return measure_fidelity(checkpoint, path, Recipe(), SHORT, QUIET)
 
 
 @pytest.fixture(scope="module")
@@ -439,7 +440,7 @@ def test_the_middle_of_the_schedule_is_measured(
     monkeypatch.setattr("exporters.check.fidelity.take_step", step)
     monkeypatch.setattr("exporters.check.fidelity.watch_linears", watch)
     calibration = dataclasses.replace(SHORT, steps=3, prompts=("",), sizes=((16, 32),))
-    measure_fidelity(opened, quantized("fp8-weights"), calibration, QUIET)
+    measure_fidelity(opened, quantized("fp8-weights"), Recipe(), calibration, QUIET)
     assert steps == [0, 1]
     assert watched == [1]
 

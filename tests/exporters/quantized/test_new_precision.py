@@ -21,6 +21,7 @@ from exporters.check.readback import read_attentions, read_linears
 from exporters.checkpoint import Checkpoint
 from exporters.formats import FORMATS, EightBits
 from exporters.formats.row_scales import RowScaled
+from fluxdeploy.bundle.recipe import Recipe
 from fluxdeploy.bundle.tensorfile import read_header
 from fluxdeploy.errors import ExportError, NumericError
 from fluxdeploy.precision import PRECISIONS, Precision, Quantization
@@ -93,7 +94,7 @@ def test_a_precision_over_a_known_format_is_a_row(
     for scales in attentions.values():
         assert scales.numbers.stored == "I8"
         assert scales.softmax == np.float32(1 / 127)
-    ratios = measure_fidelity(opened, path, SHORT, QUIET)
+    ratios = measure_fidelity(opened, path, Recipe(), SHORT, QUIET)
     assert len(ratios) == len(LINEARS) + 4 * len(ATTENTIONS)
     assert all(15 < ratio < 60 for ratio in ratios.values())
 
@@ -152,14 +153,14 @@ def test_a_new_format_is_read_back_and_measured(
         assert attention.numbers.onnx_type == ir.DataType.FLOAT8E5M2
         assert attention.value == pytest.approx(3 * ranges.values[name] / END, rel=0.01)
     assert attentions.keys() == ATTENTIONS
-    ratios = measure_fidelity(opened, path, SHORT, QUIET)
+    ratios = measure_fidelity(opened, path, Recipe(), SHORT, QUIET)
     assert len(ratios) == len(LINEARS) + 4 * len(ATTENTIONS)
     # A bit less of fraction than E4M3 costs 6 dB.
     assert all(15 < ratio < 30 for ratio in ratios.values())
     # Its own end says how far a scale reaches.
     scale_attention(path, {("transformer_blocks.0.attn", "values"): 16})
     with pytest.raises(NumericError, match=r"blocks\.0\.attn\.value .* at most 16 times"):
-        measure_fidelity(opened, path, SHORT, QUIET)
+        measure_fidelity(opened, path, Recipe(), SHORT, QUIET)
     # All that is known of it is known by that one entry.
     monkeypatch.delitem(FORMATS, e5m2)
     assert read_linears(path) == {}

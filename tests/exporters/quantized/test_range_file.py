@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Callable
@@ -14,17 +15,20 @@ from click.testing import CliRunner
 
 pytest.importorskip("diffusers")
 
-from exporters.calibrate.range_file import read_prompts, read_ranges, write_ranges
+from exporters.calibrate.range_file import read_prompts
 from exporters.calibrate.ranges import ActivationRanges, attentions, linears
 from exporters.calibrate.trajectory import Calibration
 from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.components.registry import COMPONENTS
+from exporters.components.run import shared_inputs
 from fluxdeploy.build.checkpoint import hash_checkpoint
 from fluxdeploy.cli import main
 from fluxdeploy.errors import BundleError, ExportError, UsageError
 from fluxdeploy.progress import Progress
+from tests.exporters.quantized.conftest import read_ranges, write_ranges
 
 DIGEST = "0123456789abcdef" * 4
+ATTENTION = "transformer_blocks.0.attn"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,7 @@ def opened(checkpoint: Callable[..., Path]) -> Checkpoint:
 
 @pytest.fixture
 def ranges(opened: Checkpoint) -> ActivationRanges:
-    chain, _ = COMPONENTS["transformer"].source(opened, "fp32")
+    chain, weights = COMPONENTS["transformer"].source(opened, "fp32")
     heads = {name: math.pi / (i + 1) for i, name in enumerate(attentions(chain))}
     return ActivationRanges(
         checkpoint=DIGEST,
@@ -43,6 +47,10 @@ def ranges(opened: Checkpoint) -> ActivationRanges:
         values=heads,
         queries=heads,
         keys=heads,
+        channels={
+            name: base64.b64encode(bytes(weights[f"{name}.weight"].shape[1])).decode()
+            for name in {shared_inputs(chain)[name] for name in linears(chain)}
+        },
     )
 
 
@@ -68,7 +76,9 @@ def test_an_export_into_a_new_folder_has_the_ranges(
     command = ["export", str(opened.root), *arguments, "--out", str(out)]
     result = CliRunner().invoke(main, command, prog_name="fluxdeploy")
     assert result.exit_code == 0, result.output
-    assert (out / "calibration.json").read_bytes() == given.read_bytes()
+    assert read_ranges(out / "calibration.json", opened, digest) == replace(
+        ranges, checkpoint=digest
+    )
 
 
 def test_another_checkpoints_ranges_are_refused(
@@ -85,19 +95,48 @@ def test_another_checkpoints_ranges_are_refused(
 Change = Callable[[dict[str, Any]], Any]
 
 
+def change_channels(plain: dict[str, Any], text: str) -> None:
+    plain["ranges"]["channels"]["transformer_blocks.0.attn.to_q"] = text
+
+
+def recipe(**parts: Any) -> dict[str, Any]:
+    """A recipe's record as JSON."""
+    promise = {"cosine": 0.99, "psnr": None, "ssim": None}
+    found = {"spared": {}, "smoothed": {}, **parts}
+    return {
+        "precision": "int8-weights",
+        "promise": promise,
+        "recipe": found,
+        "before": None,
+        "after": None,
+        "share": 0.0,
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda plain: plain.update(schema_version=2), "version 2"),
+        (lambda plain: plain.update(schema_version=3), "version 3"),
         (lambda plain: plain.pop("schema_version"), "schema_version"),
-        (lambda plain: plain.pop("keys"), "keys is missing"),
+        (lambda plain: plain["ranges"].pop("keys"), "keys is missing"),
         (lambda plain: plain.update(headroom=1.0), "headroom is not a known field"),
-        (lambda plain: plain["calibration"].update(seed="0"), "calibration.seed"),
-        (lambda plain: plain["calibration"].update(sizes=[[64, 64, 64]]), r"sizes\[0\]"),
-        (lambda plain: plain["inputs"].popitem(), "is missing"),
-        (lambda plain: plain["inputs"].update(context_embedder=1.0), "context_embedder"),
-        (lambda plain: plain["values"].update({"transformer_blocks.0.attn": -1.0}), "0 or more"),
-        (lambda plain: plain["queries"].update({"transformer_blocks.0.attn": None}), "queries"),
+        (lambda plain: plain["ranges"]["calibration"].update(seed="0"), "calibration.seed"),
+        (lambda plain: plain["ranges"]["calibration"].update(sizes=[[64, 64, 64]]), r"sizes\[0\]"),
+        (lambda plain: plain["ranges"]["inputs"].popitem(), "is missing"),
+        (lambda plain: plain["ranges"]["inputs"].update(context_embedder=1.0), "context_embedder"),
+        (lambda plain: plain["ranges"]["channels"].popitem(), "is missing"),
+        (lambda plain: change_channels(plain, "AAAA"), "has 3 channels"),
+        (lambda plain: change_channels(plain, "A"), "is not base64"),
+        (lambda plain: plain.update(recipes={"t5": recipe(spared={"a": "all"})}), r"recipe.spared"),
+        (lambda plain: plain.update(recipes={"t5": recipe(smoothed={"a": 1.0})}), r"smoothed"),
+        (
+            lambda plain: plain["ranges"]["values"].update({"transformer_blocks.0.attn": -1.0}),
+            "0 or more",
+        ),
+        (
+            lambda plain: plain["ranges"]["queries"].update({"transformer_blocks.0.attn": None}),
+            "queries",
+        ),
     ],
 )
 def test_changed_files_are_refused(
@@ -118,9 +157,9 @@ def test_changed_files_are_refused(
         b"",
         b"{",
         b"[]",
-        b'{"schema_version": 1}',
+        b'{"schema_version": 2}',
         b"\xff\xfe",
-        b'{"schema_version": 1, "keys": NaN}',
+        b'{"schema_version": 2, "keys": NaN}',
     ],
 )
 def test_files_that_hold_no_ranges_are_refused(

@@ -327,7 +327,7 @@ def test_the_default_calibration_follows_the_checkpoint() -> None:
 def test_a_state_that_lacks_something_is_not_taken_over(
     tmp_path: Path, metadata: dict[str, str]
 ) -> None:
-    path, recorder = tmp_path / "state", SimpleNamespace(inputs={}, values={})
+    path, recorder = tmp_path / "state", SimpleNamespace(inputs={}, values={}, groups=set())
     with TensorFileWriter(path, [], {"key": "k", **metadata}):
         pass
     assert _load_state(path, "k", [], recorder) == 0  # type: ignore[arg-type]
