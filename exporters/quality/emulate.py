@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -56,6 +57,7 @@ class Emulator:
         self.attentions = tuple(f"{stage.scope}attn" for stage in chain.stages)
         self._scales = _COMPUTE[compute]
         self._scope = ""
+        self._powers: dict[str, tuple[float, float]] | None = None
         self._kept: dict[tuple[str, str, bytes], Tensor] = {}
         self._size = 0
         quantized = frozenset(self.large)
@@ -80,6 +82,33 @@ class Emulator:
         with self.running(layers):
             return run_samples(self.chain, self.weights, samples, self.enter, after)
 
+    def worst_layer(self, samples: Sequence[Mapping[str, Array]], layers: Layers) -> float:
+        """The least signal-to-quantization-noise ratio of a layer, in dB, over several samples.
+
+        Of linears, and of what quantized attentions give, each fed what the float32 network has.
+        Infinite where nothing is quantized.
+        """
+        self._powers = {}
+        try:
+            self.run(samples, layers)
+            powers = self._powers
+        finally:
+            self._powers = None
+        ratios = [
+            10 * math.log10(signal / noise) for signal, noise in powers.values() if signal and noise
+        ]
+        return min(ratios, default=math.inf)
+
+    def _measured(self, name: str, exact: Tensor, found: Tensor) -> Tensor:
+        """What goes on in the network: what was found, or what is exact while it is measured."""
+        if self._powers is None:
+            return found
+        signal, noise = self._powers.get(name, (0.0, 0.0))
+        signal += float(exact.double().square().sum())
+        noise += float((found.double() - exact.double()).square().sum())
+        self._powers[name] = signal, noise
+        return exact
+
     @contextmanager
     def running(self, layers: Layers | None) -> Iterator[None]:
         """A block in which the chain computes as `layers` has it."""
@@ -88,7 +117,7 @@ class Emulator:
             if layers is None or not layers.quantization.attention:
                 yield
             else:
-                with _NarrowAttention(self._narrow_scores, self._narrow_mix):
+                with _ReplaceAttention(self._attend):
                     yield
         finally:
             self.layers = before
@@ -109,7 +138,12 @@ class Emulator:
         activations = layers.activations(name)
         largest = layers.largest(name) if activations == "static" else 0.0
         narrow = layers.format.emulate_input(narrow, activations, largest)
-        return torch.nn.functional.linear(narrow, self._weight(name, linear.weight), linear.bias)
+        weight = self._weight(name, linear.weight)
+        found = torch.nn.functional.linear(narrow, weight, linear.bias)
+        # A bias is no part of what is rounded: it would hide the rest.
+        bias = 0.0 if self._powers is None or linear.bias is None else linear.bias
+        exact = found if self._powers is None else usual(x)
+        return self._measured(name, exact - bias, found - bias) + bias
 
     def _weight(self, name: str, weight: Tensor) -> Tensor:
         layers = self.layers
@@ -133,21 +167,17 @@ class Emulator:
             return None
         return layers.format.attention, name
 
-    def _narrow_scores(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, shares: Tensor) -> Tensor:
+        """softmax(Q Kᵀ) V in few bits, where `shares` are the exact softmax."""
         found = self._attention
         if found is None:
-            return query, key
-        return (
-            self._rounded(query, found, self._range("queries", found)),
-            self._rounded(key, found, self._range("keys", found)),
-        )
-
-    def _narrow_mix(self, shares: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        found = self._attention
-        if found is None:
-            return shares, value
+            return shares @ value
         reach = found[0].headroom * self._range("values", found)
-        return self._rounded(shares, found, 1.0), self._rounded(value, found, reach)
+        narrow_query = self._rounded(query, found, self._range("queries", found))
+        narrow_key = self._rounded(key, found, self._range("keys", found))
+        scores = torch.softmax(narrow_query @ narrow_key.mT, dim=-1)
+        narrow = self._rounded(scores, found, 1.0) @ self._rounded(value, found, reach)
+        return narrow if self._powers is None else self._measured(found[1], shares @ value, narrow)
 
     def _range(self, kind: str, found: tuple[EightBits, str]) -> float:
         assert self.layers is not None
@@ -165,19 +195,16 @@ def _linears(chain: Chain) -> Iterator[str]:
                 yield stage.scope + name
 
 
-_Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-class _NarrowAttention(TorchFunctionMode):
-    """While it is entered, softmax(Q Kᵀ) V multiplies what `scores` and `mix` make of its factors.
+class _ReplaceAttention(TorchFunctionMode):
+    """While it is entered, softmax(Q Kᵀ) V is `attend(query, key, value, shares)`.
 
     Its two products are the only ones of tensors [B, heads, tokens, head_dim] with each other.
     """
 
-    def __init__(self, scores: _Pair, mix: _Pair) -> None:
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self._scores, self._mix = scores, mix
-        self._scored = False
+        self._attend = attend
+        self._scored: tuple[Tensor, Tensor] | None = None
 
     def __torch_function__(
         self,
@@ -187,10 +214,8 @@ class _NarrowAttention(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func in PRODUCTS and all(tensor.dim() == 4 for tensor in args):
-            if self._scored:
-                args = self._mix(*args)
-            else:
-                query, key = self._scores(args[0], args[1].mT)
-                args = query, key.mT
-            self._scored = not self._scored
+            if self._scored is not None:
+                (query, key), self._scored = self._scored, None
+                return self._attend(query, key, args[1], args[0])
+            self._scored = args[0], args[1].mT
         return func(*args, **(kwargs or {}))

@@ -42,6 +42,8 @@ PROMPTS = (
 """Others than activations are measured over: what was measured fits those best."""
 
 _SEED = 1001
+_MOST = 150.0
+"""dB that are told of pictures without any difference: JSON has no infinity."""
 _FEW_STEPS, _MOST_STEPS = 4, 28
 _SIDE = 256
 """Pixels: larger pictures take longer, and lose as much."""
@@ -133,14 +135,16 @@ class PictureJudge:
         pairs = list(zip(pictures, self._expected, strict=True))
         ratios = [psnr(found, exact) for found, exact in pairs]
         found = self._emulator.run(self.samples, layers)
+        worst = self._emulator.worst_layer(self.samples, layers)
         return Quality(
             statistics.median(
                 _cosine(output["velocity"], exact)
                 for output, exact in zip(found, self._velocities, strict=True)
             ),
-            statistics.median(ratios),
+            min(statistics.median(ratios), _MOST),
             statistics.median(ssim(found, exact) for found, exact in pairs),
-            min(ratios),
+            min(min(ratios), _MOST),
+            worst if math.isfinite(worst) else None,
         )
 
     def _decode(self, given: Calibration, samples: Sequence[Sample]) -> list[Floats]:

@@ -18,7 +18,7 @@ from fluxdeploy.bundle.recipe import NOTHING, Recipe
 from fluxdeploy.errors import ExportError
 from fluxdeploy.precision import Quantization
 
-__all__ = ["Layers", "Smoother"]
+__all__ = ["Layers", "Smoother", "Smoothing"]
 
 Floats = NDArray[np.float32]
 
@@ -28,18 +28,29 @@ measured, another prompt may make more: scaled up far, it would be past its end.
 
 
 @dataclass(frozen=True)
+class Smoothing:
+    """What a linear's input is multiplied with, channel by channel, before it is quantized.
+
+    factors: float32 [in], powers of two; the weight's columns are divided by them. largest: the
+    largest magnitude of the product.
+    """
+
+    factors: Floats
+    largest: float
+
+
+@dataclass(frozen=True)
 class Layers:
     """A quantized component's layers, by their names.
 
     ranges: what static scales come from; None where there are none.
-    factors: by linear, what each channel of its input is multiplied with, float32 [in], powers of
-        two; linears that read the same input have the same. The weight's columns are divided by it.
+    smoothing: by linear, of an input that is smoothed; linears that read the same have the same.
     """
 
     quantization: Quantization
     recipe: Recipe = field(default_factory=Recipe)
     ranges: ActivationRanges | None = None
-    factors: Mapping[str, Floats] = field(default_factory=dict)
+    smoothing: Mapping[str, Smoothing] = field(default_factory=dict)
 
     @property
     def format(self) -> Format:
@@ -68,24 +79,23 @@ class Layers:
         return sum(name.endswith(".attn") for name in self.recipe.spared)
 
     def smooths(self, linear: str) -> Floats | None:
-        """What the channels of a linear's input are multiplied with, if anything.
+        """What the channels of a linear's input are multiplied with, float32 [in], if anything.
 
         Where the input is not quantized there is nothing to be gained by it.
         """
         if not self.has_weight(linear) or self.activations(linear) is None:
             return None
-        return self.factors.get(linear)
+        smoothing = self.smoothing.get(linear)
+        return None if smoothing is None else smoothing.factors
 
     def largest(self, linear: str) -> float:
         """The largest magnitude of what a linear quantizes, for its static scale.
 
         Raises `ExportError` where it was not measured.
         """
-        ranges = self.required()
-        factors = self.smooths(linear)
-        if factors is not None:
-            return float((channel_maxima(ranges, linear) * factors).max())
-        return _range(ranges.inputs, linear)
+        if self.smooths(linear) is not None:
+            return self.smoothing[linear].largest
+        return _range(self.required().inputs, linear)
 
     def attention_range(self, kind: str, name: str) -> float:
         """The same of an attention: `kind` is `queries`, `keys` or `values`."""
@@ -124,27 +134,26 @@ class Smoother:
             if first in ranges.channels:
                 self.groups.setdefault(first, []).append(linear)
 
-    def factors(self, smoothed: Mapping[str, float]) -> dict[str, Floats]:
-        """What the inputs of linears are multiplied with, for a recipe's strengths.
+    def smooth(self, smoothed: Mapping[str, float]) -> dict[str, Smoothing]:
+        """`Layers.smoothing` for a recipe's strengths.
 
         Raises `ExportError` for an input that was not measured.
         """
-        found: dict[str, Floats] = {}
+        found: dict[str, Smoothing] = {}
         for first, strength in smoothed.items():
             if first not in self.groups:
                 raise ExportError(f"The activation ranges lack {first}: measure them again.")
-            found |= dict.fromkeys(self.groups[first], self.factor(first, strength))
+            found |= dict.fromkeys(self.groups[first], self._of(first, strength))
         return found
 
-    def factor(self, first: str, strength: float) -> Floats:
-        """Of the input that `first` is the first to read."""
+    def _of(self, first: str, strength: float) -> Smoothing:
         inputs, peaks = channel_maxima(self._ranges, first), self._column_peaks(first)
         exponents = strength * np.log2(inputs) - (1 - strength) * np.log2(peaks)
         # A scale for all channels alike is the quantization's own.
         exponents -= np.median(exponents)
         rounded = np.clip(np.rint(exponents), -_UP, _DOWN)
         factors: Floats = np.exp2(-rounded).astype(np.float32)
-        return factors
+        return Smoothing(factors, float((inputs * factors).max()))
 
     def _column_peaks(self, first: str) -> Floats:
         if first not in self._peaks:

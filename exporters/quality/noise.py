@@ -153,7 +153,7 @@ class _Finder:
     def _smooth_layers(self, smoothed: Mapping[str, float]) -> Layers:
         assert self._smoother is not None
         recipe = Recipe(self._layers.recipe.spared, dict(smoothed))
-        return replace(self._layers, recipe=recipe, factors=self._smoother.factors(smoothed))
+        return replace(self._layers, recipe=recipe, smoothing=self._smoother.smooth(smoothed))
 
     def _with(self, left: Mapping[str, str | None], layers: Layers | None = None) -> Layers:
         """Only these layers in few bits: as the precision says where `left` is None."""

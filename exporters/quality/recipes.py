@@ -57,7 +57,7 @@ def layers_of(
         return layers
     chain, weights = asked.component.source(checkpoint, "fp32")
     smoother = Smoother(chain, weights, layers.required())
-    return replace(layers, factors=smoother.factors(recipe.smoothed))
+    return replace(layers, smoothing=smoother.smooth(recipe.smoothed))
 
 
 def find_recipes(

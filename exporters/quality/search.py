@@ -52,7 +52,7 @@ def find_recipe(
     noise = measure_noise(emulator, judge.samples, layers, smoother, task.advance)
     if noise.smoothed and smoother is not None:
         recipe = Recipe(layers.recipe.spared, noise.smoothed)
-        smooth = replace(layers, recipe=recipe, factors=smoother.factors(noise.smoothed))
+        smooth = replace(layers, recipe=recipe, smoothing=smoother.smooth(noise.smoothed))
         smoothed = judge.judge(smooth)
         if promise.missing(smoothed) < promise.missing(quality):
             layers, quality = smooth, smoothed

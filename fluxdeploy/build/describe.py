@@ -21,6 +21,9 @@ from fluxdeploy.precision import PRECISIONS
 
 __all__ = ["describe"]
 
+_SPREAD = 3.0
+"""dB between a layer's noise over some inputs and over others, at most."""
+
 
 def describe(
     run: BuildRun,
@@ -45,7 +48,7 @@ def describe(
         schedule=run.spec.schedule,
         tokenizers=tokenizers,
         defaults=run.spec.defaults,
-        quality=QualityRecord(promise.psnr or row.min_psnr, row.min_ssim, row.min_sqnr),
+        quality=QualityRecord(promise.psnr or row.min_psnr, row.min_ssim, _least_sqnr(transformer)),
         provenance={
             "checkpoint": _origin(request.checkpoint or DEFAULT_CHECKPOINT, run),
             **({} if limit is None else {"limits": limit}),
@@ -53,6 +56,15 @@ def describe(
             "tools": {"fluxdeploy": __version__} | tool_versions(),
         },
     )
+
+
+def _least_sqnr(transformer: ComponentRecord) -> float | None:
+    """What a layer has to keep: the precision's, or less where its numbers take that."""
+    usual = PRECISIONS[transformer.precision].min_sqnr
+    found = None if transformer.recipe is None else transformer.recipe.after
+    if usual is None or found is None or found.worst_layer is None:
+        return usual
+    return round(min(usual, found.worst_layer - _SPREAD), 1)
 
 
 def _origin(name: str, run: BuildRun) -> dict[str, str]:

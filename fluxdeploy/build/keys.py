@@ -68,7 +68,9 @@ def content_key(
 
 def _described(layers: Layers) -> Any:
     ranges = layers.ranges
-    needed = ranges is not None and (layers.quantization.activations == "static" or layers.factors)
+    needed = ranges is not None and (
+        layers.quantization.activations == "static" or layers.smoothing
+    )
     return [to_plain(layers.recipe), to_plain(ranges) if needed else None]
 
 

@@ -36,13 +36,15 @@ class Quality:
 
     cosine: of a component's output, the median or, of a text encoder or the conditioner, the least.
     psnr, ssim: medians over pictures, the ratio in dB; null where no pictures were made.
-    least_psnr: of the worst picture.
+    least_psnr: of the worst picture. worst_layer: the least signal-to-quantization-noise ratio of
+    a layer by itself, in dB; null where nothing is quantized, too.
     """
 
     cosine: float
     psnr: float | None = None
     ssim: float | None = None
     least_psnr: float | None = None
+    worst_layer: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,276 @@
+"""Recipes: what is spared, what is smoothed, and that graphs are what was judged."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from exporters.calibrate.ranges import ActivationRanges, channel_maxima, linears
+from exporters.calibrate.trajectory import start_samples
+from exporters.check.fidelity import measure_fidelity
+from exporters.check.readback import read_attentions, read_linears
+from exporters.checkpoint import Checkpoint
+from exporters.components.registry import COMPONENTS
+from exporters.components.run import run_samples, shared_inputs, watch_linears
+from exporters.export import export_component, specify
+from exporters.quality.emulate import Emulator
+from exporters.quality.judge import OutputJudge
+from exporters.quality.layers import Layers, Smoother
+from exporters.quality.noise import Move, measure_noise
+from exporters.quality.search import find_recipe
+from exporters.weights.bind import WeightFolder
+from fluxdeploy.bundle.recipe import NOTHING, WEIGHTS, Promise, Quality, Recipe
+from fluxdeploy.errors import ExportError
+from fluxdeploy.precision import PRECISIONS, Quantization
+from fluxdeploy.progress import Progress
+from tests.exporters.quantized.conftest import LINEARS, SHORT
+
+QUIET = Progress(quiet=True)
+SPARED = {
+    "transformer_blocks.0.attn.to_q": NOTHING,
+    "transformer_blocks.1.ff.net.2": WEIGHTS,
+    "transformer_blocks.0.attn": NOTHING,
+}
+SMOOTHED = {"single_transformer_blocks.0.proj_mlp": 0.5, "transformer_blocks.0.ff.net.2": 0.75}
+
+
+def quantization(precision: str) -> Quantization:
+    found = PRECISIONS[precision].quantization
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def samples(opened: Checkpoint) -> list[Mapping[str, Any]]:
+    return [sample.inputs(0) for sample in start_samples(opened, SHORT, QUIET)[:2]]
+
+
+@pytest.fixture
+def layers(opened: Checkpoint, ranges: ActivationRanges) -> Callable[..., Layers]:
+    """`layers(precision, recipe)`, with the factors of what the recipe smooths."""
+    chain, weights = COMPONENTS["transformer"].source(opened, "fp32")
+    smoother = Smoother(chain, weights, ranges)
+
+    def make(precision: str, recipe: Recipe) -> Layers:
+        smoothing = smoother.smooth(recipe.smoothed)
+        return Layers(quantization(precision), recipe, ranges, smoothing)
+
+    return make
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8", "int8-dynamic", "fp8-weights", "fp4"])
+def test_a_graph_with_a_recipe_computes_what_was_judged(
+    tmp_path: Path,
+    opened: Checkpoint,
+    layers: Callable[..., Layers],
+    traced: Callable[[str], Any],
+    samples: list[Mapping[str, Any]],
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The exported file, read back and run in PyTorch, against the emulation of its layers."""
+    how = quantization(precision)
+    spared = {
+        name: NOTHING if left == WEIGHTS and how.format == "nvfp4" else left
+        for name, left in SPARED.items()
+        if how.attention or not name.endswith(".attn")
+    }
+    smoothed = SMOOTHED if how.activations is not None and how.format != "nvfp4" else {}
+    chosen = layers(precision, Recipe(spared, smoothed))
+    monkeypatch.setattr("exporters.export.trace_chain", lambda chain: traced("fp32"))
+    spec = specify(opened, COMPONENTS["transformer"], precision, "fp32").with_layers(chosen)
+    exported = export_component(spec, WeightFolder(tmp_path / "weights"))
+    path = tmp_path / exported.path
+    found = read_linears(path)
+    wide = [name for name, left in spared.items() if left == NOTHING and name in LINEARS]
+    assert found.keys() == set(LINEARS) - set(wide)
+    assert exported.quantized + exported.weights_only == len(found)
+    if how.attention:
+        assert "transformer_blocks.0.attn" not in read_attentions(path)
+        assert exported.wide_attentions == 1
+    emulator = Emulator(COMPONENTS["transformer"], opened, "fp32")
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def see(name: str, linear: torch.nn.Linear, x: Tensor, output: Tensor) -> None:
+        if name in found:
+            seen[name] = x, output - linear.bias
+
+    enter = watch_linears(emulator.chain, see)
+
+    def both(stage: Any) -> None:
+        enter(stage)
+        emulator.enter(stage)
+
+    with emulator.running(chosen):
+        run_samples(emulator.chain, emulator.weights, samples[:1], both)
+    for name, (x, output) in seen.items():
+        expected = found[name].narrow(x) @ found[name].dequantized()
+        scale = output.abs().max().item()
+        # NVFP4's scales of a group are those of its largest weight, which a linear alone has not.
+        close = 0.2 if precision == "fp4" else 1e-4
+        assert (output - expected).abs().max().item() <= close * scale, name
+
+
+def test_fidelity_knows_what_is_spared(
+    tmp_path: Path,
+    opened: Checkpoint,
+    layers: Callable[..., Layers],
+    traced: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = Recipe(SPARED, SMOOTHED)
+    monkeypatch.setattr("exporters.export.trace_chain", lambda chain: traced("fp32"))
+    spec = specify(opened, COMPONENTS["transformer"], "fp8", "fp32")
+    spec = spec.with_layers(layers("fp8", recipe))
+    path = tmp_path / export_component(spec, WeightFolder(tmp_path / "weights")).path
+    ratios = measure_fidelity(opened, path, recipe, SHORT, QUIET)
+    assert "transformer_blocks.0.attn.to_q" not in ratios
+    assert "transformer_blocks.1.ff.net.2" in ratios
+    assert "transformer_blocks.0.attn.query" not in ratios
+    assert "transformer_blocks.1.attn.query" in ratios
+    assert min(ratios.values()) > 15
+    with pytest.raises(ExportError, match="to_q is not quantized"):
+        measure_fidelity(opened, path, Recipe(), SHORT, QUIET)
+
+
+def test_inputs_are_shared_where_one_tensor_is_read(opened: Checkpoint) -> None:
+    chain, _ = COMPONENTS["transformer"].source(opened, "fp32")
+    first = shared_inputs(chain)
+    block, single = "transformer_blocks.1.attn.", "single_transformer_blocks.0."
+    for name in ("to_q", "to_k", "to_v"):
+        assert first[block + name] == block + "to_q"
+        assert first[f"{single}attn.{name}"] == f"{single}proj_mlp"
+    assert first[f"{single}proj_out"] == f"{single}proj_out"
+    assert first[block + "add_v_proj"] == block + "add_q_proj"
+
+
+def test_channels_are_the_largest_seen(
+    opened: Checkpoint, ranges: ActivationRanges, samples: list[Mapping[str, Any]]
+) -> None:
+    chain, weights = COMPONENTS["transformer"].source(opened, "fp32")
+    first = shared_inputs(chain)
+    for name in linears(chain):
+        if first[name] == name:
+            maxima = channel_maxima(ranges, name)
+            largest = ranges.inputs[name]
+            assert largest <= maxima.max() <= 1.2 * largest
+    seen: dict[str, Tensor] = {}
+    enter = watch_linears(chain, lambda name, linear, x, output: seen.update({name: x}))
+    run_samples(chain, weights, samples[:1], enter)
+    x = seen["transformer_blocks.0.ff.net.2"].abs().flatten(0, -2).amax(0).numpy()
+    assert (x <= channel_maxima(ranges, "transformer_blocks.0.ff.net.2") * 1.0001).all()
+
+
+def test_smoothing_moves_outliers_and_changes_no_product(
+    opened: Checkpoint, ranges: ActivationRanges
+) -> None:
+    chain, weights = COMPONENTS["transformer"].source(opened, "fp32")
+    first = "transformer_blocks.0.ff.net.0.proj"
+    maxima = channel_maxima(ranges, first)
+    codes = np.full(len(maxima), 128, np.uint8)  # 1 everywhere, and 256 in one channel
+    codes[3] += 32
+    outlying = {**ranges.channels, first: base64.b64encode(codes.tobytes()).decode()}
+    broken = dataclasses.replace(ranges, channels=outlying)
+    smoother = Smoother(chain, weights, broken)
+    smoothing = smoother.smooth({first: 0.5})[first]
+    factor = smoothing.factors
+    assert smoothing.largest == pytest.approx(float((channel_maxima(broken, first) * factor).max()))
+    assert (np.log2(factor) % 1 == 0).all()
+    assert factor[3] <= np.median(factor) / 8
+    assert factor.max() <= 4
+    x = torch.randn(5, len(factor))
+    weight = torch.randn(7, len(factor))
+    scales = torch.from_numpy(factor)
+    assert torch.allclose((x * scales) @ (weight / scales).T, x @ weight.T, atol=1e-4)
+
+
+def test_noise_names_the_layer_that_makes_it(
+    opened: Checkpoint, ranges: ActivationRanges, samples: list[Mapping[str, Any]]
+) -> None:
+    """A linear whose range is far too large for INT8 has nearly all of the noise."""
+    bad = "transformer_blocks.1.ff.net.0.proj"
+    broken = dataclasses.replace(ranges, inputs={**ranges.inputs, bad: 60 * ranges.inputs[bad]})
+    emulator = Emulator(COMPONENTS["transformer"], opened, "fp32")
+    layers = Layers(quantization("int8"), ranges=broken)
+    noise = measure_noise(emulator, samples, layers, None)
+    best = max(noise.moves, key=lambda move: move.saved)
+    assert (best.layer, best.left) == (bad, WEIGHTS)
+    assert best.saved > sum(m.saved for m in noise.moves) / 2
+
+
+class _Judge:
+    """Of noises that add up: the quality is what the moves say it is."""
+
+    def __init__(self, moves: list[Move], samples: list[Mapping[str, Any]]) -> None:
+        self.samples = samples
+        self.seen: list[Layers] = []
+        self._moves = moves
+
+    def judge(self, layers: Layers) -> Quality:
+        self.seen.append(layers)
+        left = sum(
+            move.saved
+            for move in self._moves
+            if layers.recipe.spared.get(move.layer) not in (move.left, NOTHING)
+        )
+        return Quality(1 - left / 2, -10 * math.log10(left + 1e-15), 1.0)
+
+
+def test_the_fewest_layers_are_spared(
+    opened: Checkpoint,
+    ranges: ActivationRanges,
+    samples: list[Mapping[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    emulator = Emulator(COMPONENTS["transformer"], opened, "fp32")
+    powers = [1e-3, 5e-4, 1e-4, *([1e-7] * (len(emulator.large) - 3))]
+    moves = [
+        Move(name, NOTHING, power, 1.0) for name, power in zip(emulator.large, powers, strict=True)
+    ]
+    monkeypatch.setattr(
+        "exporters.quality.search.measure_noise",
+        lambda *_: SimpleNamespace(smoothed={}, moves=moves),
+    )
+    layers = Layers(quantization("fp8-weights"), ranges=ranges)
+
+    def search(psnr: float) -> Any:
+        judge = _Judge(moves, samples)
+        return find_recipe(emulator, "fp8-weights", layers, judge, Promise(psnr=psnr), None, QUIET)
+
+    kept = search(25.0)
+    assert kept.recipe == Recipe()
+    assert kept.before == kept.after
+    assert kept.share == 0
+    some = search(31.0)
+    assert list(some.recipe.spared) == [emulator.large[0]]
+    assert some.after.psnr >= 31 > some.before.psnr
+    more = search(37.0)
+    assert set(more.recipe.spared) == set(emulator.large[:2])
+    assert 0 < some.share < more.share < 1
+    every = search(99.0)
+    assert set(every.recipe.spared) == set(emulator.large)
+    assert every.share == 1
+
+
+def test_a_text_encoder_is_judged_by_its_output(opened: Checkpoint) -> None:
+    emulator = Emulator(COMPONENTS["t5"], opened, "bf16")
+    ids = [{"input_ids": np.arange(16, dtype=np.int32)[None] + 5}]
+    judge = OutputJudge(emulator, ids)
+    layers = Layers(quantization("int8-weights"))
+    promise = Promise(cosine=0.9999995)
+    found = find_recipe(emulator, "int8-weights", layers, judge, promise, None, QUIET)
+    assert found.before is not None
+    assert found.after is not None
+    assert found.before.cosine < 0.9999995 <= found.after.cosine
+    assert found.recipe.spared
+    assert found.share > 0
