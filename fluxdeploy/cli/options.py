@@ -235,7 +235,7 @@ MAX_BATCH = click.option(
     "--max-batch",
     type=click.IntRange(min=1, max=64),
     default=1,
-    help="Built engines: pictures in one call.",
+    help="Built engines: pictures that one computes at once. Larger batches run in parts.",
 )
 
 WORKSPACE = click.option(
