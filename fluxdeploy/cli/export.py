@@ -104,15 +104,17 @@ def command(
         if component.present(source)
     ]
     check_all_used(source, specs, known)
+    calibrated = any(PRECISIONS[spec.precision].calibrated for spec in specs)
+    if calibrated:
+        open_calibration(source, None, calibration)  # before anything is made
     folder, specs = place_weights(specs, out, link)
     files = {}
     with libraries_on_stderr(), Progress(quiet=as_json) as progress:
         ranges = None
-        if any(PRECISIONS[spec.precision].calibrated for spec in specs):
+        if calibrated:
             digest = hash_checkpoint(source, progress).digest
             measured = open_calibration(source, digest, calibration)
             ranges = find_ranges(measured, source, digest, None, progress)
-            folder.make()
             write_ranges(ranges, out / "calibration.json")
         task = progress.task("Exporting", total=len(specs))
         for spec in specs:
