@@ -32,7 +32,8 @@ class BuildRequest:
     `precision` is the transformer's and decides the others' (docs/bundle.md);
     `component_precision` overrides single ones. `calibration` is a file of prompts, or the
     calibration.json of another bundle of the same checkpoint, where static scales are needed.
-    `sizes`, `memory_limit` and `weight_streaming` are for runtimes that build engines.
+    `sizes`, `memory_limit` and `weight_streaming` are for runtimes that build engines. `replace`
+    lets a bundle that runs on this machine be replaced by one that does not.
     """
 
     checkpoint: str | None = None
@@ -44,6 +45,7 @@ class BuildRequest:
     calibration: Path | None = None
     memory_limit: int | None = None
     weight_streaming: bool = False
+    replace: bool = False
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ __all__ = [
     "MIN_SIZE",
     "OPT_SIZE",
     "PRECISION",
+    "REPLACE",
     "RUNTIME",
     "SIZE",
     "TARGETS",
@@ -249,6 +250,12 @@ WEIGHT_STREAMING = click.option(
     "--weight-streaming",
     is_flag=True,
     help="TensorRT: engines that can run with weights that do not all fit on the GPU.",
+)
+
+REPLACE = click.option(
+    "--replace",
+    is_flag=True,
+    help="Let a bundle that runs on this machine be replaced by one that does not.",
 )
 
 AS_JSON = click.option(
