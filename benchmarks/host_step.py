@@ -28,8 +28,10 @@ from exporters.components.pieces import COMPUTE_TYPES
 from exporters.components.registry import COMPONENTS
 from exporters.synthetic.sparse_checkpoint import FLUX_DEV
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, RopeSpec, TensorSpec
+from fluxdeploy.host.cancel import CancelToken
 from fluxdeploy.host.finite import check_finite
 from fluxdeploy.host.loop import denoise
+from fluxdeploy.host.prompts import Condition
 from fluxdeploy.host.velocity import HiddenStates, ModulatedTransformer
 from fluxdeploy.machine import describe_machine
 from fluxdeploy.sampling import euler
@@ -141,8 +143,10 @@ def around_engine(
     with runtime.open("transformer", record, engine, root, EngineOptions()) as opened:
         resident = {n: given[n] for n in ("context", "rope_cos", "rope_sin")}
         binding = opened.bind(resident)
+        condition = Condition(given["context"], given["modulation"], np.array([0]))
+        positions = {name: given[name] for name in ("rope_cos", "rope_sin")}
         hidden = HiddenStates(latents.shape)
-        velocity = ModulatedTransformer(binding, given["modulation"], np.array([0]), hidden)
+        velocity = ModulatedTransformer(opened, condition, positions, hidden, CancelToken())
         changing = {"hidden_states": latents, "modulation": given["modulation"][0]}
         return {
             "a step": medians(lambda: denoise(euler, latents, sigmas, velocity), rounds, steps),

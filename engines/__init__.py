@@ -17,6 +17,7 @@ from engines.registry import (
     choose_runtime,
     choose_target,
     open_engine,
+    runs_here,
     runtime_names,
     runtimes,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "choose_runtime",
     "choose_target",
     "open_engine",
+    "runs_here",
     "runtime_names",
     "runtimes",
 ]

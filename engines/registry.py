@@ -6,7 +6,7 @@ A runtime joins by a line in `_RUNTIMES`; hosts name it or leave the choice to `
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from functools import cache
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ __all__ = [
     "choose_runtime",
     "choose_target",
     "open_engine",
+    "runs_here",
     "runtime_names",
     "runtimes",
 ]
@@ -168,6 +169,18 @@ def _in_words(reasons: list[tuple[str, str, str]]) -> str:
     return "; ".join(
         f"{name} on {', '.join(targets)}: {detail}" for (name, detail), targets in grouped.items()
     )
+
+
+def runs_here(components: Iterable[Sequence[EngineRecord]]) -> bool:
+    """Whether this machine can run one of the engines of each component."""
+
+    @cache
+    def runs(name: str, target: str) -> bool:
+        # A bundle may be of a later version, with runtimes and targets of its own.
+        runtime = _runtime(name) if name in _RUNTIMES else None
+        return runtime is not None and target in runtime.targets and runtime.availability(target).ok
+
+    return all(any(runs(e.runtime, e.target) for e in engines) for engines in components)
 
 
 def open_engine(

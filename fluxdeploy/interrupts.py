@@ -17,12 +17,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
 
-__all__ = ["INTERRUPTED", "ExitOnInterrupt"]
+__all__ = ["INTERRUPTED", "ExitOnInterrupt", "interrupted"]
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C: 128 + SIGINT, as a shell reports it."""
 
 _IMPORTING = "<frozen importlib._bootstrap>"
+
+_message = "Interrupted."
+
+
+def interrupted(resumes: bool) -> str:
+    """What is said from now on where Ctrl-C ends the program; whether its work can go on later."""
+    global _message
+    _message = f"Interrupted{'; run the same command again to resume' if resumes else ''}."
+    return _message
 
 
 class ExitOnInterrupt:
@@ -50,7 +59,7 @@ def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     while frame is not None:
         if frame.f_code.co_filename == _IMPORTING:
-            os.write(2, b"\nError: Interrupted.\n")
+            os.write(2, f"\nError: {_message}\n".encode())
             os._exit(INTERRUPTED)
         frame = frame.f_back
     raise KeyboardInterrupt

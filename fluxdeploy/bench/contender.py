@@ -24,11 +24,11 @@ class LoadedContender(ABC):
     def __init__(self, job: Job, watch: Stopwatch) -> None:
         self._job = job
         self._watch = watch
-        self._velocity: Array | None = None
+        self._velocity: list[Array] = []
 
     def draw(self) -> list[Image]:
         """The job's pictures."""
-        self._velocity = None
+        self._velocity = []
         job = self._job
         return self._call(
             prompt=job.prompt,
@@ -43,17 +43,17 @@ class LoadedContender(ABC):
     @property
     def velocity(self) -> Array:
         """What the transformer gave in the first step of the last picture: float32 [B, L, C]."""
-        assert self._velocity is not None, "no picture was drawn"
-        return self._velocity
+        assert self._velocity, "no picture was drawn"
+        return np.concatenate(self._velocity)
 
     @abstractmethod
     def _call(self, **arguments: Any) -> list[Image]:
         """Call the pipeline with what it shares with the others, and with its own noise."""
 
     def _keep_first(self, velocity: Callable[[], Any]) -> None:
-        """Remember what the transformer gave, where it is the first of the picture.
+        """Remember what the transformer gave, until it is that of each picture once.
 
         `velocity` is called for that step alone: what it copies costs time.
         """
-        if self._velocity is None:
-            self._velocity = np.array(velocity(), np.float32)
+        if sum(map(len, self._velocity)) < self._job.batch:
+            self._velocity.append(np.array(velocity(), np.float32))

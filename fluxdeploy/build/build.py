@@ -8,6 +8,7 @@ from engines import choose_builder
 from fluxdeploy.build.checkpoint import require_unchanged
 from fluxdeploy.build.components import make_component
 from fluxdeploy.build.describe import describe
+from fluxdeploy.build.last import LastBuild
 from fluxdeploy.build.prepare import prepare
 from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.build.run import BuildRun
@@ -24,9 +25,16 @@ def build(request: BuildRequest, destination: Path, progress: Progress) -> Bundl
     """Build a bundle at `destination`; an earlier one there stays usable until the end.
 
     A build that was cut off continues where it was: artifacts whose inputs have not changed are
-    reused. Raises the errors of each step; `destination` then is as it was before.
+    reused. Where all of it is there already, nothing is done. Raises the errors of each step;
+    `destination` then is as it was before.
     """
     runtime, targets = choose_builder(request.runtime, request.targets, request.precision)
+    last = LastBuild(request, destination, runtime, targets)
+    unchanged = last.find()
+    if unchanged is not None:
+        for name in unchanged.manifest.components:
+            progress.note(f"  {name}: unchanged")
+        return unchanged
     spec, plan = prepare(request, destination, runtime, targets)
     plan.require_possible()
     for warning in plan.warnings:
@@ -43,4 +51,6 @@ def build(request: BuildRequest, destination: Path, progress: Progress) -> Bundl
         require_unchanged(cache)
         staging.commit(describe(run, tokenizers, components))
     cache.renew()
-    return open_bundle(destination)
+    bundle = open_bundle(destination)
+    last.remember(bundle, run.hashes.files.keys())
+    return bundle

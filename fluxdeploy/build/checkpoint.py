@@ -18,6 +18,7 @@ from fluxdeploy.bundle.tensorfile import read_header
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from fluxdeploy.errors import CheckpointError, MissingDependencyError, UsageError
 from fluxdeploy.install import install_command
+from fluxdeploy.openmp import sleeping_threads
 from fluxdeploy.progress import Progress
 from fluxdeploy.sampling.schedule import sigmas
 
@@ -58,8 +59,9 @@ def find_checkpoint(checkpoint: str | None) -> Checkpoint:
             f"{' and '.join(DEMO_CHECKPOINTS)}."
         )
     try:
-        import exporters.export  # noqa: F401
-        from exporters.checkpoint import open_checkpoint
+        with sleeping_threads():
+            import exporters.export  # noqa: F401
+            from exporters.checkpoint import open_checkpoint
     except ImportError as error:
         raise MissingDependencyError(
             f"Reading checkpoints needs the package {error.name}: {install_command('export')}."

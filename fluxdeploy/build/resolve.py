@@ -37,7 +37,8 @@ class BuildRequest:
     calibration.json of another bundle of the same checkpoint. `promise` is what pictures have to
     keep in few bits, None for what the precision promises; with one that asks for nothing they are
     not looked at. With `strict` a precision that does not keep it is an error.
-    `sizes`, `memory_limit` and `weight_streaming` are for runtimes that build engines.
+    `sizes`, `memory_limit` and `weight_streaming` are for runtimes that build engines. `replace`
+    lets a bundle that runs on this machine be replaced by one that does not.
     """
 
     checkpoint: str | None = None
@@ -51,6 +52,7 @@ class BuildRequest:
     strict: bool = False
     memory_limit: int | None = None
     weight_streaming: bool = False
+    replace: bool = False
 
 
 @dataclass(frozen=True)

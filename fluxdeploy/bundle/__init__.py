@@ -29,9 +29,11 @@ from fluxdeploy.bundle.manifest import (
 )
 from fluxdeploy.errors import BundleError
 
-__all__ = ["Bundle", "open_bundle"]
+__all__ = ["SMALL", "Bundle", "open_bundle"]
 
-_SMALL = 64 << 20
+SMALL = 64 << 20
+"""Bytes of a file up to which opening a bundle hashes it."""
+
 _SWAPS = 3
 """How often a bundle may be replaced while it is opened."""
 
@@ -69,14 +71,14 @@ class Bundle:
         read whole.
         """
         path = self.path(record.path)
-        if record.size > _SMALL:
+        if record.size > SMALL:
             raise BundleError(
-                f"{path} has {record.size} bytes, and a file of its kind has at most {_SMALL}. "
+                f"{path} has {record.size} bytes, and a file of its kind has at most {SMALL}. "
                 f"{_REBUILD}"
             )
         with self.unchanged([record]):
             with disk_errors("read", path):
-                data = read_whole(path, _SMALL)
+                data = read_whole(path, SMALL)
             if hashlib.sha256(data).hexdigest() != record.sha256:
                 raise self._another(path)
         return data
@@ -117,7 +119,7 @@ class Bundle:
             return True
         # A build may have linked the file or put the same there again, or somebody has written it
         # and set its time back. Large files are not hashed on opening either.
-        if record.size > _SMALL:
+        if record.size > SMALL:
             return now.may_equal(seen)
         return path.is_file() and now.size == record.size and sha256_file(path) == record.sha256
 
@@ -174,7 +176,7 @@ def _open(
     _check_inside(root, root / MANIFEST_NAME)
     seen = {record.path: _check_size(root, record) for record in records.values()}
     bundle = Bundle(root, manifest, digest, seen)
-    hashed = [record for record in records.values() if check == "all" or record.size <= _SMALL]
+    hashed = [record for record in records.values() if check == "all" or record.size <= SMALL]
     sums = hash_files([bundle.path(record.path) for record in hashed], on_bytes)
     for record in hashed:
         if sums[bundle.path(record.path)] != record.sha256:

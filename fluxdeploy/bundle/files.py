@@ -12,17 +12,18 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from fluxdeploy.errors import BundleError
 
 __all__ = [
+    "CacheFile",
     "FileIdentity",
     "HashCache",
     "can_clone",
@@ -52,7 +53,7 @@ _FICLONE = 0x40049409
 
 _HASH_THREADS = 4
 _MAX_CACHE = 4 << 20
-"""Of the hash cache: its entries have some 200 bytes each."""
+"""Bytes of a file of the cache: entries of the largest have some 200 each."""
 
 _READ_FLAGS = (
     os.O_RDONLY
@@ -262,7 +263,7 @@ class HashCache:
 
     def __init__(self, folder: Path | None = None) -> None:
         """`folder` is where the cache lies; the user's cache folder where it is not given."""
-        self._path = (folder or user_cache()) / "hashes.json"
+        self._file = CacheFile((folder or user_cache()) / "hashes.json", self._MAX_ENTRIES)
         # What this object has hashed, by the path that it was given.
         self._hashed: dict[Path, tuple[FileIdentity, str]] = {}
 
@@ -270,7 +271,7 @@ class HashCache:
         self, paths: Iterable[str | os.PathLike[str]], on_bytes: OnBytes | None = None
     ) -> dict[Path, str]:
         """As the function `hash_files`; a known file counts as read in one go."""
-        known = self._load()
+        known = {path: e for path, e in self._file.load().items() if _is_entry(e)}
         result: dict[Path, str] = {}
         before: dict[Path, FileIdentity] = {}
         for path in dict.fromkeys(Path(path) for path in paths):
@@ -351,26 +352,38 @@ class HashCache:
             if _unchanged(path, identity):
                 learned[os.path.realpath(path)] = [*_stamps(identity), digest]
         if learned:
-            self._save(learned)
+            self._file.add(learned)
 
-    def _load(self) -> dict[str, list[int | str]]:
+
+class CacheFile:
+    """A JSON object in the user's cache, of which the newest `most` entries are kept.
+
+    It only saves time: where it cannot be read or written, or others could have written it, it is
+    empty.
+    """
+
+    def __init__(self, path: Path, most: int) -> None:
+        self._path = path
+        self._most = most
+
+    def load(self) -> dict[str, Any]:
+        """The entries. What they are is for the caller to check."""
         if not is_private(self._path.parent):
             return {}
         try:
             entries = json.loads(read_whole(self._path, _MAX_CACHE).decode("utf-8"))
         except (OSError, ValueError, RecursionError):
             return {}
-        if not isinstance(entries, dict):
-            return {}
-        return {path: entry for path, entry in entries.items() if _is_entry(entry)}
+        return entries if isinstance(entries, dict) else {}
 
-    def _save(self, learned: dict[str, list[int | str]]) -> None:
+    def add(self, learned: Mapping[str, object]) -> None:
+        """Write entries down, in place of those of the same name."""
         # Read again: another process may have learned something since.
-        entries = self._load()
-        for path, entry in learned.items():
-            entries.pop(path, None)
-            entries[path] = entry
-        newest = dict(list(entries.items())[-self._MAX_ENTRIES :])
+        entries = self.load()
+        for name, entry in learned.items():
+            entries.pop(name, None)
+            entries[name] = entry
+        newest = dict(list(entries.items())[-self._most :])
         folder = self._path.parent
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)

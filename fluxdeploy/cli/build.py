@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,6 +21,7 @@ from fluxdeploy.cli.options import (
     OPT_SIZE,
     PRECISION,
     QUALITY,
+    REPLACE,
     RUNTIME,
     STRICT,
     TARGETS,
@@ -30,6 +32,9 @@ from fluxdeploy.cli.options import (
 from fluxdeploy.library_output import libraries_on_stderr
 from fluxdeploy.progress import Progress
 from fluxdeploy.terminal import say, say_json
+
+if TYPE_CHECKING:
+    from fluxdeploy.bundle.manifest import Manifest
 
 
 @click.command()
@@ -53,6 +58,7 @@ from fluxdeploy.terminal import say, say_json
     default="bundle",
     help="The bundle's folder. An earlier bundle there stays usable until the new one is whole.",
 )
+@REPLACE
 @AS_JSON
 def command(
     checkpoint: str | None,
@@ -70,6 +76,7 @@ def command(
     workspace: int | None,
     weight_streaming: bool,
     out: Path,
+    replace: bool,
     as_json: bool,
 ) -> None:
     """Build a bundle from CHECKPOINT: ONNX files, engines, tokenizers and a manifest.
@@ -89,8 +96,9 @@ def command(
       fluxdeploy build ./FLUX.1-dev --out flux-dev
       fluxdeploy build black-forest-labs/FLUX.1-schnell --precision fp16 --out flux-schnell
       fluxdeploy build flux1-dev.safetensors --component-precision t5=fp8-weights
-      fluxdeploy build ./FLUX.1-dev --precision fp8 --runtime tensorrt-rtx --target sm89
+      fluxdeploy build ./FLUX.1-dev --precision fp8 --runtime tensorrt-rtx --target sm89 --out rtx
     """
+    from engines import runs_here
     from fluxdeploy.build.build import build
     from fluxdeploy.build.quality import tell_recipe
     from fluxdeploy.build.resolve import BuildRequest
@@ -109,16 +117,24 @@ def command(
         strict,
         None if workspace is None else workspace * 2**20,
         weight_streaming,
+        replace,
     )
     with libraries_on_stderr(), Progress(quiet=as_json) as progress:
         bundle = build(request, out, progress)
     components = bundle.manifest.components
     precisions = {name: record.precision for name, record in components.items()}
     recipes = {name: r.recipe for name, r in components.items() if r.recipe is not None}
+    here = runs_here(record.engines for record in components.values())
     if as_json:
-        report = {"bundle": str(out), "hash": bundle.content_hash, "precisions": precisions}
-        report["recipes"] = to_plain(recipes)
-        say_json(report)
+        say_json(
+            {
+                "bundle": str(out),
+                "hash": bundle.content_hash,
+                "precisions": precisions,
+                "runs_here": here,
+                "recipes": to_plain(recipes),
+            }
+        )
         return
     for used in sorted(set(precisions.values()) - {precision}):
         names = [name for name, other in precisions.items() if other == used]
@@ -127,4 +143,19 @@ def command(
     for name, recipe in recipes.items():
         for line in tell_recipe(name, recipe, components[name].compute):
             say(line)
-    say(f'{out} is ready: fluxdeploy generate "a prompt" --bundle {shlex.quote(str(out))}')
+    call = f'fluxdeploy generate "a prompt" --bundle {shlex.quote(str(out))}'
+    if here:
+        say(f"{out} is ready: {call}")
+    else:
+        devices = _devices(bundle.manifest)
+        say(f"{out} is ready for {devices}; nothing on this machine runs it")
+        say(f"to see here what it draws, slowly: {call} --runtime emulate")
+
+
+def _devices(manifest: Manifest) -> str:
+    """What a bundle's engines are for, in words."""
+    targets: dict[str, dict[str, None]] = {}
+    for record in manifest.components.values():
+        for engine in record.engines:
+            targets.setdefault(engine.runtime, {})[engine.target] = None
+    return "; ".join(f"{runtime} on {', '.join(names)}" for runtime, names in targets.items())

@@ -106,6 +106,8 @@ def command(
         if component.present(source)
     ]
     check_all_used(source, specs, known)
+    if any(spec.layers for spec in specs):
+        open_calibration(source, None, calibration)  # before anything is made
     folder, specs = place_weights(specs, out, link)
     files = {}
     with libraries_on_stderr(), Progress(quiet=as_json) as progress:
@@ -116,7 +118,6 @@ def command(
             digest = hash_checkpoint(source, progress).digest
             given = open_calibration(source, digest, calibration)
             found = calibrate(source, digest, given, asked, Promise(), None, progress)
-            folder.make()
             write_calibration(found, out / "calibration.json")
             known_layers = {
                 a.component.name: layers_of(

@@ -19,7 +19,7 @@ import click
 
 from fluxdeploy import __version__
 from fluxdeploy.errors import FluxDeployError, UsageError
-from fluxdeploy.interrupts import INTERRUPTED, ExitOnInterrupt
+from fluxdeploy.interrupts import INTERRUPTED, ExitOnInterrupt, interrupted
 from fluxdeploy.native import exhausted
 from fluxdeploy.terminal import open_streams, reader_gone, say, visible
 
@@ -109,7 +109,9 @@ class _CommandGroup(click.Group):
             raise click.UsageError(
                 f"There is no command {name}; the commands are {', '.join(COMMANDS)}.{meant}", ctx
             )
-        return super().resolve_command(ctx, args)
+        found = super().resolve_command(ctx, args)
+        interrupted(name in _RESUMABLE)  # by Ctrl-C while it imports, which comes to no handler
+        return found
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -132,9 +134,7 @@ class _CommandGroup(click.Group):
             raise  # these say themselves how they end
         except (KeyboardInterrupt, click.Abort) as error:
             say("", err=True)  # the terminal has printed ^C on this line
-            resumes = ctx.invoked_subcommand in _RESUMABLE
-            then = "; run the same command again to resume" if resumes else ""
-            message = f"Interrupted{then}."
+            message = interrupted(ctx.invoked_subcommand in _RESUMABLE)
             raise _failure(error, message, _Interruption) from None
         except UsageError as error:
             raise _failure(error, str(error), _UsageFailure) from None

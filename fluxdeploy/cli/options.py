@@ -32,6 +32,7 @@ __all__ = [
     "OPT_SIZE",
     "PRECISION",
     "QUALITY",
+    "REPLACE",
     "RUNTIME",
     "SIZE",
     "STRICT",
@@ -273,7 +274,7 @@ MAX_BATCH = click.option(
     "--max-batch",
     type=click.IntRange(min=1, max=64),
     default=1,
-    help="Built engines: pictures in one call.",
+    help="Built engines: pictures that one computes at once. Larger batches run in parts.",
 )
 
 WORKSPACE = click.option(
@@ -302,6 +303,12 @@ STRICT = click.option(
     "--strict",
     is_flag=True,
     help="Fail where a precision keeps its quality only with some layers in wider numbers.",
+)
+
+REPLACE = click.option(
+    "--replace",
+    is_flag=True,
+    help="Let a bundle that runs on this machine be replaced by one that does not.",
 )
 
 AS_JSON = click.option(

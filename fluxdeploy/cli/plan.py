@@ -21,6 +21,7 @@ from fluxdeploy.cli.options import (
     OPT_SIZE,
     PRECISION,
     QUALITY,
+    REPLACE,
     RUNTIME,
     STRICT,
     TARGETS,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     default="bundle",
     help="The bundle's folder, for the room on its disk.",
 )
+@REPLACE
 @AS_JSON
 def command(
     checkpoint: str | None,
@@ -76,6 +78,7 @@ def command(
     workspace: int | None,
     weight_streaming: bool,
     out: Path,
+    replace: bool,
     as_json: bool,
 ) -> None:
     """Tell what `build` will take, before any long work.
@@ -89,7 +92,7 @@ def command(
     \b
     Examples:
       fluxdeploy plan
-      fluxdeploy plan ./FLUX.1-dev --precision fp8 --runtime tensorrt-rtx --target sm89
+      fluxdeploy plan ./FLUX.1-dev --precision fp8 --runtime tensorrt-rtx --target sm89 --out rtx
       fluxdeploy plan ./FLUX.1-dev --max-size 2048x2048 --max-batch 4
       fluxdeploy plan --json | jq .disk
     """
@@ -110,6 +113,7 @@ def command(
         strict,
         None if workspace is None else workspace * 2**20,
         weight_streaming,
+        replace,
     )
     with libraries_on_stderr():
         _, plan = prepare(request, out, *choose_runtime(runtime, targets, precision))

@@ -5,6 +5,7 @@ Every output is checked for NaN, and a call that was cancelled runs none.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -14,6 +15,7 @@ from engines.base import Array, Engine
 from fluxdeploy.arguments import shown
 from fluxdeploy.bundle.manifest import DimensionRange, Manifest
 from fluxdeploy.errors import UsageError
+from fluxdeploy.host.batches import run_in_parts
 from fluxdeploy.host.cancel import CancelToken
 from fluxdeploy.host.finite import check_finite
 
@@ -23,7 +25,6 @@ Run = Callable[[str, Mapping[str, Array]], "dict[str, NDArray[np.float32]]"]
 """`run(component, inputs)`: the component's outputs by name, for one call of the pipeline."""
 
 _SIZE_WORDS = {
-    "B": "prompts or pictures at once",
     "S": "text tokens (max_sequence_length)",
     "L": "image tokens (they grow with height x width)",
     "T": "text and image tokens together",
@@ -55,12 +56,14 @@ class Components:
     def run(
         self, cancel: CancelToken, component: str, inputs: Mapping[str, Array]
     ) -> dict[str, NDArray[np.float32]]:
-        """Run a component once, as a `Run` of the call that `cancel` ends.
+        """Run a component, as a `Run` of the call that `cancel` ends.
 
-        Raises `Cancelled`, and `NumericError` where an output is not finite.
+        A batch that is larger than the engine takes runs in parts. Raises `Cancelled`, and
+        `NumericError` where an output is not finite.
         """
-        cancel.check(f"before the {component} ran")
-        outputs = self.engine(component).run(inputs)
+        check = functools.partial(cancel.check, f"before the {component} ran")
+        check()
+        outputs = run_in_parts(self.engine(component), inputs, check)
         found = {name: np.asarray(values, np.float32) for name, values in outputs.items()}
         for values in found.values():
             check_finite(values, component)

@@ -59,7 +59,7 @@ def make_pictures(
     # Before the largest component is opened.
     cancel.check("before the first step")
     velocity, *negative = _velocities(
-        components.engine("transformer"), conditions, start, rows, columns, manifest
+        components.engine("transformer"), conditions, start, rows, columns, manifest, cancel
     )
     denoise(
         sampler,
@@ -115,6 +115,7 @@ def _velocities(
     rows: int,
     columns: int,
     manifest: Manifest,
+    cancel: CancelToken,
 ) -> list[ModulatedTransformer]:
     """The transformer with all that no step changes in place, once for each condition."""
     text_tokens = conditions[0].context.shape[1]
@@ -123,15 +124,8 @@ def _velocities(
         ids = np.concatenate([ids, start.token_ids])
     cos, sin = rope_tables(ids, manifest.rope)
     hidden = HiddenStates(start.latents.shape, start.channels, start.tokens)
-    return [
-        ModulatedTransformer(
-            engine.bind({"context": each.context, "rope_cos": cos, "rope_sin": sin}),
-            each.modulation,
-            each.pictures,
-            hidden,
-        )
-        for each in conditions
-    ]
+    positions = {"rope_cos": cos, "rope_sin": sin}
+    return [ModulatedTransformer(engine, each, positions, hidden, cancel) for each in conditions]
 
 
 def _with_level(callback: LevelCallback, sigmas: NDArray[np.float32]) -> StepCallback:

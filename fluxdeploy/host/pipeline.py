@@ -164,6 +164,9 @@ class FluxPipeline:
     ) -> FluxPipelineOutput:
         """Make `num_images_per_prompt` pictures of each prompt: p0, p0, p1, p1.
 
+        What an engine does not take at once is computed in parts. They begin with the noise of one
+        batch, and a step is one of all parts: for the callback and for what `cancel` says.
+
         prompt: one, or a list of them. height, width: pixels. height, width, num_inference_steps
             and guidance_scale: the bundle's defaults where None.
         negative_prompt: what to steer away from, one for all or one a prompt; used where

@@ -34,7 +34,7 @@ class EncodedPrompts:
 class Condition:
     """What prompts and schedule make of the transformer: E noise levels, U prompts, B pictures.
 
-    context: float32 [B, S, D]. modulation: float32 [E, U, M, D]. pictures: [B], the prompt of each.
+    context: float32 [U, S, D]. modulation: float32 [E, U, M, D]. pictures: [B], the prompt of each.
     """
 
     context: NDArray[np.float32]
@@ -142,5 +142,4 @@ def condition(
     if guidance_scale is not None:
         inputs["guidance"] = np.full(len(encoded.pooled), guidance_scale, np.float32)
     outputs = run("conditioner", inputs)
-    context = outputs["context"][encoded.pictures]
-    return Condition(context, outputs["modulation"], encoded.pictures)
+    return Condition(outputs["context"], outputs["modulation"], encoded.pictures)

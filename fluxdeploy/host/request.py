@@ -23,6 +23,9 @@ __all__ = ["GenerationRequest", "as_latents", "check_request", "idle_arguments"]
 _MAX_SCALE = 1e6
 """Of guidance, either way: it is a number around 3, and float32 has an end."""
 
+_MAX_PICTURES = 1000
+"""Of a call: their pixels are in memory until it ends, 12 MB of each at 1024x1024."""
+
 _MAX_PROMPT = 100_000
 """Characters of a prompt: 512 tokens are some 3,000, and reading a million takes seconds."""
 
@@ -55,20 +58,20 @@ class GenerationRequest:
     def engine_sizes(self, manifest: Manifest, levels: int) -> dict[str, dict[str, int]]:
         """What each component is asked for: its sizes by the symbols of the manifest.
 
+        A batch is none of them: one that is too large for an engine runs in parts.
+
         levels: the noise levels at which the velocity is taken. The VAE decoder comes first: of all
         ranges that a size can miss, its are the clearest, since they are in pixels.
         """
         rows, columns = token_grid(self.height, self.width, manifest.latents)
         _, _, h, w = latent_shape(1, self.height, self.width, manifest.latents)
         text, tokens = self.max_sequence_length, rows * columns
-        # A prompt that occurs twice is encoded once.
-        encoded = max(len(set(self.prompts)), len(set(self.negative_prompts or ())))
         return {
-            "vae_decoder": {"B": 1, "H": self.height, "W": self.width, "h": h, "w": w},
-            "transformer": {"B": self.batch, "L": tokens, "S": text, "T": text + tokens},
-            "conditioner": {"B": encoded, "S": text, "N": levels},
-            "t5": {"B": encoded, "S": text},
-            "clip": {"B": encoded},
+            "vae_decoder": {"H": self.height, "W": self.width, "h": h, "w": w},
+            "transformer": {"L": tokens, "S": text, "T": text + tokens},
+            "conditioner": {"S": text, "N": levels},
+            "t5": {"S": text},
+            "clip": {},
         }
 
 
@@ -134,6 +137,11 @@ def check_request(
         seed=None if seed is None or latents is not None else int(seed),
         latents=None,
     )
+    if request.batch > _MAX_PICTURES:
+        raise UsageError(
+            f"{shown(request.batch)} pictures are too many for one call, which makes at most "
+            f"{_MAX_PICTURES}. Make several calls."
+        )
     _check_ranges(manifest, request.engine_sizes(manifest, request.num_inference_steps))
     if latents is None:
         return request

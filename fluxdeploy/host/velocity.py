@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Array, Binding
+from engines.base import Array, Binding, Engine
+from fluxdeploy.host.batches import divide
+from fluxdeploy.host.cancel import CancelToken
+from fluxdeploy.host.prompts import Condition
 
 __all__ = ["HiddenStates", "ModulatedTransformer"]
 
@@ -45,36 +50,79 @@ class HiddenStates:
 
 
 class ModulatedTransformer:
-    """A `Velocity`: the `transformer` bound to one prompt per picture.
+    """A `Velocity`: the `transformer` with all that no step changes in place.
 
-    binding: the engine with `context` and the RoPE tables in place.
-    modulation: float32 [E, U, M, D], of the U distinct prompts at every noise level.
-    rows: for each of the B pictures, the index of its prompt among the U.
-    hidden: what the transformer reads around the latents.
+    A batch that is larger than the engine takes is computed part by part, in buffers that serve
+    every part: beyond the latents and their velocity, memory grows with a part alone.
+
+    condition: what the prompts make of the transformer.
+    positions: its position tables, `rope_cos` and `rope_sin`.
+    hidden: what it reads around the latents.
+    cancel: ends a step between its parts.
     """
 
     def __init__(
         self,
-        binding: Binding,
-        modulation: NDArray[np.float32],
-        rows: NDArray[np.intp],
+        engine: Engine,
+        condition: Condition,
+        positions: Mapping[str, Array],
         hidden: HiddenStates,
+        cancel: CancelToken,
     ) -> None:
-        self._binding = binding
-        self._modulation = modulation
-        self._rows = rows
+        self._condition = condition
         self._hidden = hidden
-        # Where each picture has its own prompt, a level's modulation is what the transformer takes.
-        # Else repeating all of it would cost E times this buffer: hundreds of MB.
-        own = len(rows) == modulation.shape[1] and bool((rows == np.arange(len(rows))).all())
-        self._level = None if own else np.empty((len(rows), *modulation.shape[2:]), np.float32)
+        self._cancel = cancel
+        pictures = condition.pictures
+        self._parts = [(part, pictures[part]) for part in divide(engine, len(pictures))]
+        self._modulation, self._context = _Rows(), _Rows()
+        # Two at most, since parts are as even as can be. Prompts stay in place where all of a
+        # size's parts have the same ones; a binding for each part would take a batch's memory.
+        self._bindings: dict[int, tuple[Binding, bool]] = {}
+        for size in {len(rows) for _, rows in self._parts}:
+            first, *others = (rows for _, rows in self._parts if len(rows) == size)
+            same = all((rows == first).all() for rows in others)
+            resident = {"context": condition.context[first]} if same else {}
+            self._bindings[size] = engine.bind({**positions, **resident}), same
+        self._velocity: Array | None = None
 
     def __call__(self, level: int, latents: NDArray[np.float32]) -> Array:
-        modulation = self._modulation[level]
-        if self._level is not None:
-            # With mode="raise", np.take would buffer its output.
-            modulation = np.take(modulation, self._rows, axis=0, out=self._level, mode="clip")
-        outputs = self._binding.run(
-            {"hidden_states": self._hidden.around(latents), "modulation": modulation}
-        )
-        return outputs["velocity"][:, : latents.shape[1]]
+        states, length = self._hidden.around(latents), latents.shape[1]
+        for part, rows in self._parts:
+            if part.start > 0:
+                self._cancel.check("in the middle of a step")
+            velocity = self._run(level, states[part], rows)[:, :length]
+            if len(self._parts) == 1:
+                return velocity
+            if self._velocity is None:
+                self._velocity = np.empty((len(latents), *velocity.shape[1:]), velocity.dtype)
+            self._velocity[part] = velocity
+        assert self._velocity is not None  # there is a picture
+        return self._velocity
+
+    def _run(self, level: int, states: NDArray[np.float32], rows: NDArray[np.intp]) -> Array:
+        binding, has_context = self._bindings[len(rows)]
+        modulation = self._condition.modulation[level]
+        inputs = {"hidden_states": states, "modulation": self._modulation.take(modulation, rows)}
+        if not has_context:
+            inputs["context"] = self._context.take(self._condition.context, rows)
+        return binding.run(inputs)["velocity"]
+
+
+class _Rows:
+    """Rows of arrays of one width, in a buffer that is made once.
+
+    Without it, each step would allocate what a batch's prompts have: hundreds of MB.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: NDArray[np.float32] | None = None
+
+    def take(self, values: NDArray[np.float32], rows: NDArray[np.intp]) -> NDArray[np.float32]:
+        """`values[rows]`: a view where they lie side by side, else until the next call."""
+        side_by_side = slice(rows[0], rows[0] + len(rows))
+        if (rows == np.arange(side_by_side.start, side_by_side.stop)).all():
+            return values[side_by_side]
+        if self._buffer is None or len(self._buffer) < len(rows):
+            self._buffer = np.empty((len(rows), *values.shape[1:]), np.float32)
+        # With mode="raise", np.take would buffer its output.
+        return np.take(values, rows, axis=0, out=self._buffer[: len(rows)], mode="clip")

@@ -186,7 +186,7 @@ def test_both_commands_settle_the_same(tmp_path: Path, monkeypatch: pytest.Monke
         *("demo:schnell", "--precision", "int8", "--component-precision", "t5=fp32"),
         *("--calibration", str(prompts), "--runtime", "onnxruntime", "--target", "cpu"),
         *("--min-size", "64", "--opt-size", "128x64", "--max-size", "256", "--max-batch", "3"),
-        *("--workspace", "100", "--weight-streaming", "--out", str(tmp_path / "x")),
+        *("--workspace", "100", "--weight-streaming", "--replace", "--out", str(tmp_path / "x")),
     )
     for name in ("plan", "build"):
         assert "enough" in run(name, *options).stderr

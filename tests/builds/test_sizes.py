@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
+import shlex
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from fluxdeploy.build.sizes import SizeRange, any_size, overall, resolution_buckets
 from fluxdeploy.bundle.manifest import Defaults, DimensionRange, LatentSpec
 from fluxdeploy.errors import UsageError
+from tests.docs.pages import PAGES
 
 TRANSFORMER = {"B", "S", "L", "T"}
 DEV = Defaults(
@@ -22,6 +25,8 @@ DEV = Defaults(
     max_sequence_length=512,
     strength=0.6,
 )
+DEMO = dataclasses.replace(DEV, height=128, width=128)
+OPTIONS = ("--bundle", "--width", "--height")
 SMALL = dataclasses.replace(DEV, height=64, width=64, max_sequence_length=16)
 
 
@@ -142,6 +147,31 @@ def test_sizes_follow_the_checkpoint(
     found = spans(latent_spec, SizeRange(), defaults)
     assert (found[0][0], found[-1][2]) == (tokens(least), tokens(most))
     assert spans(latent_spec, SizeRange(opt=size)) == found
+
+
+@pytest.mark.parametrize(("bundle", "own"), [("flux-dev", DEV), ("bundle", DEMO)])
+def test_engines_of_the_default_sizes_draw_what_the_pages_show(
+    latent_spec: LatentSpec, bundle: str, own: Defaults
+) -> None:
+    asked = {(own.height, own.width)}
+    for page in PAGES:
+        for line in re.findall(r"^fluxdeploy generate .*", page.read_text(), re.MULTILINE):
+            words = shlex.split(line)
+            given = {name: words[words.index(name) + 1] for name in OPTIONS if name in words}
+            if given.get("--bundle", "bundle") == bundle:
+                height, width = given.get("--height", own.height), given.get("--width", own.width)
+                asked.add((int(height), int(width)))
+    profiles = resolution_buckets({*TRANSFORMER, "H", "W"}, SizeRange(), own, latent_spec)
+    for height, width in asked:
+        wanted = {"L": tokens((height, width)), "H": height, "W": width}
+        assert any(
+            all(
+                profile[symbol].min <= size <= profile[symbol].max
+                for symbol, size in wanted.items()
+            )
+            for profile in profiles
+        ), (height, width)
+    assert len(asked) > 1 or bundle == "bundle"
 
 
 def test_overall_is_what_some_profile_takes(latent_spec: LatentSpec) -> None:

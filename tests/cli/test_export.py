@@ -121,6 +121,18 @@ def test_too_small_a_disk_is_told_before_the_work(
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+@pytest.mark.parametrize(("name", "said"), [("a.json", "schema_version"), ("a.txt", "no prompt")])
+def test_a_calibration_that_cannot_be_read_is_told_before_a_folder_is_made(
+    tmp_path: Path, name: str, said: str
+) -> None:
+    (tmp_path / name).write_text("{}" if name.endswith("json") else "\n")
+    options = ("--precision", "fp8", "--component", "transformer")
+    result = run(*options, "--calibration", tmp_path / name, "--out", tmp_path / "x")
+    assert result.exit_code in (1, 2)
+    assert said in result.stderr
+    assert os.listdir(tmp_path) == [name]
+
+
 @pytest.mark.parametrize("clones", [True, False])
 def test_what_takes_no_room_needs_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clones: bool

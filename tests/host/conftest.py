@@ -14,12 +14,12 @@ from engines.base import Array, Binding, Engine
 from fluxdeploy.bundle.manifest import (
     SCHEMA_VERSION,
     Defaults,
-    DimensionRange,
     LatentSpec,
     Manifest,
     QualityRecord,
     RopeSpec,
     ScheduleSpec,
+    TensorSpec,
     TokenizerRecord,
 )
 from fluxdeploy.host.pipeline import FluxPipeline
@@ -77,13 +77,29 @@ class CharacterTokenizers:
         return len(prompt) + 1, len(prompt) + 1
 
 
+AXES: dict[str, tuple[tuple[str, ...], ...]] = {
+    # What has the batch in front, and what has it second.
+    "clip": (("input_ids", "pooled_embeddings"), ()),
+    "t5": (("input_ids", "text_embeddings"), ()),
+    "conditioner": (
+        ("text_embeddings", "pooled_embeddings", "guidance", "context"),
+        ("modulation",),
+    ),
+    "transformer": (("hidden_states", "context", "modulation", "velocity"), ()),
+}
+
+
 class MemoryEngine(Engine):
     """An engine that is a function of its inputs, and keeps count of its runs."""
 
     def __init__(self, component: str, compute: Compute) -> None:
-        self.component = component
+        front, second = AXES.get(component, ((), ()))
+        specs = [
+            *(TensorSpec(name, "float32", ("B",)) for name in front),
+            *(TensorSpec(name, "float32", ("N", "B")) for name in second),
+        ]
+        super().__init__(component, tuple(specs), (), {})
         self.compute = compute
-        self.dimensions: Mapping[str, DimensionRange] = {}
         self.runs: list[dict[str, tuple[int, ...]]] = []
         self.closed = False
 

@@ -196,7 +196,7 @@ HUGE = {
     "height": [10**9, 1 << 40, 10**5000],
     "width": [2**31, 10**30 * 16],
     "num_inference_steps": [10**9, 81],
-    "num_images_per_prompt": [10**9, 81, 10**40],
+    "num_images_per_prompt": [10**9, 1001, 10**40],
     "max_sequence_length": [10**9, 513],
     "prompt": [["a"] * 50_000, "a" * 100_001],
     "negative_prompt": ["b" * 2_000_000, ["b"] * 50_000],

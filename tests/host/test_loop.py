@@ -6,12 +6,13 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from engines.base import Array, Binding
+from engines.base import Array, Binding, Engine
 from fluxdeploy.bundle.manifest import ScheduleSpec
 from fluxdeploy.errors import Cancelled, NumericError, UsageError
 from fluxdeploy.host.cancel import CancelToken
 from fluxdeploy.host.finite import check_finite
 from fluxdeploy.host.loop import denoise
+from fluxdeploy.host.prompts import Condition
 from fluxdeploy.host.velocity import HiddenStates, ModulatedTransformer
 from fluxdeploy.sampling import euler
 from fluxdeploy.sampling.schedule import sigmas
@@ -25,17 +26,42 @@ def levels(*values: float) -> np.ndarray:
     return np.array(values, np.float32)
 
 
-class ReusingBinding(Binding):
+class ReusingEngine(Engine):
     """v = scale * (x - modulation[:, 0]), written over the previous outputs as engines may do."""
 
-    def __init__(self, scale: float, shape: tuple[int, ...]) -> None:
+    def __init__(self, scale: float) -> None:
+        super().__init__("transformer", (), (), {})
         self.scale = np.float32(scale)
-        self.velocity = np.empty(shape, np.float32)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        raise NotImplementedError
+
+    def bind(self, resident: Mapping[str, Array]) -> Binding:
+        return ReusingBinding(self.scale)
+
+    def close(self) -> None:
+        pass
+
+
+class ReusingBinding(Binding):
+    def __init__(self, scale: np.float32) -> None:
+        self.scale = scale
+        self.velocity: np.ndarray | None = None
 
     def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        if self.velocity is None:
+            self.velocity = np.empty_like(inputs["hidden_states"])
         np.subtract(inputs["hidden_states"], inputs["modulation"][:, :1], out=self.velocity)
         np.multiply(self.velocity, self.scale, out=self.velocity)
         return {"velocity": self.velocity}
+
+
+def transformer(scale: float, modulation: np.ndarray, rows: list[int]) -> ModulatedTransformer:
+    """The velocity of pictures with the prompts of `rows`."""
+    context = np.zeros((modulation.shape[1], 1, 1), np.float32)
+    condition = Condition(context, modulation, np.array(rows))
+    hidden = HiddenStates((len(rows), 6, 4))
+    return ModulatedTransformer(ReusingEngine(scale), condition, {}, hidden, CancelToken())
 
 
 def test_a_straight_path_ends_at_the_picture_in_any_number_of_steps() -> None:
@@ -100,10 +126,7 @@ def test_the_transformer_gets_each_pictures_modulation_at_each_step(rows: list[i
         target = modulation[step, :, 0][rows][:, None]
         expected += difference * 0.5 * (expected - target)
     latents = start.copy()
-    transformer = ModulatedTransformer(
-        ReusingBinding(0.5, shape), modulation, np.array(rows), HiddenStates(shape)
-    )
-    denoise(euler, latents, levels(1, 0.5, 0.25, 0), transformer)
+    denoise(euler, latents, levels(1, 0.5, 0.25, 0), transformer(0.5, modulation, rows))
     np.testing.assert_allclose(latents, expected, atol=1e-6)
 
 
@@ -112,13 +135,7 @@ def test_the_loop_allocates_nothing_that_grows_with_the_picture(guided: bool) ->
     shape, steps = (1, 4096, 64), 4
     latents = noise(*shape)
     modulation = noise(steps, 1, 3, 64)
-    rows = np.array([0])
-    velocity = ModulatedTransformer(
-        ReusingBinding(0.5, shape), modulation, rows, HiddenStates(shape)
-    )
-    negative = ModulatedTransformer(
-        ReusingBinding(0.3, shape), modulation, rows, HiddenStates(shape)
-    )
+    velocity, negative = transformer(0.5, modulation, [0]), transformer(0.3, modulation, [0])
     started: list[int] = []
 
     def watch(step: int, x: np.ndarray) -> None:

@@ -244,11 +244,9 @@ def test_a_component_that_gives_nan_is_named(
         ("vae_decoder", "H", r"vae_decoder takes 8 to 9 rows of pixels \(height\), not 32\."),
         ("vae_decoder", "w", r"takes 8 to 9 columns of latents \(.*\), not 6\."),
         ("transformer", "L", r"takes 8 to 9 image tokens \(.*\), not 6\."),
-        ("transformer", "B", r"takes 8 to 9 prompts or pictures at once, not 2\."),
         ("transformer", "T", r"takes 8 to 9 text and image tokens together, not 22\."),
         ("conditioner", "N", r"takes 8 to 9 steps \(num_inference_steps\), not 3\."),
         ("t5", "S", r"takes 8 to 9 text tokens \(max_sequence_length\), not 16\."),
-        ("clip", "B", r"takes 8 to 9 prompts or pictures at once, not 1\."),
     ],
 )
 def test_sizes_outside_an_engines_range_are_refused_before_anything_runs(
@@ -258,16 +256,6 @@ def test_sizes_outside_an_engines_range_are_refused_before_anything_runs(
     with pytest.raises(UsageError, match=message):
         picture(pipe, num_images_per_prompt=2)
     assert not any(engine.runs for engine in engines.values())
-
-
-def test_distinct_negative_prompts_count_for_the_text_engines(
-    pipe: FluxPipeline, engines: Engines
-) -> None:
-    engines["t5"].dimensions = {"B": DimensionRange(1, 1, 1)}
-    options: dict[str, Any] = {"prompt": ["a fox", "a fox"], "negative_prompt": ["fog", "mud"]}
-    assert len(picture(pipe, **options)) == 2
-    with pytest.raises(UsageError, match=r"t5 takes 1 to 1 prompts or pictures at once, not 2\."):
-        picture(pipe, true_cfg_scale=2.0, **options)
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_channels_are_beside_the_latents_in_every_step(
         np.testing.assert_array_equal(inputs["hidden_states"], hidden)
         velocity = Recorder.velocity(inputs)
         latents = latents + (sigmas[step + 1] - sigmas[step]) * velocity
-    assert all(array is recorder.arrays[0] for array in recorder.arrays), "one buffer"
+    assert len({array.ctypes.data for array in recorder.arrays}) == 1, "one buffer"
 
 
 def test_tokens_are_behind_the_latents_and_their_velocity_is_cut_off(
@@ -216,6 +216,33 @@ def test_channels_and_tokens_may_come_together(
     assert len(recorder.inputs) == 2 * STEPS
     for inputs in recorder.inputs[:2]:  # towards the prompt, and away from the other
         np.testing.assert_array_equal(inputs["hidden_states"], hidden)
+
+
+@pytest.mark.parametrize(
+    ("task", "given"),
+    [
+        ("both", (values(5, L, 5), values(5, 3, 69, seed=1))),
+        ("text", values(5, 4, TEXT)),
+        ("text", values(2, 4, TEXT)),
+    ],
+    ids=["channels and tokens", "each picture's text", "each prompt's text"],
+)
+def test_what_a_task_adds_is_divided_with_the_batch(
+    pipe: Extended, engines: dict[str, MemoryEngine], task: str, given: Any
+) -> None:
+    prompts = ["a fox", "a hen", "a fox", "a fox", "a hen"]
+    compute = engines["transformer"].compute
+
+    def cropped(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return compute({**inputs, "hidden_states": inputs["hidden_states"][..., :64]})
+
+    engines["transformer"].compute = cropped
+    whole = pipe.draw(task, given, prompt=prompts)
+    pipe._encoder.forget()
+    for engine in engines.values():
+        engine.dimensions = {"B": DimensionRange(1, 1, 2)}
+    np.testing.assert_array_equal(pipe.draw(task, given, prompt=prompts), whole)
+    assert [run["hidden_states"][0] for run in engines["transformer"].runs[-3:]] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("rows", ["prompts", "pictures"])

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from engines import choose_builder
+from engines import choose_builder, runs_here
 from fluxdeploy.build.checkpoint import find_text_remarks, limits
 from fluxdeploy.build.plan.figures import DiskPlan, Phase, RunMemory
 from fluxdeploy.build.resolve import BuildSpec
+from fluxdeploy.build.staging import find_manifest
 from fluxdeploy.errors import EngineError
 from fluxdeploy.machine import Memory
 
 __all__ = ["find_impossible", "find_remarks", "find_shortages", "in_gib"]
 
 
-def find_impossible(spec: BuildSpec) -> Iterator[str]:
-    """What a target has not, each once, with the components that would need it."""
+def find_impossible(spec: BuildSpec, destination: Path) -> Iterator[str]:
+    """What a target has not, each once, with the components that would need it; and what a bundle
+    at `destination` is kept from.
+    """
     runtime, targets = spec.runtime, spec.targets
     names: dict[str, list[str]] = {}
     for component in spec.components:
@@ -35,6 +38,20 @@ def find_impossible(spec: BuildSpec) -> Iterator[str]:
         choose_builder(spec.request.runtime, spec.request.targets, spec.request.precision)
     except EngineError as error:
         yield str(error).rstrip(".")
+    if not spec.request.replace and _would_stop_running(spec, destination):
+        yield (
+            f"{destination} holds a bundle that runs on this machine, and one for {runtime.name} "
+            f"on {', '.join(targets)} would not: choose another --out, or add --replace"
+        )
+
+
+def _would_stop_running(spec: BuildSpec, destination: Path) -> bool:
+    if runs_here(component.engines for component in spec.components):
+        return False
+    earlier = find_manifest(destination)
+    return earlier is not None and runs_here(
+        component.engines for component in earlier.components.values()
+    )
 
 
 def find_shortages(

@@ -81,7 +81,7 @@ class _Planner:
             largest=self.largest,
             run=run,
             largest_run=largest_run,
-            impossible=tuple(find_impossible(self.spec)),
+            impossible=tuple(find_impossible(self.spec, self.destination)),
             shortages=tuple(shortages),
             warnings=tuple(warnings),
         )

@@ -74,7 +74,7 @@ class ImageToImage(Task):
         """The VAE encoder is given one picture at a time."""
         _, _, height, width = self.images.shape
         _, _, h, w = latent_shape(1, height, width, self.manifest.latents)
-        return {"vae_encoder": {"B": 1, "H": height, "W": width, "h": h, "w": w}}
+        return {"vae_encoder": {"H": height, "W": width, "h": h, "w": w}}
 
     def notices(self) -> tuple[str, ...]:
         """The picture does nothing beside latents, nor where all of it becomes noise."""
