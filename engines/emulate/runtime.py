@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from engines.base import Availability, Engine, EngineOptions, Runtime
-from fluxdeploy.bundle.manifest import ComponentRecord, DimensionRange, EngineRecord
+from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError
 from fluxdeploy.install import install_command
 from fluxdeploy.native import native_errors
@@ -30,11 +30,11 @@ class Emulate(Runtime):
         return Availability(True, "the numbers of any bundle, slowly, where --runtime names it")
 
     def engines(self, component: str, record: ComponentRecord) -> Mapping[str, EngineRecord]:
-        """The graph that every component has, for whatever sizes one of its engines takes."""
+        """The graph that every component has, which takes any size."""
         path = f"onnx/{component}.onnx"
         if all(file.path != path for file in record.files):
             return {}
-        return {"cpu": EngineRecord(self.name, self.version(), "cpu", path, _any_engine_s(record))}
+        return {"cpu": EngineRecord(self.name, self.version(), "cpu", path, {})}
 
     def compute(self, target: str, precision: str) -> str:
         return "fp32"
@@ -62,14 +62,3 @@ class Emulate(Runtime):
         with native_errors(EngineError, f"{component} ({path}) cannot be emulated"):
             emulated = emulate(path.read_bytes())
         return OnnxRuntimeEngine(component, record, engine, path, options, emulated)
-
-
-def _any_engine_s(record: ComponentRecord) -> dict[str, DimensionRange]:
-    """For each symbol the range from the least to the most that an engine of a component takes."""
-    found: dict[str, DimensionRange] = {}
-    for engine in record.engines:
-        for symbol, sizes in engine.dimensions.items():
-            known = found.get(symbol, sizes)
-            least, most = min(known.min, sizes.min), max(known.max, sizes.max)
-            found[symbol] = DimensionRange(least, known.opt, most)
-    return found
