@@ -71,6 +71,7 @@ def command(
       fluxdeploy verify
       fluxdeploy verify --pictures 50 --plot quality.png
       fluxdeploy verify --bundle flux-dev --checkpoint ./FLUX.1-dev
+      fluxdeploy verify --bundle flux-rtx --runtime emulate
       fluxdeploy verify --json | jq .pictures.psnr.median
     """
     from engines import EngineOptions
