@@ -85,8 +85,11 @@ class Engine(ABC):
     """An opened component. A context manager; `close` frees its memory.
 
     `dimensions` gives the sizes accepted for each symbol of the tensors' shapes; a symbol that is
-    not in it has no limit.
+    not in it has no limit. `emulated` is whether it only has the numbers of its component's
+    precision, and not its speed, see `Runtime.emulates`.
     """
+
+    emulated = False
 
     def __init__(
         self,
@@ -228,6 +231,10 @@ class Runtime(ABC):
     def can_build(self, target: str) -> Availability:
         """Whether engines for `target` can be built on this machine."""
         return Availability(True, "it opens ONNX files: there is nothing to build")
+
+    def engines(self, component: str, record: ComponentRecord) -> Mapping[str, EngineRecord]:
+        """What it can open of a bundle's component, by target."""
+        return {e.target: e for e in record.engines if e.runtime == self.name}
 
     def precision(self, target: str, precision: str) -> str:
         """The precision that a component really gets where `precision` is asked for."""

@@ -35,7 +35,7 @@ from fluxdeploy.precision import PRECISIONS, Quantization
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["OnnxRuntime"]
+__all__ = ["OnnxRuntime", "OnnxRuntimeEngine"]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPES = {"tensor(float)": "float32", "tensor(int32)": "int32"}
@@ -118,7 +118,7 @@ class OnnxRuntime(Runtime):
         root: Path,
         options: EngineOptions,
     ) -> Engine:
-        return _OnnxRuntimeEngine(component, record, engine, root / engine.path, options)
+        return OnnxRuntimeEngine(component, record, engine, root / engine.path, options)
 
 
 def _quantization(precision: str) -> Quantization | None:
@@ -138,7 +138,12 @@ def _has_vnni() -> bool:
 
 
 def _session(
-    path: Path, target: str, options: EngineOptions, component: str, precision: str
+    path: Path,
+    target: str,
+    options: EngineOptions,
+    component: str,
+    precision: str,
+    emulated: bytes | None,
 ) -> onnxruntime.InferenceSession:
     try:
         import onnxruntime
@@ -161,6 +166,8 @@ def _session(
     if quantization is not None and _is_dynamic(quantization) and not _has_vnni():
         # Without it, products of unsigned and signed bytes overflow; this is a slower way around.
         settings.add_session_config_entry("session.x64quantprecision", "1")
+    if emulated is not None:
+        _run_as_written(onnxruntime, settings, path.parent)
     if options.threads is not None:
         settings.intra_op_num_threads = options.threads
     provider: list[Any] = ["CPUExecutionProvider"]
@@ -173,7 +180,7 @@ def _session(
     with native_errors(EngineError, f"ONNX Runtime cannot open {component} ({path})"):
         # A session that gets some of its threads and not all hangs.
         try_threads(options.threads or os.cpu_count() or 1)
-        session = onnxruntime.InferenceSession(str(path), settings, providers=provider)
+        session = onnxruntime.InferenceSession(emulated or str(path), settings, providers=provider)
     # Where the provider's libraries do not load, the runtime goes to the CPU with no more than a
     # warning, and a bundle for GPUs would be slow, or lack kernels, without a word.
     if _PROVIDERS[target] not in session.get_providers():
@@ -182,6 +189,22 @@ def _session(
             f"driver and the CUDA and cuDNN libraries, or use a bundle for the CPU.{said}"
         )
     return session
+
+
+def _run_as_written(module: Any, settings: onnxruntime.SessionOptions, folder: Path) -> None:
+    """For a graph that is no file, with its weights below `folder`: its own nodes, in their order.
+
+    So no rounding is merged away, and no weight is widened before its turn: in the usual order all
+    of them would be in memory in float32 at once.
+    """
+    settings.graph_optimization_level = module.GraphOptimizationLevel.ORT_DISABLE_ALL
+    settings.execution_order = module.ExecutionOrder.PRIORITY_BASED
+    # Planned reuse saves nothing here, and its planning grows with the square of the nodes: half a
+    # minute for 7000 of them.
+    settings.enable_mem_reuse = False
+    settings.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(folder)
+    )
 
 
 def _load_cuda_libraries() -> str:
@@ -212,7 +235,9 @@ def _tensors(nodes: Sequence[onnxruntime.NodeArg]) -> Found:
     }
 
 
-class _OnnxRuntimeEngine(Engine):
+class OnnxRuntimeEngine(Engine):
+    """A session. `emulated` is what runs in place of the graph at `path`, over the same weights."""
+
     def __init__(
         self,
         component: str,
@@ -220,11 +245,12 @@ class _OnnxRuntimeEngine(Engine):
         engine: EngineRecord,
         path: Path,
         options: EngineOptions,
+        emulated: bytes | None = None,
     ) -> None:
         super().__init__(component, record.inputs, record.outputs, engine.dimensions)
         self._device = (engine.target, options.device)
         self._session: onnxruntime.InferenceSession | None = _session(
-            path, engine.target, options, component, record.precision
+            path, engine.target, options, component, record.precision, emulated
         )
         check_boundary(
             self, _tensors(self.session.get_inputs()), _tensors(self.session.get_outputs())
@@ -252,7 +278,7 @@ class _OnnxRuntimeBinding(Binding):
     """Resident inputs and outputs are bound once; a step rebinds only what changes."""
 
     def __init__(
-        self, engine: _OnnxRuntimeEngine, device: tuple[str, int], resident: Mapping[str, Array]
+        self, engine: OnnxRuntimeEngine, device: tuple[str, int], resident: Mapping[str, Array]
     ) -> None:
         import onnxruntime
 

@@ -1,6 +1,7 @@
 """The runtimes that engines can be opened with, and the choice among them.
 
-A runtime joins by a line in `_RUNTIMES`; hosts name it or leave the choice to `auto`.
+A runtime joins by a line in `_RUNTIMES`; hosts name it or leave the choice to `auto`. `emulate`
+alone is never chosen: it is for looking at the bundles of the others.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 AUTO = "auto"
+EMULATE = "emulate"
 
 # Best first; imported when asked for, since each brings its runtime's library.
 _RUNTIMES = {
@@ -40,16 +42,17 @@ _RUNTIMES = {
     "onnxruntime": ("engines.onnxruntime", "OnnxRuntime"),
     "openvino": ("engines.openvino", "OpenVino"),
 }
+_BY_NAME = {EMULATE: ("engines.emulate.runtime", "Emulate")}
 
 
 def runtime_names() -> tuple[str, ...]:
-    """Names of the known runtimes, best first."""
-    return tuple(_RUNTIMES)
+    """Names of the known runtimes, best first, and of the one that `auto` never takes."""
+    return (*_RUNTIMES, *_BY_NAME)
 
 
 @cache
 def _runtime(name: str) -> Runtime:
-    module, kind = _RUNTIMES[name]
+    module, kind = (_RUNTIMES | _BY_NAME)[name]
     runtime: Runtime = getattr(importlib.import_module(module), kind)()
     return runtime
 
@@ -58,8 +61,8 @@ def runtimes(name: str = AUTO) -> tuple[Runtime, ...]:
     """The runtimes to consider, best first. Raises `UsageError` for an unknown name."""
     if isinstance(name, str) and name == AUTO:
         return tuple(_runtime(known) for known in _RUNTIMES)
-    if not isinstance(name, str) or name not in _RUNTIMES:
-        known = ", ".join((AUTO, *_RUNTIMES))
+    if not isinstance(name, str) or name not in runtime_names():
+        known = ", ".join((AUTO, *runtime_names()))
         raise UsageError(f"There is no runtime {shown(name)}; the runtimes are {known}.")
     return (_runtime(name),)
 
@@ -111,9 +114,14 @@ def choose_runtime(
     Runtimes that can build for them here come first, but one that cannot, or is not installed,
     is better than none: see `choose_builder`. Without targets, what `choose_target` takes.
 
-    Raises `UsageError` where no runtime has the targets, or the name is unknown, and without
-    targets what `choose_target` does.
+    Raises `UsageError` where no runtime has the targets, or the name is unknown or that of the
+    emulation, and without targets what `choose_target` does.
     """
+    if name in _BY_NAME:
+        raise UsageError(
+            f"No bundle is built for --runtime {name}, which runs the numbers of any bundle on a "
+            "CPU, with `generate` and `verify`: name the runtime that it is to be deployed with."
+        )
     if not targets:
         runtime, target = choose_target(name, precision)
         return runtime, (target,)
@@ -204,7 +212,7 @@ def open_engine(
     options = options or EngineOptions()
     reasons: list[tuple[str, str, str]] = []
     for candidate in runtimes(runtime):
-        engines = {e.target: e for e in record.engines if e.runtime == candidate.name}
+        engines = candidate.engines(component, record)
         for target in candidate.targets:
             if target not in engines:
                 continue
@@ -214,9 +222,13 @@ def open_engine(
             reasons.append((candidate.name, target, available.detail))
     built = sorted({f"{e.runtime} on {e.target}" for e in record.engines})
     why = _in_words(reasons) or f"it has engines for {', '.join(built) or 'nothing'}"
+    emulation = _runtime(EMULATE)
+    advice = ""
+    if runtime != EMULATE and emulation.engines(component, record):
+        advice = f" To look at its pictures on this machine all the same: --runtime {EMULATE}."
     raise EngineError(
         f"The bundle {bundle.root} has no {component} engine that runs here with --runtime "
-        f"{runtime}: {why}."
+        f"{runtime}: {why}.{advice}"
     )
 
 
@@ -233,6 +245,7 @@ def _open_unchanged(
             if not runtime.builds:
                 check_graph(bundle, record, engine.path)
             opened = runtime.open(component, record, engine, bundle.root, options)
+            opened.emulated = runtime.emulates(engine.target, record.precision)
             on_error.callback(lambda: opened.close())
         on_error.pop_all()
     return opened

@@ -33,7 +33,8 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(LEAVES, LEAVES),
     **dict.fromkeys(("fluxdeploy.bundle", "fluxdeploy.sampling"), _CONTRACT),
     "fluxdeploy.text": _CONTRACT,
-    "engines": _CONTRACT,
+    "engines": (*_CONTRACT, "engines.emulate"),
+    "engines.emulate": (*_CONTRACT, "engines"),
     "fluxdeploy.host": _BELOW_HOST,
     "fluxdeploy": ("fluxdeploy.host",),
     "exporters": _CONTRACT,
@@ -49,6 +50,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
 `fluxdeploy` is the package's `__init__` alone, the door to the host."""
 
 _WITH_TRAINING = (
+    "engines.emulate",
     "exporters",
     "exporters.training",
     "fluxdeploy.bench",

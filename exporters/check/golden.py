@@ -39,12 +39,12 @@ def golden_inputs(
 
     `vocabulary` bounds the token ids of a text encoder; its last id takes the place of the
     end-of-text token. Where `ranges`, the sizes that the engine takes, begin above that picture it
-    is a larger one of the same proportions.
+    is a larger one of the same proportions, and where they begin above that text a longer one.
     """
     rows, columns = _grid(latents, ranges)
     sizes = golden_sizes(latents, ranges)
     random = np.random.RandomState(0)
-    cos, sin = rope_tables(joint_ids(_TEXT, rows, columns, len(rope.axes_dims)), rope)
+    cos, sin = rope_tables(joint_ids(sizes["S"], rows, columns, len(rope.axes_dims)), rope)
     given: dict[str, Array] = {
         "rope_cos": cos,
         "rope_sin": sin,
@@ -75,12 +75,13 @@ def golden_sizes(latents: LatentSpec, ranges: Mapping[str, DimensionRange]) -> d
     """The size of every symbol in golden tensors, where an engine takes sizes in `ranges`."""
     rows, columns = _grid(latents, ranges)
     h, w = rows * latents.patch_size, columns * latents.patch_size
+    text = max(_TEXT, ranges["S"].min) if "S" in ranges else _TEXT
     return {
         "B": min(_BATCH, ranges["B"].max) if "B" in ranges else _BATCH,
-        "S": _TEXT,
+        "S": text,
         "N": _STEPS,
         "L": rows * columns,
-        "T": _TEXT + rows * columns,
+        "T": text + rows * columns,
         "h": h,
         "w": w,
         "H": h * latents.spatial_factor,

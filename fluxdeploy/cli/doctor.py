@@ -167,7 +167,7 @@ def _describe_runtimes() -> dict[str, Any]:
     except ImportError:  # NumPy is missing: the packages above say so
         return {"onnxruntime_providers": providers, "runtimes": [], "auto": None}
     runtimes = []
-    for runtime in engines.runtimes():
+    for runtime in (found for name in engines.runtime_names() for found in engines.runtimes(name)):
         for target in runtime.targets:
             available = runtime.availability(target)
             runtimes.append(

@@ -71,6 +71,7 @@ def command(
       fluxdeploy verify
       fluxdeploy verify --pictures 50 --plot quality.png
       fluxdeploy verify --bundle flux-dev --checkpoint ./FLUX.1-dev
+      fluxdeploy verify --bundle flux-rtx --runtime emulate
       fluxdeploy verify --json | jq .pictures.psnr.median
     """
     from engines import EngineOptions
@@ -96,9 +97,14 @@ def command(
 def _show(report: VerifyReport) -> None:
     show(*_tables(report))
     if report.emulated:
+        who: dict[str, list[str]] = {}
+        for component in report.components:
+            if component.emulated:
+                who.setdefault(component.precision, []).append(component.name)
+        emulated = "; ".join(f"{what} in {', '.join(names)}" for what, names in who.items())
         show(
-            f"FP8 is emulated on this CPU, in {' and '.join(report.emulated)}: the numbers are "
-            "FP8's, the speed is not."
+            f"Emulated on this CPU are {emulated}: the numbers are those of the precision, the "
+            "speed is not."
         )
     if report.pictures is None:
         show("No pictures were compared: that takes --checkpoint, and PyTorch.")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engines import EngineOptions, open_engine, runtimes
+from engines import EngineOptions, open_engine
 from engines.golden import Deviation, measure_component
 from fluxdeploy.build.checkpoint import checkpoint_record, open_recorded
 from fluxdeploy.bundle import Bundle, open_bundle
@@ -29,7 +29,7 @@ __all__ = ["ComponentReport", "VerifyReport", "verify"]
 
 @dataclass(frozen=True)
 class ComponentReport:
-    """A component's engine against its golden tensors; see `Runtime.emulates`."""
+    """A component's engine against its golden tensors; see `Engine.emulated`."""
 
     name: str
     precision: str
@@ -142,15 +142,8 @@ def _verify_component(
     assert record.golden is not None
     with open_engine(bundle, name, runtime, options) as engine, bundle.unchanged(record.files):
         deviation = measure_component(engine, bundle.path(record.golden.path))
-    # A bundle for a CPU has no engines for anything else.
-    emulated = any(
-        known.emulates(built.target, record.precision)
-        for known in runtimes()
-        for built in record.engines
-        if built.runtime == known.name
-    )
     passed = deviation.within(record.golden)
-    return ComponentReport(name, record.precision, emulated, deviation, passed)
+    return ComponentReport(name, record.precision, engine.emulated, deviation, passed)
 
 
 def _finite(value: Any) -> Any:

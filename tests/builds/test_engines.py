@@ -13,12 +13,16 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
+from engines import open_engine
+from engines.golden import measure_component, require
 from engines.tensorrt.fusion import FusionReport
+from engines.tensors import check_inputs
 from exporters.synthetic.sparse_checkpoint import flux_of_depth, write_random_checkpoint
 from fluxdeploy.build.build import build
 from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.build.sizes import SizeRange
 from fluxdeploy.bundle import open_bundle
+from fluxdeploy.bundle.tensorfile import read_header, read_tensor
 from fluxdeploy.errors import EngineError, UsageError
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.precision import PRECISIONS
@@ -79,11 +83,35 @@ def test_fp8_weights_of_the_conditioner_stay_in_8_bits(built: Callable[[str], Pa
 
 
 def test_engines_are_refused_in_words_where_there_is_no_gpu(built: Callable[[str], Path]) -> None:
+    words = r"tensorrt-rtx on sm120, sm89: .*no NVIDIA driver.* all the same: --runtime emulate"
     with (
         FluxPipeline.from_bundle(built("fp8")) as pipe,
-        pytest.raises(EngineError, match=r"tensorrt-rtx on sm120, sm89: .*no NVIDIA driver"),
+        pytest.raises(EngineError, match=words),
     ):
         pipe("a red circle", num_inference_steps=1)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp16", "bf16"])
+def test_engines_numbers_are_within_their_gates_on_a_cpu(
+    built: Callable[[str], Path], precision: str
+) -> None:
+    bundle = open_bundle(built(precision))
+    for name, record in bundle.manifest.components.items():
+        golden = bundle.path(record.golden.path)
+        with open_engine(bundle, name, "emulate") as engine:
+            require(name, measure_component(engine, golden), record.golden)
+            assert engine.emulated
+        # The engines themselves are asked the same where there is a GPU.
+        file = read_header(golden)
+        inputs = {spec.name: read_tensor(file, f"input.{spec.name}") for spec in record.inputs}
+        for built_engine in record.engines:
+            check_inputs(name, record.inputs, built_engine.dimensions, inputs)
+
+
+def test_a_picture_of_engines_for_a_gpu_is_drawn_on_a_cpu(built: Callable[[str], Path]) -> None:
+    with FluxPipeline.from_bundle(built("fp8"), runtime="emulate") as pipe:
+        (image,) = pipe("a red circle on a white background", seed=1, num_inference_steps=4).images
+    assert max(high - low for low, high in image.getextrema()) > 100
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ def test_the_report_covers_machine_packages_and_runtimes() -> None:
     assert "CPUExecutionProvider" in report["onnxruntime_providers"]
     runtimes = {(runtime["name"], runtime["target"]): runtime for runtime in report["runtimes"]}
     assert runtimes["onnxruntime", "cpu"]["ok"]
+    assert runtimes["emulate", "cpu"]["ok"]
+    assert "where --runtime names it" in runtimes["emulate", "cpu"]["detail"]
     assert all(runtime["detail"] for runtime in report["runtimes"])
     assert runtimes[report["auto"]["name"], report["auto"]["target"]]["ok"]
 

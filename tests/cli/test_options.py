@@ -93,6 +93,7 @@ def offered(*words: str) -> list[tuple[str, str]]:
     [
         (("build", "--runtime", ""), {"auto", "onnxruntime", "openvino", "tensorrt-rtx"}),
         (("generate", "--runtime", "open"), {"openvino"}),
+        (("verify", "--runtime", "e"), {"emulate"}),
         (("bench", "--runtime", "tensorrt-"), {"tensorrt-rtx"}),
         (("plan", "--target", "sm12"), {"sm120", "sm121"}),
         (("build", "--runtime", "openvino", "--target", ""), {"cpu"}),

@@ -92,9 +92,11 @@ def test_threads_and_the_gpu_are_passed_on(
 
 
 def test_an_emulation_is_called_one(report: dict[str, Any]) -> None:
-    sentence = "FP8 is emulated on this CPU, in transformer: the numbers are FP8's, the speed"
-    assert sentence in run().stdout
+    assert "Emulated on this CPU are fp8 in transformer: the numbers are" in run().stdout
     assert json.loads(run("--json").stdout)["emulated"] is True
+    others = [replace(REPORT.components[1], precision="bf16", emulated=True, name=n) for n in "ab"]
+    report["report"] = replace(REPORT, components=(REPORT.components[0], *others))
+    assert "are fp8 in transformer; bf16 in a, b: the numbers" in run().stdout
     components = tuple(replace(c, emulated=False) for c in REPORT.components)
     report["report"] = replace(REPORT, components=components)
     assert "emulated" not in run().stdout

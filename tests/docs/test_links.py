@@ -87,12 +87,12 @@ def test_the_table_of_extras_is_that_of_the_metadata() -> None:
 
 
 def test_the_runtimes_and_targets_are_those_that_are_known() -> None:
-    from engines import runtimes
+    from engines import runtime_names, runtimes
 
     said: dict[str, set[str]] = {}
     for runtime, targets, _ in tables(section(README, "## What runs where"))[0]:
         said.setdefault(runtime, set()).update(targets.split(", "))
-    known = {runtime.name: set(runtime.targets) for runtime in runtimes()}
+    known = {name: set(runtimes(name)[0].targets) for name in runtime_names()}
     assert said.keys() == known.keys()
     for name, targets in said.items():
         if targets != {"the machine's GPU"}:

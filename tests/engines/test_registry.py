@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,6 +107,7 @@ def test_the_best_target_is_opened_whatever_the_bundle_s_order(
 
         def open(self, component: str, record: Any, engine: EngineRecord, *others: Any) -> Any:
             opened.append((engine.runtime, engine.target))
+            return SimpleNamespace()
 
     class PretendedToo(Pretended):
         name = "openvino"
@@ -134,7 +136,8 @@ def test_targets_keep_the_order_in_which_they_were_asked_for(targets: tuple[str,
 
 
 def test_targets_and_runtimes_stand_from_best_to_worst() -> None:
-    assert runtime_names() == ("tensorrt", "tensorrt-rtx", "onnxruntime", "openvino")
+    assert runtime_names() == ("tensorrt", "tensorrt-rtx", "onnxruntime", "openvino", "emulate")
+    assert [runtime.name for runtime in runtimes()] == list(runtime_names()[:-1])
     for name in ("tensorrt", "tensorrt-rtx"):
         (runtime,) = runtimes(name)
         numbers = [int(target.removeprefix("sm")) for target in runtime.targets]

@@ -422,11 +422,52 @@ def arguments(folder: Path) -> Reader:
     return Reader(inputs, read, ["plan"])
 
 
+def emulated_graph(folder: Path) -> Reader:
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    from engines.emulate.graph import emulate
+    from fluxdeploy.errors import EngineError
+    from fluxdeploy.native import native_errors
+
+    bf16, e4m3, e2m1 = TensorProto.BFLOAT16, TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT4E2M1
+    block = {"axis": -1, "block_size": 16}
+    nodes = [
+        helper.make_node("Cast", ["x"], ["x16"], to=bf16),
+        helper.make_node(
+            "TRT_FP4DynamicQuantize", ["x16", "one"], ["q", "s"],
+            domain="trt", scale_type=e4m3, **block,
+        ),
+        helper.make_node("DequantizeLinear", ["s", "one"], ["steps"]),
+        helper.make_node("DequantizeLinear", ["q", "steps"], ["wide"], **block),
+        helper.make_node("DequantizeLinear", ["w", "scale"], ["weight"]),
+        helper.make_node("MatMul", ["wide", "weight"], ["y"]),
+    ]  # fmt: skip
+    types = {"x16": bf16, "q": e2m1, "s": e4m3, "steps": TensorProto.FLOAT, "wide": bf16,
+             "weight": bf16}  # fmt: skip
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 16]) for name in "xy")
+    weights = [
+        numpy_helper.from_array(np.float32(1), "one"),
+        helper.make_tensor("w", e4m3, [16, 16], bytes(256), raw=True),
+        helper.make_tensor("scale", bf16, [], bytes(2), raw=True),
+    ]
+    values = [helper.make_tensor_value_info(name, kind, None) for name, kind in types.items()]
+    graph = helper.make_graph(nodes, "g", [x], [y], weights, value_info=values)
+    seed = helper.make_model(graph).SerializeToString()
+
+    def read(data: bytes) -> None:
+        with native_errors(EngineError, "the graph"):
+            emulate(data)
+
+    return Reader(damaged_bytes([seed]), read, seed)
+
+
 READERS: Mapping[str, Make] = {
     make.__name__: make
     for make in (
         safetensors, manifest, hash_cache, staging, tokenizer, picture_metadata, pictures,
         bench_report, fusion_report, prompts, checkpoint, tokenizer_folder, ranges, arguments,
+        emulated_graph,
     )
 }  # fmt: skip
 """By the name that reports call them."""

@@ -28,7 +28,9 @@ AT_ONCE = 1000
 FEW = {"tokenizer_folder": 4, "ranges": 8, "arguments": 12}
 """Inputs where a reader takes long for each."""
 
-WITH_TORCH = ("prompts", "checkpoint", "tokenizer_folder", "ranges", "arguments")
+WITH_TORCH = (
+    "prompts", "checkpoint", "tokenizer_folder", "ranges", "arguments", "emulated_graph",
+)  # fmt: skip
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
