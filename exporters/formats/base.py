@@ -20,7 +20,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from exporters.formats.graph_edit import GraphEdit
-from exporters.formats.graph_file import GraphFile, read_values
+from exporters.formats.graph_file import GraphFile, read_values, values_of
 from exporters.formats.number_types import EightBits, NumberType
 from fluxdeploy.bundle.tensorfile import DTYPE_BITS
 
@@ -28,6 +28,9 @@ __all__ = ["Activations", "Format", "Packed", "Part", "QuantizedLinear"]
 
 Activations = Literal["static", "dynamic"] | None
 """How the input of a linear is quantized, as in `fluxdeploy.precision.Quantization`."""
+
+_ROWS = 256
+"""Rows that `emulate_weight` packs at a time, an even number: little memory beside the weight."""
 
 _STORED = {
     ir.DataType.FLOAT: "F32",
@@ -120,6 +123,33 @@ class Format(ABC):
     @abstractmethod
     def widen(self, *parts: Tensor) -> Tensor:
         """The weight [in, out] that a graph multiplies with, of the values of its parts."""
+
+    @abstractmethod
+    def emulate_input(self, x: Tensor, activations: Activations, largest: float) -> Tensor:
+        """What `multiply` makes of a linear's input [..., in], float32 to float32.
+
+        `activations` is one of the format's. `largest` is the largest magnitude of such inputs that
+        was measured, for static scales, which are float32 here.
+        """
+
+    def emulate_weight(self, weight: Tensor, scales: ir.DataType) -> Tensor:
+        """The float32 values [out, in] that a graph multiplies with for a float32 weight [out, in].
+
+        `scales` is the type of the product. The weight shares no scale with others. Raises
+        `CheckpointError` as `pack` does.
+        """
+        rows, columns = weight.shape
+        # Copies, since they are overwritten.
+        values = weight.detach().numpy()
+        parts = (values[start : start + _ROWS].copy() for start in range(0, rows, _ROWS))
+        packed = self.pack(
+            parts, (rows, columns), scales, "of a linear", lambda: weight.abs().max().item()
+        )
+        stored = (
+            values_of(raw, part.numbers.onnx_type if part.numbers else scales, part.shape)
+            for raw, part in zip(packed, self.layout(rows, columns), strict=True)
+        )
+        return self.widen(*stored).T
 
     @property
     def suffixes(self) -> tuple[str, ...]:

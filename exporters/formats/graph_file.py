@@ -9,12 +9,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from onnx import TensorProto
 from torch import Tensor
 
 from fluxdeploy.errors import ExportError
 
-__all__ = ["GraphFile", "read_values"]
+__all__ = ["GraphFile", "read_values", "values_of"]
 
 
 class GraphFile:
@@ -56,11 +57,21 @@ def read_values(tensor: TensorProto, folder: Path) -> Tensor:
     Raises `ExportError` where that file is missing or too short.
     """
     if tensor.data_location == TensorProto.EXTERNAL:
-        tensor = _loaded(tensor, folder)
+        raw = _raw_bytes(tensor, folder)
+        return values_of(raw, ir.DataType(tensor.data_type), tuple(tensor.dims))
+    return _wide(tensor)
+
+
+def values_of(raw: NDArray[np.uint8], dtype: ir.DataType, shape: tuple[int, ...]) -> Tensor:
+    """The values of raw bytes in float32, as ONNX stores numbers of this type."""
+    return _wide(onnx.helper.make_tensor("", dtype.value, shape, raw.tobytes(), raw=True))
+
+
+def _wide(tensor: TensorProto) -> Tensor:
     return torch.from_numpy(onnx.numpy_helper.to_array(tensor).astype(np.float32))
 
 
-def _loaded(tensor: TensorProto, folder: Path) -> TensorProto:
+def _raw_bytes(tensor: TensorProto, folder: Path) -> NDArray[np.uint8]:
     place = {entry.key: entry.value for entry in tensor.external_data}
     file = folder / place["location"]
     offset, length = int(place.get("offset", 0)), int(place["length"])
@@ -73,4 +84,4 @@ def _loaded(tensor: TensorProto, folder: Path) -> TensorProto:
     expected = math.ceil(ir.DataType(tensor.data_type).itemsize * math.prod(tensor.dims))
     if raw.size != length or length != expected:
         raise ExportError(f"{file} was cut off, or belongs to another graph: build it again.")
-    return onnx.helper.make_tensor("", tensor.data_type, tensor.dims, raw.tobytes(), raw=True)
+    return raw

@@ -80,6 +80,11 @@ class _Int8(RowScaled):
         scales = file.initializers[weight.name + SCALE_SUFFIX]
         return QuantizedLinear(self, (weight, scales), _emulate_dynamic, file.folder)
 
+    def emulate_input(self, x: Tensor, activations: Activations, largest: float) -> Tensor:
+        if activations == "dynamic":
+            return _emulate_dynamic(x)
+        return super().emulate_input(x, activations, largest)
+
 
 def _dynamic(edit: GraphEdit, x: ir.Value) -> tuple[ir.Value, ...]:
     """x in 8 bits, its scale and its zero point, computed every time."""

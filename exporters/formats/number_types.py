@@ -43,13 +43,17 @@ class EightBits(NumberType):
     headroom: float
     rounded: Callable[[Tensor], Tensor]
 
+    def step(self, largest: float, compute: ir.DataType) -> float:
+        """The static scale that maps `largest` to this type's end, not rounded to `compute`."""
+        # A scale that FP16 would round to 0 divides by it.
+        least = float(ml_dtypes.finfo(compute.numpy()).smallest_normal)  # type: ignore[no-untyped-call]
+        return max((largest or 1.0) / self.largest, least)
+
     def narrow(self, edit: GraphEdit, value: ir.Value, largest: float) -> ir.Value:
         """`value` rounded to this type, with the static scale that maps `largest` to its end."""
         compute = value.dtype
         assert compute is not None
-        # A scale that FP16 would round to 0 divides by it.
-        least = float(ml_dtypes.finfo(compute.numpy()).smallest_normal)  # type: ignore[no-untyped-call]
-        step = max((largest or 1.0) / self.largest, least)
+        step = self.step(largest, compute)
         constant = edit.constant(f"{value.name}{SCALE_SUFFIX}", step, compute)
         narrow = new_node(
             "QuantizeLinear",

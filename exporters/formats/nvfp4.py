@@ -144,6 +144,9 @@ class _Nvfp4(Format):
         numbers, scales, whole = parts
         return numbers * (scales * whole).repeat_interleave(_BLOCK, 0)
 
+    def emulate_input(self, x: Tensor, activations: Activations, largest: float) -> Tensor:
+        return _emulate(x, _input_scale(E4M3.headroom * largest))
+
 
 def _codes(values: Tensor) -> Tensor:
     """Codes of float32 numbers, rounded to the nearest, of two the even one.
@@ -158,6 +161,12 @@ def _codes(values: Tensor) -> Tensor:
     return codes.clamp_(max=7).to(torch.uint8) | values.signbit().to(torch.uint8) << 3
 
 
+def _input_scale(largest: float) -> float:
+    """The scale for all of an input that maps `largest` to the largest number with a scale."""
+    least = float(np.finfo(np.float32).smallest_normal)
+    return max((largest or 1.0) / _LARGEST_PRODUCT, least)
+
+
 def _narrow(edit: GraphEdit, value: ir.Value, largest: float) -> ir.Value:
     """`value` in blocks and back. `largest` maps to the largest number with a scale.
 
@@ -165,9 +174,7 @@ def _narrow(edit: GraphEdit, value: ir.Value, largest: float) -> ir.Value:
     """
     compute = value.dtype
     assert compute is not None
-    least = float(np.finfo(np.float32).smallest_normal)
-    step = max((largest or 1.0) / _LARGEST_PRODUCT, least)
-    constant = edit.constant(f"{value.name}{_GLOBAL_SCALE_SUFFIX}", step, _SINGLE)
+    constant = edit.constant(f"{value.name}{_GLOBAL_SCALE_SUFFIX}", _input_scale(largest), _SINGLE)
     blocks = {"axis": -1, "block_size": _BLOCK}
     nodes = [
         new_node(

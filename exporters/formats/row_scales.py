@@ -123,6 +123,12 @@ class RowScaled(Format):
         numbers, scales = parts
         return numbers * scales
 
+    def emulate_input(self, x: Tensor, activations: Activations, largest: float) -> Tensor:
+        if activations is None:
+            return x
+        step = self.numbers.step(self.numbers.headroom * largest, ir.DataType.FLOAT)
+        return self.numbers.emulate(x, step)
+
 
 def _unchanged(x: Tensor) -> Tensor:
     return x
