@@ -18,13 +18,13 @@ __all__ = ["PRECISIONS", "Precision", "Quantization"]
 class Quantization:
     """What is quantized: the weights of the large linears, perhaps their inputs, and attention.
 
-    `format` is a module of `exporters.formats`: fp8, int8 or nvfp4. `activations` says whether a
+    `format` is a module of `exporters.formats`: fp8, int8, int4 or nvfp4. `activations` says whether a
     linear's input gets a scale that was measured before (static), one that is computed every time
     (dynamic), or stays as it is (None). With `attention` its Q, K, V and softmax output are
     quantized too, in the format's own 8 bits.
     """
 
-    format: Literal["fp8", "int8", "nvfp4"]
+    format: Literal["fp8", "int8", "int4", "nvfp4"]
     activations: Literal["static", "dynamic"] | None = None
     attention: bool = False
 
@@ -62,6 +62,7 @@ class Precision:
 # bytes count.
 _FP8 = {"conditioner": "fp8-weights"}
 _INT8 = {"conditioner": "int8-weights", "t5": "int8-weights"}
+_INT4 = {"conditioner": "int8-weights", "t5": "int8-weights"}
 _FP4 = {"conditioner": "fp8-weights", "t5": "fp8-weights"}
 
 # Components: a row of a linear that holds one outlier has few of int8's steps left for the rest:
@@ -93,6 +94,7 @@ _ROWS = (
         "int8-dynamic", 2e-1, 0.995, 24.0, 0.82, 15.0, Quantization("int8", "dynamic"), others=_INT8
     ),
     Precision("int8-weights", 2e-1, 0.995, 25.0, 0.85, 20.0, Quantization("int8"), others=_INT8),
+    Precision("int4-weights", 5e-1, 0.95, 15.0, 0.6, 12.0, Quantization("int4"), others=_INT4),
     Precision(
         "fp4", 5e-1, 0.95, 15.0, 0.6, 12.0, Quantization("nvfp4", "static", True), others=_FP4
     ),
