@@ -62,7 +62,7 @@ class Precision:
 # bytes count.
 _FP8 = {"conditioner": "fp8-weights"}
 _INT8 = {"conditioner": "int8-weights", "t5": "int8-weights"}
-_INT4 = {"conditioner": "int8-weights", "t5": "int8-weights"}
+_INT4 = {"conditioner": "int4-weights", "t5": "int8-weights"}
 _FP4 = {"conditioner": "fp8-weights", "t5": "fp8-weights"}
 
 # Components: a row of a linear that holds one outlier has few of int8's steps left for the rest:
