@@ -18,10 +18,10 @@ __all__ = ["PRECISIONS", "Precision", "Quantization"]
 class Quantization:
     """What is quantized: the weights of the large linears, perhaps their inputs, and attention.
 
-    `format` is a module of `exporters.formats`: fp8, int8, int4 or nvfp4. `activations` says whether a
-    linear's input gets a scale that was measured before (static), one that is computed every time
-    (dynamic), or stays as it is (None). With `attention` its Q, K, V and softmax output are
-    quantized too, in the format's own 8 bits.
+    `format` is a module of `exporters.formats`: fp8, int8, int4 or nvfp4. `activations` says
+    whether a linear's input gets a scale that was measured before (static), one that is computed
+    every time (dynamic), or stays as it is (None). With `attention` its Q, K, V and softmax output
+    are quantized too, in the format's own 8 bits.
     """
 
     format: Literal["fp8", "int8", "int4", "nvfp4"]

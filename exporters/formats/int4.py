@@ -128,23 +128,34 @@ def _divide(blocks: Tensor, range_steps: Tensor, scale_type: torch.dtype) -> Ten
     whole = range_steps.clamp_(min=least)
     # In steps, so that no square is too large or too small for float32.
     blocks /= whole[:, None]
-    steps, gains = torch.ones_like(whole), torch.zeros_like(whole)
+    steps, gains = whole.to(scale_type).float(), torch.zeros_like(whole)
     numbers, products = torch.empty_like(blocks), torch.empty_like(blocks)
     for reach in _REACHES:
         torch.mul(blocks, 1 / reach, out=numbers).round_().clamp_(_LOWEST, _HIGHEST)
-        matched = torch.mul(numbers, blocks, out=products).sum(1)
-        power = torch.mul(numbers, numbers, out=products).sum(1)
+        matched = _sum(torch.mul(numbers, blocks, out=products))
+        power = torch.mul(numbers, numbers, out=products).sum(1)  # of integers: exact
         fitted = (matched / power.clamp_(min=1)).mul_(whole).clamp_(min=least)
         fitted = fitted.to(scale_type).float()
         # By how much the squared error is less than with zeros.
         share = fitted / whole
         gain = share * (2 * matched - share * power)
         better = gain > gains
-        torch.where(better, fitted, steps, out=steps)
-        torch.where(better, gain, gains, out=gains)
+        steps, gains = torch.where(better, fitted, steps), torch.where(better, gain, gains)
     blocks *= (whole / steps)[:, None]
     blocks.round_().clamp_(_LOWEST, _HIGHEST)
     return steps
+
+
+def _sum(products: Tensor) -> Tensor:
+    """Sums over blocks [in / 32, 32, some], which are overwritten.
+
+    In an order that does not depend on how many rows come at a time, as torch's own does.
+    """
+    width = products.shape[1]
+    while width > 1:
+        width //= 2
+        products[:, :width] += products[:, width : 2 * width]
+    return products[:, 0].clone()
 
 
 def _unchanged(x: Tensor) -> Tensor:
