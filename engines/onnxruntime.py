@@ -40,7 +40,7 @@ __all__ = ["OnnxRuntime", "OnnxRuntimeEngine"]
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPES = {"tensor(float)": "float32", "tensor(int32)": "int32"}
 _ERRORS = 3  # the least severity that is logged
-_FORMATS = ("fp8", "int8")
+_FORMATS = ("fp8", "int8", "int4")
 
 
 class OnnxRuntime(Runtime):
@@ -97,9 +97,11 @@ class OnnxRuntime(Runtime):
         return target == "cpu" and quantization is not None and quantization.format == "fp8"
 
     def widens_weights(self, target: str, precision: str) -> bool:
-        """Only integers with scales made as it runs have products of their own."""
+        """Integers with scales made as it runs have products of their own, and INT4 has."""
         quantization = _quantization(precision)
-        return quantization is not None and not _is_dynamic(quantization)
+        if quantization is None or quantization.format == "int4":
+            return False
+        return not _is_dynamic(quantization)
 
     def attention(self, target: str, precision: str, compute: str) -> AttentionKernels:
         """Its operator takes no Q/DQ, and has a kernel for float32 alone on CPUs."""
@@ -163,6 +165,10 @@ def _session(
         # Its rewriting of quantized products is for integers: it would leave a graph that is
         # refused. FP8 runs as its emulation, with the same numbers.
         settings.add_session_config_entry("session.disable_quant_qdq", "1")
+    if quantization is not None and quantization.format == "int4":
+        # Products in float32. The default rounds their inputs to 8 bits, which is another
+        # precision, and no faster for as many tokens as a picture has.
+        settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if quantization is not None and _is_dynamic(quantization) and not _has_vnni():
         # Without it, products of unsigned and signed bytes overflow; this is a slower way around.
         settings.add_session_config_entry("session.x64quantprecision", "1")

@@ -30,6 +30,7 @@ missing in every step. With its hint for bfloat16, OpenVINO rounds the angles of
 sines too, which puts a conditioner of FLUX.1's width off by a third of its range."""
 
 _TYPES = ("fp32", "bf16")
+_FORMATS = ("int8", "int4")
 _DTYPES = {"f32": "float32", "i32": "int32"}
 
 
@@ -75,7 +76,7 @@ def _has(row: Precision) -> bool:
     quantization = row.quantization
     if quantization is None:
         return row.name in _TYPES
-    return quantization.format == "int8" and quantization.activations != "dynamic"
+    return quantization.format in _FORMATS and quantization.activations != "dynamic"
 
 
 @cache

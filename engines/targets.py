@@ -38,6 +38,8 @@ def hardware_problem(target: str, precision: str) -> str | None:
     if quantization.format == "fp8" and target in _BEFORE_FP8:
         instead = "fp16 or int8" if target == "sm75" else "int8 or bf16"
         return f"{in_words(target)} has no FP8, which starts with sm89; use {instead}"
+    if quantization.format == "int4" and target == "sm75":
+        return f"{in_words(target)} has no INT4 here, which starts with sm80; use int8-weights"
     if quantization.format == "nvfp4" and target not in _WITH_FP4:
         instead = "int8" if target in _BEFORE_FP8 else "fp8"
         only = ", ".join(_WITH_FP4)

@@ -22,7 +22,7 @@ from torch import Tensor
 from exporters.formats.graph_edit import GraphEdit
 from exporters.formats.graph_file import GraphFile, read_values, values_of
 from exporters.formats.number_types import EightBits, NumberType
-from fluxdeploy.bundle.tensorfile import DTYPE_BITS, from_float32
+from fluxdeploy.bundle.tensorfile import from_float32
 
 __all__ = ["Activations", "Format", "Packed", "Part", "QuantizedLinear"]
 
@@ -166,7 +166,7 @@ class Format(ABC):
         rows, columns = shape
         bits = 0
         for part in self.layout(rows, columns):
-            width = DTYPE_BITS[part.numbers.stored] if part.numbers else 8 * scale_width
+            width = part.numbers.bits if part.numbers else 8 * scale_width
             bits += width * math.prod(part.shape)
         return bits // 8
 
@@ -221,7 +221,9 @@ class Packed:
         """Name, safetensors type and shape of all that a weight [rows, columns] is stored as."""
         scales = _STORED[self.scales]
         declared = [
-            (name + part.suffix, part.numbers.stored if part.numbers else scales, part.shape)
+            (name + part.suffix, part.numbers.stored, part.numbers.stored_shape(part.shape))
+            if part.numbers
+            else (name + part.suffix, scales, part.shape)
             for part in self.format.layout(rows, columns)
         ]
         if self.vector is not None:

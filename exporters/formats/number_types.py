@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import ml_dtypes
 import onnx_ir as ir
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from exporters.formats.graph_edit import GraphEdit, new_node
+from fluxdeploy.bundle.tensorfile import DTYPE_BITS
 
 __all__ = ["SCALE_SUFFIX", "SMOOTHING_SUFFIX", "EightBits", "NumberType"]
 
@@ -23,10 +24,23 @@ SMOOTHING_SUFFIX = ".smoothing"
 
 @dataclass(frozen=True)
 class NumberType:
-    """A type of numbers: `stored` is its name in safetensors, `onnx_type` in ONNX."""
+    """A type of numbers: `stored` is its name in safetensors, `onnx_type` in ONNX.
+
+    each: how many numbers, along the last axis, are one of safetensors, which lacks some types.
+    """
 
     stored: str
     onnx_type: ir.DataType
+    each: int = field(default=1, kw_only=True)
+
+    @property
+    def bits(self) -> int:
+        """What a number takes."""
+        return DTYPE_BITS[self.stored] // self.each
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that safetensors has for numbers of this shape."""
+        return shape if self.each == 1 else (*shape[:-1], shape[-1] // self.each)
 
 
 @dataclass(frozen=True)

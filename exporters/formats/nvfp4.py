@@ -27,7 +27,7 @@ from exporters.formats.fp8 import E4M3
 from exporters.formats.graph_edit import GraphEdit, new_node
 from exporters.formats.graph_file import GraphFile
 from exporters.formats.number_types import SCALE_SUFFIX, NumberType
-from fluxdeploy.errors import CheckpointError
+from exporters.formats.scales import check_finite
 
 __all__ = ["NVFP4"]
 
@@ -93,10 +93,7 @@ class _Nvfp4(Format):
             start, end = end, end + len(part)
             blocks = values.view(len(part), -1, _BLOCK)
             peaks = torch.maximum(blocks.amax(2), -blocks.amin(2))
-            if not torch.isfinite(peaks).all():
-                raise CheckpointError(
-                    f"Tensor {name} holds NaN or infinity: the checkpoint is damaged."
-                )
+            check_finite(peaks, name)
             # A block scale of 0 would divide by it, and engines refuse it.
             exact = (peaks / _LARGEST / whole).clamp(_LEAST_SCALE, E4M3.largest)
             narrow = exact.to(E4M3.torch_type)

@@ -21,15 +21,9 @@ from exporters.formats.base import Activations, Format, Packed, Part, QuantizedL
 from exporters.formats.graph_edit import GraphEdit
 from exporters.formats.graph_file import GraphFile
 from exporters.formats.number_types import SCALE_SUFFIX, EightBits
-from fluxdeploy.errors import CheckpointError
+from exporters.formats.scales import SCALE_TYPES, check_finite, check_scales
 
 __all__ = ["RowScaled"]
-
-_SCALES = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.BFLOAT16: torch.bfloat16,
-}
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class RowScaled(Format):
         largest: Callable[[], float],
     ) -> tuple[NDArray[np.uint8], ...]:
         rows, columns = shape
-        numbers, scale_type = self.numbers, _SCALES[scales]
+        numbers, scale_type = self.numbers, SCALE_TYPES[scales]
         # NumPy has no bfloat16 and no FP8: bytes pass for all of them.
         narrow = np.empty((columns, rows), np.uint8)
         peaks, steps = torch.empty(rows), torch.empty(rows, dtype=scale_type)
@@ -68,10 +62,7 @@ class RowScaled(Format):
             values = torch.from_numpy(part)
             start, end = end, end + len(part)
             peak = torch.maximum(values.amax(1), -values.amin(1))
-            if not torch.isfinite(peak).all():
-                raise CheckpointError(
-                    f"Tensor {name} holds NaN or infinity: the checkpoint is damaged."
-                )
+            check_finite(peak, name)
             step = (peak / numbers.largest).clamp(min=torch.finfo(scale_type).tiny)
             step = torch.where(peak > 0, step, 1).to(scale_type)
             values /= step.float()[:, None]
@@ -83,11 +74,7 @@ class RowScaled(Format):
             # Transposed on its own first, which torch does in blocks that fit the cache.
             torch.from_numpy(narrow)[:, start:end] = rounded.t().contiguous()
             peaks[start:end], steps[start:end] = peak, step
-        if not torch.isfinite(steps).all():
-            raise CheckpointError(
-                f"Tensor {name} holds values up to {peaks.max():.3g}, past what FP16 can scale: "
-                "quantize it over bf16."
-            )
+        check_scales(steps, peaks.max(), name)
         return narrow, steps.view(torch.uint8).numpy()
 
     def multiply(

@@ -135,6 +135,25 @@ def test_fp4_takes_nine_sixteenths_of_a_byte(flux_dev: Checkpoint, out: Path) ->
     assert fp4["t5"].precision == "fp8-weights"
 
 
+def test_int4_takes_nine_sixteenths_of_a_byte_and_is_not_widened(
+    flux_dev: Checkpoint, out: Path
+) -> None:
+    fp8, int4 = (by_name(rtx(flux_dev, out, p, "sm89")) for p in ("fp8", "int4-weights"))
+    assert int4["transformer"].written == pytest.approx(
+        9 / 16 * fp8["transformer"].written, rel=0.02
+    )
+    assert int4["conditioner"].written < 0.6 * fp8["conditioner"].written
+    assert int4["t5"].precision == "int8-weights"
+    on_cpu = by_name(plan_for(flux_dev, out, runtime("onnxruntime"), CPU, "int4-weights"))
+    # Scales of float32, which the product is in there, and nothing beside what is written.
+    transformer = on_cpu["transformer"]
+    assert (
+        transformer.resident
+        == transformer.written
+        == pytest.approx(5 / 8 * transformer.parameters, rel=0.02)
+    )
+
+
 def test_fp4_is_not_for_onnx_runtime(demo: Checkpoint, out: Path) -> None:
     plan = plan_for(demo, out, runtime("onnxruntime"), CPU, "fp4")
     with pytest.raises(UsageError, match=r"^transformer: ONNX Runtime has no FP4.*; use fp8\.$"):

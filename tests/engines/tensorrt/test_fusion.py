@@ -97,6 +97,13 @@ def test_the_widest_profile_counts() -> None:
         ("out_myl0_1", "gemm", "Int8", "Int8 Float Float", "int8"),
         ("out_myl0_1", "gemm", "FP4E2M1 FP8", "FP4E2M1 Float Float FP8", "fp4"),
         ("out_myl0_1", "gemm", "BFloat16", "FP4E2M1 Float Float FP8", "fp4-weights"),
+        (
+            "__myl_ReplCastMulCastFc_myl0_1",
+            "runtime_fusion",
+            "BFloat16",
+            "Int4 BFloat16",
+            "int4-weights",
+        ),
         ("out_myl0_1", "gemm", "Float", "Float Float Float", "fp32"),
         ("out_myl0_1", "correlation", "BFloat16 BFloat16", "BFloat16 Float Float", "bf16"),
         ("__myl_CorrCast_myl0_1", "runtime_fusion", "BFloat16", "BFloat16", "bf16"),

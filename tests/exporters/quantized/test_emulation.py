@@ -75,14 +75,31 @@ def to_dynamic(x: Tensor) -> Tensor:
     return (((x / scale).round() + zero).clamp(0, 255) - zero) * scale
 
 
+def to_int4(weight: Tensor) -> Tensor:
+    """Blocks of 32 numbers of a row, each with the best of three scales, found in float64."""
+    blocks = weight.double().view(len(weight), -1, 32)
+    whole = torch.maximum(blocks.amax(2) / 7, blocks.amin(2) / -8)[..., None]
+    found, least = blocks, torch.full_like(whole, torch.inf)
+    for reach in (1.0, 0.93, 0.86):
+        numbers = (blocks / (whole * reach)).round().clamp(-8, 7)
+        scale = (numbers * blocks).sum(2, keepdim=True) / numbers.square().sum(2, keepdim=True)
+        error = (blocks - numbers * scale).square().sum(2, keepdim=True)
+        better = error < least
+        least = torch.where(better, error, least)
+        rounded = (blocks / scale).round().clamp(-8, 7) * scale
+        found = torch.where(better, rounded, found)
+    return found.float().view(weight.shape)
+
+
 class Emulation:
     """The float32 pieces with rounded weights, inputs and attention."""
 
     def __init__(self, precision: str, ranges: ActivationRanges) -> None:
         self.how, self.ranges = PRECISIONS[precision].quantization, ranges
-        self.to_8_bits = {"fp8": to_fp8, "int8": to_int8}[self.how.format]
-        self.end = {"fp8": 448.0, "int8": 127.0}[self.how.format]
-        self.headroom = {"fp8": 2.0, "int8": 1.2}[self.how.format]
+        if self.how.format != "int4":
+            self.to_8_bits = {"fp8": to_fp8, "int8": to_int8}[self.how.format]
+            self.end = {"fp8": 448.0, "int8": 127.0}[self.how.format]
+            self.headroom = {"fp8": 2.0, "int8": 1.2}[self.how.format]
         self.scope = ""
 
     def enter(self, stage: Stage) -> None:
@@ -107,6 +124,8 @@ class Emulation:
 
     def product(self, name: str, x: Tensor, weight: Tensor) -> Tensor:
         """x Wᵀ"""
+        if self.how.format == "int4":
+            return x @ to_int4(weight).T
         weight = self.to_8_bits(weight, weight.abs().amax(1, keepdim=True) / self.end)
         if self.how.activations == "dynamic":
             x = to_dynamic(x)
@@ -169,8 +188,10 @@ def test_every_product_is_the_emulations(
         stored = weights[f"{linear}.weight"]
         weight = torch.from_numpy(stored.read().reshape(stored.shape))
         expected = emulation.product(linear, found[x], weight)
-        assert 1e-3 < distance(found[y], found[x] @ weight.T) < 0.1, linear
-        assert distance(found[y], expected) < 1e-5, linear
+        assert 1e-3 < distance(found[y], found[x] @ weight.T) < 0.15, linear
+        # Of a search in float64 a number in a million rounds the other way.
+        near = 1e-3 if emulation.how.format == "int4" else 1e-5
+        assert distance(found[y], expected) < near, linear
     for attention, (query, key, softmax, value, mixed) in mixes.items():
         q, k, v = found[query], found[key], found[value]
         exact = torch.softmax(q @ k, -1)

@@ -203,5 +203,6 @@ def test_bytes_are_those_of_what_is_declared(scale_width: int) -> None:
     assert found == {
         "fp8": eight,
         "int8": eight,
+        "int4": rows * columns // 2 + scale_width * rows * columns // 32,
         "nvfp4": math.prod((rows, columns)) * 9 // 16 + 4,
     }

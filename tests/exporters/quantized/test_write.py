@@ -206,7 +206,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("exporters.weights.write._CHUNK", 1 << 14)
     stored = stored_tensors(tmp_path, 6, 512, 1024)
     # A quantized one as it will be stored, and parts of what it is made from.
-    for name in ("int8", "fp8", "nvfp4"):
+    for name in FORMATS:
         packed = Packed(FORMATS[name], ir.DataType.BFLOAT16)
         quantized = [WrittenTensor(tensor.name, tensor, packed.dtype, packed) for tensor in stored]
         assert peak_memory(tmp_path / f"{name}.safetensors", quantized) < 1.5 * 512 * 1024
