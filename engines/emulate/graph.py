@@ -70,6 +70,14 @@ class _Rewrite:
             for name in node.input:
                 self._users.setdefault(name, []).append(node)
         self._exact = self._find_exact()
+        self._tables = {
+            tensor.name
+            for tensor in graph.initializer
+            if all(
+                user.op_type == "Gather" and tensor.name not in user.input[1:]
+                for user in self._users.get(tensor.name, ())
+            )
+        }
 
     def apply(self) -> None:
         waiting = {}
@@ -110,9 +118,12 @@ class _Rewrite:
         }
 
     def _widen(self, tensor: TensorProto) -> Iterator[NodeProto]:
-        """Give a weight another name, and its own to what is made of it."""
+        """Give a weight another name, and its own to what is made of it.
+
+        Of a table, such as an embedding's, only the rows that are picked are widened.
+        """
         name, stored = tensor.name, _new(tensor.name, "stored")
-        if tensor.data_type in _SIXTEEN:
+        if tensor.data_type in _SIXTEEN and name not in self._tables:
             tensor.name = stored
             yield _cast(stored, name, TensorProto.FLOAT)
         elif tensor.data_type == _E2M1:
@@ -127,16 +138,17 @@ class _Rewrite:
         if node.domain not in _DOMAINS:
             raise ValueError(f"the operator {node.domain}.{node.op_type} is not emulated")
         narrow = [name for name in node.output if self._type(name) in _SIXTEEN]
-        # Every other operator makes the type that it takes.
+        # Every other operator makes the type that it takes, which is float32 now.
         converts = node.op_type == "Cast" or not any(
-            self._type(name) in _SIXTEEN for name in node.input
+            self._type(name) in _SIXTEEN and name not in self._tables for name in node.input
         )
         if node.op_type == "Cast" and node.output[0] in self._exact:
             yield _cast(node.input[0], node.output[0], TensorProto.FLOAT)
             return
         after = []
         for index, name in enumerate(node.output):
-            if name not in narrow or name in self._exact or node.op_type in _MOVES:
+            rounds = converts or node.op_type not in _MOVES
+            if name not in narrow or name in self._exact or not rounds:
                 continue
             rounded = _new(name, "narrow")
             node.output[index] = rounded if converts else _new(name, "wide")
@@ -259,7 +271,7 @@ def _new(name: str, part: str | int) -> str:
 
 
 def _node(op_type: str, inputs: Sequence[str], output: str, **attributes: Any) -> NodeProto:
-    return helper.make_node(op_type, inputs, [output], f"{output}/{op_type}", **attributes)
+    return helper.make_node(op_type, inputs, [output], _new(output, op_type), **attributes)
 
 
 def _cast(value: str, output: str, to: int) -> NodeProto:

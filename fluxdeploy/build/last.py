@@ -15,8 +15,8 @@ from pathlib import Path
 from engines import Runtime
 from fluxdeploy.build.keys import digest, sources_digest, tool_versions
 from fluxdeploy.build.resolve import BuildRequest
-from fluxdeploy.bundle import SMALL, Bundle, open_bundle
-from fluxdeploy.bundle.files import CacheFile, FileIdentity, user_cache
+from fluxdeploy.bundle import Bundle, open_bundle
+from fluxdeploy.bundle.files import SMALL, CacheFile, FileIdentity, user_cache
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from fluxdeploy.errors import BundleError
 

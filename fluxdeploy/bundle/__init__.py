@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from fluxdeploy.bundle.files import (
+    SMALL,
     FileIdentity,
     disk_errors,
     hash_files,
@@ -29,10 +30,7 @@ from fluxdeploy.bundle.manifest import (
 )
 from fluxdeploy.errors import BundleError
 
-__all__ = ["SMALL", "Bundle", "open_bundle"]
-
-SMALL = 64 << 20
-"""Bytes of a file up to which opening a bundle hashes it."""
+__all__ = ["Bundle", "open_bundle"]
 
 _SWAPS = 3
 """How often a bundle may be replaced while it is opened."""

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Literal
 from fluxdeploy.errors import BundleError
 
 __all__ = [
+    "SMALL",
     "CacheFile",
     "FileIdentity",
     "HashCache",
@@ -46,6 +47,9 @@ __all__ = [
 
 OnBytes = Callable[[int], None]
 """Called with the number of bytes just read or written, for a progress bar."""
+
+SMALL = 64 << 20
+"""Bytes of a file up to which opening a bundle hashes it."""
 
 _CHUNK = 4 << 20
 _FICLONE = 0x40049409

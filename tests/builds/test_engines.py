@@ -91,27 +91,26 @@ def test_engines_are_refused_in_words_where_there_is_no_gpu(built: Callable[[str
         pipe("a red circle", num_inference_steps=1)
 
 
-@pytest.mark.parametrize("precision", ["fp8", "fp16", "bf16"])
-def test_engines_numbers_are_within_their_gates_on_a_cpu(
-    built: Callable[[str], Path], precision: str
+def test_the_numbers_of_engines_for_a_gpu_are_within_their_gates_on_a_cpu(
+    built: Callable[[str], Path],
 ) -> None:
-    bundle = open_bundle(built(precision))
+    bundle = open_bundle(built("fp8"))
     for name, record in bundle.manifest.components.items():
+        assert record.golden is not None
         golden = bundle.path(record.golden.path)
         with open_engine(bundle, name, "emulate") as engine:
             require(name, measure_component(engine, golden), record.golden)
             assert engine.emulated
-        # The engines themselves are asked the same where there is a GPU.
-        file = read_header(golden)
+
+
+def test_golden_tensors_have_sizes_that_the_engines_take(built: Callable[[str], Path]) -> None:
+    bundle = open_bundle(built("fp8"))
+    for name, record in bundle.manifest.components.items():
+        assert record.golden is not None
+        file = read_header(bundle.path(record.golden.path))
         inputs = {spec.name: read_tensor(file, f"input.{spec.name}") for spec in record.inputs}
-        for built_engine in record.engines:
-            check_inputs(name, record.inputs, built_engine.dimensions, inputs)
-
-
-def test_a_picture_of_engines_for_a_gpu_is_drawn_on_a_cpu(built: Callable[[str], Path]) -> None:
-    with FluxPipeline.from_bundle(built("fp8"), runtime="emulate") as pipe:
-        (image,) = pipe("a red circle on a white background", seed=1, num_inference_steps=4).images
-    assert max(high - low for low, high in image.getextrema()) > 100
+        for engine in record.engines:
+            check_inputs(name, record.inputs, engine.dimensions, inputs)
 
 
 @pytest.mark.parametrize(

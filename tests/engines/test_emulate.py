@@ -17,7 +17,6 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from engines import (
-    Engine,
     EngineOptions,
     choose_builder,
     choose_runtime,
@@ -29,6 +28,7 @@ from engines.emulate.runtime import Emulate
 from fluxdeploy.bundle import Bundle
 from fluxdeploy.bundle.manifest import FileRecord, TensorSpec
 from fluxdeploy.errors import BundleError, EngineError, MissingDependencyError, UsageError
+from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.install import install_command
 from tests.engines.conftest import RANGES, Make, arrays, engine_record, expected, record
 
@@ -262,6 +262,27 @@ def test_a_weight_is_widened_just_before_it_is_used(graph: MakeGraph) -> None:
     assert not settings.enable_mem_reuse
 
 
+def test_of_a_table_only_the_rows_that_are_read_are_widened(graph: MakeGraph) -> None:
+    table = np.random.RandomState(0).standard_normal((9, 4)).astype(ml_dtypes.bfloat16)
+    kind = TensorProto.BFLOAT16
+    nodes = [
+        cast("x", "rows", TensorProto.INT64),
+        helper.make_node("Gather", ["table", "rows"], ["read"]),
+        helper.make_node("Squeeze", ["read"], ["flat"]),
+        helper.make_node("Add", ["flat", "flat"], ["twice"]),
+        cast("twice", "y", TensorProto.FLOAT),
+    ]
+    types = {"rows": TensorProto.INT64, **dict.fromkeys(("read", "flat", "twice"), kind)}
+    made = graph(nodes, types, (1, 4), large=numpy_helper.from_array(table, "table"))
+    rows = np.array([3, 0, 8, 3])
+    with open_engine(made, "tiny", "emulate") as engine:
+        found = engine.run({"x": rows.astype(np.float32)[:, None]})["y"]
+    assert (found == (table[rows] + table[rows]).astype(np.float32)).all()
+    model = onnx.load_model_from_string(emulate((made.root / "onnx/tiny.onnx").read_bytes()))
+    (stored,) = model.graph.initializer
+    assert [user.op_type for user in model.graph.node if stored.name in user.input] == ["Gather"]
+
+
 @pytest.mark.parametrize(
     ("node", "words"),
     [
@@ -287,5 +308,12 @@ def test_weights_that_the_manifest_does_not_list_are_not_read(graph: MakeGraph) 
         open_engine(made, "tiny", "emulate")
 
 
-def test_engines_are_not_emulations_where_nothing_says_so() -> None:
-    assert Engine.emulated is False
+def test_pictures_are_drawn_with_it(demo_bundle: Path) -> None:
+    """Of a bundle in float32, so that they are the usual ones."""
+    drawn = []
+    for runtime in ("onnxruntime", "emulate"):
+        with FluxPipeline.from_bundle(demo_bundle, runtime=runtime) as pipe:
+            asked = {"seed": 3, "num_inference_steps": 2, "output_type": "np"}
+            drawn.append(pipe("a red circle above a blue square", **asked).images[0])
+    assert np.abs(drawn[0] - drawn[1]).max() < 1 / 255
+    assert drawn[0].std() > 0.05

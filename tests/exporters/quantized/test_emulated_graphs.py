@@ -27,6 +27,7 @@ from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.progress import Progress
 from tests.exporters.quantized.conftest import LINEARS, SHORT, Quantized
 from tests.exporters.quantized.test_emulation import distance, ends
+from tests.exporters.quantized.test_emulation import run as run_in_onnx_runtime
 from tests.exporters.quantized.test_quantized_graphs import QUANTIZED, Graph
 
 Run = Callable[..., dict[str, Any]]
@@ -139,6 +140,15 @@ def test_fp4_weights_and_inputs_are_those_of_the_format(quantized: Quantized, ru
         assert torch.equal(found[weight], linears[linear].dequantized()), linear
         narrow = linears[linear].narrow(found[source(graph, x)])
         assert torch.equal(found[x], narrow), linear
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8-dynamic"])
+def test_what_onnx_runtime_runs_itself_is_the_same(
+    quantized: Quantized, run: Run, sample: Sample, precision: str
+) -> None:
+    path = quantized(precision, "fp32")
+    usual = torch.from_numpy(run_in_onnx_runtime(path, sample.inputs(0))["velocity"])
+    assert distance(run(path)["velocity"], usual) < 2e-3
 
 
 def run_in_bf16(chain: Chain, weights: Any, inputs: Any) -> Any:
