@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines import EngineOptions, open_engine
-from engines.base import Array, Binding, Engine
+from engines.base import Array, Engine
 from fluxdeploy.bench.contender import LoadedContender
 from fluxdeploy.bench.job import Job
 from fluxdeploy.bench.stopwatch import Stopwatch
+from fluxdeploy.bench.timed_engine import TimedEngine
 from fluxdeploy.bundle import Bundle, open_bundle
 from fluxdeploy.errors import BundleError
 from fluxdeploy.host.pipeline import FluxPipeline
@@ -56,52 +57,10 @@ class BundleContender(LoadedContender):
         def open_timed(component: str) -> Engine:
             with self._watch.component("load"):
                 engine = open_engine(bundle, component, self._job.runtime, options)
-            return _TimedEngine(engine, self._watch, self._keep)
+            return TimedEngine(engine, self._watch, self._keep)
 
         return open_timed
 
     def _keep(self, outputs: Mapping[str, Array]) -> None:
         if "velocity" in outputs:
             self._keep_first(lambda: outputs["velocity"])
-
-
-class _TimedEngine(Engine):
-    """An engine whose calls are timed under its component's name."""
-
-    def __init__(
-        self, engine: Engine, watch: Stopwatch, keep: Callable[[Mapping[str, Array]], None]
-    ) -> None:
-        super().__init__(engine.component, engine.inputs, engine.outputs, engine.dimensions)
-        self._engine = engine
-        self._watch = watch
-        self._keep = keep
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        with self._watch.component(self.component):
-            return self._engine.run(inputs)
-
-    def bind(self, resident: Mapping[str, Array]) -> Binding:
-        return _TimedBinding(self._engine.bind(resident), self.component, self._watch, self._keep)
-
-    def close(self) -> None:
-        self._engine.close()
-
-
-class _TimedBinding(Binding):
-    def __init__(
-        self,
-        binding: Binding,
-        component: str,
-        watch: Stopwatch,
-        keep: Callable[[Mapping[str, Array]], None],
-    ) -> None:
-        self._binding = binding
-        self._component = component
-        self._watch = watch
-        self._keep = keep
-
-    def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        with self._watch.component(self._component):
-            outputs: Mapping[str, Any] = self._binding.run(inputs)
-        self._keep(outputs)
-        return outputs

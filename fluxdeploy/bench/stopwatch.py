@@ -65,6 +65,11 @@ class Stopwatch:
         self._transformer.append(self._in_step)
         self._in_step, self._step_began = 0.0, now
 
+    def totals(self) -> dict[str, float]:
+        """The seconds in each component since `clear`, of steps that were not ended too."""
+        inside = sum(self._transformer) + self._in_step
+        return {**self._sums, **({"transformer": inside} if inside else {})}
+
     def laps(self) -> Laps:
         """What was measured since `clear`."""
         pairs = zip(self._steps, self._transformer, strict=True)

@@ -20,8 +20,10 @@ from fluxdeploy.cli.options import (
     MIN_SIZE,
     OPT_SIZE,
     PRECISION,
+    PROMPTS,
     QUALITY,
     REPLACE,
+    REPORT,
     RUNTIME,
     STRICT,
     TARGETS,
@@ -34,7 +36,12 @@ from fluxdeploy.progress import Progress
 from fluxdeploy.terminal import say, say_json
 
 if TYPE_CHECKING:
+    from fluxdeploy.bundle import Bundle
     from fluxdeploy.bundle.manifest import Manifest
+    from fluxdeploy.verify.verify import VerifyReport
+
+_PICTURES = 3
+"""Of a report, where no prompts are given."""
 
 
 @click.command()
@@ -59,6 +66,8 @@ if TYPE_CHECKING:
     help="The bundle's folder. An earlier bundle there stays usable until the new one is whole.",
 )
 @REPLACE
+@PROMPTS
+@REPORT
 @AS_JSON
 def command(
     checkpoint: str | None,
@@ -77,6 +86,8 @@ def command(
     weight_streaming: bool,
     out: Path,
     replace: bool,
+    prompts: Path | None,
+    page: Path | None,
     as_json: bool,
 ) -> None:
     """Build a bundle from CHECKPOINT: ONNX files, engines, tokenizers and a manifest.
@@ -104,6 +115,8 @@ def command(
     from fluxdeploy.build.resolve import BuildRequest
     from fluxdeploy.build.sizes import SizeRange
     from fluxdeploy.bundle.typed_json import to_plain
+    from fluxdeploy.cli.verify import read_prompts, show_report
+    from fluxdeploy.verify.page import check_page, write_page
 
     request = BuildRequest(
         checkpoint,
@@ -119,8 +132,16 @@ def command(
         weight_streaming,
         replace,
     )
+    if page is not None:
+        check_page(page)
+    given = read_prompts(prompts)
     with libraries_on_stderr(), Progress(quiet=as_json) as progress:
         bundle = build(request, out, progress)
+        report = None
+        if given or page is not None:
+            report = _compare(bundle, checkpoint, given, progress)
+    if report is not None and page is not None:
+        write_page(report, bundle, page)
     components = bundle.manifest.components
     precisions = {name: record.precision for name, record in components.items()}
     recipes = {name: r.recipe for name, r in components.items() if r.recipe is not None}
@@ -133,6 +154,7 @@ def command(
                 "precisions": precisions,
                 "runs_here": here,
                 "recipes": to_plain(recipes),
+                "report": None if report is None else report.as_json(),
             }
         )
         return
@@ -143,6 +165,8 @@ def command(
     for name, recipe in recipes.items():
         for line in tell_recipe(name, recipe, components[name].compute):
             say(line)
+    if report is not None:
+        show_report(report)
     call = f'fluxdeploy generate "a prompt" --bundle {shlex.quote(str(out))}'
     if here:
         say(f"{out} is ready: {call}")
@@ -150,6 +174,21 @@ def command(
         devices = _devices(bundle.manifest)
         say(f"{out} is ready for {devices}; nothing on this machine runs it")
         say(f"to see here what it draws, slowly: {call} --runtime emulate")
+
+
+def _compare(
+    bundle: Bundle, checkpoint: str | None, prompts: tuple[str, ...], progress: Progress
+) -> VerifyReport:
+    """The bundle's pictures beside PyTorch's: of what runs here, or else of its numbers."""
+    from engines import EngineOptions, runs_here
+    from fluxdeploy.demo import DEFAULT_CHECKPOINT
+    from fluxdeploy.verify.verify import verify
+
+    here = runs_here(record.engines for record in bundle.manifest.components.values())
+    runtime = "auto" if here else "emulate"
+    source = checkpoint or DEFAULT_CHECKPOINT
+    pictures = None if prompts else _PICTURES
+    return verify(bundle.root, source, runtime, EngineOptions(), progress, pictures, prompts)
 
 
 def _devices(manifest: Manifest) -> str:

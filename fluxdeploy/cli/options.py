@@ -31,8 +31,10 @@ __all__ = [
     "MIN_SIZE",
     "OPT_SIZE",
     "PRECISION",
+    "PROMPTS",
     "QUALITY",
     "REPLACE",
+    "REPORT",
     "RUNTIME",
     "SIZE",
     "STRICT",
@@ -297,6 +299,21 @@ QUALITY = click.option(
     help="What pictures keep in few bits: PSNR against float32 in dB, or the cosine of a step's "
     "velocity. Layers stay in wider numbers until it is kept; `none` looks at nothing.  [default: "
     "what the precision promises]",
+)
+
+PROMPTS = click.option(
+    "--prompts",
+    type=PathType(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Draw these prompts, one a line, and compare their pictures with PyTorch's.",
+)
+
+REPORT = click.option(
+    "--report",
+    "page",
+    type=FILE,
+    metavar="FILE",
+    help="Write what was compared, and the pictures side by side, into this HTML page.",
 )
 
 STRICT = click.option(

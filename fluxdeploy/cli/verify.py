@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fluxdeploy.cli.options import AS_JSON, BUNDLE, CHECKPOINT_NAME, DEVICE, FILE, RUNTIME, THREADS
+from fluxdeploy.cli.options import (
+    AS_JSON,
+    BUNDLE,
+    CHECKPOINT_NAME,
+    DEVICE,
+    FILE,
+    PROMPTS,
+    REPORT,
+    RUNTIME,
+    THREADS,
+)
 from fluxdeploy.library_output import libraries_on_stderr
 from fluxdeploy.progress import Progress
 from fluxdeploy.terminal import say_json, show
@@ -43,6 +53,8 @@ _WORST = 5
     metavar="FILE",
     help="Draw how pictures and layers spread, with their thresholds, into this PNG file.",
 )
+@PROMPTS
+@REPORT
 @RUNTIME
 @DEVICE
 @THREADS
@@ -52,6 +64,8 @@ def command(
     checkpoint: str | None,
     pictures: int | None,
     plot: Path | None,
+    prompts: Path | None,
+    page: Path | None,
     runtime: str,
     device: int,
     threads: int | None,
@@ -70,31 +84,49 @@ def command(
     Examples:
       fluxdeploy verify
       fluxdeploy verify --pictures 50 --plot quality.png
+      fluxdeploy verify --pictures 4 --report quality.html
       fluxdeploy verify --bundle flux-dev --checkpoint ./FLUX.1-dev
       fluxdeploy verify --bundle flux-rtx --runtime emulate
       fluxdeploy verify --json | jq .pictures.psnr.median
     """
     from engines import EngineOptions
+    from fluxdeploy.bundle import open_bundle
+    from fluxdeploy.verify.page import check_page, write_page
     from fluxdeploy.verify.plot import check_plot, plot_quality
     from fluxdeploy.verify.verify import verify
 
     if plot is not None:
         check_plot(plot)
         pictures = pictures or 1
+    if page is not None:
+        check_page(page)
+    given = read_prompts(prompts)
     options = EngineOptions(threads, device)
     with libraries_on_stderr(), Progress(quiet=as_json) as progress:
-        report = verify(bundle, checkpoint, runtime, options, progress, pictures)
+        report = verify(bundle, checkpoint, runtime, options, progress, pictures, given)
     if plot is not None:
         plot_quality(report, plot)
+    if page is not None:
+        write_page(report, open_bundle(bundle), page)
     if as_json:
         say_json(report.as_json())
     else:
-        _show(report)
+        show_report(report)
     if not report.passed:
         raise SystemExit(1)
 
 
-def _show(report: VerifyReport) -> None:
+def read_prompts(path: Path | None) -> tuple[str, ...]:
+    """The prompts of a file, none where there is none. Raises `UsageError` for a bad file."""
+    if path is None:
+        return ()
+    from exporters.calibrate.range_file import read_prompts
+
+    return read_prompts(path)
+
+
+def show_report(report: VerifyReport) -> None:
+    """A verification in tables."""
     show(*_tables(report))
     if report.emulated:
         who: dict[str, list[str]] = {}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines import Engine, EngineOptions, open_engine
+from fluxdeploy.bench.stopwatch import Stopwatch
+from fluxdeploy.bench.timed_engine import TimedEngine
 from fluxdeploy.bundle import Bundle
 from fluxdeploy.bundle.manifest import QualityRecord
 from fluxdeploy.host.pipeline import FluxPipeline
@@ -35,6 +36,8 @@ __all__ = [
     "judge",
     "objects_kept",
 ]
+
+Pixels = NDArray[np.float32]
 
 OBJECTS_PICTURES = 20
 """How many pictures it takes to compare objects: of fewer, one more or less would decide."""
@@ -78,13 +81,20 @@ class PictureReport:
 
 @dataclass(frozen=True)
 class PicturesReport:
-    """All pictures that were compared, of `height` x `width` pixels, and their gate."""
+    """All pictures that were compared, of `height` x `width` pixels, and their gate.
+
+    seconds: of each component, a picture. drawn, expected: the bundle's pictures and PyTorch's,
+    float32 [H, W, 3] in 0..1.
+    """
 
     height: int
     width: int
     steps: int
     gate: QualityRecord
     pictures: tuple[PictureReport, ...]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    drawn: tuple[Pixels, ...] = field(default=(), repr=False, compare=False)
+    expected: tuple[Pixels, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def psnr(self) -> float:
@@ -139,6 +149,7 @@ class PicturesReport:
             "min_psnr": self.gate.min_psnr,
             "min_ssim": self.gate.min_ssim,
             "passed": self.passed,
+            "seconds": dict(self.seconds),
             "pictures": [asdict(picture) for picture in self.pictures],
         }
 
@@ -176,11 +187,14 @@ def choose_scenes(bundle: Bundle, count: int) -> Drawing:
     )
 
 
-def choose_prompts(bundle: Bundle, count: int) -> Drawing:
-    """Prompts of all kinds, in a few steps, as near to `_SIDE` pixels as the engines allow."""
+def choose_prompts(bundle: Bundle, count: int, given: Sequence[str] = _PROMPTS) -> Drawing:
+    """Prompts that are given, or some of all kinds, in a few steps.
+
+    Their size is as near to `_SIDE` pixels as the engines allow.
+    """
     limits = bundle.manifest.components["vae_decoder"].engines[0].dimensions
     height, width = (min(max(_SIDE, limits[s].min), limits[s].max) for s in ("H", "W"))
-    prompts = tuple(_PROMPTS[number % len(_PROMPTS)] for number in range(count))
+    prompts = tuple(given[number % len(given)] for number in range(count))
     return Drawing(prompts, (), height, width, _STEPS)
 
 
@@ -199,7 +213,11 @@ def compare_pictures(
         return ReferenceEngine(checkpoint, component)
 
     # One after the other: both together may not fit into memory.
-    open_component = functools.partial(open_engine, bundle, runtime=runtime, options=options)
+    watch = Stopwatch()
+
+    def open_component(component: str) -> Engine:
+        return TimedEngine(open_engine(bundle, component, runtime, options), watch)
+
     with FluxPipeline(bundle, load_tokenizers(bundle), open_component) as pipe:
         drawn = draw(pipe, drawing, "Drawing with the bundle", progress)
     with FluxPipeline(bundle, load_tokenizers(bundle), open_reference) as pipe:
@@ -217,8 +235,16 @@ def compare_pictures(
         )
         for seed, prompt in enumerate(drawing.prompts)
     )
-    gate = bundle.manifest.quality
-    return PicturesReport(drawing.height, drawing.width, drawing.steps, gate, pictures)
+    return PicturesReport(
+        drawing.height,
+        drawing.width,
+        drawing.steps,
+        bundle.manifest.quality,
+        pictures,
+        {name: taken / len(pictures) for name, taken in watch.totals().items()},
+        tuple(drawn),
+        tuple(expected),
+    )
 
 
 def draw(

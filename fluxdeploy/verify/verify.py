@@ -84,20 +84,24 @@ def verify(
     options: EngineOptions,
     progress: Progress,
     pictures: int | None = None,
+    prompts: tuple[str, ...] = (),
 ) -> VerifyReport:
     """Check every file's hash, each engine against golden tensors, and pictures and layers.
 
     `pictures` are drawn with the bundle and with PyTorch, which takes the checkpoint; the package's
-    own are at hand. None is one picture where that can be had, and none elsewhere. Layers are
-    compared along with them where the transformer is quantized.
+    own are at hand. None is one picture where that can be had, and none elsewhere, or one for each
+    of `prompts`, which are drawn in place of the usual ones. Layers are compared along with them
+    where the transformer is quantized.
 
     Raises `BundleError` for a broken bundle, `UsageError` for a checkpoint that the bundle is not
-    made from, and for `pictures` without a checkpoint.
+    made from, and for `pictures` or `prompts` without a checkpoint.
     """
     total = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     task = progress.task("Hashing the bundle", total=total)
     bundle = open_bundle(path, check="all", on_bytes=task.advance)
     task.finish()
+    if pictures is None and prompts:
+        pictures = len(prompts)
     source = _find_checkpoint(bundle, checkpoint, pictures is not None)
     opened = None if source is None else open_recorded(bundle, source, progress)
     recorded = [n for n, record in bundle.manifest.components.items() if record.golden]
@@ -113,7 +117,10 @@ def verify(
     is_demo = (
         source in DEMO_CHECKPOINTS or checkpoint_record(bundle).get("name") in DEMO_CHECKPOINTS
     )
-    drawing = choose_scenes(bundle, count) if is_demo else choose_prompts(bundle, count)
+    if prompts:
+        drawing = choose_prompts(bundle, count, prompts)
+    else:
+        drawing = choose_scenes(bundle, count) if is_demo else choose_prompts(bundle, count)
     compared = compare_pictures(bundle, opened, drawing, runtime, options, progress)
     return VerifyReport(bundle.content_hash, tuple(components), compared, layers)
 
