@@ -186,12 +186,14 @@ class BuildSettings:
     `profiles` are the resolution buckets: each gives the sizes of every symbol of the inputs, and
     the engine is tuned for each bucket's `opt`. `memory_limit` bounds the scratch memory of one
     kernel in bytes. With `weight_streaming` an engine may run with weights that do not all fit on
-    the GPU.
+    the GPU. With `strict` an attention that the runtime does not fuse is an error; its numbers are
+    right without, and it takes longer.
     """
 
     profiles: tuple[Mapping[str, DimensionRange], ...]
     memory_limit: int | None = None
     weight_streaming: bool = False
+    strict: bool = False
 
 
 class Runtime(ABC):

@@ -114,7 +114,7 @@ class TensorRt(Runtime):
         It is there for an engine of other kernels than were asked for, too.
         """
         from engines.tensorrt.build import build_engine, check_profiles
-        from engines.tensorrt.fusion import check, expect
+        from engines.tensorrt.fusion import check, expect, unfused
 
         unique = tuple(dict.fromkeys(targets))
         for target in unique:
@@ -139,7 +139,14 @@ class TensorRt(Runtime):
         fusion = build_engine(trt, source, unique, settings, timings, destination, progress)
         report = destination.with_suffix(".kernels.json")
         write_atomic(report, fusion.as_json())
-        if problems := check(fusion, expect(source)):
+        expectation = expect(source)
+        problems = check(fusion, expectation)
+        slower = unfused(fusion, expectation)
+        if slower is not None and settings.strict:
+            problems.append(slower)
+        elif slower is not None:
+            progress.note(f"  {source.component}: {slower}; {report.name} has all kernels")
+        if problems:
             raise EngineError(
                 f"The {source.component} engine for {', '.join(unique)} is not the "
                 f"{source.precision.name} engine that was asked for: {'; '.join(problems)}. Its "

@@ -16,7 +16,7 @@ from fluxdeploy.progress import Progress
 
 __all__ = ["find_recipe", "share_spared"]
 
-_MARGIN = 1.0
+_MARGIN = 1.5
 """dB by which pictures have to be better than was promised, since others come out otherwise."""
 
 _ROUNDS = 8

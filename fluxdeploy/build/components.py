@@ -86,7 +86,9 @@ def _make(component: ComponentSpec, key: str, run: BuildRun) -> tuple[FileRecord
 
 def _build_engines(component: ComponentSpec, exported: Exported, run: BuildRun) -> list[str]:
     request, root = run.spec.request, run.staging.root
-    settings = BuildSettings(component.profiles, request.memory_limit, request.weight_streaming)
+    settings = BuildSettings(
+        component.profiles, request.memory_limit, request.weight_streaming, request.strict
+    )
     source = engine_source(component.export, exported, root)
     return build_engines(run.spec.runtime, source, component.engines, settings, root, run.progress)
 

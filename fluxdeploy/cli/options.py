@@ -319,7 +319,8 @@ REPORT = click.option(
 STRICT = click.option(
     "--strict",
     is_flag=True,
-    help="Fail where a precision keeps its quality only with some layers in wider numbers.",
+    help="Fail where a precision keeps its quality only with some layers in wider numbers, and "
+    "where a runtime does not fuse an attention.",
 )
 
 REPLACE = click.option(

@@ -71,7 +71,7 @@ def _page(report: VerifyReport, bundle: Bundle) -> Iterator[str]:
     verdict = "All is within its gate." if report.passed else "Not all is within its gate."
     yield f'<p class="{"note" if report.passed else "failed"}">{verdict}</p>'
     yield f'<p class="note">{escape(_circumstances(report, bundle))}</p>'
-    yield from _components(report, bundle)
+    yield from _components(report)
     yield from _recipes(bundle)
     if report.pictures is not None:
         yield from _pictures(report.pictures)
@@ -95,21 +95,20 @@ def _circumstances(report: VerifyReport, bundle: Bundle) -> str:
     return " ".join(words)
 
 
-def _components(report: VerifyReport, bundle: Bundle) -> Iterator[str]:
+def _components(report: VerifyReport) -> Iterator[str]:
     seconds = {} if report.pictures is None else report.pictures.seconds
     yield "<h2>Components</h2><table><tr><th>component</th><th>precision</th>"
     for heading in ("max error", "cosine", "PSNR", "size", "seconds a picture"):
         yield f'<th class="number">{heading}</th>'
     yield "<th></th></tr>"
     for row in report.components:
-        size = sum(file.size for file in bundle.manifest.components[row.name].files)
         taken = f"{seconds[row.name]:.3g}" if row.name in seconds else ""
         yield f"<tr><td>{escape(row.name)}</td><td>{escape(row.precision)}</td>"
         for cell in (
             f"{row.deviation.max_error:.1e}",
             f"{row.deviation.cosine:.6f}",
             f"{row.deviation.psnr:.0f} dB",
-            f"{size / 2**20:.1f} MiB",
+            f"{row.size / 2**20:.1f} MiB",
             taken,
         ):
             yield f'<td class="number">{cell}</td>'

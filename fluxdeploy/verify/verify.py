@@ -29,13 +29,17 @@ __all__ = ["ComponentReport", "VerifyReport", "verify"]
 
 @dataclass(frozen=True)
 class ComponentReport:
-    """A component's engine against its golden tensors; see `Engine.emulated`."""
+    """A component's engine against its golden tensors; see `Engine.emulated`.
+
+    size: bytes of all its files, of which other components may share some.
+    """
 
     name: str
     precision: str
     emulated: bool
     deviation: Deviation
     passed: bool
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,8 @@ def _verify_component(
     with open_engine(bundle, name, runtime, options) as engine, bundle.unchanged(record.files):
         deviation = measure_component(engine, bundle.path(record.golden.path))
     passed = deviation.within(record.golden)
-    return ComponentReport(name, record.precision, engine.emulated, deviation, passed)
+    size = sum(file.size for file in record.files)
+    return ComponentReport(name, record.precision, engine.emulated, deviation, passed, size)
 
 
 def _finite(value: Any) -> Any:

@@ -15,6 +15,7 @@ from engines.tensorrt.fusion import (
     check,
     expect,
     read_report,
+    unfused,
 )
 from fluxdeploy.bundle.manifest import DimensionRange
 from fluxdeploy.errors import EngineError
@@ -150,7 +151,26 @@ def test_float32_engines_have_no_fused_attention() -> None:
     for kind in ("fp32", None):  # and with None any form will do
         plain = Expectation(1, kind, {"fp8": 4}, "fp32", 10_000)
         assert check(report, plain) == []
-    assert "not fused" in check(report, WANTED)[0]
+        assert unfused(report, plain) is None
+    assert check(report, WANTED) == []
+    assert "1 attentions are not fused" in str(unfused(report, WANTED))
+    assert unfused(read(*GOOD), WANTED) is None
+
+
+def test_layers_that_a_recipe_spares() -> None:
+    """Some linears have narrow weights alone, and some attentions are wide."""
+    report = replace(
+        read(*GOOD),
+        linears={"a": "fp8", "b": "fp8-weights", "c": "bf16"},
+        attentions={"x": "fp8", "y": "bf16"},
+    )
+    gemms = {"fp8": 1, "fp8-weights": 1}
+    wanted = Expectation(2, "fp8", gemms, "bf16", 10_000, wide_attentions=1)
+    assert check(report, wanted) == []
+    assert "run in bf16 where fp8" in check(report, replace(wanted, wide_attentions=0))[0]
+    assert "run in bf16 where fp8" in check(report, replace(wanted, wide_attentions=2))[0]
+    fewer = replace(wanted, gemms={"fp8": 2})
+    assert "1 linears run in fp8 where 2" in check(report, fewer)[0]
 
 
 @pytest.mark.parametrize(
@@ -262,8 +282,6 @@ class TestRealEngines:
     @pytest.mark.parametrize(
         ("how", "words"),
         [
-            ({"attention_scales": "fp32"}, "not fused and write their scores to memory: softmax"),
-            ({"attention": ("q", "k", "softmax")}, "not fused and write their scores to memory"),
             ({"linear_scales": "fp32"}, "6 quantized linears give float32 instead of bf16"),
             (
                 {"linears": ("q", "k", "v", "out", "up", "down", "final")},
@@ -281,3 +299,12 @@ class TestRealEngines:
     ) -> None:
         problems = check(self.build(tmp_path, **how), self.expectation())
         assert any(words in problem for problem in problems), problems
+
+    @pytest.mark.parametrize(
+        "how", [{"attention_scales": "fp32"}, {"attention": ("q", "k", "softmax")}]
+    )
+    def test_attentions_that_are_not_fused_are_told(
+        self, tmp_path: Path, how: dict[str, object]
+    ) -> None:
+        told = unfused(self.build(tmp_path, **how), self.expectation())
+        assert "not fused and write their scores to memory, which takes longer" in str(told)
