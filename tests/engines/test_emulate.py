@@ -266,6 +266,7 @@ def test_a_weight_is_widened_just_before_it_is_used(graph: MakeGraph) -> None:
     assert settings.execution_order == onnxruntime.ExecutionOrder.PRIORITY_BASED
     assert settings.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     assert not settings.enable_mem_reuse
+    assert not settings.enable_cpu_mem_arena
 
 
 def test_of_a_table_only_the_rows_that_are_read_are_widened(graph: MakeGraph) -> None:
