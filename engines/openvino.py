@@ -58,7 +58,9 @@ class OpenVino(Runtime):
         return f"OpenVINO has no {precision} on CPUs; use {', '.join(possible)}"
 
     def widens_weights(self, target: str, precision: str) -> bool:
-        return PRECISIONS[precision].quantization is not None
+        """INT4 is widened as its product goes on."""
+        quantization = PRECISIONS[precision].quantization
+        return quantization is not None and quantization.format != "int4"
 
     def open(
         self,
