@@ -208,6 +208,8 @@ def _run_as_written(module: Any, settings: onnxruntime.SessionOptions, folder: P
     # Planned reuse saves nothing here, and its planning grows with the square of the nodes: half a
     # minute for 7000 of them.
     settings.enable_mem_reuse = False
+    # An arena would keep twice the room that widened weights take.
+    settings.enable_cpu_mem_arena = False
     settings.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(folder)
     )

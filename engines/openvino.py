@@ -13,7 +13,7 @@ import numpy as np
 
 from engines.base import Array, Availability, Binding, Engine, EngineOptions, Extra, Runtime
 from engines.tensors import BoundInputs, Found, check_boundary
-from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
+from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, TensorSpec
 from fluxdeploy.errors import EngineError, MissingDependencyError
 from fluxdeploy.install import install_command
 from fluxdeploy.native import native_errors
@@ -58,7 +58,9 @@ class OpenVino(Runtime):
         return f"OpenVINO has no {precision} on CPUs; use {', '.join(possible)}"
 
     def widens_weights(self, target: str, precision: str) -> bool:
-        return PRECISIONS[precision].quantization is not None
+        """INT4 is widened as its product goes on."""
+        quantization = PRECISIONS[precision].quantization
+        return quantization is not None and quantization.format != "int4"
 
     def open(
         self,
@@ -120,15 +122,20 @@ def _running(component: str) -> AbstractContextManager[None]:
     return native_errors(EngineError, f"{component} failed in OpenVINO")
 
 
-def _tensors(ports: Sequence[Any]) -> Found:
-    """What a compiled model takes or gives, under each of its names."""
+def _tensors(ports: Sequence[Any], specs: Sequence[TensorSpec]) -> Found:
+    """What a compiled model takes or gives.
+
+    A port has more names than one where a step of the graph changes nothing and is left out, such
+    as a cast to the same type: of those, the one that `specs` has counts.
+    """
+    wanted = {spec.name for spec in specs}
     return {
         name: (
             _DTYPES.get(port.element_type.get_type_name(), port.element_type.get_type_name()),
             tuple(size.get_length() if size.is_static else None for size in port.partial_shape),
         )
         for port in ports
-        for name in port.names
+        for name in port.names & wanted or port.names
     }
 
 
@@ -145,7 +152,11 @@ class _OpenVinoEngine(Engine):
         self._model: openvino.CompiledModel | None = _compile(
             path, record.compute, options, component
         )
-        check_boundary(self, _tensors(self._model.inputs), _tensors(self._model.outputs))
+        check_boundary(
+            self,
+            _tensors(self._model.inputs, self.inputs),
+            _tensors(self._model.outputs, self.outputs),
+        )
 
     def model(self) -> openvino.CompiledModel:
         """The compiled model. Raises `EngineError` once the engine was closed."""

@@ -30,11 +30,17 @@ class Emulate(Runtime):
         return Availability(True, "the numbers of any bundle, slowly, where --runtime names it")
 
     def engines(self, component: str, record: ComponentRecord) -> Mapping[str, EngineRecord]:
-        """The graph that every component has, which takes any size."""
+        """The graph that every component has. It takes any size.
+
+        A batch is limited as the component's own engines limit it: hosts divide larger ones, and
+        all pictures at once would take all memory.
+        """
         path = f"onnx/{component}.onnx"
         if all(file.path != path for file in record.files):
             return {}
-        return {"cpu": EngineRecord(self.name, self.version(), "cpu", path, {})}
+        batches = [e.dimensions["B"] for e in record.engines if "B" in e.dimensions]
+        largest = {"B": max(batches, key=lambda sizes: sizes.max)} if batches else {}
+        return {"cpu": EngineRecord(self.name, self.version(), "cpu", path, largest)}
 
     def compute(self, target: str, precision: str) -> str:
         return "fp32"

@@ -24,7 +24,7 @@ from exporters.formats.graph_file import GraphFile, read_values, values_of
 from exporters.formats.number_types import EightBits, NumberType
 from fluxdeploy.bundle.tensorfile import from_float32
 
-__all__ = ["Activations", "Format", "Packed", "Part", "QuantizedLinear"]
+__all__ = ["Activations", "Format", "Packed", "Part", "QuantizedLinear", "unchanged"]
 
 Activations = Literal["static", "dynamic"] | None
 """How the input of a linear is quantized, as in `fluxdeploy.precision.Quantization`."""
@@ -271,3 +271,8 @@ class QuantizedLinear:
     def dequantized(self) -> Tensor:
         """The weight [in, out] that the graph multiplies with, float32, read from its file."""
         return self.format.widen(*(read_values(part, self.folder) for part in self.parts))
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """What a graph does to the input of a linear whose weight alone is quantized: nothing."""
+    return x

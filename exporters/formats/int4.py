@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from torch import Tensor
 
-from exporters.formats.base import Activations, Format, Packed, Part, QuantizedLinear
+from exporters.formats.base import Activations, Format, Packed, Part, QuantizedLinear, unchanged
 from exporters.formats.fp8 import E4M3
 from exporters.formats.graph_edit import GraphEdit
 from exporters.formats.graph_file import GraphFile
@@ -108,7 +108,7 @@ class _Int4(Format):
     def read(self, file: GraphFile, weight: TensorProto) -> QuantizedLinear:
         (reader,) = file.users[weight.name]
         scales = file.initializers[reader.input[1]]
-        return QuantizedLinear(self, (weight, scales), _unchanged, file.folder)
+        return QuantizedLinear(self, (weight, scales), unchanged, file.folder)
 
     def widen(self, *parts: Tensor) -> Tensor:
         numbers, scales = parts
@@ -158,13 +158,10 @@ def _sum(products: Tensor) -> Tensor:
     return products[:, 0].clone()
 
 
-def _unchanged(x: Tensor) -> Tensor:
-    return x
-
-
 INT4 = _Int4(
     "int4",
     NumberType("U8", ir.DataType.INT4, each=2),
     activations=(None,),
+    # No runtime has an attention in INT4.
     attention=E4M3,
 )

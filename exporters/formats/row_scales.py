@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from torch import Tensor
 
-from exporters.formats.base import Activations, Format, Packed, Part, QuantizedLinear
+from exporters.formats.base import Activations, Format, Packed, Part, QuantizedLinear, unchanged
 from exporters.formats.graph_edit import GraphEdit
 from exporters.formats.graph_file import GraphFile
 from exporters.formats.number_types import SCALE_SUFFIX, EightBits
@@ -105,7 +105,7 @@ class RowScaled(Format):
         scales = file.initializers[reader.input[1]]
         (product,) = file.users[reader.output[0]]
         source = file.producers.get(product.input[0])
-        narrow: Callable[[Tensor], Tensor] = _unchanged
+        narrow: Callable[[Tensor], Tensor] = unchanged
         if source is not None and source.op_type == "DequantizeLinear":
             narrow = partial(self.numbers.emulate, scale=file.scale(source))
         return QuantizedLinear(self, (weight, scales), narrow, file.folder)
@@ -119,7 +119,3 @@ class RowScaled(Format):
             return x
         step = self.numbers.step(self.numbers.headroom * largest, ir.DataType.FLOAT)
         return self.numbers.emulate(x, step)
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x

@@ -107,7 +107,9 @@ def bundle(tmp_path: Path) -> Make:
         }
         nodes = [
             helper.make_node("Unsqueeze", ["scale", "one"], ["scales"]),
-            helper.make_node("Mul", ["x", "scales"], ["product"]),
+            # Changes nothing, as where a type is computed in that the tensor has already.
+            helper.make_node("Cast", ["x"], ["copy"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["copy", "scales"], ["product"]),
             helper.make_node("Add", ["product", "bias"], ["sum"]),
             helper.make_node("Cast", ["ids"], ["numbers"], to=TensorProto.FLOAT),
             helper.make_node("Unsqueeze", ["numbers", "ones"], ["offset"]),

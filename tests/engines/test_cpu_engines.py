@@ -232,20 +232,22 @@ def test_openvino_keeps_bfloat16_and_takes_no_fp8() -> None:
     ]
     assert runtime.compute("cpu", "int8") == "bf16"
     assert runtime.precision_problem("cpu", "int8") is None
+    assert runtime.precision_problem("cpu", "int4-weights") is None
     for name in ("fp8", "fp16", "int8-dynamic"):
         assert f"no {name} on CPUs; use fp32" in str(runtime.precision_problem("cpu", name))
 
 
 @pytest.mark.parametrize(
-    ("precision", "vnni", "qdq", "slow"),
+    ("precision", "vnni", "qdq", "slow", "level"),
     [
-        ("fp32", False, "", ""),
-        ("fp8", True, "1", ""),
-        ("fp8-weights", False, "1", ""),
-        ("int8-dynamic", True, "", ""),
-        ("int8-dynamic", False, "", "1"),
-        ("int8-weights", False, "", ""),
-        ("of-a-later-version", False, "", ""),
+        ("fp32", False, "", "", ""),
+        ("fp8", True, "1", "", ""),
+        ("fp8-weights", False, "1", "", ""),
+        ("int8-dynamic", True, "", "", ""),
+        ("int8-dynamic", False, "", "1", ""),
+        ("int8-weights", False, "", "", ""),
+        ("int4-weights", False, "", "", "1"),
+        ("of-a-later-version", False, "", "", ""),
     ],
 )
 def test_what_a_session_is_told(
@@ -255,6 +257,7 @@ def test_what_a_session_is_told(
     vnni: bool,
     qdq: str,
     slow: str,
+    level: str,
 ) -> None:
     made = bundle()
     tiny = made.manifest.components["tiny"]
@@ -271,6 +274,7 @@ def test_what_a_session_is_told(
 
     assert entry("force_spinning_stop") == "1"
     assert (entry("disable_quant_qdq"), entry("x64quantprecision")) == (qdq, slow)
+    assert entry("qdq_matmulnbits_accuracy_level") == level
 
 
 @pytest.mark.parametrize(
@@ -291,9 +295,11 @@ def test_where_attention_is_an_operator(
     assert OnnxRuntime().attention(target, precision, compute) is kernels
 
 
-def test_only_dynamic_integers_stay_narrow_in_memory() -> None:
+def test_only_dynamic_integers_and_int4_stay_narrow_in_memory() -> None:
     narrow = [name for name in PRECISIONS if not OnnxRuntime().widens_weights("cpu", name)]
-    assert narrow == ["fp32", "bf16", "fp16", "int8-dynamic"]
+    assert narrow == ["fp32", "bf16", "fp16", "int8-dynamic", "int4-weights"]
+    assert OpenVino().widens_weights("cpu", "int8-weights")
+    assert not OpenVino().widens_weights("cpu", "int4-weights")
     assert not TensorRt().widens_weights("sm89", "fp8-weights")
 
 
@@ -341,7 +347,7 @@ def test_fp8_is_emulated_on_a_cpu_alone(precision: str) -> None:
     assert not TensorRt().emulates("sm89", precision)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8-dynamic"])
+@pytest.mark.parametrize("precision", ["fp32", "int8-dynamic", "int4-weights"])
 def test_what_a_cpu_computes_in_is_not_emulated(precision: str) -> None:
     assert not OnnxRuntime().emulates("cpu", precision)
     assert not OpenVino().emulates("cpu", precision)

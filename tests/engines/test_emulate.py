@@ -26,7 +26,7 @@ from engines import (
 from engines.emulate.graph import emulate
 from engines.emulate.runtime import Emulate
 from fluxdeploy.bundle import Bundle
-from fluxdeploy.bundle.manifest import FileRecord, TensorSpec
+from fluxdeploy.bundle.manifest import DimensionRange, FileRecord, TensorSpec
 from fluxdeploy.errors import BundleError, EngineError, MissingDependencyError, UsageError
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.install import install_command
@@ -36,7 +36,7 @@ NUMBERS = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16}
 TYPES = {"bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16}
 
 MakeGraph = Callable[..., Bundle]
-"""`graph(nodes, types, (K, M), *weights)`: a bundle whose component makes y[B,M] of x[B,K]."""
+"""`graph(nodes, types, (K, M), *weights)`: a bundle whose component makes y[R,M] of x[R,K]."""
 
 
 def as_bundle(root: Path, model: onnx.ModelProto, *files: str, **changes: Any) -> Bundle:
@@ -72,7 +72,7 @@ def graph(tmp_path: Path) -> MakeGraph:
         large: onnx.TensorProto | None = None,
     ) -> Bundle:
         x, y = (
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", size])
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["R", size])
             for name, size in zip("xy", sizes, strict=True)
         )
         values = [helper.make_tensor_value_info(name, kind, None) for name, kind in types.items()]
@@ -89,7 +89,7 @@ def graph(tmp_path: Path) -> MakeGraph:
             files = ["weights.bin"]
         model = helper.make_model(made, opset_imports=opsets, ir_version=11)
         x_spec, y_spec = (
-            TensorSpec(name, "float32", ("B", size)) for name, size in zip("xy", sizes, strict=True)
+            TensorSpec(name, "float32", ("R", size)) for name, size in zip("xy", sizes, strict=True)
         )
         return as_bundle(tmp_path, model, *files, inputs=(x_spec,), outputs=(y_spec,))
 
@@ -128,9 +128,15 @@ def test_what_is_opened_says_whether_it_is_an_emulation(
 
 
 def test_a_graph_takes_sizes_that_its_engines_do_not(gpu_bundle: Bundle) -> None:
-    inputs = arrays(batch=RANGES["B"].max + 1)
+    """But no larger batches, which a host divides."""
+    inputs = arrays(tokens=RANGES["T"].max + 1)
+    tiny = gpu_bundle.manifest.components["tiny"]
+    one = replace(tiny.engines[0], dimensions={**RANGES, "B": DimensionRange(1, 1, 1)})
+    components: Any = gpu_bundle.manifest.components
+    components["tiny"] = replace(tiny, engines=(one, *tiny.engines))
     with open_engine(gpu_bundle, "tiny", "emulate") as engine:
         assert (engine.run(inputs)["y"] == expected(**inputs)).all()
+        assert engine.dimensions == {"B": RANGES["B"]}
 
 
 def test_a_bundle_without_the_graph_is_refused(gpu_bundle: Bundle) -> None:
@@ -260,6 +266,7 @@ def test_a_weight_is_widened_just_before_it_is_used(graph: MakeGraph) -> None:
     assert settings.execution_order == onnxruntime.ExecutionOrder.PRIORITY_BASED
     assert settings.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     assert not settings.enable_mem_reuse
+    assert not settings.enable_cpu_mem_arena
 
 
 def test_of_a_table_only_the_rows_that_are_read_are_widened(graph: MakeGraph) -> None:
