@@ -83,7 +83,8 @@ class OutputJudge:
 class PictureJudge:
     """Of the transformer, by whole pictures: in a few steps, and over the schedule of a bundle.
 
-    `others` are the quantized components that come before it, each with its layers.
+    `others` are the quantized components that come before it, each with its layers. `sets` are
+    what is drawn; the middle step of the first is what layers are measured over.
     """
 
     def __init__(
@@ -92,9 +93,10 @@ class PictureJudge:
         emulator: Emulator,
         others: Mapping[str, tuple[Emulator, Layers]],
         progress: Progress,
+        sets: Sequence[Calibration] | None = None,
     ) -> None:
         self._checkpoint, self._emulator, self._progress = checkpoint, emulator, progress
-        self._sets = _sets(checkpoint)
+        self._sets = sets or _sets(checkpoint)
         self._steps = sum(calibration.steps for calibration in self._sets)
         # The first half of a schedule decides what is in the picture.
         middle = self._sets[0].steps // 2
