@@ -83,7 +83,8 @@ class OutputJudge:
 class PictureJudge:
     """Of the transformer, by whole pictures: in a few steps, and over the schedule of a bundle.
 
-    `others` are the quantized components that come before it, each with its layers. `sets` are
+    A recipe is judged once: the rest of the layers given has to stay the same. `others` are the
+    quantized components that come before it, each with its layers. `sets` are
     what is drawn; the middle step of the first is what layers are measured over.
     """
 
@@ -102,16 +103,9 @@ class PictureJudge:
         middle = self._sets[0].steps // 2
         exact = [start_samples(checkpoint, given, progress) for given in self._sets]
         plain = {name: Emulator(COMPONENTS[name], checkpoint, "fp32") for name in _TEXT}
-
-        def encode(name: str, samples: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
-            emulator, layers = others.get(name, (plain[name], None))
-            return emulator.run(samples, layers)
-
-        self._started = exact
-        if others:
-            self._started = [
-                start_samples(checkpoint, given, progress, encode) for given in self._sets
-            ]
+        self._exact = exact
+        self._plain = plain
+        self.follow(others)
         task = progress.task("Drawing in float32", self._steps * len(emulator.chain.stages))
         self.samples: Sequence[Mapping[str, Array]] = []
         self._expected: list[Floats] = []
@@ -124,7 +118,28 @@ class PictureJudge:
             self._expected += self._decode(given, samples)
         self._velocities = [o["velocity"] for o in emulator.run(self.samples, None)]
 
+    def follow(self, others: Mapping[str, tuple[Emulator, Layers]]) -> None:
+        """Have pictures begin with what these components give, from now on."""
+
+        def encode(name: str, samples: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
+            emulator, layers = others.get(name, (self._plain[name], None))
+            return emulator.run(samples, layers)
+
+        self._judged: dict[str, Quality] = {}
+        self._started = self._exact
+        if others:
+            quiet = Progress(quiet=True)
+            self._started = [
+                start_samples(self._checkpoint, given, quiet, encode) for given in self._sets
+            ]
+
     def judge(self, layers: Layers) -> Quality:
+        known = repr(layers.recipe)
+        if known not in self._judged:
+            self._judged[known] = self._draw(layers)
+        return self._judged[known]
+
+    def _draw(self, layers: Layers) -> Quality:
         chain, weights, enter = self._emulator.chain, self._emulator.weights, self._emulator.enter
         task = self._progress.task("Drawing in few bits", self._steps * len(chain.stages))
         pictures: list[Floats] = []

@@ -17,7 +17,7 @@ from exporters.formats import FORMATS
 from exporters.quality.emulate import Emulator
 from exporters.quality.judge import PROMPTS, Judge, OutputJudge, PictureJudge
 from exporters.quality.layers import Layers, Smoother
-from exporters.quality.search import find_recipe, share_spared
+from exporters.quality.search import MARGIN, find_recipe, share_spared
 from exporters.tokenizers import open_tokenizer
 from fluxdeploy.bundle.recipe import NOTHING, Promise, Recipe, RecipeRecord
 from fluxdeploy.precision import PRECISIONS, Quantization
@@ -31,6 +31,12 @@ Array = NDArray[np.generic]
 _ENCODED = 2
 """Prompts that text encoders and conditioner are judged over."""
 _LEVELS, _TOKENS = 4, 1024
+
+_ROOM = 3.0
+"""dB that pictures without the transformer's own noise have to be better than was promised."""
+_TRIES = 3
+_NEAREST = 1 - 1e-7
+"""The largest cosine that is asked for: float32 rounds what is nearer."""
 
 
 @dataclass(frozen=True)
@@ -79,17 +85,17 @@ def find_recipes(
     """
     finder = _Finder(checkpoint, ranges, known, progress)
     found: dict[str, RecipeRecord] = {}
-    others: dict[str, tuple[Emulator, Layers]] = {}
+    others: dict[str, tuple[Asked, Emulator, Layers]] = {}
     for asked in components:
         name, row = asked.component.name, PRECISIONS[asked.precision]
         if promise == Promise():
             found[name] = finder.unjudged(asked)
         elif name != "transformer":
             found[name], subject = finder.by_output(asked, Promise(cosine=row.min_cosine))
-            others[name] = subject
+            others[name] = (asked, *subject)
         else:
             asks = promise or Promise(psnr=row.min_psnr, ssim=row.min_ssim)
-            found[name] = finder.by_pictures(asked, asks, others)
+            found |= finder.by_pictures(asked, asks, others, found)
     return found
 
 
@@ -127,16 +133,68 @@ class _Finder:
         return record, (emulator, layers_of(asked, self._checkpoint, record.recipe, None))
 
     def by_pictures(
-        self, asked: Asked, promise: Promise, others: Mapping[str, tuple[Emulator, Layers]]
-    ) -> RecipeRecord:
+        self,
+        asked: Asked,
+        promise: Promise,
+        others: Mapping[str, tuple[Asked, Emulator, Layers]],
+        found: Mapping[str, RecipeRecord],
+    ) -> dict[str, RecipeRecord]:
+        """The transformer's recipe, and those of `others` where they had to change for it.
+
+        `found` are the recipes that these have.
+        """
+        name = asked.component.name
         record = self._taken(asked, promise)
         if record is not None:
-            return record
+            return {name: record, **self._taken_beside(found)}
         emulator = Emulator(asked.component, self._checkpoint, asked.compute)
         needed = asked.quantization.activations is not None
         ranges = self._ranges() if needed else None
-        judge = PictureJudge(self._checkpoint, emulator, others, self._progress)
-        return self._find(asked, emulator, judge, promise, ranges)
+        subjects = {n: (emulator, layers) for n, (_, emulator, layers) in others.items()}
+        judge = PictureJudge(self._checkpoint, emulator, subjects, self._progress)
+        changed = self._tighten(asked, emulator, judge, promise, others, found, ranges)
+        return {**changed, name: self._find(asked, emulator, judge, promise, ranges)}
+
+    def _taken_beside(self, found: Mapping[str, RecipeRecord]) -> dict[str, RecipeRecord]:
+        """What an earlier build has found for the transformer's sake too."""
+        return {
+            name: known
+            for name, known in self._known.items()
+            if name in found and known.precision == found[name].precision
+        }
+
+    def _tighten(
+        self,
+        asked: Asked,
+        emulator: Emulator,
+        judge: PictureJudge,
+        promise: Promise,
+        others: Mapping[str, tuple[Asked, Emulator, Layers]],
+        found: Mapping[str, RecipeRecord],
+        ranges: ActivationRanges | None,
+    ) -> dict[str, RecipeRecord]:
+        """Spare layers of what comes before the transformer, where these alone cost too much."""
+        layers = self._start(asked, emulator, ranges)
+        if not others or promise.missing(judge.judge(layers)) + MARGIN <= 0:
+            return {}
+        nothing = layers.sparing(dict.fromkeys((*emulator.large, *emulator.attentions), NOTHING))
+        changed = dict(found)
+        for _ in range(_TRIES):
+            missing = promise.missing(judge.judge(nothing)) + MARGIN + _ROOM
+            if missing <= 0:
+                break
+            subjects = {}
+            for name, (other, subject, _) in others.items():
+                quality = changed[name].after
+                assert quality is not None
+                cosine = 1 - (1 - quality.cosine) * 10 ** (-missing / 10)
+                asks = Promise(cosine=min(cosine, _NEAREST))
+                outputs = OutputJudge(subject, self._inputs(name))
+                changed[name] = self._find(other, subject, outputs, asks, None)
+                recipe = changed[name].recipe
+                subjects[name] = subject, layers_of(other, self._checkpoint, recipe, None)
+            judge.follow(subjects)
+        return changed
 
     def _taken(self, asked: Asked, promise: Promise) -> RecipeRecord | None:
         known = self._known.get(asked.component.name)

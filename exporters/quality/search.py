@@ -14,9 +14,9 @@ from exporters.quality.noise import Move, measure_noise
 from fluxdeploy.bundle.recipe import NOTHING, Promise, Quality, Recipe, RecipeRecord
 from fluxdeploy.progress import Progress
 
-__all__ = ["find_recipe", "share_spared"]
+__all__ = ["MARGIN", "find_recipe", "share_spared"]
 
-_MARGIN = 1.5
+MARGIN = 1.5
 """dB by which pictures have to be better than was promised, since others come out otherwise."""
 
 _ROUNDS = 8
@@ -45,7 +45,7 @@ def find_recipe(
         return RecipeRecord(precision, promise, layers.recipe, before, after, share)
 
     before = quality = judge.judge(layers)
-    if promise.missing(quality) + _MARGIN <= 0:
+    if promise.missing(quality) + MARGIN <= 0:
         return conclude(layers, quality)
     stages = len(emulator.chain.stages)
     task = progress.task("Looking for the layers that cost most", stages)
@@ -60,7 +60,7 @@ def find_recipe(
     total = sum(move.saved for move in moves)
     gain, base = 0.0, layers
     for number in range(_ROUNDS):
-        missing = promise.missing(quality) + _MARGIN
+        missing = promise.missing(quality) + MARGIN
         if missing <= 0:
             break
         gain += max(missing, _LEAST_ROUND) * (1 + number / 4)
