@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,7 +104,26 @@ def _inspect_bundle(path: Path, *, check: bool, as_json: bool) -> None:
         say_json(report, indent=2)
         return
     tables = _tabulate_components(bundle), _tabulate_dimensions(bundle)
-    show(tables[0], "", tables[1], "", _tabulate_constants(bundle, check=check))
+    show(
+        *(tables[0], "", *_recipes(bundle)),
+        *(tables[1], "", _tabulate_constants(bundle, check=check)),
+    )
+
+
+def _recipes(bundle: Bundle) -> Iterator[str]:
+    """What quantized components leave in wider numbers, and what they keep of their quality."""
+    from fluxdeploy.build.quality import tell_recipe
+
+    components = bundle.manifest.components
+    lines = [
+        line
+        for name, record in components.items()
+        if record.recipe is not None
+        for line in tell_recipe(name, record.recipe, record.compute)
+    ]
+    yield from lines
+    if lines:
+        yield ""
 
 
 def _tabulate_components(bundle: Bundle) -> Table:

@@ -155,7 +155,7 @@ def test_the_gpu_that_is_asked_for_reaches_every_engine(
     monkeypatch.setattr(
         bundle_contender, "open_engine", lambda *given: opened.append(given[3]) or object()
     )
-    monkeypatch.setattr(bundle_contender, "_TimedEngine", lambda *given: None)
+    monkeypatch.setattr(bundle_contender, "TimedEngine", lambda *given: None)
     contender = bundle_contender.BundleContender(job, Stopwatch())
     contender._opener(open_bundle(demo_bundle))("clip")
     assert opened == [EngineOptions(threads=1, device=2)]

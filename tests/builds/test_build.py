@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from engines import EngineOptions
-from engines.onnxruntime import _OnnxRuntimeEngine
+from engines.onnxruntime import OnnxRuntimeEngine
 from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.cli import main
@@ -218,9 +218,9 @@ def test_an_engine_past_its_gate_ends_the_build(
 ) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(demo_bundle, bundle)
-    honest = _OnnxRuntimeEngine.run
+    honest = OnnxRuntimeEngine.run
 
-    def run_wrong(engine: _OnnxRuntimeEngine, inputs: dict[str, np.ndarray]) -> object:
+    def run_wrong(engine: OnnxRuntimeEngine, inputs: dict[str, np.ndarray]) -> object:
         outputs = honest(engine, inputs)
         if engine.component == "transformer":
             velocity = outputs["velocity"]
@@ -229,7 +229,7 @@ def test_an_engine_past_its_gate_ends_the_build(
 
     changed = BuildRequest(str(checkpoints(scale=0.5)))
     with monkeypatch.context() as patch:
-        patch.setattr(_OnnxRuntimeEngine, "run", run_wrong)
+        patch.setattr(OnnxRuntimeEngine, "run", run_wrong)
         with pytest.raises(NumericError, match="transformer is off PyTorch"):
             build_bundle(changed, bundle)
         assert tree(bundle) == tree(demo_bundle)

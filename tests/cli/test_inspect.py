@@ -100,7 +100,7 @@ def test_json_holds_the_manifest_and_its_hash(bundle: Path) -> None:
 
 
 def test_check_hashes_every_file(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fluxdeploy.bundle._SMALL", 0)  # as if every file were large
+    monkeypatch.setattr("fluxdeploy.bundle.SMALL", 0)  # as if every file were large
     result = run(bundle, "--check")
     assert result.exit_code == 0, result.stderr
     assert "every SHA-256 matches" in result.stdout
