@@ -80,8 +80,9 @@ _FP4 = {"conditioner": "fp8-weights", "t5": "fp8-weights"}
 #
 # Pictures: the medians over the demo checkpoints' pictures are over 40 dB in 8 bits, but one
 # picture may have to do, and single ones have 25 where a step goes another way. With INT4 weights
-# the medians are 49 dB, and of 32 pictures one has less than 18: 13. What FP4 leaves of whole
-# pictures is an estimate, for want of a GPU that has it.
+# the medians are 49 dB, and the worst of 32 pictures has 18, or 13 where the conditioner has 8
+# bits: chance decides which way such a step goes. What FP4 leaves of whole pictures is an estimate,
+# for want of a GPU that has it.
 _ROWS = (
     Precision("fp32", 1e-3, 0.99999, 45.0, 0.99, rest="fp32"),
     Precision("bf16", 1e-1, 0.995, 25.0, 0.85),
