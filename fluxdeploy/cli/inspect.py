@@ -104,10 +104,8 @@ def _inspect_bundle(path: Path, *, check: bool, as_json: bool) -> None:
         say_json(report, indent=2)
         return
     tables = _tabulate_components(bundle), _tabulate_dimensions(bundle)
-    show(
-        *(tables[0], "", *_recipes(bundle)),
-        *(tables[1], "", _tabulate_constants(bundle, check=check)),
-    )
+    show(tables[0], "", *_recipes(bundle))
+    show(tables[1], "", _tabulate_constants(bundle, check=check))
 
 
 def _recipes(bundle: Bundle) -> Iterator[str]:
