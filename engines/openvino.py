@@ -16,6 +16,7 @@ from engines.tensors import BoundInputs, Found, check_boundary
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, TensorSpec
 from fluxdeploy.errors import EngineError, MissingDependencyError
 from fluxdeploy.install import install_command
+from fluxdeploy.machine import describe_cpu
 from fluxdeploy.native import native_errors
 from fluxdeploy.precision import PRECISIONS, Precision
 
@@ -47,9 +48,15 @@ class OpenVino(Runtime):
             return Availability(False, f"not installed: {install_command(self.extra.name)}")
         return Availability(True, f"openvino {self.version()}")
 
+    def precision(self, target: str, precision: str) -> str:
+        """Without bfloat16 in the processor a graph in it takes minutes for a step: it is fp32."""
+        return "fp32" if precision == "bf16" and not _has_bf16() else precision
+
     def compute(self, target: str, precision: str) -> str:
-        """A processor without bfloat16 computes such graphs in float32, from the same bytes."""
-        return precision if PRECISIONS[precision].quantization is None else "bf16"
+        """bfloat16 around whatever is quantized, and float32 where the processor has no such."""
+        if PRECISIONS[precision].quantization is None:
+            return precision
+        return "bf16" if _has_bf16() else "fp32"
 
     def precision_problem(self, target: str, precision: str) -> str | None:
         possible = [name for name, row in PRECISIONS.items() if _has(row)]
@@ -79,6 +86,10 @@ def _has(row: Precision) -> bool:
     if quantization is None:
         return row.name in _TYPES
     return quantization.format in _FORMATS and quantization.activations != "dynamic"
+
+
+def _has_bf16() -> bool:
+    return any("bf16" in name for name in describe_cpu()["instruction_sets"])
 
 
 @cache

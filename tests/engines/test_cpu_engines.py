@@ -223,14 +223,31 @@ def test_bfloat16_becomes_float32_on_the_cpu_alone() -> None:
     assert runtime.version()
 
 
-def test_openvino_keeps_bfloat16_and_takes_no_fp8() -> None:
+@pytest.mark.parametrize(
+    ("sets", "narrow"),
+    [
+        (["avx2", "avx512_vnni"], "fp32"),
+        (["avx512_bf16"], "bf16"),
+        (["amx_bf16"], "bf16"),
+        (["bf16"], "bf16"),
+    ],
+)
+def test_openvino_has_bfloat16_where_the_processor_has(
+    monkeypatch: pytest.MonkeyPatch, sets: list[str], narrow: str
+) -> None:
+    monkeypatch.setattr("engines.openvino.describe_cpu", lambda: {"instruction_sets": sets})
     runtime = OpenVino()
     assert [runtime.precision("cpu", name) for name in ("fp32", "bf16", "int8")] == [
         "fp32",
-        "bf16",
+        narrow,
         "int8",
     ]
-    assert runtime.compute("cpu", "int8") == "bf16"
+    assert runtime.compute("cpu", "int8") == narrow
+    assert runtime.compute("cpu", "fp32") == "fp32"
+
+
+def test_openvino_takes_no_fp8() -> None:
+    runtime = OpenVino()
     assert runtime.precision_problem("cpu", "int8") is None
     assert runtime.precision_problem("cpu", "int4-weights") is None
     for name in ("fp8", "fp16", "int8-dynamic"):
