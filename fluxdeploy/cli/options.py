@@ -33,6 +33,7 @@ __all__ = [
     "PRECISION",
     "PROMPTS",
     "QUALITY",
+    "QUALITY_TYPE",
     "REPLACE",
     "REPORT",
     "RUNTIME",
@@ -142,6 +143,7 @@ class _QualityType(click.ParamType):  # type: ignore[type-arg]
 
 
 _MOST_DECIBELS = 100
+QUALITY_TYPE = _QualityType()
 
 
 def _beginning(incomplete: str, words: Iterable[str]) -> list[CompletionItem]:
@@ -294,7 +296,7 @@ WEIGHT_STREAMING = click.option(
 
 QUALITY = click.option(
     "--quality",
-    type=_QualityType(),
+    type=QUALITY_TYPE,
     metavar="DB|cosine=X|none",
     help="What pictures keep in few bits: PSNR against float32 in dB, or the cosine of a step's "
     "velocity. Layers stay in wider numbers until it is kept; `none` looks at nothing.  [default: "

@@ -11,8 +11,9 @@ import click
 import pytest
 from click.shell_completion import ShellComplete
 
+from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.cli import COMMANDS, main
-from fluxdeploy.cli.options import SIZE, PathType
+from fluxdeploy.cli.options import QUALITY_TYPE, SIZE, PathType
 from fluxdeploy.demo import DEMO_CHECKPOINTS
 
 ROOT = Path(__file__).parents[2]
@@ -184,3 +185,22 @@ def test_nothing_is_meant_by_a_word_of_another_kind() -> None:
     result = CliRunner().invoke(main, ["xyzzy"], prog_name="fluxdeploy")
     assert "Did you mean" not in result.stderr
     assert all(name in result.stderr for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("text", "promise"),
+    [
+        ("30", Promise(psnr=30.0)),
+        (" 27.5 ", Promise(psnr=27.5)),
+        ("cosine=0.995", Promise(cosine=0.995)),
+        ("NONE", Promise()),
+    ],
+)
+def test_a_quality_is_a_promise(text: str, promise: Promise) -> None:
+    assert QUALITY_TYPE.convert(text, None, None) == promise
+
+
+@pytest.mark.parametrize("text", ["", "high", "0", "101", "-5", "nan", "inf", "cosine=1", "psnr=3"])
+def test_other_qualities_are_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="neither a PSNR from 1 to 100 dB"):
+        QUALITY_TYPE.convert(text, None, None)
