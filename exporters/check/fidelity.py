@@ -21,7 +21,7 @@ from exporters.check.readback import QuantizedAttention, read_attentions, read_l
 from exporters.checkpoint import Checkpoint
 from exporters.components.chain import Stage
 from exporters.components.registry import COMPONENTS
-from exporters.components.run import WatchAttention, watch_linears
+from exporters.components.run import ReplaceAttention, watch_linears
 from exporters.formats import EightBits, QuantizedLinear
 from fluxdeploy.bundle.recipe import NOTHING, Recipe
 from fluxdeploy.errors import ExportError, NumericError
@@ -79,7 +79,7 @@ def measure_fidelity(
         meter.scope = stage.scope
         enter_linears(stage)
 
-    with WatchAttention(meter.see_attention):
+    with ReplaceAttention(meter.attend):
         take_step(chain, weights, samples, middle, enter, task.advance)
     meter.check_reach()
     layers = _layers(linears(chain), attentions)
@@ -126,7 +126,13 @@ class _Meter:
         exact = output - linear.bias
         self._add(name, exact, quantized.narrow(x) @ quantized.dequantized())
 
-    def see_attention(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, shares: Tensor) -> Tensor:
+        """An attention as it is, which is measured."""
+        output = shares @ value
+        self._see_attention(query, key, value, output)
+        return output
+
+    def _see_attention(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
         name = f"{self.scope}attn"
         quantized = self._attentions.get(name)
         if quantized is None:

@@ -16,8 +16,7 @@ from exporters.checkpoint.tensors import Weights, find_tensor
 from exporters.components.chain import Chain, Piece, Stage
 
 __all__ = [
-    "PRODUCTS",
-    "WatchAttention",
+    "ReplaceAttention",
     "run_reference",
     "run_samples",
     "run_stage",
@@ -147,19 +146,19 @@ def _readers(piece: Piece) -> dict[str, str]:
     return first
 
 
-PRODUCTS = (torch.Tensor.matmul, torch.Tensor.__matmul__)
+_PRODUCTS = (torch.Tensor.matmul, torch.Tensor.__matmul__)
 
 
-class WatchAttention(TorchFunctionMode):
-    """While it is entered, `see(query, key, value, output)` is called for each attention that runs.
+class ReplaceAttention(TorchFunctionMode):
+    """While it is entered, softmax(Q Kᵀ) V is `attend(query, key, value, shares)`.
 
-    All are [B, heads, tokens, head_dim], as softmax(Q Kᵀ) V multiplies them. Its two products are
-    the only ones of such tensors with each other.
+    `shares` are the softmax. All are [B, heads, tokens, head_dim], or [B, heads, tokens, tokens], as
+    attention multiplies them: its two products are the only ones of such tensors with each other.
     """
 
-    def __init__(self, see: Callable[[Tensor, Tensor, Tensor, Tensor], None]) -> None:
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self._see = see
+        self._attend = attend
         self._scored: tuple[Tensor, Tensor] | None = None
 
     def __torch_function__(
@@ -169,11 +168,9 @@ class WatchAttention(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func in PRODUCTS and all(tensor.dim() == 4 for tensor in args):
-            if self._scored is None:
-                self._scored = args[0], args[1].mT
-            else:
+        if func in _PRODUCTS and all(tensor.dim() == 4 for tensor in args):
+            if self._scored is not None:
                 (query, key), self._scored = self._scored, None
-                self._see(query, key, args[1], output)
-        return output
+                return self._attend(query, key, args[1], args[0])
+            self._scored = args[0], args[1].mT
+        return func(*args, **(kwargs or {}))

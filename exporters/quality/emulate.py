@@ -6,19 +6,17 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from exporters.checkpoint import Checkpoint
 from exporters.components.chain import Chain, Stage
 from exporters.components.component import Component
-from exporters.components.run import PRODUCTS, run_samples
+from exporters.components.run import ReplaceAttention, run_samples
 from exporters.formats import EightBits
 from exporters.quality.layers import Layers
 
@@ -117,7 +115,7 @@ class Emulator:
             if layers is None or not layers.quantization.attention:
                 yield
             else:
-                with _ReplaceAttention(self._attend):
+                with ReplaceAttention(self._attend):
                     yield
         finally:
             self.layers = before
@@ -193,29 +191,3 @@ def _linears(chain: Chain) -> Iterator[str]:
         for name, module in stage.piece.module.named_modules():
             if isinstance(module, nn.Linear):
                 yield stage.scope + name
-
-
-class _ReplaceAttention(TorchFunctionMode):
-    """While it is entered, softmax(Q Kᵀ) V is `attend(query, key, value, shares)`.
-
-    Its two products are the only ones of tensors [B, heads, tokens, head_dim] with each other.
-    """
-
-    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self._attend = attend
-        self._scored: tuple[Tensor, Tensor] | None = None
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func in PRODUCTS and all(tensor.dim() == 4 for tensor in args):
-            if self._scored is not None:
-                (query, key), self._scored = self._scored, None
-                return self._attend(query, key, args[1], args[0])
-            self._scored = args[0], args[1].mT
-        return func(*args, **(kwargs or {}))

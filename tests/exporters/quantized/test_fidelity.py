@@ -22,7 +22,7 @@ from exporters.check.readback import read_attentions, read_linears
 from exporters.checkpoint import Checkpoint
 from exporters.components.chain import Stage
 from exporters.components.registry import COMPONENTS
-from exporters.components.run import WatchAttention, watch_linears
+from exporters.components.run import ReplaceAttention, watch_linears
 from fluxdeploy.bundle.recipe import Recipe
 from fluxdeploy.errors import ExportError, NumericError
 from fluxdeploy.precision import PRECISIONS
@@ -113,8 +113,8 @@ def test_ratios_of_attention_are_those_of_the_rounding(
         if name.endswith((".attn.to_v", ".attn.to_out.0", "transformer_blocks.1.proj_out")):
             merged.setdefault(name, []).append(output if name.endswith("to_v") else x)
 
-    def see(query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
-        name = f"{scope}attn"
+    def see(query: Tensor, key: Tensor, value: Tensor, exact_shares: Tensor) -> Tensor:
+        name, output = f"{scope}attn", exact_shares @ value
         merged.setdefault(f"{name}.value", []).append(value.transpose(1, 2).flatten(2))
         merged.setdefault(f"{name}.output", []).append(output.transpose(1, 2).flatten(2))
         exact = dict(zip(PARTS, (query, key, value, output), strict=True))
@@ -130,10 +130,11 @@ def test_ratios_of_attention_are_those_of_the_rounding(
             sums = power.setdefault(f"{name}.{part}", [0.0, 0.0])
             sums[0] += float(x.square().sum())
             sums[1] += float((rounded[part] - x).square().sum())
+        return output
 
     watch = watch_linears(chain, see_linear)
     samples = start_samples(opened, SHORT, QUIET)
-    with WatchAttention(see):
+    with ReplaceAttention(see):
         take_step(chain, weights, samples, 0, enter)
     # Nearly equal shares of a row round the same way, which a scale in bfloat16 would change.
     found = measure(opened, quantized("fp8", "fp32"))
