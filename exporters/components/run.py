@@ -152,8 +152,8 @@ _PRODUCTS = (torch.Tensor.matmul, torch.Tensor.__matmul__)
 class ReplaceAttention(TorchFunctionMode):
     """While it is entered, softmax(Q Kᵀ) V is `attend(query, key, value, shares)`.
 
-    `shares` are the softmax. All are [B, heads, tokens, head_dim], or [B, heads, tokens, tokens], as
-    attention multiplies them: its two products are the only ones of such tensors with each other.
+    Q, K and V are [B, heads, tokens, head_dim] and `shares` [B, heads, tokens, tokens], the softmax.
+    Attention's two products are the only ones of such tensors with each other.
     """
 
     def __init__(self, attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:

@@ -148,8 +148,7 @@ class _Finder:
         if record is not None:
             return {name: record, **self._taken_beside(found)}
         emulator = Emulator(asked.component, self._checkpoint, asked.compute)
-        needed = asked.quantization.activations is not None
-        ranges = self._ranges() if needed else None
+        ranges = self._ranges() if PRECISIONS[asked.precision].calibrated else None
         subjects = {n: (emulator, layers) for n, (_, emulator, layers) in others.items()}
         judge = PictureJudge(self._checkpoint, emulator, subjects, self._progress)
         changed = self._tighten(asked, emulator, judge, promise, others, found, ranges)
@@ -210,9 +209,12 @@ class _Finder:
         promise: Promise,
         ranges: ActivationRanges | None,
     ) -> RecipeRecord:
-        smoother = None
-        if ranges is not None and FORMATS[asked.quantization.format].smooths:
-            smoother = Smoother(emulator.chain, emulator.weights, ranges)
+        def smoother() -> Smoother | None:
+            quantization = asked.quantization
+            if quantization.activations is None or not FORMATS[quantization.format].smooths:
+                return None
+            return Smoother(emulator.chain, emulator.weights, self._ranges())
+
         layers = self._start(asked, emulator, ranges)
         return find_recipe(
             emulator, asked.precision, layers, judge, promise, smoother, self._progress

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from exporters.quality.emulate import Emulator
@@ -30,13 +30,14 @@ def find_recipe(
     layers: Layers,
     judge: Judge,
     promise: Promise,
-    smoother: Smoother | None,
+    smoother: Callable[[], Smoother | None],
     progress: Progress,
 ) -> RecipeRecord:
     """Find what a component has to leave in wider numbers to keep a promise.
 
-    `layers` may spare some already, which then stay. Where nothing else keeps the promise all of
-    them are spared. Raises `CheckpointError` for missing tensors, and `NumericError` for values
+    `layers` may spare some already, which then stay. `smoother` is asked for where the promise is
+    missed; it is None for a component whose inputs cannot be smoothed. Where nothing else keeps the
+    promise all of them are spared. Raises `CheckpointError` for missing tensors, and `NumericError` for values
     that are not finite.
     """
 
@@ -49,10 +50,11 @@ def find_recipe(
         return conclude(layers, quality)
     stages = len(emulator.chain.stages)
     task = progress.task("Looking for the layers that cost most", stages)
-    noise = measure_noise(emulator, judge.samples, layers, smoother, task.advance)
-    if noise.smoothed and smoother is not None:
+    how = smoother()
+    noise = measure_noise(emulator, judge.samples, layers, how, task.advance)
+    if noise.smoothed and how is not None:
         recipe = Recipe(layers.recipe.spared, noise.smoothed)
-        smooth = replace(layers, recipe=recipe, smoothing=smoother.smooth(noise.smoothed))
+        smooth = replace(layers, recipe=recipe, smoothing=how.smooth(noise.smoothed))
         smoothed = judge.judge(smooth)
         if promise.missing(smoothed) < promise.missing(quality):
             layers, quality = smooth, smoothed

@@ -245,7 +245,9 @@ def test_the_fewest_layers_are_spared(
 
     def search(psnr: float) -> Any:
         judge = _Judge(moves, samples)
-        return find_recipe(emulator, "fp8-weights", layers, judge, Promise(psnr=psnr), None, QUIET)
+        return find_recipe(
+            emulator, "fp8-weights", layers, judge, Promise(psnr=psnr), lambda: None, QUIET
+        )
 
     kept = search(25.0)
     assert kept.recipe == Recipe()
@@ -268,7 +270,7 @@ def test_a_text_encoder_is_judged_by_its_output(opened: Checkpoint) -> None:
     judge = OutputJudge(emulator, ids)
     layers = Layers(quantization("int8-weights"))
     promise = Promise(cosine=0.9999995)
-    found = find_recipe(emulator, "int8-weights", layers, judge, promise, None, QUIET)
+    found = find_recipe(emulator, "int8-weights", layers, judge, promise, lambda: None, QUIET)
     assert found.before is not None
     assert found.after is not None
     assert found.before.cosine < 0.9999995 <= found.after.cosine
