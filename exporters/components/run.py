@@ -152,7 +152,7 @@ _PRODUCTS = (torch.Tensor.matmul, torch.Tensor.__matmul__)
 class ReplaceAttention(TorchFunctionMode):
     """While it is entered, softmax(Q Kᵀ) V is `attend(query, key, value, shares)`.
 
-    Q, K and V are [B, heads, tokens, head_dim] and `shares` [B, heads, tokens, tokens], the softmax.
+    Q, K and V are [B, heads, tokens, head_dim]; `shares` [B, heads, tokens, tokens] is the softmax.
     Attention's two products are the only ones of such tensors with each other.
     """
 

@@ -37,8 +37,9 @@ def find_recipe(
 
     `layers` may spare some already, which then stay. `smoother` is asked for where the promise is
     missed; it is None for a component whose inputs cannot be smoothed. Where nothing else keeps the
-    promise all of them are spared. Raises `CheckpointError` for missing tensors, and `NumericError` for values
-    that are not finite.
+    promise all of them are spared.
+
+    Raises `CheckpointError` for missing tensors, and `NumericError` for values that are not finite.
     """
 
     def conclude(layers: Layers, after: Quality) -> RecipeRecord:
