@@ -135,6 +135,61 @@ def _quantization_quality(report: dict[str, Any]) -> str:
     )
 
 
+def _recipes(report: dict[str, Any]) -> str:
+    """The report of benchmarks/recipes.py as a Markdown table."""
+    rows = [
+        [
+            "",
+            "promised",
+            "without a recipe",
+            "with it",
+            "on other prompts",
+            "kept",
+            "weights spared",
+            "noisiest layer",
+        ],
+        ["---", *["---:"] * 7],
+    ]
+    demo = ("demo:dev", "demo:schnell")
+    for precision in dict.fromkeys(row["precision"] for row in report["rows"]):
+        own = [row for row in report["rows"] if row["precision"] == precision]
+        odd = [row for row in own if row["checkpoint"] not in demo]
+        rows.append(_recipe_row(f"`{precision}`, {len(odd)} odd checkpoints", odd))
+        rows += [
+            _recipe_row(f"`{precision}`, `{row['checkpoint']}`", [row])
+            for row in own
+            if row["checkpoint"] in demo
+        ]
+    return (
+        f"{_table(rows)}\n"
+        "PSNR against PyTorch float32: medians over pictures, and of the ten checkpoints the median "
+        "and the\nleast. The other prompts and seeds are those that the search did not see. Weights "
+        "spared are of the\ntransformer: median and most. All of it is computed in PyTorch, with the "
+        "numbers of the graphs, by\n"
+        "[benchmarks/recipes.py](../benchmarks/recipes.py) on\n"
+        f"{_machine(report['machine'])}.\n"
+    )
+
+
+def _recipe_row(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    def spread(key: str) -> str:
+        values = [row[key] for row in rows]
+        least = f" (least {min(values):.1f})" if len(values) > 1 else ""
+        return f"{median(values):.1f} dB{least}"
+
+    shares = [row["share"] for row in rows]
+    most = f" (most {max(shares):.0%})" if len(shares) > 1 else ""
+    layers = [row["worst_layer"] for row in rows if row["worst_layer"] is not None]
+    return [
+        name,
+        f"{rows[0]['promised']:g} dB",
+        *(spread(key) for key in ("before", "after", "held_out")),
+        f"{sum(row['kept'] for row in rows)} of {len(rows)}",
+        f"{median(shares):.0%}{most}",
+        f"{min(layers):.1f} dB" if layers else "",
+    ]
+
+
 def _quantize_scale(report: dict[str, Any]) -> str:
     """The report of benchmarks/quantize_scale.py in words."""
     killed, whole = report["killed"], report["resumed"]
@@ -378,6 +433,7 @@ BLOCKS: Mapping[str, Block] = {
     "quantization_quality": Block(
         RESULTS / "quantization_quality.json", (FIGURES,), _quantization_quality
     ),
+    "recipes": Block(RESULTS / "recipes.json", (FIGURES,), _recipes),
     "quantize_scale": Block(RESULTS / "quantize_scale.json", (FIGURES,), _quantize_scale),
     "latency": Block(RESULTS / "latency.json", (FIGURES,), _latency),
     "gpu_latency": Block(RESULTS / "gpu_latency.json", (FIGURES,), _gpu_latency),
