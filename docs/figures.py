@@ -164,7 +164,7 @@ def _recipes(report: dict[str, Any]) -> str:
         f"{_table(rows)}\n"
         "PSNR against PyTorch float32: medians over pictures, and of the ten checkpoints the "
         "median and the\nleast. The other prompts and seeds are those that the search did not see. "
-        "Weights spared are of the\ntransformer: median and most. All of it is computed in PyTorch, "
+        "Weights spared are of the\ntransformer: median and most. All is computed in PyTorch, "
         "with the numbers of the graphs, by\n"
         "[benchmarks/recipes.py](../benchmarks/recipes.py) on\n"
         f"{_machine(report['machine'])}.\n"
