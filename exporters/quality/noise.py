@@ -64,7 +64,7 @@ def measure_noise(
     smoother: Smoother | None,
     after: Callable[[], None] = lambda: None,
 ) -> Noise:
-    """Measure a component's layers over its inputs, with nothing spared.
+    """Measure a component's layers over its inputs, but for linears that `layers` spares already.
 
     Memory holds one stage's weights, and the values between two stages for every block that was
     passed. Raises `CheckpointError` for missing tensors.
@@ -108,13 +108,14 @@ class _Finder:
 
     def measure(self, stage: Stage, held: Sequence[_Values]) -> list[_Values] | None:
         """Measure one stage's layers; the samples behind it in few bits, None where it has none."""
-        own = [name for name in self._emulator.large if name.startswith(stage.scope)]
-        own = [n for n in own if n.removeprefix(stage.scope) in dict(_linear_modules(stage))]
+        sizes = {
+            stage.scope + name: module.weight.numel() for name, module in _linear_modules(stage)
+        }
+        large = (name for name in self._emulator.large if name in sizes)
+        own = [name for name in large if self._layers.has_weight(name)]
         if not own:
             return None
-        modules = dict(_linear_modules(stage))
-        for name in own:
-            self._sizes[name] = modules[name.removeprefix(stage.scope)].weight.numel()
+        self._sizes |= {name: sizes[name] for name in own}
         expected = self._run(stage, held, None)
         if self._smoother is not None:
             self._smooth(stage, held, expected, own)

@@ -208,6 +208,17 @@ def test_noise_names_the_layer_that_makes_it(
     assert best.saved > sum(m.saved for m in noise.moves) / 2
 
 
+def test_what_is_spared_already_is_not_looked_at(
+    opened: Checkpoint, samples: list[Mapping[str, Any]]
+) -> None:
+    emulator = Emulator(COMPONENTS["transformer"], opened, "fp32")
+    spared = dict.fromkeys(emulator.large[2:], NOTHING)
+    layers = Layers(quantization("fp8-weights")).sparing(spared)
+    noise = measure_noise(emulator, samples[:1], layers, None)
+    assert {move.layer for move in noise.moves} == set(emulator.large[:2])
+    assert all(move.saved > 0 for move in noise.moves)
+
+
 class _Judge:
     """Of noises that add up: the quality is what the moves say it is."""
 
