@@ -145,7 +145,7 @@ def _session(
     options: EngineOptions,
     component: str,
     precision: str,
-    emulated: bytes | None,
+    emulated: bytes | None = None,
 ) -> onnxruntime.InferenceSession:
     try:
         import onnxruntime

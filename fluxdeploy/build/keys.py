@@ -17,6 +17,7 @@ from fluxdeploy.build.resolve import BuildSpec, ComponentSpec
 from fluxdeploy.bundle.typed_json import to_plain
 
 if TYPE_CHECKING:
+    from exporters.checkpoint import Checkpoint
     from exporters.quality.layers import Layers
 
 __all__ = ["content_key", "digest", "sources_digest", "tool_versions"]
@@ -48,8 +49,7 @@ def content_key(
             "compute": component.compute,
             "kernels": component.kernels.value,
             "layers": None if layers is None else _described(layers),
-            # Golden inputs are made of what all of its networks give.
-            "checkpoint": hashes.digest if component.export.component.part == "transformer" else "",
+            "upstream": _upstream(component, checkpoint, hashes),
             "networks": repr((checkpoint.transformer, checkpoint.vae)),
             "configs": {name: dict(part.config) for name, part in checkpoint.parts.items()},
             # The names are those of the files in the bundle.
@@ -64,6 +64,16 @@ def content_key(
             "sources": sources_digest(),
         }
     )
+
+
+def _upstream(
+    component: ComponentSpec, checkpoint: Checkpoint, hashes: CheckpointHashes
+) -> list[str]:
+    """The weights of the text encoders, where golden inputs are made of what they give."""
+    if component.export.component.part != "transformer":
+        return []
+    files = {s.file for part in ("clip", "t5") for s in checkpoint.part(part).weights.values()}
+    return sorted(hashes.files[Path(os.path.realpath(file))] for file in files)
 
 
 def _described(layers: Layers) -> Any:

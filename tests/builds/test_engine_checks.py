@@ -47,6 +47,7 @@ class PretendedRuntime(TensorRtRtx):
 
 class Exported:
     path, quantized, attentions, weight_bytes = "tiny.onnx", 1, 0, 0
+    weights_only, wide_attentions = 0, 0
 
 
 class Builder:

@@ -22,6 +22,7 @@ from fluxdeploy.build.build import build
 from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.build.sizes import SizeRange
 from fluxdeploy.bundle import open_bundle
+from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.bundle.tensorfile import read_header, read_tensor
 from fluxdeploy.errors import EngineError, UsageError
 from fluxdeploy.host.pipeline import FluxPipeline
@@ -141,7 +142,7 @@ def test_a_target_has_to_be_named_where_there_is_no_gpu(tmp_path: Path) -> None:
 def test_an_engine_of_another_kind_fails_the_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Q, K and V without the softmax in 8 bits leave attention in pieces."""
+    """Q, K and V without the softmax in 8 bits leave attention in pieces: strict takes none."""
     from exporters.formats import EightBits
 
     whole = EightBits.narrow
@@ -150,7 +151,9 @@ def test_an_engine_of_another_kind_fails_the_build(
         return value if largest == 1.0 else whole(self, edit, value, largest)
 
     monkeypatch.setattr(EightBits, "narrow", forgetful)
-    request = BuildRequest(precision="fp8", runtime="tensorrt-rtx", targets=("sm89",))
+    request = BuildRequest(
+        precision="fp8", runtime="tensorrt-rtx", targets=("sm89",), promise=Promise(), strict=True
+    )
     with pytest.raises(EngineError, match=r"transformer engine for sm89 is not the fp8 engine"):
         build(request, tmp_path / "bundle", QUIET)
     assert not (tmp_path / "bundle").exists()
@@ -197,7 +200,8 @@ def test_full_width_in_fp8_is_about_half_of_bf16(full_width: Path, tmp_path: Pat
             dict.fromkeys(linears(chain), 8.0),
             *(dict.fromkeys(attentions(chain), 8.0) for _ in range(3)),
         )
-        spec = spec.with_layers(replace(spec.layers, ranges=ranges))
+        if spec.layers is not None:
+            spec = spec.with_layers(replace(spec.layers, ranges=ranges))
         exported = export_component(spec, WeightFolder(folder / "weights"))
         source = EngineSource(
             "transformer",

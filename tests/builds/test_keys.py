@@ -13,11 +13,16 @@ pytest.importorskip("torch")
 
 from engines import runtimes
 from exporters.checkpoint import Checkpoint
+from exporters.quality.layers import Layers
 from fluxdeploy.build import keys
 from fluxdeploy.build.checkpoint import CheckpointHashes, find_checkpoint
 from fluxdeploy.build.keys import content_key
 from fluxdeploy.build.resolve import BuildRequest, BuildSpec, ComponentSpec, resolve
+from fluxdeploy.bundle.recipe import NOTHING, Recipe
 from fluxdeploy.kernels import AttentionKernels
+from fluxdeploy.precision import Quantization
+
+FP8 = Quantization("fp8")
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,10 +34,10 @@ class Given:
     component: ComponentSpec
     spec: BuildSpec
     hashes: CheckpointHashes
-    ranges: str | None = None
+    layers: Layers | None = None
 
     def key(self) -> str:
-        return content_key(self.component, self.spec, self.hashes, self.ranges)
+        return content_key(self.component, self.spec, self.hashes, self.layers)
 
     def with_component(self, **changes: Any) -> Given:
         return dataclasses.replace(self, component=dataclasses.replace(self.component, **changes))
@@ -127,7 +132,10 @@ CHANGES: dict[str, Callable[[Given], Given]] = {
     "precision": lambda given: given.with_export(precision="fp16"),
     "compute": lambda given: given.with_export(compute="fp16"),
     "kernels": lambda given: given.with_component(kernels=AttentionKernels.PLAIN),
-    "ranges": lambda given: dataclasses.replace(given, ranges="0" * 64),
+    "a quantization": lambda given: dataclasses.replace(given, layers=Layers(FP8)),
+    "a recipe": lambda given: dataclasses.replace(
+        given, layers=Layers(FP8, Recipe({"a": NOTHING}))
+    ),
     "runtime": lambda given: given.with_engine(runtime="openvino"),
     "runtime's version": lambda given: given.with_engine(runtime_version="0.1"),
     "target": lambda given: given.with_engine(target="cuda"),

@@ -19,6 +19,7 @@ CHECKPOINTS = {
     "./FLUX.1-dev": "demo:dev",
     "flux1-dev.safetensors": "demo:dev",
     "black-forest-labs/FLUX.1-schnell": "demo:dev",
+    "./my-flux": "demo:dev",
 }
 """The pages' checkpoints, by the name of one that comes with the package."""
 
@@ -58,7 +59,7 @@ PYTHON = [
 @pytest.fixture
 def workplace(tmp_path: Path, demo_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder with the default bundle under the names that the pages use."""
-    for name in ("bundle", "flux-dev"):
+    for name in ("bundle", "flux-dev", "bundle-rtx", "rtx"):
         (tmp_path / name).symlink_to(demo_bundle, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -145,13 +145,10 @@ def test_int4_takes_nine_sixteenths_of_a_byte_and_is_not_widened(
     assert int4["conditioner"].written < 0.6 * fp8["conditioner"].written
     assert int4["t5"].precision == "int8-weights"
     on_cpu = by_name(plan_for(flux_dev, out, runtime("onnxruntime"), CPU, "int4-weights"))
-    # Scales of float32, which the product is in there, and nothing beside what is written.
+    # Scales of float32, which the product is in there; biases alone are widened.
     transformer = on_cpu["transformer"]
-    assert (
-        transformer.resident
-        == transformer.written
-        == pytest.approx(5 / 8 * transformer.parameters, rel=0.02)
-    )
+    assert transformer.resident == pytest.approx(transformer.written, rel=0.002)
+    assert transformer.written == pytest.approx(5 / 8 * transformer.parameters, rel=0.02)
 
 
 def test_fp4_is_not_for_onnx_runtime(demo: Checkpoint, out: Path) -> None:
