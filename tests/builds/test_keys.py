@@ -23,6 +23,7 @@ from fluxdeploy.kernels import AttentionKernels
 from fluxdeploy.precision import Quantization
 
 FP8 = Quantization("fp8")
+SPARED = Layers(FP8, Recipe({"a": NOTHING}))
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,7 +89,7 @@ def other_name(given: Given) -> Given:
         )
         for p in given.component.export.placements
     )
-    files = {moved[file]: known for file, known in given.hashes.files.items()}
+    files = {**given.hashes.files, **{moved[f]: known for f, known in given.hashes.files.items()}}
     changed = given.with_export(placements=placements)
     return dataclasses.replace(changed, hashes=CheckpointHashes(files, "digest"))
 

@@ -59,7 +59,7 @@ PYTHON = [
 @pytest.fixture
 def workplace(tmp_path: Path, demo_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder with the default bundle under the names that the pages use."""
-    for name in ("bundle", "flux-dev", "bundle-rtx", "rtx"):
+    for name in ("bundle", "flux-dev", "bundle-rtx"):
         (tmp_path / name).symlink_to(demo_bundle, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
