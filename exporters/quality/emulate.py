@@ -158,6 +158,11 @@ class Emulator:
         return found
 
     @property
+    def scale_bytes(self) -> int:
+        """Bytes of a number of the compute type."""
+        return int(self._scales.itemsize)
+
+    @property
     def _attention(self) -> tuple[EightBits, str] | None:
         """The type and the name of the attention that runs, None where it is not quantized."""
         layers, name = self.layers, f"{self._scope}attn"

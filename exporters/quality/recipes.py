@@ -17,7 +17,7 @@ from exporters.formats import FORMATS
 from exporters.quality.emulate import Emulator
 from exporters.quality.judge import PROMPTS, Judge, OutputJudge, PictureJudge
 from exporters.quality.layers import Layers, Smoother
-from exporters.quality.search import MARGIN, find_recipe, share_spared
+from exporters.quality.search import MARGIN, cost_of, find_recipe
 from exporters.tokenizers import open_tokenizer
 from fluxdeploy.bundle.recipe import NOTHING, Promise, Recipe, RecipeRecord
 from fluxdeploy.precision import PRECISIONS, Quantization
@@ -119,8 +119,8 @@ class _Finder:
             return known
         emulator = Emulator(asked.component, self._checkpoint, asked.compute)
         layers = self._start(asked, emulator, None)
-        share = share_spared(emulator, layers)
-        return RecipeRecord(asked.precision, Promise(), layers.recipe, None, None, share)
+        cost = cost_of(emulator, layers)
+        return RecipeRecord(asked.precision, Promise(), layers.recipe, None, None, *cost)
 
     def by_output(
         self, asked: Asked, promise: Promise

@@ -14,7 +14,7 @@ from exporters.quality.noise import Move, measure_noise
 from fluxdeploy.bundle.recipe import NOTHING, Promise, Quality, Recipe, RecipeRecord
 from fluxdeploy.progress import Progress
 
-__all__ = ["MARGIN", "find_recipe", "share_spared"]
+__all__ = ["MARGIN", "cost_of", "find_recipe"]
 
 MARGIN = 1.5
 """dB by which pictures have to be better than was promised, since others come out otherwise."""
@@ -43,8 +43,9 @@ def find_recipe(
     """
 
     def conclude(layers: Layers, after: Quality) -> RecipeRecord:
-        share = share_spared(emulator, layers)
-        return RecipeRecord(precision, promise, layers.recipe, before, after, share)
+        return RecipeRecord(
+            precision, promise, layers.recipe, before, after, *cost_of(emulator, layers)
+        )
 
     before = quality = judge.judge(layers)
     if promise.missing(quality) + MARGIN <= 0:
@@ -98,12 +99,15 @@ def _spare(moves: Sequence[Move], total: float, left: float) -> Mapping[str, str
     return spared
 
 
-def share_spared(emulator: Emulator, layers: Layers) -> float:
-    """Of the weights that a precision quantizes, those that are not."""
-    sizes = {name: math.prod(emulator.weights[f"{name}.weight"].shape) for name in emulator.large}
-    wide = sum(
-        sizes[name]
+def cost_of(emulator: Emulator, layers: Layers) -> tuple[float, int]:
+    """The share of a precision's weights that are not quantized, and the bytes they take more."""
+    shapes = {name: emulator.weights[f"{name}.weight"].shape for name in emulator.large}
+    wide = [
+        shapes[name]
         for name, left in layers.recipe.spared.items()
-        if left == NOTHING and name in sizes
-    )
-    return wide / sum(sizes.values()) if sizes else 0.0
+        if left == NOTHING and name in shapes
+    ]
+    width = emulator.scale_bytes
+    extra = sum(width * math.prod(s) - layers.format.nbytes(s, width) for s in wide)
+    total = sum(math.prod(shape) for shape in shapes.values())
+    return sum(math.prod(shape) for shape in wide) / total if total else 0.0, extra

@@ -37,9 +37,10 @@ def _changes(record: RecipeRecord, compute: str) -> str:
     wide = [name for name, left in recipe.spared.items() if left == NOTHING]
     inputs = [name for name, left in recipe.spared.items() if left != NOTHING]
     words = []
+    more = f", {record.extra_bytes / 2**20:.1f} MiB more" if record.extra_bytes else ""
     if wide:
         words.append(
-            f"{len(wide)} layers stay in {compute} ({record.share:.0%} of the weights): "
+            f"{len(wide)} layers stay in {compute} ({record.share:.0%} of the weights{more}): "
             f"{_named(wide)}"
         )
     if inputs:

@@ -77,7 +77,7 @@ class RecipeRecord:
 
     precision: of the component. promise: what it had to keep. before, after: its quality without
     the recipe and with it, as computed in PyTorch; null where nothing was judged. share: of the
-    weights that the precision quantizes, those that are not.
+    weights that the precision quantizes, those that are not. extra_bytes: what these take more.
     """
 
     precision: str
@@ -86,6 +86,7 @@ class RecipeRecord:
     before: Quality | None
     after: Quality | None
     share: float
+    extra_bytes: int
 
 
 def check_recipe(record: RecipeRecord, where: str) -> None:

@@ -20,7 +20,7 @@ from fluxdeploy.bundle.typed_json import FieldError
 from fluxdeploy.errors import NumericError
 
 PLAIN = RecipeRecord(
-    "fp8", Promise(psnr=22.0, ssim=0.82), Recipe(), Quality(0.97, 23.4, 0.9), None, 0.0
+    "fp8", Promise(psnr=22.0, ssim=0.82), Recipe(), Quality(0.97, 23.4, 0.9), None, 0.0, 0
 )
 PLAIN = replace(PLAIN, after=PLAIN.before)
 SPARED = replace(
@@ -30,6 +30,7 @@ SPARED = replace(
     ),
     before=Quality(0.9, 18.0, 0.7),
     share=0.123,
+    extra_bytes=3 << 20,
 )
 
 
@@ -40,7 +41,7 @@ def test_a_precision_that_keeps_its_promise_has_one_line() -> None:
 
 def test_a_recipe_tells_layers_and_cost() -> None:
     first, second = tell_recipe("transformer", SPARED, "bf16")
-    assert "4 layers stay in bf16 (12% of the weights): a, b, d and 1 more" in first
+    assert "4 layers stay in bf16 (12% of the weights, 3.0 MiB more): a, b, d and 1 more" in first
     assert "1 linears have narrow weights alone: c" in first
     assert "outliers of 1 inputs were moved" in first
     assert "23.4 dB (SSIM 0.900) of pictures of 18.0 dB" in second

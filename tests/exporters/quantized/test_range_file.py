@@ -110,6 +110,7 @@ def recipe(**parts: Any) -> dict[str, Any]:
         "before": None,
         "after": None,
         "share": 0.0,
+        "extra_bytes": 0,
     }
 
 

@@ -270,6 +270,8 @@ def test_the_fewest_layers_are_spared(
     more = search(36.5)
     assert set(more.recipe.spared) == set(emulator.large[:2])
     assert 0 < some.share < more.share < 1
+    rows, columns = emulator.weights[f"{emulator.large[0]}.weight"].shape
+    assert some.extra_bytes == 3 * rows * columns - 4 * rows  # FP8 and a scale a row to float32
     every = search(99.0)
     assert set(every.recipe.spared) == set(emulator.large)
     assert every.share == 1
