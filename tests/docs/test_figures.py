@@ -57,6 +57,7 @@ BLOCKS = (
     "demo_training",
     "quantization_quality",
     "quantize_scale",
+    "recipes",
     "gpu_latency",
     "latency",
     "host_step",
