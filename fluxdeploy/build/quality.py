@@ -39,14 +39,11 @@ def _changes(record: RecipeRecord, compute: str) -> str:
     words = []
     more = f", {record.extra_bytes / 2**20:.1f} MiB more" if record.extra_bytes else ""
     if wide:
-        words.append(
-            f"{len(wide)} layers stay in {compute} ({record.share:.0%} of the weights{more}): "
-            f"{_named(wide)}"
-        )
+        words.append(f"left in {compute}: {_named(wide)} ({record.share:.0%} of the weights{more})")
     if inputs:
-        words.append(f"{len(inputs)} linears have narrow weights alone: {_named(inputs)}")
+        words.append(f"with narrow weights alone: {_named(inputs)}")
     if recipe.smoothed:
-        words.append(f"outliers of {len(recipe.smoothed)} inputs were moved into weights")
+        words.append(f"outliers moved into weights: {_named(list(recipe.smoothed))}")
     return "; ".join(words)
 
 
