@@ -74,7 +74,7 @@ def test_a_page_holds_all_that_it_shows(tmp_path: Path, small: Manifest, passed:
         "SSIM 0.910",
         "5.0 MiB",
         "1.25",
-        "1 layers stay in",
+        "left in bf16: transformer_blocks.0.attn.to_q",
         "(7% of the weights, 0.0 MiB more)",
     ):
         assert words in page, words
