@@ -45,7 +45,7 @@ _SEED = 1001
 _MOST = 150.0
 """dB that are told of pictures without any difference: JSON has no infinity."""
 _FEW_STEPS, _MOST_STEPS = 4, 28
-_SIDE = 256
+_LEAST_SIDE, _SIDE = 16, 256
 """Pixels: larger pictures take longer, and lose as much."""
 _LARGE = 500_000_000
 """Weights of a transformer whose whole schedule takes hours on a CPU."""
@@ -185,8 +185,11 @@ _TEXT = ("clip", "t5", "conditioner")
 def _sets(checkpoint: Checkpoint) -> list[Calibration]:
     """What is drawn: a few steps of several prompts and sizes, and whole schedules."""
     side, defaults = checkpoint.token_pixels, checkpoint.defaults
+    # SSIM looks at 11 pixels a side.
+    least = side * math.ceil(_LEAST_SIDE / side)
     height, width = (
-        max(side, min(pixels, _SIDE) // side * side) for pixels in (defaults.height, defaults.width)
+        max(least, min(pixels, _SIDE) // side * side)
+        for pixels in (defaults.height, defaults.width)
     )
     usual = replace(
         default_calibration(checkpoint),
@@ -197,7 +200,7 @@ def _sets(checkpoint: Checkpoint) -> list[Calibration]:
     )
     if _weight_count(checkpoint) > _LARGE:
         return [usual]
-    half = max(side, width // 2 // side * side)
+    half = max(least, width // 2 // side * side)
     whole = min(defaults.num_inference_steps, _MOST_STEPS)
     return [
         replace(
