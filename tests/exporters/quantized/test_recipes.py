@@ -27,13 +27,21 @@ from exporters.quality.emulate import Emulator
 from exporters.quality.judge import OutputJudge
 from exporters.quality.layers import Layers, Smoother
 from exporters.quality.noise import Move, measure_noise
+from exporters.quality.recipes import Asked, find_recipes
 from exporters.quality.search import find_recipe
 from exporters.weights.bind import WeightFolder
-from fluxdeploy.bundle.recipe import NOTHING, WEIGHTS, Promise, Quality, Recipe
+from fluxdeploy.bundle.recipe import (
+    NOTHING,
+    WEIGHTS,
+    Promise,
+    Quality,
+    Recipe,
+    RecipeRecord,
+)
 from fluxdeploy.errors import ExportError
 from fluxdeploy.precision import PRECISIONS, Quantization
 from fluxdeploy.progress import Progress
-from tests.exporters.quantized.conftest import LINEARS, SHORT
+from tests.exporters.quantized.conftest import LINEARS, SHORT, open_short
 
 QUIET = Progress(quiet=True)
 SPARED = {
@@ -289,3 +297,44 @@ def test_a_text_encoder_is_judged_by_its_output(opened: Checkpoint) -> None:
     assert found.before.cosine < 0.9999995 <= found.after.cosine
     assert found.recipe.spared
     assert found.share > 0
+
+
+def known_record(precision: str, promise: Promise) -> RecipeRecord:
+    recipe = Recipe({"transformer_blocks.0.attn.to_q": NOTHING}, {})
+    return RecipeRecord(precision, promise, recipe, Quality(0.9), Quality(0.99), 0.1, 5)
+
+
+def test_a_recipe_of_an_earlier_build_is_taken_over(
+    opened: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("exporters.quality.recipes.PictureJudge")  # nothing is drawn
+    asked = Asked(COMPONENTS["transformer"], "fp8-weights", "bf16")
+    promise = Promise(psnr=31.0)
+    known = {"transformer": known_record("fp8-weights", promise)}
+
+    def found(promise: Promise, known: Mapping[str, RecipeRecord]) -> dict[str, RecipeRecord]:
+        return find_recipes(opened, [asked], unmeasured, promise, known, QUIET)
+
+    assert found(promise, known) == known
+    assert found(Promise(), known) == known
+    for other in (known_record("fp8", promise), known_record("fp8-weights", Promise(psnr=30.0))):
+        with pytest.raises(NameError, match="PictureJudge"):
+            found(promise, {"transformer": other})
+
+
+def unmeasured() -> ActivationRanges:
+    raise AssertionError("activations are measured without need")
+
+
+def test_shapes_that_a_format_cannot_have_are_spared(checkpoint: Callable[..., Path]) -> None:
+    """The widths of `schnell` are no multiples of 32, but for its MLPs'."""
+    source = open_short(checkpoint("schnell"))
+    asked = Asked(COMPONENTS["transformer"], "int4-weights", "bf16")
+    found = find_recipes(source, [asked], unmeasured, Promise(), {}, QUIET)["transformer"]
+    weights = source.part("transformer").weights
+    for linear, left in found.recipe.spared.items():
+        assert left == NOTHING
+        assert weights[f"{linear}.weight"].shape[1] % 32, linear
+    assert 0 < found.share <= 1
+    assert found.extra_bytes > 0
+    assert (found.before, found.after) == (None, None)
