@@ -148,15 +148,15 @@ def _tables(report: VerifyReport) -> Iterator[Table]:
     # Of a picture, where some were drawn.
     seconds = {} if report.pictures is None else report.pictures.seconds
     timed = ("s",) if seconds else ()
-    table = Table("component", "precision", "error", "cosine", "PSNR", "MiB", *timed, "gate")
+    table = Table("component", "precision", "error", "cosine", "dB", "MiB", *timed, "gate")
     for row in report.components:
-        taken = (f"{seconds[row.name]:.2g}" if row.name in seconds else "",) if seconds else ()
+        taken = (f"{seconds[row.name]:.2f}" if row.name in seconds else "",) if seconds else ()
         table.add_row(
             row.name,
             row.precision,
             f"{row.deviation.max_error:.1e}",
             f"{row.deviation.cosine:.6f}",
-            f"{row.deviation.psnr:.0f} dB",
+            f"{row.deviation.psnr:.0f}",
             f"{row.size / 2**20:.1f}",
             *taken,
             _verdict(row.passed),
