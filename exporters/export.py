@@ -155,8 +155,7 @@ def export_component(
 ) -> Exported:
     """Trace a component, bind its weights and write `<name>.onnx` beside the weight folder.
 
-    With `fused` attention is ONNX Runtime's own operator where it
-    can be.
+    With `fused` attention is ONNX Runtime's own operator where it can be.
 
     Raises `CheckpointError` for weights that do not fit, `ExportError` for a graph that fails the
     checks, `BundleError` where the disk refuses.

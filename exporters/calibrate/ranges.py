@@ -24,7 +24,7 @@ from exporters.checkpoint import Checkpoint, Weights
 from exporters.checkpoint.tensors import find_tensor
 from exporters.components.chain import Chain, Stage
 from exporters.components.registry import COMPONENTS
-from exporters.components.run import shared_inputs, watch_linears
+from exporters.components.run import linear_modules, shared_inputs, watch_linears
 from exporters.models.mmdit import DoubleBlock, SingleBlock
 from fluxdeploy.bundle.files import disk_errors
 from fluxdeploy.bundle.tensorfile import TensorFileWriter, read_header, read_tensor
@@ -139,7 +139,9 @@ def linears(chain: Chain) -> tuple[str, ...]:
 
     `ActivationRanges.inputs` has these.
     """
-    return tuple(stage.scope + name for stage in _blocks(chain) for name in _linears(stage))
+    return tuple(
+        stage.scope + name for stage in _blocks(chain) for name in linear_modules(stage.piece)
+    )
 
 
 def attentions(chain: Chain) -> tuple[str, ...]:
@@ -152,11 +154,6 @@ def attentions(chain: Chain) -> tuple[str, ...]:
 
 def _blocks(chain: Chain) -> list[Stage]:
     return [s for s in chain.stages if isinstance(s.piece.module, (DoubleBlock, SingleBlock))]
-
-
-def _linears(block: Stage) -> dict[str, nn.Linear]:
-    modules = block.piece.module.named_modules()
-    return {name: module for name, module in modules if isinstance(module, nn.Linear)}
 
 
 def _gamma(block: Stage, weights: Weights, norms: Sequence[str]) -> float:

@@ -17,10 +17,12 @@ from exporters.components.chain import Chain, Piece, Stage
 
 __all__ = [
     "ReplaceAttention",
+    "linear_modules",
     "run_reference",
     "run_samples",
     "run_stage",
     "shared_inputs",
+    "spent_values",
     "watch_linears",
 ]
 
@@ -54,21 +56,29 @@ def run_samples(
     tensors of all. A value is dropped after its last use, so that memory holds one stage and, of
     every sample, the values between stages.
     """
-    last_use = {name: number for number, stage in enumerate(chain.stages) for name in stage.reads}
     outputs = [spec.name for spec in chain.outputs]
     held = [
         {name: torch.from_numpy(np.array(array)) for name, array in sample.items()}
         for sample in samples
     ]
-    for number, stage in enumerate(chain.stages):
+    for stage, spent in zip(chain.stages, spent_values(chain), strict=True):
         before(stage)
         run_stage(stage, weights, held)
-        for name in stage.reads:
-            if last_use[name] == number and name not in outputs:
-                for values in held:
-                    values.pop(name, None)
+        for values in held:
+            for name in spent:
+                values.pop(name, None)
         after()
     return [{name: values[name].numpy() for name in outputs} for values in held]
+
+
+def spent_values(chain: Chain) -> list[tuple[str, ...]]:
+    """For each stage of a chain the values that nothing needs any more after it."""
+    last_use = {name: number for number, stage in enumerate(chain.stages) for name in stage.reads}
+    outputs = {spec.name for spec in chain.outputs}
+    return [
+        tuple(name for name in stage.reads if last_use[name] == number and name not in outputs)
+        for number, stage in enumerate(chain.stages)
+    ]
 
 
 @torch.no_grad()
@@ -104,10 +114,15 @@ def watch_linears(
         see(scope + name, linear, inputs[0], output)
 
     for piece in chain.pieces:
-        for name, module in piece.module.named_modules():
-            if isinstance(module, nn.Linear):
-                module.register_forward_hook(functools.partial(hook, name))
+        for name, module in linear_modules(piece).items():
+            module.register_forward_hook(functools.partial(hook, name))
     return enter
+
+
+def linear_modules(piece: Piece) -> dict[str, nn.Linear]:
+    """The linears of a piece by their names, in the module's order."""
+    modules = piece.module.named_modules()
+    return {name: module for name, module in modules if isinstance(module, nn.Linear)}
 
 
 _EXAMPLE = {"B": 1, "S": 8, "L": 8, "T": 16, "N": 1, "H": 64, "W": 64, "h": 8, "w": 8}
@@ -134,8 +149,7 @@ def _readers(piece: Piece) -> dict[str, str]:
 
     hooks = [
         module.register_forward_pre_hook(functools.partial(see, name))
-        for name, module in piece.module.named_modules()
-        if isinstance(module, nn.Linear)
+        for name, module in linear_modules(piece).items()
     ]
     with torch.device("meta"):
         piece.module(

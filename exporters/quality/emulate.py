@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from exporters.checkpoint import Checkpoint
-from exporters.components.chain import Chain, Stage
+from exporters.components.chain import Stage
 from exporters.components.component import Component
-from exporters.components.run import ReplaceAttention, run_samples
+from exporters.components.run import ReplaceAttention, linear_modules, run_samples
 from exporters.formats import EightBits
 from exporters.quality.layers import Layers
 
@@ -49,9 +49,10 @@ class Emulator:
 
     def __init__(self, component: Component, checkpoint: Checkpoint, compute: str) -> None:
         self.chain, self.weights = component.source(checkpoint, "fp32")
-        self.layers: Layers | None = None
+        self._layers: Layers | None = None
         chain = self.chain
-        self.large = tuple(name for name in _linears(chain) if component.is_quantized(name))
+        names = (s.scope + name for s in chain.stages for name in linear_modules(s.piece))
+        self.large = tuple(name for name in names if component.is_quantized(name))
         self.attentions = tuple(f"{stage.scope}attn" for stage in chain.stages)
         self._scales = _COMPUTE[compute]
         self._scope = ""
@@ -60,12 +61,11 @@ class Emulator:
         self._size = 0
         quantized = frozenset(self.large)
         for piece in chain.pieces:
-            for name, module in piece.module.named_modules():
-                if isinstance(module, nn.Linear):
-                    usual = module.forward
-                    module.forward = functools.partial(  # type: ignore[method-assign]
-                        self._forward, name, module, usual, quantized
-                    )
+            for name, module in linear_modules(piece).items():
+                usual = module.forward
+                module.forward = functools.partial(  # type: ignore[method-assign]
+                    self._forward, name, module, usual, quantized
+                )
 
     def enter(self, stage: Stage) -> None:
         self._scope = stage.scope
@@ -110,7 +110,7 @@ class Emulator:
     @contextmanager
     def running(self, layers: Layers | None) -> Iterator[None]:
         """A block in which the chain computes as `layers` has it."""
-        before, self.layers = self.layers, layers
+        before, self._layers = self._layers, layers
         try:
             if layers is None or not layers.quantization.attention:
                 yield
@@ -118,7 +118,7 @@ class Emulator:
                 with ReplaceAttention(self._attend):
                     yield
         finally:
-            self.layers = before
+            self._layers = before
 
     def _forward(
         self,
@@ -128,7 +128,7 @@ class Emulator:
         quantized: frozenset[str],
         x: Tensor,
     ) -> Tensor:
-        layers, name = self.layers, self._scope + local
+        layers, name = self._layers, self._scope + local
         if layers is None or name not in quantized or not layers.has_weight(name):
             return usual(x)
         factors = layers.smooths(name)
@@ -144,7 +144,7 @@ class Emulator:
         return self._measured(name, exact - bias, found - bias) + bias
 
     def _weight(self, name: str, weight: Tensor) -> Tensor:
-        layers = self.layers
+        layers = self._layers
         assert layers is not None
         factors = layers.smooths(name)
         key = (name, layers.format.name, b"" if factors is None else factors.tobytes())
@@ -165,7 +165,7 @@ class Emulator:
     @property
     def _attention(self) -> tuple[EightBits, str] | None:
         """The type and the name of the attention that runs, None where it is not quantized."""
-        layers, name = self.layers, f"{self._scope}attn"
+        layers, name = self._layers, f"{self._scope}attn"
         if layers is None or not layers.has_attention(name):
             return None
         return layers.format.attention, name
@@ -183,16 +183,9 @@ class Emulator:
         return narrow if self._powers is None else self._measured(found[1], shares @ value, narrow)
 
     def _range(self, kind: str, found: tuple[EightBits, str]) -> float:
-        assert self.layers is not None
-        return self.layers.attention_range(kind, found[1])
+        assert self._layers is not None
+        return self._layers.attention_range(kind, found[1])
 
     def _rounded(self, x: Tensor, found: tuple[EightBits, str], largest: float) -> Tensor:
         numbers, _ = found
         return numbers.emulate(x, numbers.step(largest, self._scales))
-
-
-def _linears(chain: Chain) -> Iterator[str]:
-    for stage in chain.stages:
-        for name, module in stage.piece.module.named_modules():
-            if isinstance(module, nn.Linear):
-                yield stage.scope + name

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from exporters.components.chain import Stage
-from exporters.components.run import run_stage
+from exporters.components.run import linear_modules, run_stage, spent_values
 from exporters.quality.emulate import Emulator
 from exporters.quality.layers import Layers, Smoother
-from fluxdeploy.bundle.recipe import NOTHING, WEIGHTS, Recipe
+from fluxdeploy.bundle.recipe import NOTHING, WEIGHTS
 
 __all__ = ["Move", "Noise", "measure_noise"]
 
@@ -77,20 +77,18 @@ def measure_noise(
     ]
     # Of each block in few bits: the values behind it.
     disturbed: dict[str, list[_Values]] = {}
-    last_use = {name: number for number, stage in enumerate(chain.stages) for name in stage.reads}
-    outputs = [spec.name for spec in chain.outputs]
-    for number, stage in enumerate(chain.stages):
+    for stage, spent in zip(chain.stages, spent_values(chain), strict=True):
         emulator.enter(stage)
         found = finder.measure(stage, exact)
         with emulator.running(None):
             run_stage(stage, weights, [*exact, *(v for held in disturbed.values() for v in held)])
         if found is not None:
             disturbed[stage.scope] = found
-        for name in stage.reads:
-            if last_use[name] == number and name not in outputs:
-                for values in (*exact, *(v for held in disturbed.values() for v in held)):
-                    values.pop(name, None)
+        for values in (*exact, *(v for held in disturbed.values() for v in held)):
+            for name in spent:
+                values.pop(name, None)
         after()
+    outputs = [spec.name for spec in chain.outputs]
     effects = {scope: _relative_power(outputs, exact, held) for scope, held in disturbed.items()}
     return finder.conclude(effects)
 
@@ -108,9 +106,8 @@ class _Finder:
 
     def measure(self, stage: Stage, held: Sequence[_Values]) -> list[_Values] | None:
         """Measure one stage's layers; the samples behind it in few bits, None where it has none."""
-        sizes = {
-            stage.scope + name: module.weight.numel() for name, module in _linear_modules(stage)
-        }
+        modules = linear_modules(stage.piece)
+        sizes = {stage.scope + name: module.weight.numel() for name, module in modules.items()}
         large = (name for name in self._emulator.large if name in sizes)
         own = [name for name in large if self._layers.has_weight(name)]
         if not own:
@@ -141,20 +138,16 @@ class _Finder:
             if first not in own:
                 continue
             alone: dict[str, str | None] = dict.fromkeys(n for n in group if n in own)
-            best, least = None, _WORTH * self._power(stage, held, expected, alone)
+            best: tuple[float, Layers] | None = None
+            least = _WORTH * self._power(stage, held, expected, alone)
             for strength in _STRENGTHS:
-                trial = {**self._smoothed, first: strength}
-                power = self._power(stage, held, expected, alone, trial)
+                trial = self._smoother.smooth({first: strength})
+                layers = replace(self._layers, smoothing={**self._layers.smoothing, **trial})
+                power = self._power(stage, held, expected, alone, layers)
                 if power < least:
-                    best, least = strength, power
+                    best, least = (strength, layers), power
             if best is not None:
-                self._smoothed[first] = best
-                self._layers = self._smooth_layers(self._smoothed)
-
-    def _smooth_layers(self, smoothed: Mapping[str, float]) -> Layers:
-        assert self._smoother is not None
-        recipe = Recipe(self._layers.recipe.spared, dict(smoothed))
-        return replace(self._layers, recipe=recipe, smoothing=self._smoother.smooth(smoothed))
+                self._smoothed[first], self._layers = best
 
     def _with(self, left: Mapping[str, str | None], layers: Layers | None = None) -> Layers:
         """Only these layers in few bits: as the precision says where `left` is None."""
@@ -167,9 +160,8 @@ class _Finder:
         held: Sequence[_Values],
         expected: list[_Values],
         left: Mapping[str, str | None],
-        smoothed: Mapping[str, float] | None = None,
+        layers: Layers | None = None,
     ) -> float:
-        layers = None if smoothed is None else self._smooth_layers(smoothed)
         found = self._run(stage, held, self._with(left, layers))
         return _relative_power(stage.writes, expected, found)
 
@@ -192,14 +184,6 @@ class _Finder:
                 else:
                     moves.append(Move(name, NOTHING, share * full, wider * size))
         return Noise(self._smoothed, tuple(moves))
-
-
-def _linear_modules(stage: Stage) -> list[tuple[str, torch.nn.Linear]]:
-    return [
-        (name, module)
-        for name, module in stage.piece.module.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    ]
 
 
 def _relative_power(

@@ -111,6 +111,7 @@ class _Finder:
         self._ranges = ranges
         self._known = known
         self._progress = progress
+        self._judges: dict[str, OutputJudge] = {}
 
     def unjudged(self, asked: Asked) -> RecipeRecord:
         """Nothing is spared but what the format cannot have, and what an earlier build spared."""
@@ -128,7 +129,7 @@ class _Finder:
         emulator = Emulator(asked.component, self._checkpoint, asked.compute)
         record = self._taken(asked, promise)
         if record is None:
-            judge = OutputJudge(emulator, self._inputs(asked.component.name))
+            judge = self._output_judge(asked, emulator)
             record = self._find(asked, emulator, judge, promise, None)
         return record, (emulator, layers_of(asked, self._checkpoint, record.recipe, None))
 
@@ -188,7 +189,7 @@ class _Finder:
                 assert quality is not None
                 cosine = 1 - (1 - quality.cosine) * 10 ** (-missing / 10)
                 asks = Promise(cosine=min(cosine, _NEAREST))
-                outputs = OutputJudge(subject, self._inputs(name))
+                outputs = self._output_judge(other, subject)
                 changed[name] = self._find(other, subject, outputs, asks, None)
                 recipe = changed[name].recipe
                 subjects[name] = subject, layers_of(other, self._checkpoint, recipe, None)
@@ -225,6 +226,13 @@ class _Finder:
         shapes = {name: emulator.weights[f"{name}.weight"].shape for name in emulator.large}
         odd = [name for name, shape in shapes.items() if layers.format.problem(*shape)]
         return layers.sparing(dict.fromkeys(odd, NOTHING))
+
+    def _output_judge(self, asked: Asked, emulator: Emulator) -> OutputJudge:
+        """The judge of a component before the transformer, which runs text encoders once."""
+        name = asked.component.name
+        if name not in self._judges:
+            self._judges[name] = OutputJudge(emulator, self._inputs(name))
+        return self._judges[name]
 
     def _inputs(self, name: str) -> list[dict[str, Array]]:
         """What a text encoder or the conditioner is given for a few prompts."""
