@@ -1,0 +1,1 @@
+"""The transformer on kernels of our own, for Hopper GPUs."""
