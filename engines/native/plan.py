@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 from fluxdeploy.errors import EngineError
 
 __all__ = [
+    "BYTES",
     "Attention",
     "Buffer",
     "Convert",
@@ -25,8 +26,8 @@ __all__ = [
     "Linear",
     "Norm",
     "Packed",
-    "Part",
     "Pair",
+    "Part",
     "Place",
     "Plan",
     "Rope",
@@ -39,6 +40,9 @@ Rows: TypeAlias = Literal["text", "image", "all"]
 """Tokens of a buffer: the first S, the last L, or all T. A buffer of `text` or `image` rows has
 no others, and a step's rows are then all of them."""
 Pair: TypeAlias = tuple[float, float]
+
+BYTES: Mapping[Kind, int] = {"f32": 4, "bf16": 2, "fp8": 1}
+"""Of a number."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +149,9 @@ class Linear:
 class Rope:
     """RMSNorm of the heads of Q and K (ε 1e-6), RoPE, and Q times `softmax`; V as it is.
 
-    x bfloat16 [T, 3 D]: Q, K, V, with heads side by side. `norms` is f32 [4, head_dim]: the weights
-    for text Q, text K, image Q, image K. out [T, 3 D] is x itself in bfloat16, and in 8 bits another
-    buffer, with a scale for each of Q, K and V.
+    x bfloat16 [T, 3 D]: Q, K, V, with heads side by side. `norms` is f32 [4, head_dim]: the
+    weights for text Q, text K, image Q, image K. out [T, 3 D] is x itself in bfloat16, and in 8
+    bits another buffer, with a scale for each of Q, K and V.
     """
 
     x: Place

@@ -1,0 +1,110 @@
+"""Kernels from Triton's source to cubins for Hopper, on a machine that need not have a GPU."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from engines.native.specs import PARAMETERS, Kernel, KernelSpec, TensorBox, spec_of
+from fluxdeploy.errors import EngineError, MissingDependencyError
+from fluxdeploy.install import install_command
+
+if TYPE_CHECKING:
+    from engines.native.plan import Plan
+    from fluxdeploy.progress import Progress
+
+__all__ = ["compile_kernels", "compile_spec"]
+
+_TYPES = {"f32": "fp32", "bf16": "bf16", "fp8": "fp8e4nv"}
+_CAPABILITY = 90
+_SHARED = 232_448
+"""Bytes of shared memory that a program of a Hopper GPU can have. The compiler does not look."""
+
+
+def compile_kernels(plan: Plan, progress: Progress) -> dict[str, tuple[Kernel, bytes]]:
+    """The kernels of a plan's steps with their cubins, by `KernelSpec.name`.
+
+    Raises `EngineError` where the compiler refuses, and `MissingDependencyError` without Triton.
+    """
+    specs = {spec.name: spec for step in plan.steps if (spec := spec_of(plan, step)) is not None}
+    task = progress.task("  transformer: compiling kernels", total=len(specs))
+    made = {}
+    for name, spec in specs.items():
+        made[name] = compile_spec(spec)
+        task.advance(1)
+    task.finish()
+    return made
+
+
+def compile_spec(spec: KernelSpec) -> tuple[Kernel, bytes]:
+    """One kernel and its cubin. The errors are those of `compile_kernels`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiled = _compile(spec)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Triton is not installed, which compiles kernels: {install_command('native')}."
+        ) from error
+    except Exception as error:
+        raise EngineError(
+            f"Triton does not compile {spec.function} for sm{_CAPABILITY}: {error}."
+        ) from error
+    facts = compiled.metadata
+    if facts.shared > _SHARED:
+        raise EngineError(
+            f"The kernel {spec.function} ({dict(spec.constants)}) needs {facts.shared} bytes of "
+            f"shared memory, and sm{_CAPABILITY} has {_SHARED}."
+        )
+    boxes = tuple(TensorBox(*meta["block_size"], meta["swizzle"]) for meta in facts.tensordesc_meta)
+    constants = spec.constants
+    tile = (int(constants.get("TILE_ROWS", 1)), int(constants.get("TILE_COLUMNS", 1)))
+    kernel = Kernel(
+        spec.name,
+        spec.function,
+        facts.name,
+        32 * facts.num_warps,
+        facts.shared,
+        tuple(boxes),
+        tile,
+        spec.programs,
+    )
+    return kernel, compiled.asm["cubin"]
+
+
+def _compile(spec: KernelSpec) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from engines.native import kernels
+
+    function = getattr(kernels, spec.function)
+    names = list(function.arg_names)
+    signature = dict(_signature(spec)) | dict.fromkeys(spec.constants, "constexpr")
+    # Addresses and rows are multiples of 16 bytes, which lets loads be wide.
+    aligned = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in PARAMETERS[spec.function].items()
+        if kind == "pointer"
+    }
+    source = ASTSource(
+        function,
+        {name: signature[name] for name in names},
+        {(names.index(name),): value for name, value in spec.constants.items()},
+        aligned,
+    )
+    options = {"num_warps": spec.warps, "num_stages": spec.stages}
+    return triton.compile(source, target=GPUTarget("cuda", _CAPABILITY, 32), options=options)
+
+
+def _signature(spec: KernelSpec) -> Iterable[tuple[str, str]]:
+    boxes = spec.boxes or {}
+    for name, kind in PARAMETERS[spec.function].items():
+        if kind == "pointer":
+            yield name, f"*{_TYPES[spec.types[name]]}"
+        elif kind == "box":
+            yield name, f"tensordesc<{_TYPES[spec.types[name]]}{list(boxes[name])}>"
+        else:
+            yield name, kind

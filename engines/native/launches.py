@@ -1,0 +1,215 @@
+"""A plan's steps for one size of picture, as launches of kernels with their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from engines.cuda import Argument, TensorMap
+from engines.native.plan import BYTES, Attention, Convert, Linear, Norm, Place, Plan, Rope, Step
+from engines.native.specs import PARAMETERS, Kernel, TensorBox
+
+__all__ = ["AttentionCall", "Launch", "Sizes", "list_launches"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens of text and of the picture."""
+
+    text: int
+    image: int
+
+    @property
+    def all(self) -> int:
+        return self.text + self.image
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its programs in x and y, and what it is given by the names of its parameters."""
+
+    kernel: Kernel
+    grid: tuple[int, int]
+    given: Mapping[str, Argument]
+
+    @property
+    def values(self) -> list[Argument]:
+        """In the order of the kernel's parameters."""
+        return [self.given[name] for name in PARAMETERS[self.kernel.function]]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """Attention of Q, K, V from `x` to `out`, whose rows are `out_stride` numbers apart."""
+
+    step: Attention
+    x: int
+    out: int
+    out_stride: int
+
+
+Call: TypeAlias = Launch | AttentionCall
+
+
+def list_launches(
+    plan: Plan,
+    kernels: list[Kernel | None],
+    sizes: Sizes,
+    address: Callable[[str], int],
+    multiprocessors: int,
+) -> list[Call]:
+    """All launches of one picture, in order.
+
+    `kernels` has one for each step, None for attention. `address` tells where a buffer, a packed
+    tensor, or one of the inputs `modulation`, `rope_cos` and `rope_sin` lies on the device.
+    """
+    lister = _Lister(plan, sizes, address, multiprocessors)
+    return [
+        call
+        for step, kernel in zip(plan.steps, kernels, strict=True)
+        for call in lister.calls(step, kernel)
+    ]
+
+
+@dataclass(frozen=True)
+class _Lister:
+    plan: Plan
+    sizes: Sizes
+    address: Callable[[str], int]
+    multiprocessors: int
+
+    def calls(self, step: Step, kernel: Kernel | None) -> Iterator[Call]:
+        if isinstance(step, Attention):
+            stride = self.plan.buffer(step.out.buffer).columns
+            yield AttentionCall(step, self._at(step.x), self._at(step.out), stride)
+            return
+        assert kernel is not None
+        if isinstance(step, Linear):
+            yield from self._linears(step, kernel)
+        elif isinstance(step, Rope):
+            yield self._rope(step, kernel)
+        elif isinstance(step, Norm):
+            yield self._norm(step, kernel)
+        else:
+            yield self._convert(step, kernel)
+
+    def _convert(self, step: Convert, kernel: Kernel) -> Launch:
+        first, count, text = self._rows(step.rows)
+        given: dict[str, Argument] = {
+            "x": self._pointer(step.x, first),
+            "out": self._pointer(step.out, first),
+            "text_tokens": ("i32", text),
+            **_inverses(step.scale),
+        }
+        return Launch(kernel, (count, 1), given)
+
+    def _norm(self, step: Norm, kernel: Kernel) -> Launch:
+        first, count, text = self._rows(step.rows)
+        given: dict[str, Argument] = {
+            "x": self._pointer(step.x, first),
+            "out": self._pointer(step.out, first),
+            "modulation": ("pointer", self.address("modulation")),
+            "text_tokens": ("i32", text),
+            "shift_text": ("i32", step.shift[0]),
+            "shift_image": ("i32", step.shift[1]),
+            "gain_text": ("i32", step.gain[0]),
+            "gain_image": ("i32", step.gain[1]),
+            **_inverses(step.scale),
+        }
+        return Launch(kernel, (count, 1), given)
+
+    def _rope(self, step: Rope, kernel: Kernel) -> Launch:
+        q, k, v = step.scales
+        given: dict[str, Argument] = {
+            "x": self._pointer(step.x, 0),
+            "out": self._pointer(step.out, 0),
+            "norms": ("pointer", self.address(step.norms)),
+            "cos": ("pointer", self.address("rope_cos")),
+            "sin": ("pointer", self.address("rope_sin")),
+            "text_tokens": ("i32", self.sizes.text),
+            "factor_q": ("fp32", step.softmax / q),
+            "factor_k": ("fp32", 1 / k),
+            "factor_v": ("fp32", 1 / v),
+        }
+        # V stays where it is unless it changes its type.
+        parts = 2 if step.out == step.x else 3
+        return Launch(kernel, (self.sizes.all, parts), given)
+
+    def _linears(self, step: Linear, kernel: Kernel) -> Iterator[Launch]:
+        """One launch, or two where a tile would have rows of both streams' weights."""
+        if step.grouped and step.rows == "all" and self.sizes.text % kernel.tile[0]:
+            for rows in ("text", "image"):
+                yield self._linear(step, kernel, *self._rows(rows))
+        else:
+            yield self._linear(step, kernel, *self._rows(step.rows))
+
+    def _linear(self, step: Linear, kernel: Kernel, first: int, count: int, text: int) -> Launch:
+        x, weight, out, second = kernel.boxes
+        kind = self.plan.buffer(step.x.buffer).kind
+        inner = step.inner * BYTES[kind]
+        groups = 2 if step.grouped else 1
+        plain = step.split or step.columns
+        other, rest = (step.out, plain) if step.second is None else (step.second, step.columns)
+        rest -= step.split if step.second is not None else 0
+        given: dict[str, Argument] = {
+            "x": self._map(step.x, first, count, step.inner, x),
+            "weight": TensorMap(
+                self.address(step.weight),
+                groups * step.columns,
+                step.inner,
+                inner,
+                BYTES[kind],
+                (weight.rows, weight.columns),
+                weight.swizzle,
+            ),
+            "out": self._map(step.out, first, count, plain, out),
+            "second": self._map(other, first, count, rest, second),
+            "scale": ("pointer", self.address(step.scale or step.bias)),
+            "bias": ("pointer", self.address(step.bias)),
+            "gate": ("pointer", self.address("modulation")),
+            "rows": ("i32", count),
+            "text_tokens": ("i32", text),
+            "gate_text": ("i32", step.gate[0]),
+            "gate_image": ("i32", step.gate[1]),
+            **_inverses(step.out_scale),
+        }
+        tiles = -(-count // kernel.tile[0]) * -(-step.columns // kernel.tile[1])
+        return Launch(kernel, (min(tiles, self.multiprocessors * kernel.programs), 1), given)
+
+    def _rows(self, rows: str) -> tuple[int, int, int]:
+        """First row and number of rows within T, and the first of these that is not text."""
+        return {
+            "text": (0, self.sizes.text, self.sizes.text),
+            "image": (self.sizes.text, self.sizes.image, 0),
+            "all": (0, self.sizes.all, self.sizes.text),
+        }[rows]
+
+    def _at(self, place: Place, row: int = 0) -> int:
+        """The address of a place, from row `row` of T on."""
+        buffer = self.plan.buffer(place.buffer)
+        if buffer.rows == "image":
+            row = 0  # it has no others
+        return self.address(place.buffer) + BYTES[buffer.kind] * (
+            row * buffer.columns + place.column
+        )
+
+    def _pointer(self, place: Place, row: int) -> Argument:
+        return "pointer", self._at(place, row)
+
+    def _map(self, place: Place, row: int, rows: int, columns: int, box: TensorBox) -> TensorMap:
+        buffer = self.plan.buffer(place.buffer)
+        size = BYTES[buffer.kind]
+        return TensorMap(
+            self._at(place, row),
+            rows,
+            columns,
+            buffer.columns * size,
+            size,
+            (box.rows, box.columns),
+            box.swizzle,
+        )
+
+
+def _inverses(scale: tuple[float, float]) -> dict[str, Argument]:
+    return {"inverse_text": ("fp32", 1 / scale[0]), "inverse_image": ("fp32", 1 / scale[1])}

@@ -1,0 +1,262 @@
+"""Which kernel each step of a plan takes, and in which form it is compiled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from engines.native.plan import (
+    BYTES,
+    Attention,
+    Convert,
+    Kind,
+    Linear,
+    Norm,
+    Place,
+    Plan,
+    Rope,
+    Step,
+)
+from fluxdeploy.errors import EngineError
+
+__all__ = ["PARAMETERS", "Kernel", "KernelSpec", "TensorBox", "Tile", "linear_spec", "spec_of"]
+
+PARAMETERS: Mapping[str, Mapping[str, str]] = {
+    "convert": {
+        "x": "pointer",
+        "out": "pointer",
+        "text_tokens": "i32",
+        "inverse_text": "fp32",
+        "inverse_image": "fp32",
+    },
+    "norm": {
+        "x": "pointer",
+        "out": "pointer",
+        "modulation": "pointer",
+        "text_tokens": "i32",
+        "shift_text": "i32",
+        "shift_image": "i32",
+        "gain_text": "i32",
+        "gain_image": "i32",
+        "inverse_text": "fp32",
+        "inverse_image": "fp32",
+    },
+    "rope": {
+        "x": "pointer",
+        "out": "pointer",
+        "norms": "pointer",
+        "cos": "pointer",
+        "sin": "pointer",
+        "text_tokens": "i32",
+        "factor_q": "fp32",
+        "factor_k": "fp32",
+        "factor_v": "fp32",
+    },
+    "linear": {
+        "x": "box",
+        "weight": "box",
+        "out": "box",
+        "second": "box",
+        "scale": "pointer",
+        "bias": "pointer",
+        "gate": "pointer",
+        "rows": "i32",
+        "text_tokens": "i32",
+        "gate_text": "i32",
+        "gate_image": "i32",
+        "inverse_text": "fp32",
+        "inverse_image": "fp32",
+    },
+}
+"""What each kernel is given when it is launched, in order: see `engines.native.kernels`."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of a linear's output, and how it is computed.
+
+    rows, columns: its size. warps: of a program. stages: loads of operands that are in flight, each
+    of 128 bytes of a row. programs: on a multiprocessor at once. flatten: whether the loads of a
+    tile begin while the one before is finished.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    programs: int = 1
+    flatten: bool = False
+
+    def __str__(self) -> str:
+        flat = ", flat" if self.flatten else ""
+        return f"{self.rows}x{self.columns}, {self.warps} warps, {self.stages} stages{flat}" + (
+            f", {self.programs} programs" if self.programs > 1 else ""
+        )
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A kernel in one form.
+
+    types: the elements of its tensors, by parameter. constants: what is known when it is compiled.
+    boxes: rows and columns of what is loaded or stored at once, of parameters that are boxes.
+    programs: on a multiprocessor at once, of a kernel whose programs take tiles in turns.
+    """
+
+    function: str
+    types: Mapping[str, Kind]
+    constants: Mapping[str, int | str]
+    warps: int
+    stages: int = 1
+    programs: int = 1
+    boxes: Mapping[str, tuple[int, int]] | None = None
+
+    @property
+    def name(self) -> str:
+        """The function, and a hash of its form."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return f"{self.function}.{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class TensorBox:
+    """What a kernel moves of a tensor at once. `swizzle` is the driver's number of a pattern."""
+
+    rows: int
+    columns: int
+    swizzle: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What is known of a compiled kernel: its cubin lies beside it.
+
+    entry: the function in the cubin. threads: of a program. shared: its bytes of shared memory.
+    boxes: of its parameters that are boxes, in order. tile: rows and columns, of a linear.
+    """
+
+    name: str
+    function: str
+    entry: str
+    threads: int
+    shared: int
+    boxes: tuple[TensorBox, ...]
+    tile: tuple[int, int]
+    programs: int
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Kernel:
+        """Raises `EngineError` for what `asdict` has not made of one."""
+        try:
+            boxes = tuple(TensorBox(**box) for box in found["boxes"])
+            rows, columns = found["tile"]
+            return cls(**(dict(found) | {"boxes": boxes, "tile": (rows, columns)}))
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError(f"A kernel of the engine is broken: {error}.") from error
+
+
+def spec_of(plan: Plan, step: Step) -> KernelSpec | None:
+    """The kernel of a step; None for attention, which is cuDNN's."""
+    if isinstance(step, Attention):
+        return None
+    if isinstance(step, Linear):
+        return _linear(plan, step)
+    out = plan.buffer(step.out.buffer)
+    types: dict[str, Kind] = {"x": plan.buffer(step.x.buffer).kind, "out": out.kind}
+    if isinstance(step, Convert):
+        constants = {
+            "COLUMNS": step.columns,
+            "X_STRIDE": plan.buffer(step.x.buffer).columns,
+            "OUT_STRIDE": out.columns,
+            "BLOCK": _power_of_2(step.columns),
+        }
+        return KernelSpec("convert", types, constants, 4)
+    if isinstance(step, Norm):
+        constants = {
+            "WIDTH": plan.width,
+            "OUT_STRIDE": out.columns,
+            "BLOCK": _power_of_2(plan.width),
+        }
+        return KernelSpec("norm", types | {"modulation": "f32"}, constants, 4)
+    assert isinstance(step, Rope)
+    constants = {
+        "WIDTH": plan.width,
+        "HEAD_DIM": plan.head_dim,
+        "BLOCK_HEADS": _power_of_2(plan.heads),
+    }
+    tables: dict[str, Kind] = {"norms": "f32", "cos": "f32", "sin": "f32"}
+    return KernelSpec("rope", types | tables, constants, 4)
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _linear(plan: Plan, step: Linear) -> KernelSpec:
+    def kind(place: Place | None) -> Kind:
+        return plan.buffer((place or step.out).buffer).kind
+
+    return linear_spec(
+        kind(step.x),
+        kind(step.out),
+        kind(step.second),
+        step.columns,
+        step.inner,
+        step.epilogue,
+        split=step.split,
+        grouped=step.grouped,
+        scaled=step.scale is not None,
+        tile=choose_tile(kind(step.x), step.columns, step.split, step.epilogue),
+    )
+
+
+def linear_spec(
+    x: Kind,
+    out: Kind,
+    second: Kind,
+    columns: int,
+    inner: int,
+    epilogue: str,
+    split: int,
+    grouped: bool,
+    scaled: bool,
+    tile: Tile,
+) -> KernelSpec:
+    """A linear of [.., inner] to [.., columns], with `Linear`'s epilogue."""
+    depth = 128 // BYTES[x]
+    half = tile.columns // 2
+    constants: dict[str, int | str] = {
+        "COLUMNS": columns,
+        "INNER": inner,
+        "TILE_ROWS": tile.rows,
+        "TILE_COLUMNS": tile.columns,
+        "DEPTH": depth,
+        "EPILOGUE": epilogue,
+        "SPLIT": split,
+        "GROUPED": int(grouped),
+        "SCALED": int(scaled),
+        "FLATTEN": int(tile.flatten),
+    }
+    types: dict[str, Kind] = {"x": x, "weight": x, "out": out, "second": second}
+    vectors: dict[str, Kind] = {"scale": "f32", "bias": "f32", "gate": "f32"}
+    boxes = {
+        "x": (tile.rows, depth),
+        "weight": (tile.columns, depth),
+        "out": (tile.rows, half),
+        "second": (tile.rows, half),
+    }
+    return KernelSpec(
+        "linear", types | vectors, constants, tile.warps, tile.stages, tile.programs, boxes
+    )
+
+
+def choose_tile(x: Kind, columns: int, split: int, epilogue: str) -> Tile:
+    """The tile of a linear: one whose halves lie on one side of the split."""
+    if columns < 1024 or split % 128:
+        return Tile(128, 64, 4, 4)
+    if columns <= 4096:
+        return Tile(128, 128, 4, 3, programs=2)
+    return Tile(128, 256, 8, 3)
