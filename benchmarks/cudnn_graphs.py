@@ -1,6 +1,6 @@
-"""Products and attention through cuDNN's graphs, for `gpu_kernels_worker.py`.
+"""Products through cuDNN's graphs, for `gpu_kernels_worker.py`.
 
-Each function returns a call over tensors that stay where they are, and what tells its result.
+What it returns is a call over tensors that stay where they are, and what tells its result.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import cudnn
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "attention_in_8_bits", "linear"]
+__all__ = ["linear"]
 
 Call = tuple[Callable[[], None], Callable[[], Tensor]]
 
@@ -21,7 +21,6 @@ _KINDS = {
     torch.bfloat16: cudnn.data_type.BFLOAT16,
     torch.float32: cudnn.data_type.FLOAT,
 }
-_LARGEST = 448.0
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Call:
@@ -33,51 +32,6 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Call:
     y = _output(graph.add(a=graph.mul(a=graph.matmul(A=a, B=b), b=s), b=c), out)
     tensors = dict(zip((a, b, s, c, y), (*given, out), strict=True))
     return _call(handle, graph, tensors), lambda: out[0]
-
-
-def attention(joint: Tensor) -> Call:
-    """Attention of [tokens,3,heads,head_dim] bfloat16; the result is [heads,tokens,head_dim]."""
-    handle, graph = _new_graph()
-    given, out = _views(joint), _views(torch.full_like(joint[:, :1], float("nan")))[0]
-    q, k, v = (_symbol(graph, x) for x in given)
-    o, _ = graph.sdpa(q=q, k=k, v=v, is_inference=True, attn_scale=joint.shape[-1] ** -0.5)
-    tensors = dict(zip((q, k, v, _output(o, out)), (*given, out), strict=True))
-    return _call(handle, graph, tensors), lambda: out[0]
-
-
-def attention_in_8_bits(joint: Tensor, scale: Tensor) -> Call:
-    """The same of E4M3 numbers with one scale, to E4M3; the softmax's largest number is 1."""
-    handle, graph = _new_graph()
-    poison = torch.full(joint[:, :1].shape, float("nan"), device="cuda").to(joint.dtype)
-    given, out = _views(joint), _views(poison)[0]
-    # No result is larger than the largest of V.
-    numbers = {
-        "descale_q": scale,
-        "descale_k": scale,
-        "descale_v": scale,
-        "descale_s": 1 / _LARGEST,
-        "scale_s": _LARGEST,
-        "scale_o": 1 / scale,
-    }
-    scales = [torch.full((1, 1, 1, 1), float(n), device="cuda") for n in numbers.values()]
-    q, k, v, *symbols = (_symbol(graph, x) for x in (*given, *scales))
-    o, _, *maxima = graph.sdpa_fp8(
-        q=q,
-        k=k,
-        v=v,
-        is_inference=True,
-        attn_scale=joint.shape[-1] ** -0.5,
-        **dict(zip(numbers, symbols, strict=True)),
-    )
-    seen = [torch.zeros(1, 1, 1, 1, device="cuda") for _ in maxima]
-    outputs = [_output(symbol, x) for symbol, x in zip((o, *maxima), (out, *seen), strict=True)]
-    tensors = dict(zip((q, k, v, *symbols, *outputs), (*given, *scales, out, *seen), strict=True))
-    return _call(handle, graph, tensors), lambda: out[0].float() * scale
-
-
-def _views(joint: Tensor) -> tuple[Tensor, ...]:
-    """[tokens,n,heads,head_dim], as a linear leaves it, as n of [1,heads,tokens,head_dim]."""
-    return tuple(joint.permute(1, 2, 0, 3)[:, None])
 
 
 def _new_graph() -> tuple[Any, Any]:

@@ -46,14 +46,14 @@ ROWS = (4096 + TEXT, 1024 + TEXT)
 """Tokens of a picture of 1024x1024 and of 512x512, with the text's."""
 
 PRODUCTS = (
-    (WIDTH, 3 * WIDTH + MLP, "gelu"),
-    (WIDTH, 3 * WIDTH, "bias"),
+    (WIDTH, 3 * WIDTH + MLP, "split"),
+    (WIDTH, 3 * WIDTH, "plain"),
     (WIDTH, WIDTH, "residual"),
     (WIDTH, MLP, "gelu"),
     (MLP, WIDTH, "residual"),
     (WIDTH + MLP, WIDTH, "residual"),
 )
-"""Of the blocks' linears: channels in, channels out, and what follows (`triton_linear`)."""
+"""Of the blocks' linears: channels in, channels out, and what follows (`engines.native.plan`)."""
 
 DOUBLE_BLOCKS, SINGLE_BLOCKS = 5, 10
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
@@ -281,41 +281,115 @@ def _scaled(x: Tensor, weight: Tensor, s: Tensor, t: Tensor, bias: Tensor | None
 
 
 def linears() -> Iterator[Result]:
-    """The blocks' linears with what follows them, as kernels of our own in Triton."""
+    """The blocks' linears with what follows them, as kernels of our own."""
     for kind, rows, shape in itertools.product(("fp8", "bf16"), ROWS, PRODUCTS):
         inner, columns, epilogue = shape
-        builds, expected = _triton_linears(kind, rows, inner, columns, epilogue)
+        builds, expected = _linears(kind, rows, inner, columns, epilogue)
         work, name = product_operations(rows, inner, columns), f"{rows}x{inner}x{columns}"
-        what = f"Triton, {kind}, {epilogue}"
+        what = f"native, {kind}, {epilogue}"
         yield from _measure(what, name, work, builds, expected, 0.06, rounds=3)
 
 
-def _triton_linears(
+def _linears(
     kind: str, rows: int, inner: int, columns: int, epilogue: str
 ) -> tuple[dict[str, Build], Tensor]:
-    """Contenders by their configuration, and the first rows of what they have to compute."""
-    from triton_linear import CONFIGS, Linear
+    """Contenders by their tile, and what they have to compute: some rows of text, and some not."""
+    import native_kernels
 
-    x, weight, residual = _random(rows, inner), _random(columns, inner), _random(rows, columns)
-    scale, bias, gate = (torch.rand(columns, device="cuda") for _ in range(3))
+    groups = 1 if epilogue == "split" or inner > 4 * columns else 2
+    x, weight = _random(rows, inner), _random(groups * columns, inner)
+    scale, bias = (torch.rand(groups * columns, device="cuda") for _ in range(2))
+    gate = torch.rand(columns, device="cuda") * 1e-2
     if kind == "fp8":
         x, weight = x.to(E4M3), weight.to(E4M3)
-    scale *= inner**-0.5
-    y = F.linear(x[:128].float(), weight.float()) * scale + bias
-    expected = {
-        "bias": y,
-        "gelu": F.gelu(y, approximate="tanh"),
-        "residual": residual[:128].float() + gate * y,
-    }[epilogue]
-    programs = torch.cuda.get_device_properties(0).multi_processor_count
+        scale *= inner**-0.5
+    else:
+        weight *= inner**-0.5
+        scale.fill_(1)
+    start = _random(rows, columns) if epilogue == "residual" else None
+    plain = {"split": 3 * WIDTH, "gelu": 0}.get(epilogue, columns)
 
-    def build(config: Any) -> Contender:
-        out = torch.empty(rows, columns, device="cuda", dtype=BF16)
-        out = out.fill_(float("nan")).to(x.dtype if epilogue == "gelu" else BF16)
-        run = Linear(x, weight, out, (scale, bias, gate), residual, epilogue, config, programs)
-        return Contender(run, lambda: out)
+    def right(piece: slice, group: slice) -> Tensor:
+        y = F.linear(x[piece].float(), weight[group].float()) * scale[group] + bias[group]
+        if start is not None:
+            return start[piece].float() + gate * y
+        return torch.cat((y[:, :plain], F.gelu(y[:, plain:], approximate="tanh")), 1)
 
-    return {str(config): partial(build, config) for config in CONFIGS}, expected
+    pieces = slice(0, 128), slice(rows - 128, rows)
+    expected = torch.cat(
+        (
+            right(pieces[0], slice(0, columns)),
+            right(pieces[1], slice((groups - 1) * columns, groups * columns)),
+        )
+    )
+
+    def build(tile: Any) -> Contender:
+        out = torch.full((rows, plain or columns), float("nan"), device="cuda")
+        out = out.to(x.dtype if epilogue == "gelu" else BF16)
+        if start is not None:
+            out.copy_(start)
+        # The second result lies beside attention's, in the input of the linear that follows.
+        joined = torch.full((rows, columns - plain + WIDTH), float("nan"), device="cuda")
+        joined = joined.to(x.dtype)
+        second = joined[:, WIDTH:] if epilogue == "split" else out
+        vectors = scale, bias, gate
+        run = native_kernels.linear(x, weight, vectors, (out, second), epilogue, TEXT, tile)
+
+        def result() -> Tensor:
+            whole = out.float()
+            if epilogue == "split":
+                whole = torch.cat((whole, second.float()), 1)
+            return torch.cat([whole[piece] for piece in pieces])
+
+        return Contender(run, result)
+
+    return {str(tile): partial(build, tile) for tile in native_kernels.TILES}, expected
+
+
+def norms() -> Iterator[Result]:
+    """LayerNorm with modulation, and RMSNorm with RoPE; what counts is the bytes they move."""
+    import native_kernels
+
+    for rows, kind in itertools.product(ROWS, (BF16, E4M3)):
+        x, modulation = _random(rows, WIDTH), torch.randn(4, WIDTH, device="cuda")
+        out = torch.full((rows, WIDTH), float("nan"), device="cuda").to(kind)
+        text = (torch.arange(rows, device="cuda") < TEXT)[:, None]
+        shift, gain = (torch.where(text, modulation[i], modulation[i + 2]) for i in range(2))
+        expected = F.layer_norm(x.float(), (WIDTH,), eps=1e-6) * (1 + gain) + shift
+        run = native_kernels.norm(x, out, modulation, TEXT)
+        contender = Contender(run, partial(torch.Tensor.float, out))
+        work, shape = x.nbytes + out.nbytes, f"{rows} tokens"
+        builds: dict[str, Build] = {str(kind): partial(_same, contender)}
+        yield from _measure("native, norm", shape, work, builds, expected, 0.05)
+
+        joint = _random(rows, 3, WIDTH // HEAD_DIM, HEAD_DIM)
+        weights = torch.rand(4, HEAD_DIM, device="cuda") + 0.5
+        angles = torch.rand(rows, HEAD_DIM // 2, device="cuda").repeat_interleave(2, -1) * 6
+        tables = angles.cos(), angles.sin()
+        turned = torch.full(joint.shape, float("nan"), device="cuda").to(kind)
+        expected = _rotated(joint, weights, tables, rows)
+        run = native_kernels.rope(joint, turned, weights, tables, TEXT)
+        contender = Contender(run, partial(torch.Tensor.float, turned))
+        builds = {str(kind): partial(_same, contender)}
+        work = joint.nbytes + turned.nbytes
+        yield from _measure("native, rope", shape, work, builds, expected, 0.05)
+
+
+def _same(contender: Contender) -> Contender:
+    return contender
+
+
+def _rotated(joint: Tensor, weights: Tensor, tables: tuple[Tensor, Tensor], rows: int) -> Tensor:
+    x = joint.float()
+    text = (torch.arange(rows, device="cuda") < TEXT)[:, None, None]
+    parts = []
+    for part in range(2):
+        y = x[:, part] / torch.sqrt(x[:, part].square().mean(-1, keepdim=True) + 1e-6)
+        y = y * torch.where(text, weights[part], weights[2 + part])
+        a, b = y[..., ::2], y[..., 1::2]
+        other = torch.stack((-b, a), -1).flatten(-2)
+        parts.append(y * tables[0][:, None] + other * tables[1][:, None])
+    return torch.stack((*parts, x[:, 2]), 1)
 
 
 def attention() -> Iterator[Result]:
@@ -340,22 +414,61 @@ def _attentions(joint: Tensor) -> dict[str, Build]:
 
         return Contender(run, lambda: run()[0])
 
-    def by_cudnn() -> Contender:
-        import cudnn_graphs
+    def native(kind: torch.dtype) -> Contender:
+        import native_kernels
 
-        return Contender(*cudnn_graphs.attention(joint))
-
-    def by_cudnn_in_8_bits() -> Contender:
-        import cudnn_graphs
-
-        return Contender(*cudnn_graphs.attention_in_8_bits(*_in_8_bits(joint)))
+        scales = [1.0, 1.0, 1.0]
+        given = joint.clone()
+        given[:, 0] *= HEAD_DIM**-0.5
+        if kind is E4M3:
+            scales = [float(given[:, i].float().abs().max()) / LARGEST for i in range(3)]
+            steps = torch.tensor(scales, device="cuda")[:, None, None]
+            given = (given.float() / steps).to(E4M3)
+        # No result is larger than the largest of V.
+        step = native_kernels.step_of(*scales, scales[2])
+        out = torch.full(joint[:, 0].shape, float("nan"), device="cuda").to(kind)
+        run = native_kernels.attention(given, out, step)
+        return Contender(run, lambda: out.transpose(0, 1).float() * scales[2])
 
     return {
         "torch, FlashAttention": lambda: by_torch(SDPBackend.FLASH_ATTENTION),
         "torch, cuDNN": lambda: by_torch(SDPBackend.CUDNN_ATTENTION),
-        "cuDNN, bf16": by_cudnn,
-        "cuDNN, fp8": by_cudnn_in_8_bits,
+        "native, bf16": lambda: native(BF16),
+        "native, fp8": lambda: native(E4M3),
     }
+
+
+def graphs() -> Iterator[Any]:
+    """Whether kernels and cuDNN's attention are recorded in a CUDA graph, and run from it."""
+    import native_kernels
+
+    cuda, tokens = native_kernels.device(), ROWS[1]
+    x, modulation = _random(tokens, WIDTH), torch.randn(4, WIDTH, device="cuda")
+    normed = torch.zeros_like(x)
+    joint = _random(tokens, 3, WIDTH // HEAD_DIM, HEAD_DIM)
+    mixed = torch.zeros_like(joint[:, 0])
+    torch.cuda.synchronize()
+    stream = cuda.create_stream()
+    with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
+        runs = [
+            native_kernels.norm(x, normed, modulation, TEXT),
+            native_kernels.attention(joint, mixed, native_kernels.step_of(1, 1, 1, 1)),
+        ]
+        for run in runs:
+            run()
+        cuda.synchronize(stream)
+        expected = normed.clone(), mixed.clone()
+        normed.zero_()
+        mixed.zero_()
+        cuda.synchronize(stream)
+        cuda.begin_capture(stream)
+        for run in runs:
+            run()
+        graph = cuda.end_capture(stream)
+        cuda.launch_graph(graph, stream)
+        cuda.synchronize(stream)
+    for what, found, right in zip(("norm", "attention"), (normed, mixed), expected, strict=True):
+        yield Result("CUDA graph", variant=what, error=relative_error(found, right))
 
 
 def _peer(name: str, prepare: str, backend: SDPBackend | None) -> Iterator[Result]:
@@ -385,6 +498,8 @@ STAGES: Mapping[str, Callable[[], Iterator[Any]]] = {
     "products": products,
     "attention": attention,
     "linears": linears,
+    "norms": norms,
+    "graphs": graphs,
     "eager": partial(_peer, "eager", "eager", None),
     "compile": partial(_peer, "compile", "compile", None),
     "compile-cudnn": partial(

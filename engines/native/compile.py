@@ -57,7 +57,10 @@ def compile_spec(spec: KernelSpec) -> tuple[Kernel, bytes]:
             f"The kernel {spec.function} ({dict(spec.constants)}) needs {facts.shared} bytes of "
             f"shared memory, and sm{_CAPABILITY} has {_SHARED}."
         )
-    boxes = tuple(TensorBox(*meta["block_size"], meta["swizzle"]) for meta in facts.tensordesc_meta)
+    boxes = []
+    for meta in facts.tensordesc_meta:
+        rows, columns = meta["block_size"]
+        boxes.append(TensorBox(rows, columns, meta["swizzle"]))
     constants = spec.constants
     tile = (int(constants.get("TILE_ROWS", 1)), int(constants.get("TILE_COLUMNS", 1)))
     kernel = Kernel(

@@ -1,0 +1,253 @@
+"""The native runtime's kernels and attention over PyTorch's tensors, for `gpu_kernels_worker.py`.
+
+    python benchmarks/native_kernels.py FOLDER
+
+compiles all of them into FOLDER, on a machine that need not have a GPU; where CUBINS names that
+folder, nothing is compiled again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engines.cuda import Argument, Cuda, TensorMap
+from engines.native.attention import SCALAR_BYTES, Cudnn, scalars
+from engines.native.compile import compile_spec
+from engines.native.plan import BYTES, Attention, Kind, Place
+from engines.native.specs import PARAMETERS, Kernel, KernelSpec, TensorBox, Tile, linear_spec
+
+__all__ = ["TILES", "attention", "device", "linear", "norm", "rope", "specs", "step_of"]
+
+Run = Callable[[], None]
+
+TILES = (
+    Tile(128, 256, 8, 4),
+    Tile(128, 256, 8, 3),
+    Tile(128, 256, 8, 3, flatten=True),
+    Tile(128, 128, 4, 3, programs=2),
+    Tile(128, 128, 4, 2, programs=2),
+    Tile(128, 128, 4, 4, flatten=True),
+    Tile(256, 128, 8, 3, flatten=True),
+)
+
+KINDS: Mapping[torch.dtype, Kind] = {
+    torch.float32: "f32",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8",
+}
+
+_cuda: list[Cuda] = []
+
+
+def device() -> Cuda:
+    """CUDA, on the device that PyTorch uses."""
+    if not _cuda:
+        _cuda.append(Cuda())
+    return _cuda[0]
+
+
+def _compiled(spec: KernelSpec) -> tuple[Kernel, bytes]:
+    """A kernel and its cubin, from the folder where it is there."""
+    named = os.environ.get("CUBINS")
+    if not named:
+        return compile_spec(spec)
+    folder = Path(named)
+    facts, cubin = folder / f"{spec.name}.json", folder / f"{spec.name}.cubin"
+    if not cubin.exists():
+        kernel, code = compile_spec(spec)
+        cubin.write_bytes(code)
+        facts.write_text(json.dumps(asdict(kernel)), encoding="utf-8")
+    return Kernel.from_json(json.loads(facts.read_text(encoding="utf-8"))), cubin.read_bytes()
+
+
+def _launcher(spec: KernelSpec, grid: tuple[int, int], given: Mapping[str, Argument]) -> Run:
+    kernel, cubin = _compiled(spec)
+    cuda = device()
+    function = cuda.function(cuda.load_module(cubin), kernel.entry, kernel.shared)
+    arguments = cuda.arguments([given[name] for name in PARAMETERS[spec.function]])
+
+    def run() -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        cuda.launch(function, grid, kernel.threads, kernel.shared, arguments, stream)
+
+    return run
+
+
+def _pointer(x: Tensor) -> Argument:
+    return "pointer", x.data_ptr()
+
+
+def _map(x: Tensor, box: TensorBox) -> TensorMap:
+    size = x.element_size()
+    rows, columns = x.shape
+    sizes = (box.rows, box.columns)
+    return TensorMap(x.data_ptr(), rows, columns, x.stride(0) * size, size, sizes, box.swizzle)
+
+
+def _linear_spec(
+    kind: Kind, columns: int, inner: int, epilogue: str, split: int, tile: Tile
+) -> KernelSpec:
+    """As the plan's steps have them: text and image have weights of their own in double blocks."""
+    grouped = not (split or inner > columns * 4)
+    out: Kind = kind if epilogue == "gelu" else "bf16"
+    return linear_spec(
+        kind, out, kind, columns, inner, epilogue, split, grouped, kind == "fp8", tile
+    )
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    vectors: tuple[Tensor, Tensor, Tensor],
+    outs: tuple[Tensor, Tensor],
+    epilogue: str,
+    text: int,
+    tile: Tile,
+) -> Run:
+    """y = x Wᵀ · scale + bias with an epilogue, for tensors that stay where they are.
+
+    x [T,K] and weight [groups N,K] in bfloat16 or E4M3; scale and bias float32 [groups N], gate
+    [N]. `outs` are `out` and `second` of `engines.native.plan.Linear`; the first `text` rows take
+    the first group.
+    """
+    (rows, inner), (out, second) = x.shape, outs
+    split = out.shape[1] if epilogue == "split" else 0
+    columns = out.shape[1] + (second.shape[1] if split else 0)
+    spec = _linear_spec(KINDS[x.dtype], columns, inner, epilogue, split, tile)
+    boxes = _compiled(spec)[0].boxes
+    scale, bias, gate = vectors
+    given: dict[str, Argument] = {
+        "x": _map(x, boxes[0]),
+        "weight": _map(weight, boxes[1]),
+        "out": _map(out, boxes[2]),
+        "second": _map(second, boxes[3]),
+        "scale": _pointer(scale),
+        "bias": _pointer(bias),
+        "gate": _pointer(gate),
+        "rows": ("i32", rows),
+        "text_tokens": ("i32", text),
+        "gate_text": ("i32", 0),
+        "gate_image": ("i32", 0),
+        "inverse_text": ("fp32", 1.0),
+        "inverse_image": ("fp32", 1.0),
+    }
+    tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
+    programs = torch.cuda.get_device_properties(0).multi_processor_count * tile.programs
+    return _launcher(spec, (min(tiles, programs), 1), given)
+
+
+def _norm_spec(kind: Kind, width: int) -> KernelSpec:
+    constants = {"WIDTH": width, "OUT_STRIDE": width, "BLOCK": 1 << (width - 1).bit_length()}
+    types: dict[str, Kind] = {"x": "bf16", "out": kind, "modulation": "f32"}
+    return KernelSpec("norm", types, constants, 4)
+
+
+def norm(x: Tensor, out: Tensor, modulation: Tensor, text: int) -> Run:
+    """LayerNorm of x [T,D]; rows 0 and 1 of the modulation are text's shift and gain, then 2, 3."""
+    given: dict[str, Argument] = {
+        "x": _pointer(x),
+        "out": _pointer(out),
+        "modulation": _pointer(modulation),
+        "text_tokens": ("i32", text),
+        "shift_text": ("i32", 0),
+        "gain_text": ("i32", 1),
+        "shift_image": ("i32", 2),
+        "gain_image": ("i32", 3),
+        "inverse_text": ("fp32", 1.0),
+        "inverse_image": ("fp32", 1.0),
+    }
+    return _launcher(_norm_spec(KINDS[out.dtype], x.shape[1]), (len(x), 1), given)
+
+
+def _rope_spec(kind: Kind, width: int, head_dim: int) -> KernelSpec:
+    heads = width // head_dim
+    constants = {
+        "WIDTH": width,
+        "HEAD_DIM": head_dim,
+        "BLOCK_HEADS": 1 << (heads - 1).bit_length(),
+    }
+    types: dict[str, Kind] = {"x": "bf16", "out": kind, "norms": "f32", "cos": "f32", "sin": "f32"}
+    return KernelSpec("rope", types, constants, 4)
+
+
+def rope(
+    joint: Tensor, out: Tensor, norms: Tensor, tables: tuple[Tensor, Tensor], text: int
+) -> Run:
+    """RMSNorm and RoPE of Q and K in [T,3,heads,head_dim]; norms [4,head_dim], tables [T,..]."""
+    tokens, _, heads, head_dim = joint.shape
+    given: dict[str, Argument] = {
+        "x": _pointer(joint),
+        "out": _pointer(out),
+        "norms": _pointer(norms),
+        "cos": _pointer(tables[0]),
+        "sin": _pointer(tables[1]),
+        "text_tokens": ("i32", text),
+        "factor_q": ("fp32", 1.0),
+        "factor_k": ("fp32", 1.0),
+        "factor_v": ("fp32", 1.0),
+    }
+    spec = _rope_spec(KINDS[out.dtype], heads * head_dim, head_dim)
+    return _launcher(spec, (tokens, 2 if out is joint else 3), given)
+
+
+def attention(q: Tensor, out: Tensor, step: Attention) -> Run:
+    """Attention of [T,3,heads,head_dim], whose Q has its scale, to out [T,heads,head_dim]."""
+    tokens, _, heads, head_dim = q.shape
+    kind = KINDS[q.dtype]
+    cudnn = Cudnn(torch.cuda.current_stream().cuda_stream)
+    strides = {"x": q.stride(0), "out": out.stride(0)}
+    prepared = cudnn.prepare(kind, tokens, heads, head_dim, strides)
+    workspace = torch.empty(max(1, prepared.workspace), device="cuda", dtype=torch.uint8)
+    numbers = torch.from_numpy(scalars(step)).cuda()
+    assert numbers.nbytes == SCALAR_BYTES
+    start, row = q.data_ptr(), heads * head_dim * BYTES[kind]
+    kept = (q, out, workspace, numbers, cudnn)  # cuDNN knows only where they are
+
+    def run() -> None:
+        addresses = [start + row * part for part in range(3)]
+        prepared.launch(addresses, kept[1].data_ptr(), numbers.data_ptr(), workspace.data_ptr())
+
+    return run
+
+
+def step_of(q: float, k: float, v: float, out: float) -> Attention:
+    """The scales of an attention in 8 bits, with a softmax whose largest number is 1."""
+    return Attention(Place("x"), Place("out"), (q, k, v), 1 / 448, out)
+
+
+def specs() -> Iterator[KernelSpec]:
+    """All that the stages of `gpu_kernels_worker.py` take."""
+    from gpu_kernels_worker import HEAD_DIM, PRODUCTS, WIDTH
+
+    for kind, (inner, columns, epilogue), tile in product(("fp8", "bf16"), PRODUCTS, TILES):
+        split = 3 * WIDTH if epilogue == "split" else 0
+        yield _linear_spec(kind, columns, inner, epilogue, split, tile)
+    for kind in ("fp8", "bf16"):
+        yield _norm_spec(kind, WIDTH)
+        yield _rope_spec(kind, WIDTH, HEAD_DIM)
+
+
+def main(folder: str) -> None:
+    """Compile what compiles; a tile that needs too much shared memory is no failure here."""
+    from fluxdeploy.errors import EngineError
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    os.environ["CUBINS"] = folder
+    for spec in specs():
+        try:
+            _compiled(spec)
+        except EngineError as error:
+            print(str(error)[:200])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
