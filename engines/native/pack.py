@@ -126,8 +126,11 @@ def _read(model: ir.Model, name: str) -> tuple[Array, str]:
         raise EngineError(f"The transformer's weight {name} holds no numbers that are read.")
     dtype, raw = _STORED[tensor.dtype]
     with native_errors(EngineError, f"The transformer's weight {name} cannot be read", _AGAIN):
-        # A copy: what is mapped keeps the file open.
-        values = np.array(tensor.numpy()).view(raw)
-        if isinstance(tensor, ir.ExternalTensor):
-            tensor.release()
-    return values, dtype
+        if not isinstance(tensor, ir.ExternalTensor):
+            return tensor.numpy().view(raw), dtype
+        # Not mapped by `onnx_ir`, which refuses files that are linked from a checkpoint.
+        count = math.prod(tensor.shape.numpy())
+        values = np.fromfile(tensor.path, raw, count, offset=tensor.offset or 0)
+        if values.size != count:
+            raise ValueError(f"{tensor.path} is too short")
+        return values.reshape(tensor.shape.numpy()), dtype

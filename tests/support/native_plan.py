@@ -1,12 +1,12 @@
 """A native engine's plan in NumPy, step by step: what its kernels must give, on any machine.
 
-Steps compute in float32; numbers are rounded where they are written to a buffer. Buffers hold NaN
-before that, so that what nobody writes is seen.
+Steps compute in float32; numbers are rounded where they are written to a buffer, unless they are
+to be exact. Buffers hold NaN before that, so that what nobody writes is seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -48,13 +48,15 @@ def load_tensors(file: EngineFile) -> dict[str, Array]:
     }
 
 
-def run_plan(plan: Plan, tensors: Mapping[str, Array], inputs: Mapping[str, Array]) -> Floats:
-    """The velocity [L, out_channels] of one picture.
+def run_plan(
+    plan: Plan, tensors: Mapping[str, Array], inputs: Mapping[str, Array], *, exact: bool = False
+) -> Floats:
+    """The velocity [L, out_channels] of one picture; where it is `exact`, nothing is rounded.
 
     `inputs` are the plan's, without a batch's axis: hidden_states [L, in_channels], context [S, D],
     modulation [rows, D], rope_cos and rope_sin [T, head_dim].
     """
-    run = _Run(plan, tensors, inputs)
+    run = _Run(plan, tensors, inputs, exact)
     for step in plan.steps:
         if isinstance(step, Convert):
             run.convert(step)
@@ -71,11 +73,12 @@ def run_plan(plan: Plan, tensors: Mapping[str, Array], inputs: Mapping[str, Arra
 
 class _Run:
     def __init__(
-        self, plan: Plan, tensors: Mapping[str, Array], inputs: Mapping[str, Array]
+        self, plan: Plan, tensors: Mapping[str, Array], inputs: Mapping[str, Array], exact: bool
     ) -> None:
         self.plan = plan
         self.tensors = tensors
         self.inputs = inputs
+        self.exact = exact
         self.text = len(inputs["context"])
         self.tokens = self.text + len(inputs["hidden_states"])
         self.buffers = {buffer.name: self._empty(buffer) for buffer in plan.buffers}
@@ -146,21 +149,17 @@ class _Run:
         scores = (q @ k.swapaxes(1, 2)) * (q_scale * k_scale)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
-        kind = self._kind(step.x)
-        weights = rounded(weights / np.float32(step.softmax_scale), kind).astype(np.float32)
+        weights = self._rounded(weights / np.float32(step.softmax_scale), step.x)
         mixed = (weights @ v) * (v_scale * np.float32(step.softmax_scale))
         flat = mixed.swapaxes(0, 1).reshape(self.tokens, -1)
         self._write(step.out, self.plan.width, "all", flat / np.float32(step.out_scale))
 
     def _empty(self, buffer: Buffer) -> Array:
         shape = (self.length(buffer.rows), buffer.columns)
-        return np.full(shape, np.nan, np.float32).astype(TYPES[buffer.kind])
+        return np.full(shape, np.nan, np.float32)
 
     def length(self, rows: Rows) -> int:
         return {"text": self.text, "image": self.tokens - self.text, "all": self.tokens}[rows]
-
-    def _kind(self, place: Place) -> Kind:
-        return self.plan.buffer(place.buffer).kind
 
     def _view(self, place: Place, columns: int, rows: Rows) -> Array:
         view = self.buffers[place.buffer][:, place.column : place.column + columns]
@@ -171,12 +170,16 @@ class _Run:
         return view
 
     def _read(self, place: Place, columns: int, rows: Rows) -> Floats:
-        values: Floats = self._view(place, columns, rows).astype(np.float32)
+        values: Floats = self._view(place, columns, rows)
         assert not np.isnan(values).any(), f"{place} was read before it was written"
         return values
 
     def _write(self, place: Place, columns: int, rows: Rows, values: Floats) -> None:
-        self._view(place, columns, rows)[:] = rounded(values, self._kind(place))
+        self._view(place, columns, rows)[:] = self._rounded(values, place)
+
+    def _rounded(self, values: Floats, place: Place) -> Floats:
+        """Numbers as the buffer of a place holds them."""
+        return values if self.exact else rounded(values, self.plan.buffer(place.buffer).kind)
 
     def _heads(self, place: Place) -> Floats:
         """Q, K, V as [T, 3, heads, head_dim]."""
@@ -198,11 +201,11 @@ class _Run:
         return spread
 
 
-def rounded(values: Floats, kind: Kind) -> Array:
-    """Numbers of a type, to nearest and even; E4M3 is cut off at its ends."""
+def rounded(values: Floats, kind: Kind) -> Floats:
+    """The nearest numbers of a type, of two the even one; E4M3 is cut off at its ends."""
     if kind == "fp8":
         values = np.clip(values, -448, 448)
-    return values.astype(TYPES[kind])
+    return values.astype(TYPES[kind]).astype(np.float32)
 
 
 def gelu(x: Floats) -> Floats:
@@ -210,8 +213,3 @@ def gelu(x: Floats) -> Floats:
     inner = np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x * x * x)
     made: Floats = np.float32(0.5) * x * (1 + np.tanh(inner))
     return made
-
-
-def relative(found: Sequence[Any] | Array, expected: Array) -> float:
-    """max|found - expected| / max|expected|"""
-    return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
