@@ -33,8 +33,11 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(LEAVES, LEAVES),
     **dict.fromkeys(("fluxdeploy.bundle", "fluxdeploy.sampling"), _CONTRACT),
     "fluxdeploy.text": _CONTRACT,
-    "engines": (*_CONTRACT, "engines.emulate"),
+    "engines": (*_CONTRACT, "engines.emulate", "engines.native.match", "engines.native.pack"),
     "engines.emulate": (*_CONTRACT, "engines"),
+    "engines.native.match": (*_CONTRACT, "engines", "engines.native.network"),
+    "engines.native.network": (*_CONTRACT, "engines"),
+    "engines.native.pack": (*_CONTRACT, "engines"),
     "fluxdeploy.host": _BELOW_HOST,
     "fluxdeploy": ("fluxdeploy.host",),
     "exporters": _CONTRACT,
@@ -51,6 +54,9 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
 
 _WITH_TRAINING = (
     "engines.emulate",
+    "engines.native.match",
+    "engines.native.network",
+    "engines.native.pack",
     "exporters",
     "exporters.training",
     "fluxdeploy.bench",

@@ -20,6 +20,14 @@ ROOT = Path(__file__).parent.parent
 BUILD_ONLY = ("torch", "transformers", "diffusers", "onnx", "onnx_ir", "onnxscript")
 """Packages that nobody needs to run a bundle."""
 
+GRAPH_MODULES = (
+    "engines.emulate.graph",
+    "engines.native.match",
+    "engines.native.network",
+    "engines.native.pack",
+)
+"""What reads graphs with the packages `onnx` and `onnx_ir`, where those are installed."""
+
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -40,8 +48,7 @@ def list_modules() -> list[str]:
         info.name
         for package in (fluxdeploy, engines)
         for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-        # Graphs are rewritten with the package onnx, where that is installed.
-        if not info.name.endswith((".__main__", "engines.emulate.graph"))
+        if not info.name.endswith((".__main__", *GRAPH_MODULES))
     )
 
 
