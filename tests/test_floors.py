@@ -33,8 +33,9 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(LEAVES, LEAVES),
     **dict.fromkeys(("fluxdeploy.bundle", "fluxdeploy.sampling"), _CONTRACT),
     "fluxdeploy.text": _CONTRACT,
-    "engines": (*_CONTRACT, "engines.emulate"),
+    "engines": (*_CONTRACT, "engines.emulate", "engines.native"),
     "engines.emulate": (*_CONTRACT, "engines"),
+    "engines.native": (*_CONTRACT, "engines"),
     "fluxdeploy.host": _BELOW_HOST,
     "fluxdeploy": ("fluxdeploy.host",),
     "exporters": _CONTRACT,
@@ -51,6 +52,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
 
 _WITH_TRAINING = (
     "engines.emulate",
+    "engines.native",
     "exporters",
     "exporters.training",
     "fluxdeploy.bench",
