@@ -20,7 +20,10 @@ ROOT = Path(__file__).parent.parent
 BUILD_ONLY = ("torch", "transformers", "diffusers", "onnx", "onnx_ir", "onnxscript")
 """Packages that nobody needs to run a bundle."""
 
-_BUILDING = ("engines.emulate.graph", "engines.native.match", "engines.native.kernels")
+_BUILDING = (
+    "engines.emulate.graph",
+    *(f"engines.native.{name}" for name in ("kernels", "match", "network", "pack")),
+)
 """Modules of the engines that import such packages, and that are imported late."""
 
 

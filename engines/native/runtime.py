@@ -27,6 +27,7 @@ from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError, UsageError
 from fluxdeploy.install import install_command
 from fluxdeploy.kernels import AttentionKernels
+from fluxdeploy.native import native_errors
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 
@@ -133,11 +134,12 @@ class Native(Runtime):
         import onnx_ir
 
         from engines.native.compile import compile_kernels
-        from engines.native.file import write_engine
         from engines.native.match import match
+        from engines.native.pack import write_engine
         from engines.native.report import check_shape, describe, find_widened
 
-        model = onnx_ir.load(source.onnx)
+        with native_errors(EngineError, f"{source.onnx} cannot be read", "Export it again."):
+            model = onnx_ir.load(source.onnx)
         plan = match(model)
         check_shape(plan, source.component)
         widened = find_widened(plan, source)
@@ -152,7 +154,8 @@ class Native(Runtime):
         if widened:
             progress.note(f"  {source.component}: {widened}; {report.name} has all steps")
         kernels = compile_kernels(plan, progress)
-        write_engine(destination, plan, model, kernels, progress)
+        cubins = {name: kernel.cubin for name, kernel in kernels.items()}
+        write_engine(destination, plan, model, cubins, {}, progress)
         return destination, report
 
     def _check_source(self, source: EngineSource, targets: Sequence[str]) -> None:
