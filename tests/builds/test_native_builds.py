@@ -131,5 +131,5 @@ def test_a_bundle_is_built_without_a_gpu(tmp_path: Path) -> None:
         assert transformer.golden is not None
         golden = opened.path(transformer.golden.path)
         require("transformer", measure_component(engine, golden), transformer.golden)
-    with pytest.raises(EngineError, match="native on sm90: .*--runtime emulate"):
+    with pytest.raises(EngineError, match=r"native on sm90: .*--runtime emulate"):
         open_engine(opened, "transformer", "native")
