@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -242,6 +244,38 @@ def test_what_is_wider_than_was_asked_is_told(
     made = replace(source("transformer", precision, Path("x"), INPUTS), **asked)
     found = find_widened(plan(kind), made)
     assert found is None if words is None else re.search(words, found or "")
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_build_tells_what_is_wider_and_strict_refuses_it(
+    bundle: Make, pretend: Pretend, monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    pretend()
+    root, said = bundle().root, io.StringIO()
+    written: list[Path] = []
+    parts = {
+        "match": {"match": lambda model: plan("bf16")},
+        "compile": {"compile_kernels": lambda plan, progress: {}},
+        "pack": {"write_engine": lambda path, *others: written.append(path)},
+    }
+    for name, functions in parts.items():
+        monkeypatch.setitem(sys.modules, f"engines.native.{name}", SimpleNamespace(**functions))
+    asked = source("transformer", "fp8-linears", root / "tiny.onnx", INPUTS)
+    engine, report = root / "transformer.engine", root / "transformer.kernels.json"
+
+    def build() -> tuple[Path, ...]:
+        settings = BuildSettings((RANGES,), strict=strict)
+        return Native().build(asked, ("sm90",), settings, engine, Progress(stream=said))
+
+    if strict:
+        with pytest.raises(EngineError, match=f"not the fp8-linears engine .* in {report}"):
+            build()
+        assert written == []
+    else:
+        assert build() == (engine, report)
+        assert written == [engine]
+        assert "2 more linears run in bf16" in said.getvalue()
+    assert "2 more linears" in json.loads(report.read_text())["widened"]
 
 
 def test_the_report_has_an_entry_a_step() -> None:
