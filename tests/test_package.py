@@ -20,13 +20,11 @@ ROOT = Path(__file__).parent.parent
 BUILD_ONLY = ("torch", "transformers", "diffusers", "onnx", "onnx_ir", "onnxscript")
 """Packages that nobody needs to run a bundle."""
 
-GRAPH_MODULES = (
+_BUILDING = (
     "engines.emulate.graph",
-    "engines.native.match",
-    "engines.native.network",
-    "engines.native.pack",
+    *(f"engines.native.{name}" for name in ("kernels", "match", "network", "pack")),
 )
-"""What reads graphs with the packages `onnx` and `onnx_ir`, where those are installed."""
+"""Modules of the engines that import such packages, and that are imported late."""
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
@@ -48,7 +46,8 @@ def list_modules() -> list[str]:
         info.name
         for package in (fluxdeploy, engines)
         for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-        if not info.name.endswith((".__main__", *GRAPH_MODULES))
+        # Graphs are rewritten, and kernels compiled, where the packages for that are installed.
+        if not info.name.endswith((".__main__", *_BUILDING))
     )
 
 
