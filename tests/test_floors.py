@@ -33,8 +33,9 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(LEAVES, LEAVES),
     **dict.fromkeys(("fluxdeploy.bundle", "fluxdeploy.sampling"), _CONTRACT),
     "fluxdeploy.text": _CONTRACT,
-    "engines": (*_CONTRACT, "engines.emulate", "engines.native.match", "engines.native.pack"),
+    "engines": (*_CONTRACT, "engines.emulate", "engines.native.build"),
     "engines.emulate": (*_CONTRACT, "engines"),
+    "engines.native.build": (*_CONTRACT, "engines", "engines.native.match", "engines.native.pack"),
     "engines.native.match": (*_CONTRACT, "engines", "engines.native.network"),
     "engines.native.network": (*_CONTRACT, "engines"),
     "engines.native.pack": (*_CONTRACT, "engines"),
@@ -54,6 +55,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
 
 _WITH_TRAINING = (
     "engines.emulate",
+    "engines.native.build",
     "engines.native.match",
     "engines.native.network",
     "engines.native.pack",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from engines.cuda import Argument, TensorMap
 from engines.native.plan import BYTES, Attention, Convert, Linear, Norm, Place, Plan, Rope, Step
-from engines.native.specs import PARAMETERS, Kernel, TensorBox
+from engines.native.specs import PARAMETERS, Kernel, TensorBox, Works
 
-__all__ = ["AttentionCall", "Launch", "Sizes", "list_launches"]
+__all__ = ["AttentionCall", "Call", "Launch", "Sizes", "list_launches"]
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,12 @@ class AttentionCall:
 
 
 Call: TypeAlias = Launch | AttentionCall
+"""One entry of a picture's queue."""
 
 
 def list_launches(
     plan: Plan,
-    works: Sequence[tuple[tuple[Step, ...], Kernel | None]],
+    works: Works,
     sizes: Sizes,
     address: Callable[[str], int],
     multiprocessors: int,

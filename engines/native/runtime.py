@@ -22,12 +22,10 @@ from engines.base import (
 )
 from engines.gpu import gpu_problem
 from engines.onnxruntime import OnnxRuntime
-from fluxdeploy.bundle.files import write_atomic
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError, UsageError
 from fluxdeploy.install import install_command
 from fluxdeploy.kernels import AttentionKernels
-from fluxdeploy.native import native_errors
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 
@@ -131,32 +129,9 @@ class Native(Runtime):
         With `strict` a layer that is wider than the precision asks is an error.
         """
         self._check_source(source, targets)
-        import onnx_ir
+        from engines.native.build import build_engine
 
-        from engines.native.compile import compile_kernels
-        from engines.native.match import match
-        from engines.native.pack import write_engine
-        from engines.native.report import check_shape, describe, find_widened
-
-        with native_errors(EngineError, f"{source.onnx} cannot be read", "Export it again."):
-            model = onnx_ir.load(source.onnx)
-        plan = match(model)
-        check_shape(plan, source.component)
-        widened = find_widened(plan, source)
-        report = destination.with_suffix(".kernels.json")
-        write_atomic(report, describe(plan, widened))
-        if widened and settings.strict:
-            raise EngineError(
-                f"The {source.component} engine for {', '.join(targets)} is not the "
-                f"{source.precision.name} engine that was asked for: {widened}. Its steps are "
-                f"listed in {report}."
-            )
-        if widened:
-            progress.note(f"  {source.component}: {widened}; {report.name} has all steps")
-        kernels = compile_kernels(plan, progress)
-        cubins = {name: kernel.cubin for name, kernel in kernels.items()}
-        write_engine(destination, plan, model, cubins, {}, progress)
-        return destination, report
+        return build_engine(source, settings.strict, destination, progress)
 
     def _check_source(self, source: EngineSource, targets: Sequence[str]) -> None:
         """Refuse what cannot be, before any work."""
@@ -190,9 +165,9 @@ class Native(Runtime):
         options: EngineOptions,
     ) -> Engine:
         self._check(component, engine, options.device)
-        from engines.native.run import NativeEngine
+        from engines.native.run import open_engine
 
-        return NativeEngine(component, record, engine, root / engine.path, options)
+        return open_engine(component, record, engine, root / engine.path, options)
 
     def _check(self, component: str, engine: EngineRecord, device: int) -> None:
         """Refuse what cannot run, before the GPU is touched."""

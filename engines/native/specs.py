@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from engines.native.plan import (
     BYTES,
@@ -29,10 +29,13 @@ __all__ = [
     "TensorBox",
     "Tile",
     "Work",
+    "Works",
     "linear_spec",
     "norm_spec",
+    "read_works",
     "rope_spec",
     "schedule",
+    "works_metadata",
 ]
 
 PARAMETERS: Mapping[str, Mapping[str, str]] = {
@@ -207,6 +210,44 @@ def schedule(plan: Plan) -> list[Work]:
     return works
 
 
+Works: TypeAlias = Sequence[tuple[tuple[Step, ...], Kernel | None]]
+"""Steps that are one launch, and the compiled kernel of each."""
+
+_WORKS, _KERNELS = "works", "kernels"
+
+
+def works_metadata(plan: Plan, kernels: Mapping[str, Kernel]) -> dict[str, str]:
+    """What an engine's file says of its launches, for `read_works`; kernels go by `spec.name`."""
+    works = [
+        [len(work.steps), None if work.spec is None else work.spec.name] for work in schedule(plan)
+    ]
+    facts = {name: asdict(kernel) for name, kernel in kernels.items()}
+    return {_WORKS: json.dumps(works), _KERNELS: json.dumps(facts)}
+
+
+def read_works(plan: Plan, metadata: Mapping[str, str]) -> Works:
+    """The launches that `works_metadata` wrote down.
+
+    The tiles of an engine are those that it was built with, whatever is chosen today. Raises
+    `EngineError` for anything else.
+    """
+    try:
+        facts = json.loads(metadata[_KERNELS])
+        kernels = {name: Kernel.from_json(found) for name, found in facts.items()}
+        works, start = [], 0
+        for count, name in json.loads(metadata[_WORKS]):
+            steps = plan.steps[start : start + count]
+            start += count
+            works.append((steps, None if name is None else kernels[name]))
+            if not steps or (name is None) != isinstance(steps[0], Attention):
+                raise ValueError(f"work {len(works) - 1}")
+        if start != len(plan.steps):
+            raise ValueError(f"{start} steps of {len(plan.steps)}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise EngineError(f"The engine's launches are broken: {error}. Build it again.") from error
+    return works
+
+
 def _spec_of(plan: Plan, step: Convert | Norm | Rope | Attention) -> KernelSpec | None:
     if isinstance(step, Attention):
         return None
@@ -263,7 +304,7 @@ def _linear(plan: Plan, step: Linear, turn: Rope | None) -> KernelSpec:
     def kind(place: Place | None) -> Kind:
         return plan.buffer((place or step.out).buffer).kind
 
-    tile = choose_tile(kind(step.x), step.columns, step.split, step.epilogue)
+    tile = choose_tile(step.columns, step.split, 0 if turn is None else plan.head_dim)
     turns = turn is not None and tile.columns // 2 == plan.head_dim and turn.x == step.out
     out = plan.buffer(turn.out.buffer).kind if turn is not None and turns else kind(step.out)
     return linear_spec(
@@ -330,10 +371,14 @@ def linear_spec(
     )
 
 
-def choose_tile(x: Kind, columns: int, split: int, epilogue: str) -> Tile:
-    """The tile of a linear: one whose halves lie on one side of the split."""
-    if columns < 1024 or split % 128:
-        return Tile(128, 64, 4, 4)
-    if columns <= 4096:
+def choose_tile(columns: int, split: int, head_dim: int) -> Tile:
+    """The tile of a linear: one whose halves lie on one side of the split.
+
+    `head_dim` is that of heads which the linear makes, 0 where it makes none. As measured on an
+    H100: wide tiles are faster, and narrow ones where there are too few wide ones to go round.
+    """
+    if head_dim == 128 or (columns > 4096 and split % 128 == 0):
+        return Tile(128, 256, 8, 3)
+    if columns >= 1024 and split % 64 == 0:
         return Tile(128, 128, 4, 3, programs=2)
-    return Tile(128, 256, 8, 3)
+    return Tile(128, 64, 4, 4)
