@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import ctypes.util
 import importlib.util
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from engines.base import (
@@ -155,10 +153,9 @@ class Native(Runtime):
             )
         if widened:
             progress.note(f"  {source.component}: {widened}; {report.name} has all steps")
-        made = compile_kernels(plan, progress)
-        kernels = json.dumps([asdict(kernel) for kernel, _ in made.values()])
-        cubins = {name: cubin for name, (_, cubin) in made.items()}
-        write_engine(destination, plan, model, cubins, {"kernels": kernels}, progress)
+        kernels = compile_kernels(plan, progress)
+        cubins = {name: kernel.cubin for name, kernel in kernels.items()}
+        write_engine(destination, plan, model, cubins, {}, progress)
         return destination, report
 
     def _check_source(self, source: EngineSource, targets: Sequence[str]) -> None:
