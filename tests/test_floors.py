@@ -35,8 +35,8 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     "fluxdeploy.text": _CONTRACT,
     "engines": (*_CONTRACT, "engines.emulate", "engines.native.match", "engines.native.pack"),
     "engines.emulate": (*_CONTRACT, "engines"),
-    "engines.native.match": (*_CONTRACT, "engines", "engines.native.network"),
-    "engines.native.network": (*_CONTRACT, "engines"),
+    "engines.native.graph": (*_CONTRACT, "engines"),
+    "engines.native.match": (*_CONTRACT, "engines", "engines.native.graph"),
     "engines.native.pack": (*_CONTRACT, "engines"),
     "fluxdeploy.host": _BELOW_HOST,
     "fluxdeploy": ("fluxdeploy.host",),
@@ -54,8 +54,8 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
 
 _WITH_TRAINING = (
     "engines.emulate",
+    "engines.native.graph",
     "engines.native.match",
-    "engines.native.network",
     "engines.native.pack",
     "exporters",
     "exporters.training",

@@ -22,8 +22,9 @@ BUILD_ONLY = ("torch", "transformers", "diffusers", "onnx", "onnx_ir", "onnxscri
 
 GRAPH_MODULES = (
     "engines.emulate.graph",
+    "engines.native.graph.network",
+    "engines.native.graph.nodes",
     "engines.native.match",
-    "engines.native.network",
     "engines.native.pack",
 )
 """What reads graphs with the packages `onnx` and `onnx_ir`, where those are installed."""

@@ -108,7 +108,7 @@ def test_a_plan_has_the_numbers_of_its_graph(graphs: Graphs, tmp_path: Path, nam
         expected = exact(inputs)
         assert distance(run_plan(plan, tensors, inputs, exact=True), expected) < close
     noise = distance(rounded(inputs), expected)
-    assert distance(run_plan(plan, tensors, inputs), expected) < 1.5 * noise
+    assert distance(run_plan(plan, tensors, inputs), expected) < 2 * noise
 
 
 def kinds(plan: Plan) -> list[str]:
