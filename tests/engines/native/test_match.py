@@ -151,12 +151,24 @@ def test_8_bits_are_for_whole_groups_and_what_reads_them(graphs: Graphs, name: s
     assert len(between) == {"fp8-linears": 4, "attentions": 2}.get(name, 0)
 
 
+def input_scale(model: ir.Model, weight: str) -> float:
+    """The scale that a linear's input has in the graph."""
+    (wide,) = model.graph.initializers[weight].consumers()
+    (product,) = wide.outputs[0].consumers()
+    scale = product.inputs[0].producer().inputs[1]  # type: ignore[union-attr]
+    return float(scale.const_value.numpy())  # type: ignore[union-attr]
+
+
 def test_streams_have_scales_of_their_own(graphs: Graphs) -> None:
-    plan = matched(graphs("fp8-linears"))
+    model = ir.load(graphs("fp8-linears"))
+    plan = match(model)
     first = next(step for step in plan.steps if isinstance(step, Norm))
-    assert first.scale[0] != first.scale[1]
-    factors = {part.factor for part in packed(plan, "double.0.qkv.scale")}
-    assert factors == set(first.scale)
+    names = [f"transformer_blocks.0.attn.{name}.weight" for name in ("add_q_proj", "to_q")]
+    text, image = (input_scale(model, name) for name in names)
+    assert text != image
+    assert first.scale == (text, image)
+    factors = [part.factor for part in packed(plan, "double.0.qkv.scale")]
+    assert factors == 3 * [text] + 3 * [image]
 
 
 def test_both_streams_read_an_attention_in_8_bits_with_one_scale(graphs: Graphs) -> None:
