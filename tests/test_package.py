@@ -22,7 +22,8 @@ BUILD_ONLY = ("torch", "transformers", "diffusers", "onnx", "onnx_ir", "onnxscri
 
 _BUILDING = (
     "engines.emulate.graph",
-    *(f"engines.native.{name}" for name in ("build", "kernels", "match", "network", "pack")),
+    *(f"engines.native.{name}" for name in ("build", "graph.network", "graph.nodes")),
+    *(f"engines.native.{name}" for name in ("kernels", "match", "pack")),
 )
 """Modules of the engines that import such packages, and that are imported late."""
 

@@ -63,14 +63,12 @@ class _Check:
     def step(self, step: object) -> None:
         if isinstance(step, Convert):
             self._kind(step.x, step.columns, step.rows)
-            self._kind(step.out, step.columns, step.rows)
-            self._scales(*step.scale)
+            self._steps(self._kind(step.out, step.columns, step.rows), *step.scale)
         elif isinstance(step, Norm):
             width = self.plan.width
             self._hold(self._kind(step.x, width, step.rows) == "bf16", "does not read bfloat16")
-            self._kind(step.out, width, step.rows)
+            self._steps(self._kind(step.out, width, step.rows), *step.scale)
             self._rows(*step.shift, *step.gain)
-            self._scales(*step.scale)
         elif isinstance(step, Linear):
             self._linear(step)
         elif isinstance(step, Rope):
@@ -83,7 +81,7 @@ class _Check:
             self._hold(
                 kinds in (("bf16", "bf16"), ("fp8", "fp8")), f"makes {kinds[1]} of {kinds[0]}"
             )
-            self._scales(*step.scales, step.softmax_scale, step.out_scale)
+            self._steps(kinds[1], *step.scales, step.softmax_scale, step.out_scale)
 
     def _linear(self, step: Linear) -> None:
         kind = self._kind(step.x, step.inner, step.rows)
@@ -95,15 +93,20 @@ class _Check:
         if step.scale is not None:
             self._tensor(step.scale, "f32", (channels,))
         self._hold(not step.grouped or step.rows == "all", "has one stream, and weights for two")
-        self._scales(*step.out_scale)
-        split = step.epilogue == "split"
-        self._hold((step.second is not None) == split, "has a second output without a split")
-        self._hold(not split or 0 < step.split < step.columns, f"is split at {step.split}")
-        out = self._kind(step.out, step.split if split else step.columns, step.rows)
-        if step.second is not None:
-            self._kind(step.second, step.columns - step.split, step.rows)
-        self._hold(out == "bf16" or step.epilogue == "gelu", f"writes {out}")
         self._rows(*step.gate)
+        if step.epilogue == "split":
+            self._hold(0 < step.split < step.columns, f"is split at {step.split}")
+        else:
+            self._hold(step.split == 0 and step.second is None, "is split without need")
+        first = self._kind(step.out, step.split or step.columns, step.rows)
+        self._hold(first == "bf16" or step.epilogue == "gelu", f"writes {first}")
+        last = first
+        if step.epilogue == "split":
+            self._hold(step.second is not None, "has no second output")
+        if step.second is not None:
+            last = self._kind(step.second, step.columns - step.split, step.rows)
+        self._hold(last != "f32", "writes f32")
+        self._steps(last, *step.out_scale)
 
     def _rope(self, step: Rope) -> None:
         columns = 3 * self.plan.width
@@ -111,7 +114,8 @@ class _Check:
         out = self._kind(step.out, columns, "all")
         self._hold(out == "fp8" or step.x == step.out, f"writes {out}")
         self._tensor(step.norms, "f32", (4, self.plan.head_dim))
-        self._scales(step.softmax, *step.scales)
+        self._steps("fp8", step.softmax)
+        self._steps(out, *step.scales)
 
     def _kind(self, place: Place, columns: int, rows: Rows) -> Kind:
         """What is at so many columns of a place."""
@@ -132,8 +136,10 @@ class _Check:
         most = self.plan.modulation_rows
         self._hold(all(0 <= row < most for row in rows), f"takes rows {rows} of {most}")
 
-    def _scales(self, *scales: float) -> None:
-        self._hold(all(s > 0 and math.isfinite(s) for s in scales), f"has the scales {scales}")
+    def _steps(self, kind: Kind, *scales: float) -> None:
+        """Scales of numbers of a kind, of which 8 bits alone have any."""
+        fits = all(0 < scale < math.inf and (kind == "fp8" or scale == 1) for scale in scales)
+        self._hold(fits, f"has the scales {scales} for {kind}")
 
     def _hold(self, fits: bool, problem: str) -> None:
         _hold(fits, f"{self.name} {problem}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from engines.native.network import (
+from engines.native.graph.network import (
     Attended,
     Dense,
     Double,
@@ -35,9 +35,11 @@ from engines.native.plan import (
     Step,
 )
 from fluxdeploy.errors import EngineError
+from fluxdeploy.native import native_errors
 
 __all__ = ["match"]
 
+_AGAIN = "Export it again."
 _ONE: Pair = (1.0, 1.0)
 _STREAM = Place("stream")
 
@@ -49,7 +51,8 @@ def match(model: ir.Model) -> Plan:
     attention is where what reads it is too. Raises `EngineError` for a graph of another form, which
     names the node that is not known, and for numbers other than bfloat16 and E4M3.
     """
-    network = read_network(model.graph)
+    with native_errors(EngineError, "The transformer's graph cannot be read", _AGAIN):
+        network = read_network(model.graph)
     _check(network)
     return _Writer(network).plan()
 

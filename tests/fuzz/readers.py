@@ -462,12 +462,31 @@ def emulated_graph(folder: Path) -> Reader:
     return Reader(damaged_bytes([seed]), read, seed)
 
 
+def native_engine(folder: Path) -> Reader:
+    from engines.native.file import read_engine
+    from tests.support.native_file import SMALL_PLAN, write_small_engine
+
+    path = write_small_engine(folder / "engine")
+    plans = damaged_json([SMALL_PLAN.to_json().encode()])
+
+    def read(damaged: bytes | dict[str, bytes]) -> None:
+        if isinstance(damaged, dict):
+            write_small_engine(path, damaged["plan"].decode())
+        else:
+            path.write_bytes(damaged)
+        read_engine(path).cubins()
+
+    seed = path.read_bytes()
+    inputs = st.one_of(damaged_bytes([seed]), plans.map(lambda plan: {"plan": plan}))
+    return Reader(inputs, read, seed)
+
+
 READERS: Mapping[str, Make] = {
     make.__name__: make
     for make in (
         safetensors, manifest, hash_cache, staging, tokenizer, picture_metadata, pictures,
         bench_report, fusion_report, prompts, checkpoint, tokenizer_folder, ranges, arguments,
-        emulated_graph,
+        emulated_graph, native_engine,
     )
 }  # fmt: skip
 """By the name that reports call them."""

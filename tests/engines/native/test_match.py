@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from engines.native.plan import Attention, Convert, Linear, Norm, Plan
 from fluxdeploy.errors import EngineError
 from fluxdeploy.progress import Progress
 from tests.engines.native.conftest import GRAPHS, Graphs
-from tests.exporters.quantized.conftest import Quantized
 from tests.support.native_plan import load_tensors, run_plan
 
 SIZES = ((16, 24), (7, 5))
@@ -108,7 +108,7 @@ def test_a_plan_has_the_numbers_of_its_graph(graphs: Graphs, tmp_path: Path, nam
         expected = exact(inputs)
         assert distance(run_plan(plan, tensors, inputs, exact=True), expected) < close
     noise = distance(rounded(inputs), expected)
-    assert distance(run_plan(plan, tensors, inputs), expected) < 1.5 * noise
+    assert distance(run_plan(plan, tensors, inputs), expected) < 2 * noise
 
 
 def kinds(plan: Plan) -> list[str]:
@@ -151,12 +151,24 @@ def test_8_bits_are_for_whole_groups_and_what_reads_them(graphs: Graphs, name: s
     assert len(between) == {"fp8-linears": 4, "attentions": 2}.get(name, 0)
 
 
+def input_scale(model: ir.Model, weight: str) -> float:
+    """The scale that a linear's input has in the graph."""
+    (wide,) = model.graph.initializers[weight].consumers()
+    (product,) = wide.outputs[0].consumers()
+    scale = product.inputs[0].producer().inputs[1]  # type: ignore[union-attr]
+    return float(scale.const_value.numpy())  # type: ignore[union-attr]
+
+
 def test_streams_have_scales_of_their_own(graphs: Graphs) -> None:
-    plan = matched(graphs("fp8-linears"))
+    model = ir.load(graphs("fp8-linears"))
+    plan = match(model)
     first = next(step for step in plan.steps if isinstance(step, Norm))
-    assert first.scale[0] != first.scale[1]
-    factors = {part.factor for part in packed(plan, "double.0.qkv.scale")}
-    assert factors == set(first.scale)
+    names = [f"transformer_blocks.0.attn.{name}.weight" for name in ("add_q_proj", "to_q")]
+    text, image = (input_scale(model, name) for name in names)
+    assert text != image
+    assert first.scale == (text, image)
+    factors = [part.factor for part in packed(plan, "double.0.qkv.scale")]
+    assert factors == 3 * [text] + 3 * [image]
 
 
 def test_both_streams_read_an_attention_in_8_bits_with_one_scale(graphs: Graphs) -> None:
@@ -209,18 +221,19 @@ def test_no_constant_is_passed_over(graphs: Graphs) -> None:
         if tensor is None or isinstance(tensor, ir.ExternalTensor):
             continue
         value.const_value = ir.tensor(tensor.numpy() + tensor.numpy().dtype.type(1))
-        try:
+        with suppress(EngineError):
             assert match(model) != plan, value.name
-        except EngineError:
-            pass
         value.const_value = tensor
     assert match(model) == plan
 
 
-def test_other_numbers_are_refused_by_name(quantized: Quantized, graphs: Graphs) -> None:
-    with pytest.raises(EngineError, match="computes in FLOAT .*bfloat16 alone"):
-        match(ir.load(quantized("fp8")))
+def test_other_numbers_are_refused_by_name(graphs: Graphs) -> None:
     model = ir.load(graphs("bf16"))
+    product = next(node for node in model.graph if node.op_type == "MatMul")
+    product.outputs[0].dtype = ir.DataType.FLOAT16
+    with pytest.raises(EngineError, match=f"computes in FLOAT16 .{product.name}.*bfloat16 alone"):
+        match(model)
+    product.outputs[0].dtype = ir.DataType.BFLOAT16
     weight = model.graph.initializers["proj_out.weight"]
     weight.dtype = ir.DataType.INT8
     with pytest.raises(EngineError, match=r"holds proj_out.weight in INT8.*FP8 \(E4M3\) alone"):

@@ -1,0 +1,1 @@
+"""Exported transformers, read node by node. It needs the package `onnx_ir`."""
