@@ -351,7 +351,7 @@ def _linears(
 
         return Contender(run, result)
 
-    tiles = [t for t in native_kernels.TILES if not turned or native_kernels.turns(epilogue, t)]
+    tiles = native_kernels.tiles_of(epilogue, turned)
     return {str(tile): partial(build, tile) for tile in tiles}, expected
 
 

@@ -119,7 +119,7 @@ class FakeGpu(FakeCuda):
         given = dict(zip(PARAMETERS[spec.function], arguments, strict=True))
         kernel = _KERNELS[spec.function]
         self.launched.append(spec.function)
-        assert 1 <= min(grid)
+        assert min(grid) >= 1
         self.queue(stream, lambda: kernel(_Launched(self, spec, grid, given)))
 
     def matrix(self, address: int, rows: int, columns: int, stride: int, kind: Kind) -> Any:
@@ -128,9 +128,8 @@ class FakeGpu(FakeCuda):
         size = (rows - 1) * stride + columns * dtype.itemsize
         self.check(address, size)
         flat = np.frombuffer((ctypes.c_char * size).from_address(address), np.uint8)
-        return np.lib.stride_tricks.as_strided(
-            flat[: size - size % dtype.itemsize].view(dtype), (rows, columns), (stride, dtype.itemsize)
-        )
+        numbers = flat[: size - size % dtype.itemsize].view(dtype)
+        return np.lib.stride_tricks.as_strided(numbers, (rows, columns), (stride, dtype.itemsize))
 
 
 class _Launched:
@@ -156,7 +155,8 @@ class _Launched:
         kind = self.spec.types[name]
         address = self.number(name)
         assert address % 16 == 0
-        return self.gpu.matrix(address, rows, columns, stride * np.dtype(TYPES[kind]).itemsize, kind)
+        size = np.dtype(TYPES[kind]).itemsize
+        return self.gpu.matrix(address, rows, columns, stride * size, kind)
 
     def tensor(self, name: str) -> Any:
         tensor = self.given[name]

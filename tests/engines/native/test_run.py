@@ -20,12 +20,16 @@ from engines.native.pack import write_engine
 from engines.native.plan import BYTES
 from engines.native.run import NativeEngine
 from engines.native.specs import Kernel, KernelSpec, TensorBox, schedule, works_metadata
+from exporters.components.registry import COMPONENTS
+from exporters.export import export_component, specify
+from exporters.weights.bind import WeightFolder
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, TensorSpec
-from fluxdeploy.errors import EngineError
 from fluxdeploy.progress import Progress
 from tests.engines.native.conftest import Graphs
 from tests.engines.native.fake_gpu import FakeCudnn, FakeGpu
 from tests.engines.native.test_match import distance, make_inputs
+from tests.exporters.quantized.conftest import open_short
+from tests.support.checkpoints import Shape, make_checkpoint
 from tests.support.native_plan import load_tensors, run_plan
 
 
@@ -120,3 +124,21 @@ def test_launches_give_what_the_plan_says(graphs: Graphs, tmp_path: Path, name: 
             for index, each in enumerate(pictures):
                 assert distance(found[index], run.expected(each)) < 1e-2
         assert run.gpu.calls["launch_graph"] == 2
+
+
+def test_norms_and_rope_follow_their_product_in_one_launch(
+    tmp_path: Path,
+) -> None:
+    """Where heads are 128 wide, as FLUX.1's."""
+    shape = Shape("wide", head_dim=128, heads=2, axes_dims=(16, 56, 56), double=1, single=1)
+    source = make_checkpoint(tmp_path / "wide", shape)
+    spec = specify(open_short(source), COMPONENTS["transformer"], "bf16", "bf16")
+    exported = export_component(spec, WeightFolder(tmp_path / "weights"))
+    with opened(tmp_path / exported.path, tmp_path) as run:
+        turning = [spec for spec in run.specs if spec.constants.get("TURN")]
+        assert len(turning) == 2
+        for text, image in ((128, 9), (6, 20)):
+            inputs = make_inputs(run.engine.plan, text, image)
+            found = run.engine.run(batch([inputs]))["velocity"][0]
+            assert distance(found, run.expected(inputs)) < 1e-2
+        assert "rope" not in run.gpu.launched
