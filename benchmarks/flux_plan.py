@@ -12,14 +12,13 @@ import json
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import click
 import onnx_ir as ir
+from plan_files import PRECISIONS
 
 from engines.native.compile import compile_kernels
 from engines.native.match import match
-from engines.native.plan import Packed, Part, Plan
 from engines.native.specs import works_metadata
 from exporters.calibrate.ranges import ActivationRanges
 from exporters.calibrate.trajectory import Calibration
@@ -31,9 +30,7 @@ from exporters.graph.trace import trace_chain
 from exporters.synthetic.sparse_checkpoint import flux_of_depth, write_sparse_checkpoint
 from fluxdeploy.progress import Progress
 
-__all__ = ["PRECISIONS", "load_plan", "write_plan"]
-
-PRECISIONS = ("bf16", "fp8-linears", "fp8")
+__all__ = ["write_plan"]
 
 _LARGEST = {"to_out": 1.0, "to_add_out": 1.0, "net.2": 6.0, "proj_out": 6.0}
 """The largest inputs of linears by parts of their names; of others see `_INPUT`."""
@@ -87,19 +84,6 @@ def _declare_weights(model: ir.Model, boundary: int) -> None:
             "nowhere", 0, 0, value.dtype, shape=value.shape, name=str(value.name)
         )
         model.graph.register_initializer(value)
-
-
-def load_plan(folder: Path, precision: str) -> tuple[Plan, dict[str, str], dict[str, bytes]]:
-    """The plan with what it packs, the metadata of its engine, and its cubins by name."""
-    found = json.loads((folder / f"{precision}.json").read_text(encoding="utf-8"))
-    packed = tuple(_packed(each) for each in found["packed"])
-    cubins = {name: (folder / f"{name}.cubin").read_bytes() for name in found["cubins"]}
-    return replace(Plan.from_json(found["plan"]), packed=packed), found["metadata"], cubins
-
-
-def _packed(found: dict[str, Any]) -> Packed:
-    parts = tuple(Part(**part) for part in found["parts"])
-    return Packed(found["name"], tuple(found["shape"]), found["kind"], parts)
 
 
 def _ranges(double_blocks: int, single_blocks: int) -> ActivationRanges:

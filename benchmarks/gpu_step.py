@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 from gpu_kernels import has_gpu, run_stage
+from plan_files import PRECISIONS
 from rich.console import Console
 from rich.table import Table
 
@@ -60,7 +61,7 @@ def main(
     if not has_gpu():
         raise click.ClickException("PyTorch finds no NVIDIA GPU here.")
     if not list(folder.glob("*.json")):
-        from flux_plan import PRECISIONS, write_plan
+        from flux_plan import write_plan
 
         for precision in PRECISIONS:
             write_plan(folder, double_blocks, single_blocks, precision)

@@ -109,8 +109,8 @@ def relative_error(found: Any, expected: Any) -> float:
 
 def weights(task: Task) -> dict[str, Any]:
     """Make what the others take."""
-    import flux_plan
     import gpu_peers
+    import plan_files
     import torch
 
     from engines.native.pack import write_engine
@@ -122,10 +122,10 @@ def weights(task: Task) -> dict[str, Any]:
         np.savez(_npz(task.file("inputs")), **_inputs(model, given))
         eager = model(**given, return_dict=False)[0][0].float().cpu().numpy()
         np.save(_npy(task.file("eager")), eager)
-        for precision in flux_plan.PRECISIONS:
+        for precision in plan_files.PRECISIONS:
             path, begun = task.folder / f"{precision}.engine", time.monotonic()
             if (task.folder / f"{precision}.json").exists() and not path.exists():
-                plan, metadata, cubins = flux_plan.load_plan(task.folder, precision)
+                plan, metadata, cubins = plan_files.load_plan(task.folder, precision)
                 model_weights: Any = _Weights(plan, model.state_dict())
                 write_engine(path, plan, model_weights, cubins, metadata, Progress(quiet=True))
                 seconds[precision] = time.monotonic() - begun
