@@ -200,7 +200,7 @@ def linear(
     return _launcher(spec, (min(tiles, programs), 1), given)
 
 
-NORMS = ((1, 4), (1, 8), (2, 4), (2, 8), (4, 8))
+NORMS = ((1, 4), (2, 4), (2, 8), (4, 8), (8, 16))
 """Rows and warps of a program of `norm`."""
 
 

@@ -36,16 +36,18 @@ def norm(
     inverse_text, inverse_image,
     WIDTH: tl.constexpr, OUT_STRIDE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """LayerNorm, then · (1 + gain) + shift, of ROWS rows by each program."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    """LayerNorm, then · (1 + gain) + shift, of ROWS rows by each program, all of one stream."""
+    first = tl.program_id(0) * ROWS
+    row = (first + tl.arange(0, ROWS))[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
     inside = (columns < WIDTH) & (row < rows)
-    text = row < text_tokens
+    text = first < text_tokens
     shift_row = tl.where(text, shift_text, shift_image)
     gain_row = tl.where(text, gain_text, gain_image)
     value = tl.load(x + row * WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
-    gain = tl.load(modulation + gain_row * WIDTH + columns, mask=inside, other=0.0)
-    shift = tl.load(modulation + shift_row * WIDTH + columns, mask=inside, other=0.0)
+    known = columns < WIDTH
+    gain = tl.load(modulation + gain_row * WIDTH + columns, mask=known, other=0.0)
+    shift = tl.load(modulation + shift_row * WIDTH + columns, mask=known, other=0.0)
     mean = tl.sum(value, 1, keep_dims=True) / WIDTH
     centred = tl.where(inside, value - mean, 0.0)
     spread = tl.rsqrt(tl.sum(centred * centred, 1, keep_dims=True) / WIDTH + EPSILON)

@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from engines.cuda import Argument, TensorMap
-from engines.native.plan import BYTES, Attention, Convert, Linear, Norm, Place, Plan, Rope, Step
+from engines.native.plan import (
+    BYTES,
+    Attention,
+    Convert,
+    Linear,
+    Norm,
+    Place,
+    Plan,
+    Rope,
+    Rows,
+    Step,
+)
 from engines.native.specs import PARAMETERS, Kernel, TensorBox, Works
 
 __all__ = ["AttentionCall", "Call", "Launch", "Sizes", "list_launches"]
@@ -90,7 +101,7 @@ class _Lister:
         elif isinstance(step, Rope):
             yield self._rope(step, kernel)
         elif isinstance(step, Norm):
-            yield self._norm(step, kernel)
+            yield from self._norms(step, kernel)
         else:
             yield self._convert(step, kernel)
 
@@ -104,21 +115,21 @@ class _Lister:
         }
         return Launch(kernel, (count, 1), given)
 
-    def _norm(self, step: Norm, kernel: Kernel) -> Launch:
-        first, count, text = self._rows(step.rows)
-        given: dict[str, Argument] = {
-            "x": self._pointer(step.x, first),
-            "out": self._pointer(step.out, first),
-            "modulation": ("pointer", self.address("modulation")),
-            "rows": ("i32", count),
-            "text_tokens": ("i32", text),
-            "shift_text": ("i32", step.shift[0]),
-            "shift_image": ("i32", step.shift[1]),
-            "gain_text": ("i32", step.gain[0]),
-            "gain_image": ("i32", step.gain[1]),
-            **_inverses(step.scale),
-        }
-        return Launch(kernel, (-(-count // kernel.tile[0]), 1), given)
+    def _norms(self, step: Norm, kernel: Kernel) -> Iterator[Launch]:
+        for first, count, text in self._streams(step.rows, kernel):
+            given: dict[str, Argument] = {
+                "x": self._pointer(step.x, first),
+                "out": self._pointer(step.out, first),
+                "modulation": ("pointer", self.address("modulation")),
+                "rows": ("i32", count),
+                "text_tokens": ("i32", text),
+                "shift_text": ("i32", step.shift[0]),
+                "shift_image": ("i32", step.shift[1]),
+                "gain_text": ("i32", step.gain[0]),
+                "gain_image": ("i32", step.gain[1]),
+                **_inverses(step.scale),
+            }
+            yield Launch(kernel, (-(-count // kernel.tile[0]), 1), given)
 
     def _rope(self, step: Rope, kernel: Kernel) -> Launch:
         given: dict[str, Argument] = {
@@ -145,12 +156,15 @@ class _Lister:
         }
 
     def _linears(self, step: Linear, turn: Rope | None, kernel: Kernel) -> Iterator[Launch]:
-        """One launch, or two where a tile would have rows of both streams' weights."""
-        if step.grouped and step.rows == "all" and self.sizes.text % kernel.tile[0]:
-            for rows in ("text", "image"):
-                yield self._linear(step, turn, kernel, *self._rows(rows))
-        else:
-            yield self._linear(step, turn, kernel, *self._rows(step.rows))
+        streams = self._streams(step.rows, kernel) if step.grouped else [self._rows(step.rows)]
+        for rows in streams:
+            yield self._linear(step, turn, kernel, *rows)
+
+    def _streams(self, rows: Rows, kernel: Kernel) -> list[tuple[int, int, int]]:
+        """The rows of one launch, or of two where a program would have rows of both streams."""
+        if rows == "all" and self.sizes.text % kernel.tile[0]:
+            return [self._rows("text"), self._rows("image")]
+        return [self._rows(rows)]
 
     def _linear(
         self, step: Linear, turn: Rope | None, kernel: Kernel, first: int, count: int, text: int
@@ -194,7 +208,7 @@ class _Lister:
         tiles = -(-count // kernel.tile[0]) * -(-step.columns // kernel.tile[1])
         return Launch(kernel, (min(tiles, self.multiprocessors * kernel.programs), 1), given)
 
-    def _rows(self, rows: str) -> tuple[int, int, int]:
+    def _rows(self, rows: Rows) -> tuple[int, int, int]:
         """First row and number of rows within T, and the first of these that is not text."""
         return {
             "text": (0, self.sizes.text, self.sizes.text),

@@ -272,7 +272,7 @@ def convert_spec(x: Kind, out: Kind, columns: int, stride: int, out_stride: int)
     return KernelSpec("convert", {"x": x, "out": out}, constants, 4)
 
 
-def norm_spec(out: Kind, width: int, out_stride: int, rows: int = 1, warps: int = 4) -> KernelSpec:
+def norm_spec(out: Kind, width: int, out_stride: int, rows: int = 4, warps: int = 8) -> KernelSpec:
     """LayerNorm of bfloat16 rows of `width`, of `rows` by each program."""
     constants = {
         "WIDTH": width,
