@@ -1,0 +1,314 @@
+"""A linear whose epilogue overlaps its products: Triton's other language, Gluon, for Hopper only.
+
+One warp loads operands and runs ahead over the tiles of its program; two groups of four warps
+multiply, finish and store. What they pass to each other lies in shared memory:
+
+    ring     STAGES pairs of operands. `full` of a stage: both have come. `empty`: all products that
+             read them are done.
+    staged   of each group, what the TMA stores from: pieces of 64 columns. With a residual it comes
+             there first. `come`: a tile's residual is there. `gone`: its result has left.
+
+PINGPONG: each group takes tiles of its own in turns, so that one finishes while the other
+multiplies. Otherwise both share a tile, half of the rows each.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+__all__ = ["specialized"]
+
+PIECE = gl.constexpr(64)
+GROUPS = gl.constexpr(2)
+
+
+@gluon.aggregate
+class Task:
+    """What all warps know."""
+
+    x: tma.tensor_descriptor
+    weight: tma.tensor_descriptor
+    out: tma.tensor_descriptor
+    second: tma.tensor_descriptor
+    scale: gl.tensor
+    bias: gl.tensor
+    gate: gl.tensor
+    rows: gl.tensor
+    text_tokens: gl.tensor
+    gate_text: gl.tensor
+    gate_image: gl.tensor
+    inverse_text: gl.tensor
+    inverse_image: gl.tensor
+    a: gl.shared_memory_descriptor
+    b: gl.shared_memory_descriptor
+    staged: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    come: gl.shared_memory_descriptor
+    gone: gl.shared_memory_descriptor
+    COLUMNS: gl.constexpr
+    STEPS: gl.constexpr
+    DEPTH: gl.constexpr
+    TILE_ROWS: gl.constexpr
+    TILE_COLUMNS: gl.constexpr
+    PART_ROWS: gl.constexpr
+    PIECES: gl.constexpr
+    STAGES: gl.constexpr
+    EPILOGUE: gl.constexpr
+    SPLIT: gl.constexpr
+    GROUPED: gl.constexpr
+    SCALED: gl.constexpr
+    PINGPONG: gl.constexpr
+
+    @gluon.jit
+    def place(self, tile):
+        """First row and column of a tile. Those of one column of tiles follow each other."""
+        down = gl.cdiv(self.rows, self.TILE_ROWS)
+        return tile % down * self.TILE_ROWS, tile // down * self.TILE_COLUMNS
+
+    @gluon.jit
+    def tiles(self):
+        return gl.cdiv(self.rows, self.TILE_ROWS) * (self.COLUMNS // self.TILE_COLUMNS)
+
+    @gluon.jit
+    def group(self, row):
+        """Of the weights: text's lie above those of the image, and no tile holds both."""
+        group = 0
+        if self.GROUPED:
+            group = gl.where(row < self.text_tokens, 0, 1)
+        return group
+
+
+@gluon.jit
+def _next(slot, phase, STAGES: gl.constexpr):
+    """The stage after this one, and the parity of its turn."""
+    last = slot == STAGES - 1
+    return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def _produce(task):
+    """Load operands, and residuals, of all tiles of this program."""
+    PARTS: gl.constexpr = task.TILE_ROWS // task.PART_ROWS
+    operands: gl.constexpr = task.PART_ROWS * PARTS + task.TILE_COLUMNS
+    slot, phase, turn = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    for tile in range(gl.program_id(0), task.tiles(), gl.num_programs(0)):
+        row, column = task.place(tile)
+        first = task.group(row) * task.COLUMNS + column
+        for k in range(task.STEPS):
+            mbarrier.wait(task.empty.index(slot), phase ^ 1)
+            full = task.full.index(slot)
+            mbarrier.expect(full, operands * 128)
+            for part in gl.static_range(PARTS):
+                at = [row + part * task.PART_ROWS, k * task.DEPTH]
+                tma.async_load(task.x, at, full, task.a.index(slot * PARTS + part))
+            tma.async_load(task.weight, [first, k * task.DEPTH], full, task.b.index(slot))
+            slot, phase = _next(slot, phase, task.STAGES)
+        if task.EPILOGUE == "residual":
+            # Behind the operands: a residual must not hold up the products before it.
+            if task.PINGPONG:
+                _load_residual(task, row, column, turn % GROUPS, turn // GROUPS)
+            else:
+                for group in gl.static_range(GROUPS):
+                    _load_residual(task, row + group * task.PART_ROWS, column, group, turn)
+        turn += 1
+
+
+@gluon.jit
+def _load_residual(task, row, column, group, turn):
+    mbarrier.wait(task.gone.index(group), (turn & 1) ^ 1)
+    come = task.come.index(group)
+    mbarrier.expect(come, task.PART_ROWS * task.TILE_COLUMNS * 2)
+    for piece in gl.static_range(task.PIECES):
+        at = [row, column + piece * PIECE]
+        tma.async_load(task.out, at, come, task.staged.index(group * task.PIECES + piece))
+
+
+@gluon.jit
+def _consume(task, GROUP: gl.constexpr):
+    """Multiply, finish and store this group's tiles, or its rows of all tiles."""
+    programs = gl.num_programs(0)
+    if task.PINGPONG:
+        for tile in range(gl.program_id(0) + GROUP * programs, task.tiles(), GROUPS * programs):
+            turn = (tile - gl.program_id(0)) // programs
+            row, column = task.place(tile)
+            total = _multiply(task, turn * task.STEPS, 0)
+            _finish(task, total, row, column, turn // GROUPS, GROUP)
+    else:
+        for tile in range(gl.program_id(0), task.tiles(), programs):
+            turn = (tile - gl.program_id(0)) // programs
+            row, column = task.place(tile)
+            total = _multiply(task, turn * task.STEPS, GROUP)
+            _finish(task, total, row + GROUP * task.PART_ROWS, column, turn, GROUP)
+    # Shared memory has to stay until the TMA has read the last pieces.
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _multiply(task, first, PART: gl.constexpr):
+    """The sums of a tile whose operands come with the `first` load, counted over all tiles."""
+    PARTS: gl.constexpr = task.TILE_ROWS // task.PART_ROWS
+    deep: gl.constexpr = 256 // task.x.dtype.primitive_bitwidth
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, task.TILE_COLUMNS, deep])
+    total = gl.zeros([task.PART_ROWS, task.TILE_COLUMNS], gl.float32, layout)
+    slot, phase = first % task.STAGES, first // task.STAGES & 1
+    before = slot
+    for k in range(task.STEPS):
+        mbarrier.wait(task.full.index(slot), phase)
+        a, b = task.a.index(slot * PARTS + PART), task.b.index(slot).permute((1, 0))
+        token = warpgroup_mma(a, b, total, use_acc=k > 0, is_async=True)
+        # All but this step's products are done.
+        total = warpgroup_mma_wait(1, deps=(token,))
+        mbarrier.arrive(task.empty.index(before), pred=k > 0)
+        before = slot
+        slot, phase = _next(slot, phase, task.STAGES)
+    total = warpgroup_mma_wait(0, deps=(total,))
+    mbarrier.arrive(task.empty.index(before))
+    return total
+
+
+@gluon.jit
+def _pieces(x, COUNT: gl.constexpr):
+    """Equal shares of the columns, which no thread has to send to another."""
+    if COUNT == 1:
+        return (x,)
+    else:
+        left, right = x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+        return _pieces(left, COUNT // 2) + _pieces(right, COUNT // 2)
+
+
+@gluon.jit
+def _finish(task, total, row, column, turn, GROUP: gl.constexpr):
+    """What follows the products, piece by piece."""
+    text = row < task.text_tokens
+    group = task.group(row)
+    inverse = gl.where(text, task.inverse_text, task.inverse_image)
+    gate = task.gate + gl.where(text, task.gate_text, task.gate_image) * task.COLUMNS
+    if task.EPILOGUE == "residual":
+        mbarrier.wait(task.come.index(GROUP), turn & 1)
+    layout: gl.constexpr = _piece_layout(256 // task.x.dtype.primitive_bitwidth)
+    pieces = _pieces(total, task.PIECES)
+    for piece in gl.static_range(task.PIECES):
+        y = gl.convert_layout(pieces[piece], layout, assert_trivial=True)
+        at = column + piece * PIECE
+        columns = gl.arange(0, PIECE, gl.SliceLayout(0, layout))
+        places = group * task.COLUMNS + at + columns
+        if task.SCALED:
+            y *= gl.load(task.scale + places)[None, :]
+        y += gl.load(task.bias + places)[None, :]
+        if task.EPILOGUE == "residual":
+            staged = task.staged.index(GROUP * task.PIECES + piece)
+            share = gl.load(gate + at + columns)[None, :]
+            y = staged.load(layout).to(gl.float32) + share * y
+            _store(task.out, staged, y, row, at)
+        else:
+            # The piece before the last has left this buffer.
+            tma.store_wait(1)
+            staged = task.staged.index(GROUP * 2 + piece % 2)
+            if task.EPILOGUE == "plain":
+                _store(task.out, staged, y, row, at)
+            elif task.EPILOGUE == "gelu":
+                _store(task.out, staged, _gelu(y, inverse, task.out.dtype), row, at)
+            else:
+                if column < task.SPLIT:
+                    _store(task.out, staged, y, row, at)
+                else:
+                    y = _gelu(y, inverse, task.second.dtype)
+                    _store(task.second, staged, y, row, at - task.SPLIT)
+    if task.EPILOGUE == "residual":
+        tma.store_wait(0)
+        mbarrier.arrive(task.gone.index(GROUP))
+
+
+@gluon.constexpr_function
+def _piece_layout(deep):
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, deep])
+
+
+@gluon.jit
+def _store(out, staged, y, row, column):
+    """Through shared memory, by the TMA, which leaves out rows that the tensor does not have."""
+    shape: gl.constexpr = out.block_shape
+    if staged.dtype != out.dtype:
+        staged = staged.reinterpret(out.dtype, shape, out.layout)
+    staged.store(y.to(out.dtype))
+    fence_async_shared()
+    tma.async_store(out, [row, column], staged)
+
+
+@gluon.jit
+def _gelu(y, inverse, KIND: gl.constexpr):
+    """GELU(y) · inverse, in one operation of the special function unit where 8 bits are enough."""
+    if KIND == gl.bfloat16:
+        # y · sigmoid(2u), with the powers of 2.
+        power = _power_of_2(y * (-2.302208198 + -0.1029432396 * (y * y)))
+        return y * inverse * _reciprocal(1.0 + power)
+    half = 0.5 * inverse * y
+    return half + half * _tanh(y * (0.7978845608 + 0.03567740814 * (y * y)))
+
+
+@gluon.jit
+def _power_of_2(x):
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _reciprocal(x):
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _tanh(x):
+    return gl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def specialized(
+    x, weight, out, second, scale, bias, gate, rows, text_tokens, gate_text, gate_image,
+    inverse_text, inverse_image,
+    COLUMNS: gl.constexpr, INNER: gl.constexpr, TILE_ROWS: gl.constexpr,
+    TILE_COLUMNS: gl.constexpr, DEPTH: gl.constexpr, EPILOGUE: gl.constexpr, SPLIT: gl.constexpr,
+    GROUPED: gl.constexpr, SCALED: gl.constexpr, PINGPONG: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """As `engines.native.kernels.linear`, of whole tiles of columns; four warps and eight more."""
+    gl.static_assert(COLUMNS % TILE_COLUMNS == 0 and SPLIT % TILE_COLUMNS == 0)
+    PART_ROWS: gl.constexpr = x.block_shape[0]
+    PIECES: gl.constexpr = TILE_COLUMNS // PIECE
+    PARTS: gl.constexpr = TILE_ROWS // PART_ROWS
+    buffers: gl.constexpr = PIECES if EPILOGUE == "residual" else 2
+    a = gl.allocate_shared_memory(x.dtype, [STAGES * PARTS, PART_ROWS, DEPTH], x.layout)
+    b = gl.allocate_shared_memory(weight.dtype, [STAGES, TILE_COLUMNS, DEPTH], weight.layout)
+    staged = gl.allocate_shared_memory(out.dtype, [GROUPS * buffers] + out.block_shape, out.layout)
+    full = mbarrier.allocate_mbarrier(batch=STAGES)
+    empty = mbarrier.allocate_mbarrier(batch=STAGES)
+    come = mbarrier.allocate_mbarrier(batch=GROUPS)
+    gone = mbarrier.allocate_mbarrier(batch=GROUPS)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=1 if PINGPONG else GROUPS)
+    for group in gl.static_range(GROUPS):
+        mbarrier.init(come.index(group), count=1)
+        mbarrier.init(gone.index(group), count=1)
+    fence_async_shared()
+    steps: gl.constexpr = (INNER + DEPTH - 1) // DEPTH
+    task = Task(
+        x, weight, out, second, scale, bias, gate, rows, text_tokens, gate_text, gate_image,
+        inverse_text, inverse_image, a, b, staged, full, empty, come, gone,
+        COLUMNS, steps, DEPTH, TILE_ROWS, TILE_COLUMNS, PART_ROWS, PIECES, STAGES, EPILOGUE, SPLIT,
+        GROUPED, SCALED, PINGPONG,
+    )  # fmt: skip
+    gl.warp_specialize(
+        [(_consume, (task, 0)), (_consume, (task, 1)), (_produce, (task,))], [4, 1], [240, 24]
+    )
