@@ -1,15 +1,21 @@
-"""A linear whose epilogue overlaps its products: Triton's other language, Gluon, for Hopper only.
+"""A linear whose epilogue overlaps its products, in Gluon: Triton's language of layouts and barriers.
 
-One warp loads operands and runs ahead over the tiles of its program; two groups of four warps
-multiply, finish and store. What they pass to each other lies in shared memory:
+For Hopper only. One warp loads operands and runs ahead over the tiles of its program; groups of
+four warps multiply, finish and store. What they pass to each other lies in shared memory:
 
     ring     STAGES pairs of operands. `full` of a stage: both have come. `empty`: all products that
              read them are done.
-    staged   of each group, what the TMA stores from: pieces of 64 columns. With a residual it comes
-             there first. `come`: a tile's residual is there. `gone`: its result has left.
+    staged   pieces of 64 columns, from which the TMA stores.
 
-PINGPONG: each group takes tiles of its own in turns, so that one finishes while the other
-multiplies. Otherwise both share a tile, half of the rows each.
+FORM is one of
+
+    pingpong  two groups take tiles in turns, so that one finishes while the other multiplies
+    shared    two groups share each tile, half of its rows each; what overlaps is what one is behind
+    relay     as `shared`, and a third group finishes what the two pass on in bfloat16
+
+With a residual, `staged` is a whole tile of each group, and the residual is there first. `come` of a
+group: its tile's residual is there; `gone`: its result has left. In a relay these are of each
+piece: it is passed on, and it has been stored.
 """
 
 from triton.experimental import gluon
@@ -48,6 +54,7 @@ class Task:
     a: gl.shared_memory_descriptor
     b: gl.shared_memory_descriptor
     staged: gl.shared_memory_descriptor
+    vectors: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     come: gl.shared_memory_descriptor
@@ -64,7 +71,8 @@ class Task:
     SPLIT: gl.constexpr
     GROUPED: gl.constexpr
     SCALED: gl.constexpr
-    PINGPONG: gl.constexpr
+    VECTORS: gl.constexpr
+    FORM: gl.constexpr
 
     @gluon.jit
     def place(self, tile):
@@ -112,7 +120,7 @@ def _produce(task):
             slot, phase = _next(slot, phase, task.STAGES)
         if task.EPILOGUE == "residual":
             # Behind the operands: a residual must not hold up the products before it.
-            if task.PINGPONG:
+            if task.FORM == "pingpong":
                 _load_residual(task, row, column, turn % GROUPS, turn // GROUPS)
             else:
                 for group in gl.static_range(GROUPS):
@@ -132,22 +140,50 @@ def _load_residual(task, row, column, group, turn):
 
 @gluon.jit
 def _consume(task, GROUP: gl.constexpr):
-    """Multiply, finish and store this group's tiles, or its rows of all tiles."""
+    """Multiply, and finish or pass on, this group's tiles, or its rows of all tiles."""
     programs = gl.num_programs(0)
-    if task.PINGPONG:
+    if task.FORM == "pingpong":
         for tile in range(gl.program_id(0) + GROUP * programs, task.tiles(), GROUPS * programs):
             turn = (tile - gl.program_id(0)) // programs
-            row, column = task.place(tile)
-            total = _multiply(task, turn * task.STEPS, 0)
-            _finish(task, total, row, column, turn // GROUPS, GROUP)
+            _compute(task, tile, turn, turn // GROUPS, GROUP, 0)
     else:
         for tile in range(gl.program_id(0), task.tiles(), programs):
             turn = (tile - gl.program_id(0)) // programs
-            row, column = task.place(tile)
-            total = _multiply(task, turn * task.STEPS, GROUP)
-            _finish(task, total, row + GROUP * task.PART_ROWS, column, turn, GROUP)
+            _compute(task, tile, turn, turn, GROUP, GROUP)
     # Shared memory has to stay until the TMA has read the last pieces.
     tma.store_wait(0)
+
+
+@gluon.jit
+def _compute(task, tile, turn, own_turn, GROUP: gl.constexpr, PART: gl.constexpr):
+    """One tile: the program's `turn`th, and the `own_turn`th of this group."""
+    row, column = task.place(tile)
+    text = row < task.text_tokens
+    # What columns are multiplied with comes while products are computed.
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    columns = column + gl.arange(0, task.TILE_COLUMNS, flat)
+    places = task.group(row) * task.COLUMNS + columns
+    addend = gl.load(task.bias + places)
+    if task.SCALED:
+        factor = gl.load(task.scale + places)
+    if task.EPILOGUE == "residual":
+        gate_row = gl.where(text, task.gate_text, task.gate_image)
+        gate = gl.load(task.gate + gate_row * task.COLUMNS + columns)
+        addend *= gate
+        if task.SCALED:
+            factor *= gate
+        else:
+            factor = gate
+    total = _multiply(task, turn * task.STEPS, PART)
+    task.vectors.index(GROUP * task.VECTORS).store(addend)
+    if task.VECTORS == 2:
+        task.vectors.index(GROUP * task.VECTORS + 1).store(factor)
+    row += PART * task.PART_ROWS
+    if task.FORM == "relay":
+        _pass_on(task, total, own_turn, GROUP)
+    else:
+        inverse = gl.where(text, task.inverse_text, task.inverse_image)
+        _finish(task, total, row, column, inverse, own_turn, GROUP)
 
 
 @gluon.jit
@@ -184,28 +220,35 @@ def _pieces(x, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _finish(task, total, row, column, turn, GROUP: gl.constexpr):
+def _sums(task, total, NUMBER: gl.constexpr, GROUP: gl.constexpr):
+    """A piece of x Wᵀ · scale + bias, all times the gate, as a product of so many columns lies."""
+    layout: gl.constexpr = _piece_layout(256 // task.x.dtype.primitive_bitwidth)
+    y = gl.convert_layout(_pieces(total, task.PIECES)[NUMBER], layout, assert_trivial=True)
+    addend = _vector(task, GROUP * task.VECTORS, NUMBER, layout)
+    if task.VECTORS == 1:
+        return y + addend
+    else:
+        return y * _vector(task, GROUP * task.VECTORS + 1, NUMBER, layout) + addend
+
+
+@gluon.jit
+def _vector(task, WHICH: gl.constexpr, NUMBER: gl.constexpr, LAYOUT: gl.constexpr):
+    """What a piece's columns are multiplied with, or what is added to them."""
+    kept = task.vectors.index(WHICH).slice(NUMBER * PIECE, PIECE)
+    return kept.load(gl.SliceLayout(0, LAYOUT))[None, :]
+
+
+@gluon.jit
+def _finish(task, total, row, column, inverse, turn, GROUP: gl.constexpr):
     """What follows the products, piece by piece."""
-    text = row < task.text_tokens
-    group = task.group(row)
-    inverse = gl.where(text, task.inverse_text, task.inverse_image)
-    gate = task.gate + gl.where(text, task.gate_text, task.gate_image) * task.COLUMNS
     if task.EPILOGUE == "residual":
         mbarrier.wait(task.come.index(GROUP), turn & 1)
-    layout: gl.constexpr = _piece_layout(256 // task.x.dtype.primitive_bitwidth)
-    pieces = _pieces(total, task.PIECES)
     for piece in gl.static_range(task.PIECES):
-        y = gl.convert_layout(pieces[piece], layout, assert_trivial=True)
+        y = _sums(task, total, piece, GROUP)
         at = column + piece * PIECE
-        columns = gl.arange(0, PIECE, gl.SliceLayout(0, layout))
-        places = group * task.COLUMNS + at + columns
-        if task.SCALED:
-            y *= gl.load(task.scale + places)[None, :]
-        y += gl.load(task.bias + places)[None, :]
         if task.EPILOGUE == "residual":
             staged = task.staged.index(GROUP * task.PIECES + piece)
-            share = gl.load(gate + at + columns)[None, :]
-            y = staged.load(layout).to(gl.float32) + share * y
+            y += staged.load(y.type.layout).to(gl.float32)
             _store(task.out, staged, y, row, at)
         else:
             # The piece before the last has left this buffer.
@@ -224,6 +267,60 @@ def _finish(task, total, row, column, turn, GROUP: gl.constexpr):
     if task.EPILOGUE == "residual":
         tma.store_wait(0)
         mbarrier.arrive(task.gone.index(GROUP))
+
+
+@gluon.jit
+def _pass_on(task, total, turn, GROUP: gl.constexpr):
+    """Leave a tile's sums to the group that finishes them."""
+    for piece in gl.static_range(task.PIECES):
+        y = _sums(task, total, piece, GROUP).to(gl.bfloat16)
+        mbarrier.wait(task.gone.index(GROUP * task.PIECES + piece), (turn & 1) ^ 1)
+        task.staged.index(GROUP * task.PIECES + piece).store(y)
+        fence_async_shared()
+        mbarrier.arrive(task.come.index(GROUP * task.PIECES + piece))
+
+
+@gluon.constexpr_function
+def _link(n, pieces):
+    """The place of the `n`th piece of a tile among those that are passed on."""
+    return n % 2 * pieces + n // 2
+
+
+@gluon.jit
+def _relay(task):
+    """Finish and store what the others have passed on."""
+    turn = gl.to_tensor(0)
+    for tile in range(gl.program_id(0), task.tiles(), gl.num_programs(0)):
+        row, column = task.place(tile)
+        inverse = gl.where(row < task.text_tokens, task.inverse_text, task.inverse_image)
+        for n in gl.static_range(GROUPS * task.PIECES):
+            # Of both groups in turns, as they come.
+            mbarrier.wait(task.come.index(_link(n, task.PIECES)), turn & 1)
+            staged = task.staged.index(_link(n, task.PIECES))
+            at_row, at = row + n % GROUPS * task.PART_ROWS, column + n // GROUPS * PIECE
+            if task.EPILOGUE == "plain":
+                tma.async_store(task.out, [at_row, at], staged)
+            elif task.EPILOGUE == "gelu":
+                _finish_passed(task.out, staged, inverse, at_row, at)
+            else:
+                if column < task.SPLIT:
+                    tma.async_store(task.out, [at_row, at], staged)
+                else:
+                    _finish_passed(task.second, staged, inverse, at_row, at - task.SPLIT)
+            if n > 0:
+                # The piece before has been read.
+                tma.store_wait(1)
+                mbarrier.arrive(task.gone.index(_link(n - 1, task.PIECES)))
+        tma.store_wait(0)
+        mbarrier.arrive(task.gone.index(GROUPS * task.PIECES - 1))
+        turn += 1
+
+
+@gluon.jit
+def _finish_passed(out, staged, inverse, row, column):
+    rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    y = _gelu(staged.load(rows).to(gl.float32), inverse, out.dtype)
+    _store(out, staged, y, row, column)
 
 
 @gluon.constexpr_function
@@ -280,35 +377,51 @@ def specialized(
     inverse_text, inverse_image,
     COLUMNS: gl.constexpr, INNER: gl.constexpr, TILE_ROWS: gl.constexpr,
     TILE_COLUMNS: gl.constexpr, DEPTH: gl.constexpr, EPILOGUE: gl.constexpr, SPLIT: gl.constexpr,
-    GROUPED: gl.constexpr, SCALED: gl.constexpr, PINGPONG: gl.constexpr, STAGES: gl.constexpr,
+    GROUPED: gl.constexpr, SCALED: gl.constexpr, FORM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """As `engines.native.kernels.linear`, of whole tiles of columns; four warps and eight more."""
+    """As `engines.native.kernels.linear`, for tiles that divide the columns and their split."""
     gl.static_assert(COLUMNS % TILE_COLUMNS == 0 and SPLIT % TILE_COLUMNS == 0)
+    gl.static_assert(FORM != "relay" or EPILOGUE != "residual")
     PART_ROWS: gl.constexpr = x.block_shape[0]
     PIECES: gl.constexpr = TILE_COLUMNS // PIECE
+    whole: gl.constexpr = EPILOGUE == "residual" or FORM == "relay"
+    kept: gl.constexpr = gl.bfloat16 if FORM == "relay" else out.dtype
+    kept_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PART_ROWS, PIECE], kept)
+    links: gl.constexpr = GROUPS * PIECES if FORM == "relay" else GROUPS
     PARTS: gl.constexpr = TILE_ROWS // PART_ROWS
-    buffers: gl.constexpr = PIECES if EPILOGUE == "residual" else 2
+    buffers: gl.constexpr = GROUPS * PIECES if whole else GROUPS * 2
     a = gl.allocate_shared_memory(x.dtype, [STAGES * PARTS, PART_ROWS, DEPTH], x.layout)
     b = gl.allocate_shared_memory(weight.dtype, [STAGES, TILE_COLUMNS, DEPTH], weight.layout)
-    staged = gl.allocate_shared_memory(out.dtype, [GROUPS * buffers] + out.block_shape, out.layout)
+    staged = gl.allocate_shared_memory(kept, [buffers, PART_ROWS, PIECE], kept_layout)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    count: gl.constexpr = 2 if SCALED or EPILOGUE == "residual" else 1
+    vectors = gl.allocate_shared_memory(gl.float32, [GROUPS * count, TILE_COLUMNS], flat)
     full = mbarrier.allocate_mbarrier(batch=STAGES)
     empty = mbarrier.allocate_mbarrier(batch=STAGES)
-    come = mbarrier.allocate_mbarrier(batch=GROUPS)
-    gone = mbarrier.allocate_mbarrier(batch=GROUPS)
+    come = mbarrier.allocate_mbarrier(batch=links)
+    gone = mbarrier.allocate_mbarrier(batch=links)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=1 if PINGPONG else GROUPS)
-    for group in gl.static_range(GROUPS):
-        mbarrier.init(come.index(group), count=1)
-        mbarrier.init(gone.index(group), count=1)
+        mbarrier.init(empty.index(stage), count=PARTS)
+    for link in gl.static_range(links):
+        mbarrier.init(come.index(link), count=1)
+        mbarrier.init(gone.index(link), count=1)
     fence_async_shared()
     steps: gl.constexpr = (INNER + DEPTH - 1) // DEPTH
     task = Task(
         x, weight, out, second, scale, bias, gate, rows, text_tokens, gate_text, gate_image,
-        inverse_text, inverse_image, a, b, staged, full, empty, come, gone,
+        inverse_text, inverse_image, a, b, staged, vectors, full, empty, come, gone,
         COLUMNS, steps, DEPTH, TILE_ROWS, TILE_COLUMNS, PART_ROWS, PIECES, STAGES, EPILOGUE, SPLIT,
-        GROUPED, SCALED, PINGPONG,
+        GROUPED, SCALED, count, FORM,
     )  # fmt: skip
-    gl.warp_specialize(
-        [(_consume, (task, 0)), (_consume, (task, 1)), (_produce, (task,))], [4, 1], [240, 24]
-    )
+    # The registers of the first are what the others leave.
+    if FORM == "relay":
+        gl.warp_specialize(
+            [(_consume, (task, 0)), (_consume, (task, 1)), (_relay, (task,)), (_produce, (task,))],
+            [4, 4, 1],
+            [200, 88, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [(_consume, (task, 0)), (_consume, (task, 1)), (_produce, (task,))], [4, 1], [240, 24]
+        )
