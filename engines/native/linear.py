@@ -11,7 +11,7 @@ FORM is one of
 
     pingpong  two groups take tiles in turns, so that one finishes while the other multiplies
     shared    two groups share each tile, half of its rows each; what overlaps is what one is behind
-    relay     as `shared`, and a third group finishes what the two pass on in bfloat16
+    relay     as `shared`, and two more warps finish what the groups pass on in bfloat16
 
 With a residual, `staged` is a whole tile of each group, and the residual is there first. `come` of a
 group: its tile's residual is there; `gone`: its result has left. In a relay these are of each
@@ -318,7 +318,7 @@ def _relay(task):
 
 @gluon.jit
 def _finish_passed(out, staged, inverse, row, column):
-    rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0])
     y = _gelu(staged.load(rows).to(gl.float32), inverse, out.dtype)
     _store(out, staged, y, row, column)
 
@@ -418,8 +418,8 @@ def specialized(
     if FORM == "relay":
         gl.warp_specialize(
             [(_consume, (task, 0)), (_consume, (task, 1)), (_relay, (task,)), (_produce, (task,))],
-            [4, 4, 1],
-            [200, 88, 24],
+            [4, 2, 1],
+            [192, 120, 24],
         )
     else:
         gl.warp_specialize(
