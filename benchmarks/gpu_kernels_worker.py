@@ -284,14 +284,15 @@ def linears() -> Iterator[Result]:
     """The blocks' linears with what follows them, as kernels of our own."""
     for kind, rows, shape in itertools.product(("fp8", "bf16"), ROWS, PRODUCTS):
         inner, columns, epilogue = shape
-        builds, expected = _linears(kind, rows, inner, columns, epilogue)
-        work, name = product_operations(rows, inner, columns), f"{rows}x{inner}x{columns}"
-        what = f"native, {kind}, {epilogue}"
-        yield from _measure(what, name, work, builds, expected, 0.06, rounds=3)
+        for turned in (False, True) if epilogue in ("plain", "split") else (False,):
+            builds, expected = _linears(kind, rows, inner, columns, epilogue, turned)
+            work, name = product_operations(rows, inner, columns), f"{rows}x{inner}x{columns}"
+            what = f"native, {kind}, {epilogue}" + (", RoPE" if turned else "")
+            yield from _measure(what, name, work, builds, expected, 0.04, rounds=3)
 
 
 def _linears(
-    kind: str, rows: int, inner: int, columns: int, epilogue: str
+    kind: str, rows: int, inner: int, columns: int, epilogue: str, turned: bool
 ) -> tuple[dict[str, Build], Tensor]:
     """Contenders by their tile, and what they have to compute: some rows of text, and some not."""
     import native_kernels
@@ -308,12 +309,19 @@ def _linears(
         scale.fill_(1)
     start = _random(rows, columns) if epilogue == "residual" else None
     plain = {"split": 3 * WIDTH, "gelu": 0}.get(epilogue, columns)
+    turn = _turn(rows) if turned else None
+    if turn is not None and groups == 1:
+        turn.norms[2:] = turn.norms[:2]  # single blocks have one weight for both streams
 
     def right(piece: slice, group: slice) -> Tensor:
         y = F.linear(x[piece].float(), weight[group].float()) * scale[group] + bias[group]
         if start is not None:
             return start[piece].float() + gate * y
-        return torch.cat((y[:, :plain], F.gelu(y[:, plain:], approximate="tanh")), 1)
+        joint = y[:, :plain]
+        if turn is not None:
+            split = joint.unflatten(1, (3, -1, HEAD_DIM))
+            joint = _rotated(split, turn, torch.arange(rows, device="cuda")[piece]).flatten(1)
+        return torch.cat((joint, F.gelu(y[:, plain:], approximate="tanh")), 1)
 
     pieces = slice(0, 128), slice(rows - 128, rows)
     expected = torch.cat(
@@ -325,7 +333,7 @@ def _linears(
 
     def build(tile: Any) -> Contender:
         out = torch.full((rows, plain or columns), float("nan"), device="cuda")
-        out = out.to(x.dtype if epilogue == "gelu" else BF16)
+        out = out.to(x.dtype if epilogue == "gelu" or turned else BF16)
         if start is not None:
             out.copy_(start)
         # The second result lies beside attention's, in the input of the linear that follows.
@@ -333,7 +341,7 @@ def _linears(
         joined = joined.to(x.dtype)
         second = joined[:, WIDTH:] if epilogue == "split" else out
         vectors = scale, bias, gate
-        run = native_kernels.linear(x, weight, vectors, (out, second), epilogue, TEXT, tile)
+        run = native_kernels.linear(x, weight, vectors, (out, second), epilogue, turn, TEXT, tile)
 
         def result() -> Tensor:
             whole = out.float()
@@ -343,7 +351,8 @@ def _linears(
 
         return Contender(run, result)
 
-    return {str(tile): partial(build, tile) for tile in native_kernels.TILES}, expected
+    tiles = [t for t in native_kernels.TILES if not turned or native_kernels.turns(epilogue, t)]
+    return {str(tile): partial(build, tile) for tile in tiles}, expected
 
 
 def norms() -> Iterator[Result]:
@@ -352,43 +361,59 @@ def norms() -> Iterator[Result]:
 
     for rows, kind in itertools.product(ROWS, (BF16, E4M3)):
         x, modulation = _random(rows, WIDTH), torch.randn(4, WIDTH, device="cuda")
-        out = torch.full((rows, WIDTH), float("nan"), device="cuda").to(kind)
         text = (torch.arange(rows, device="cuda") < TEXT)[:, None]
         shift, gain = (torch.where(text, modulation[i], modulation[i + 2]) for i in range(2))
         expected = F.layer_norm(x.float(), (WIDTH,), eps=1e-6) * (1 + gain) + shift
-        run = native_kernels.norm(x, out, modulation, TEXT)
-        contender = Contender(run, partial(torch.Tensor.float, out))
-        work, shape = x.nbytes + out.nbytes, f"{rows} tokens"
-        builds: dict[str, Build] = {str(kind): partial(_same, contender)}
-        yield from _measure("native, norm", shape, work, builds, expected, 0.05)
+        work, shape = x.nbytes + rows * WIDTH * kind.itemsize, f"{rows} tokens"
 
-        joint = _random(rows, 3, WIDTH // HEAD_DIM, HEAD_DIM)
-        weights = torch.rand(4, HEAD_DIM, device="cuda") + 0.5
-        angles = torch.rand(rows, HEAD_DIM // 2, device="cuda").repeat_interleave(2, -1) * 6
-        tables = angles.cos(), angles.sin()
+        def build(
+            program: tuple[int, int],
+            x: Tensor = x,
+            modulation: Tensor = modulation,
+            kind: torch.dtype = kind,
+        ) -> Contender:
+            out = torch.full(x.shape, float("nan"), device="cuda").to(kind)
+            run = native_kernels.norm(x, out, modulation, TEXT, program)
+            return Contender(run, partial(torch.Tensor.float, out))
+
+        builds: dict[str, Build] = {
+            f"{r} rows, {w} warps": partial(build, (r, w)) for r, w in native_kernels.NORMS
+        }
+        yield from _measure(f"native, norm, {kind}", shape, work, builds, expected, 0.05)
+
+        joint, turn = _random(rows, 3, WIDTH // HEAD_DIM, HEAD_DIM), _turn(rows)
         turned = torch.full(joint.shape, float("nan"), device="cuda").to(kind)
-        expected = _rotated(joint, weights, tables, rows)
-        run = native_kernels.rope(joint, turned, weights, tables, TEXT)
+        expected = _rotated(joint, turn, torch.arange(rows, device="cuda"))
+        run = native_kernels.rope(joint, turned, turn, TEXT)
         contender = Contender(run, partial(torch.Tensor.float, turned))
-        builds = {str(kind): partial(_same, contender)}
+        builds = {"": partial(_same, contender)}
         work = joint.nbytes + turned.nbytes
-        yield from _measure("native, rope", shape, work, builds, expected, 0.05)
+        yield from _measure(f"native, rope, {kind}", shape, work, builds, expected, 0.05)
+
+
+def _turn(rows: int) -> Any:
+    """Norms, and tables of as many rows."""
+    import native_kernels
+
+    weights = torch.rand(4, HEAD_DIM, device="cuda") + 0.5
+    angles = torch.rand(rows, HEAD_DIM // 2, device="cuda").repeat_interleave(2, -1) * 6
+    return native_kernels.Turn(weights, angles.cos(), angles.sin())
 
 
 def _same(contender: Contender) -> Contender:
     return contender
 
 
-def _rotated(joint: Tensor, weights: Tensor, tables: tuple[Tensor, Tensor], rows: int) -> Tensor:
-    x = joint.float()
-    text = (torch.arange(rows, device="cuda") < TEXT)[:, None, None]
+def _rotated(joint: Tensor, turn: Any, tokens: Tensor) -> Tensor:
+    """What norms and RoPE make of [.., 3, heads, head_dim], the rows of these tokens."""
+    x, text = joint.float(), (tokens < TEXT)[:, None, None]
     parts = []
     for part in range(2):
         y = x[:, part] / torch.sqrt(x[:, part].square().mean(-1, keepdim=True) + 1e-6)
-        y = y * torch.where(text, weights[part], weights[2 + part])
+        y = y * torch.where(text, turn.norms[part], turn.norms[2 + part])
         a, b = y[..., ::2], y[..., 1::2]
         other = torch.stack((-b, a), -1).flatten(-2)
-        parts.append(y * tables[0][:, None] + other * tables[1][:, None])
+        parts.append(y * turn.cos[tokens][:, None] + other * turn.sin[tokens][:, None])
     return torch.stack((*parts, x[:, 2]), 1)
 
 
@@ -451,7 +476,7 @@ def graphs() -> Iterator[Any]:
     stream = cuda.create_stream()
     with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
         runs = [
-            native_kernels.norm(x, normed, modulation, TEXT),
+            native_kernels.norm(x, normed, modulation, TEXT, native_kernels.NORMS[0]),
             native_kernels.attention(joint, mixed, native_kernels.step_of(1, 1, 1, 1)),
         ]
         for run in runs:

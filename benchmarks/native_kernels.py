@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
@@ -23,9 +23,30 @@ from engines.cuda import Argument, Cuda, TensorMap
 from engines.native.attention import SCALAR_BYTES, Cudnn, scalars
 from engines.native.compile import compile_spec
 from engines.native.plan import BYTES, Attention, Kind, Place
-from engines.native.specs import PARAMETERS, Kernel, KernelSpec, TensorBox, Tile, linear_spec
+from engines.native.specs import (
+    PARAMETERS,
+    Kernel,
+    KernelSpec,
+    TensorBox,
+    Tile,
+    linear_spec,
+    norm_spec,
+    rope_spec,
+)
 
-__all__ = ["TILES", "attention", "device", "linear", "norm", "rope", "specs", "step_of"]
+__all__ = [
+    "NORMS",
+    "TILES",
+    "Turn",
+    "attention",
+    "device",
+    "linear",
+    "norm",
+    "rope",
+    "specs",
+    "step_of",
+    "turns",
+]
 
 Run = Callable[[], None]
 
@@ -34,9 +55,9 @@ TILES = (
     Tile(128, 256, 8, 3),
     Tile(128, 256, 8, 3, flatten=True),
     Tile(128, 128, 4, 3, programs=2),
-    Tile(128, 128, 4, 2, programs=2),
     Tile(128, 128, 4, 4, flatten=True),
-    Tile(256, 128, 8, 3, flatten=True),
+    Tile(64, 256, 4, 2, programs=2),
+    Tile(64, 256, 4, 4, flatten=True),
 )
 
 KINDS: Mapping[torch.dtype, Kind] = {
@@ -94,14 +115,45 @@ def _map(x: Tensor, box: TensorBox) -> TensorMap:
 
 
 def _linear_spec(
-    kind: Kind, columns: int, inner: int, epilogue: str, split: int, tile: Tile
+    kind: Kind, columns: int, inner: int, epilogue: str, split: int, turned: Kind | None, tile: Tile
 ) -> KernelSpec:
-    """As the plan's steps have them: text and image have weights of their own in double blocks."""
+    """As the plan's steps have them: text and image have weights of their own in double blocks.
+
+    `turned` is the type of Q, K and V, which the linear also norms and turns; None where it does
+    not.
+    """
     grouped = not (split or inner > columns * 4)
-    out: Kind = kind if epilogue == "gelu" else "bf16"
+    out: Kind = turned or (kind if epilogue == "gelu" else "bf16")
+    second = kind if split else out
+    places = columns if turned and not split else split
+    scaled = kind == "fp8"
     return linear_spec(
-        kind, out, kind, columns, inner, epilogue, split, grouped, kind == "fp8", tile
+        kind,
+        out,
+        second,
+        columns,
+        inner,
+        epilogue,
+        places,
+        grouped,
+        scaled,
+        turned is not None,
+        tile,
     )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What norms and RoPE take: norms [4,head_dim], and tables [T,head_dim]; all float32."""
+
+    norms: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    @property
+    def given(self) -> dict[str, Argument]:
+        factors = dict.fromkeys(("factor_q", "factor_k", "factor_v"), ("fp32", 1.0))
+        return {name: _pointer(getattr(self, name)) for name in ("norms", "cos", "sin")} | factors
 
 
 def linear(
@@ -110,6 +162,7 @@ def linear(
     vectors: tuple[Tensor, Tensor, Tensor],
     outs: tuple[Tensor, Tensor],
     epilogue: str,
+    turn: Turn | None,
     text: int,
     tile: Tile,
 ) -> Run:
@@ -117,12 +170,13 @@ def linear(
 
     x [T,K] and weight [groups N,K] in bfloat16 or E4M3; scale and bias float32 [groups N], gate
     [N]. `outs` are `out` and `second` of `engines.native.plan.Linear`; the first `text` rows take
-    the first group.
+    the first group. With `turn` the columns of `out` are Q, K and V, which get norms and RoPE.
     """
     (rows, inner), (out, second) = x.shape, outs
     split = out.shape[1] if epilogue == "split" else 0
     columns = out.shape[1] + (second.shape[1] if split else 0)
-    spec = _linear_spec(KINDS[x.dtype], columns, inner, epilogue, split, tile)
+    turned = None if turn is None else KINDS[out.dtype]
+    spec = _linear_spec(KINDS[x.dtype], columns, inner, epilogue, split, turned, tile)
     boxes = _compiled(spec)[0].boxes
     scale, bias, gate = vectors
     given: dict[str, Argument] = {
@@ -139,24 +193,24 @@ def linear(
         "gate_image": ("i32", 0),
         "inverse_text": ("fp32", 1.0),
         "inverse_image": ("fp32", 1.0),
+        **(Turn(bias, bias, bias) if turn is None else turn).given,
     }
     tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
     programs = torch.cuda.get_device_properties(0).multi_processor_count * tile.programs
     return _launcher(spec, (min(tiles, programs), 1), given)
 
 
-def _norm_spec(kind: Kind, width: int) -> KernelSpec:
-    constants = {"WIDTH": width, "OUT_STRIDE": width, "BLOCK": 1 << (width - 1).bit_length()}
-    types: dict[str, Kind] = {"x": "bf16", "out": kind, "modulation": "f32"}
-    return KernelSpec("norm", types, constants, 4)
+NORMS = ((1, 4), (1, 8), (2, 4), (2, 8), (4, 8))
+"""Rows and warps of a program of `norm`."""
 
 
-def norm(x: Tensor, out: Tensor, modulation: Tensor, text: int) -> Run:
+def norm(x: Tensor, out: Tensor, modulation: Tensor, text: int, program: tuple[int, int]) -> Run:
     """LayerNorm of x [T,D]; rows 0 and 1 of the modulation are text's shift and gain, then 2, 3."""
     given: dict[str, Argument] = {
         "x": _pointer(x),
         "out": _pointer(out),
         "modulation": _pointer(modulation),
+        "rows": ("i32", len(x)),
         "text_tokens": ("i32", text),
         "shift_text": ("i32", 0),
         "gain_text": ("i32", 1),
@@ -165,37 +219,20 @@ def norm(x: Tensor, out: Tensor, modulation: Tensor, text: int) -> Run:
         "inverse_text": ("fp32", 1.0),
         "inverse_image": ("fp32", 1.0),
     }
-    return _launcher(_norm_spec(KINDS[out.dtype], x.shape[1]), (len(x), 1), given)
+    spec = norm_spec(KINDS[out.dtype], x.shape[1], out.shape[1], *program)
+    return _launcher(spec, (-(-len(x) // program[0]), 1), given)
 
 
-def _rope_spec(kind: Kind, width: int, head_dim: int) -> KernelSpec:
-    heads = width // head_dim
-    constants = {
-        "WIDTH": width,
-        "HEAD_DIM": head_dim,
-        "BLOCK_HEADS": 1 << (heads - 1).bit_length(),
-    }
-    types: dict[str, Kind] = {"x": "bf16", "out": kind, "norms": "f32", "cos": "f32", "sin": "f32"}
-    return KernelSpec("rope", types, constants, 4)
-
-
-def rope(
-    joint: Tensor, out: Tensor, norms: Tensor, tables: tuple[Tensor, Tensor], text: int
-) -> Run:
-    """RMSNorm and RoPE of Q and K in [T,3,heads,head_dim]; norms [4,head_dim], tables [T,..]."""
+def rope(joint: Tensor, out: Tensor, turn: Turn, text: int) -> Run:
+    """RMSNorm and RoPE of Q and K in [T,3,heads,head_dim]."""
     tokens, _, heads, head_dim = joint.shape
     given: dict[str, Argument] = {
         "x": _pointer(joint),
         "out": _pointer(out),
-        "norms": _pointer(norms),
-        "cos": _pointer(tables[0]),
-        "sin": _pointer(tables[1]),
         "text_tokens": ("i32", text),
-        "factor_q": ("fp32", 1.0),
-        "factor_k": ("fp32", 1.0),
-        "factor_v": ("fp32", 1.0),
+        **turn.given,
     }
-    spec = _rope_spec(KINDS[out.dtype], heads * head_dim, head_dim)
+    spec = rope_spec(KINDS[out.dtype], heads * head_dim, head_dim)
     return _launcher(spec, (tokens, 2 if out is joint else 3), given)
 
 
@@ -230,10 +267,17 @@ def specs() -> Iterator[KernelSpec]:
 
     for kind, (inner, columns, epilogue), tile in product(("fp8", "bf16"), PRODUCTS, TILES):
         split = 3 * WIDTH if epilogue == "split" else 0
-        yield _linear_spec(kind, columns, inner, epilogue, split, tile)
+        for turned in (None, kind) if turns(epilogue, tile) else (None,):
+            yield _linear_spec(kind, columns, inner, epilogue, split, turned, tile)
     for kind in ("fp8", "bf16"):
-        yield _norm_spec(kind, WIDTH)
-        yield _rope_spec(kind, WIDTH, HEAD_DIM)
+        for program in NORMS:
+            yield norm_spec(kind, WIDTH, WIDTH, *program)
+        yield rope_spec(kind, WIDTH, HEAD_DIM)
+
+
+def turns(epilogue: str, tile: Tile) -> bool:
+    """Whether a linear of FLUX.1's can do norms and RoPE with this tile."""
+    return epilogue in ("plain", "split") and tile.columns == 256
 
 
 def main(folder: str) -> None:

@@ -183,11 +183,11 @@ class EngineSource:
 class BuildSettings:
     """How an engine is built.
 
-    `profiles` are the resolution buckets: each gives the sizes of every symbol of the inputs, and
-    the engine is tuned for each bucket's `opt`. `memory_limit` bounds the scratch memory of one
+    `profiles` are the resolution buckets: each gives the sizes of every symbol of the inputs, and a
+    tuned engine is best at each bucket's `opt`. `memory_limit` bounds the scratch memory of one
     kernel in bytes. With `weight_streaming` an engine may run with weights that do not all fit on
-    the GPU. With `strict` an attention that the runtime does not fuse is an error; its numbers are
-    right without, and it takes longer.
+    the GPU. With `strict` what takes longer than was asked for, with numbers that are right, is an
+    error: an attention that the runtime does not fuse, a quantized layer that it widens.
     """
 
     profiles: tuple[Mapping[str, DimensionRange], ...]
@@ -204,6 +204,8 @@ class Runtime(ABC):
     distributions: the packages that hold it, of which one is enough.
     extra: what installs it, or its way to a GPU; None where the base has everything.
     builds: false where it opens ONNX files as they are, and there is nothing to build.
+    tuned: whether its engines are built for a range of sizes, and best at one of them; others take
+        any size.
     shares_scratch: whether all open engines compute in one block of memory, by turns.
 
     A precision is a row of `PRECISIONS` by its name. What a runtime does with one follows from the
@@ -215,6 +217,7 @@ class Runtime(ABC):
     distributions: tuple[str, ...]
     extra: Extra | None = None
     builds: bool = False
+    tuned: bool = False
     shares_scratch: bool = False
 
     def version(self) -> str:
@@ -233,6 +236,13 @@ class Runtime(ABC):
     def can_build(self, target: str) -> Availability:
         """Whether engines for `target` can be built on this machine."""
         return Availability(True, "it opens ONNX files: there is nothing to build")
+
+    def of(self, component: str, targets: tuple[str, ...]) -> tuple[Runtime, tuple[str, ...]]:
+        """What runs a component of a bundle that is for `targets` of this runtime, and on which.
+
+        Another runtime where this one has no engines for the component.
+        """
+        return self, targets
 
     def engines(self, component: str, record: ComponentRecord) -> Mapping[str, EngineRecord]:
         """What it can open of a bundle's component, by target."""

@@ -1,7 +1,8 @@
 """The runtimes that engines can be opened with, and the choice among them.
 
-A runtime joins by a line in `_RUNTIMES`; hosts name it or leave the choice to `auto`. `emulate`
-alone is never chosen: it is for looking at the bundles of the others.
+A runtime joins by a line in `_RUNTIMES`; hosts name it or leave the choice to `auto`. Those of
+`_UNPROVEN` are chosen by name alone, and `emulate`, which is for looking at the bundles of the
+others, builds nothing besides.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from engines.base import Engine, EngineOptions, Runtime
 from engines.graph_files import check_graph
 from fluxdeploy.arguments import shown
-from fluxdeploy.bundle.manifest import EngineRecord
+from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
@@ -42,17 +43,20 @@ _RUNTIMES = {
     "onnxruntime": ("engines.onnxruntime", "OnnxRuntime"),
     "openvino": ("engines.openvino", "OpenVino"),
 }
-_BY_NAME = {EMULATE: ("engines.emulate.runtime", "Emulate")}
+# A bundle is built for these where --runtime names them, until a GPU has shown that they are right
+# and faster than the others. `auto` opens such a bundle: it was asked for then.
+_UNPROVEN = {"native": ("engines.native.runtime", "Native")}
+_LOOKING = {EMULATE: ("engines.emulate.runtime", "Emulate")}
 
 
 def runtime_names() -> tuple[str, ...]:
-    """Names of the known runtimes, best first, and of the one that `auto` never takes."""
-    return (*_RUNTIMES, *_BY_NAME)
+    """Names of the known runtimes, best first, and then of those that `auto` does not choose."""
+    return (*_RUNTIMES, *_UNPROVEN, *_LOOKING)
 
 
 @cache
 def _runtime(name: str) -> Runtime:
-    module, kind = (_RUNTIMES | _BY_NAME)[name]
+    module, kind = (_RUNTIMES | _UNPROVEN | _LOOKING)[name]
     runtime: Runtime = getattr(importlib.import_module(module), kind)()
     return runtime
 
@@ -117,7 +121,7 @@ def choose_runtime(
     Raises `UsageError` where no runtime has the targets, or the name is unknown or that of the
     emulation, and without targets what `choose_target` does.
     """
-    if name in _BY_NAME:
+    if name in _LOOKING:
         raise UsageError(
             f"No bundle is built for --runtime {name}, which runs the numbers of any bundle on a "
             "CPU, with `generate` and `verify`: name the runtime that it is to be deployed with."
@@ -185,7 +189,7 @@ def runs_here(components: Iterable[Sequence[EngineRecord]]) -> bool:
     @cache
     def runs(name: str, target: str) -> bool:
         # A bundle may be of a later version, with runtimes and targets of its own.
-        runtime = _runtime(name) if name in _RUNTIMES else None
+        runtime = _runtime(name) if name in _RUNTIMES | _UNPROVEN else None
         return runtime is not None and target in runtime.targets and runtime.availability(target).ok
 
     return all(any(runs(e.runtime, e.target) for e in engines) for engines in components)
@@ -211,15 +215,16 @@ def open_engine(
         )
     options = options or EngineOptions()
     reasons: list[tuple[str, str, str]] = []
-    for candidate in runtimes(runtime):
-        engines = candidate.engines(component, record)
-        for target in candidate.targets:
+    for candidate in _openers(runtime, record):
+        own, targets = candidate.of(component, candidate.targets)
+        engines = own.engines(component, record)
+        for target in targets:
             if target not in engines:
                 continue
-            available = candidate.availability(target, options.device)
+            available = own.availability(target, options.device)
             if available.ok:
-                return _open_unchanged(bundle, candidate, component, engines[target], options)
-            reasons.append((candidate.name, target, available.detail))
+                return _open_unchanged(bundle, own, component, engines[target], options)
+            reasons.append((own.name, target, available.detail))
     built = sorted({f"{e.runtime} on {e.target}" for e in record.engines})
     why = _in_words(reasons) or f"it has engines for {', '.join(built) or 'nothing'}"
     emulation = _runtime(EMULATE)
@@ -230,6 +235,14 @@ def open_engine(
         f"The bundle {bundle.root} has no {component} engine that runs here with --runtime "
         f"{runtime}: {why}.{advice}"
     )
+
+
+def _openers(name: str, record: ComponentRecord) -> tuple[Runtime, ...]:
+    """What may open a component, best first: with `auto` also what it was built for by name."""
+    if name != AUTO:
+        return runtimes(name)
+    named = dict.fromkeys(e.runtime for e in record.engines if e.runtime in _UNPROVEN)
+    return (*runtimes(), *map(_runtime, named))
 
 
 def _open_unchanged(

@@ -13,12 +13,13 @@ class AttentionKernels(Enum):
 
     Plain kernels write the scores to memory. ONNX Runtime's own operator, which the graph must
     hold, has them in tiles. TensorRT's builder merges attention into one kernel, but for one with
-    a bias.
+    a bias. A native engine has cuDNN's.
     """
 
     PLAIN = "plain"
     ONNX_RUNTIME = "ONNX Runtime's attention"
     TENSORRT = "TensorRT"
+    NATIVE = "native"
 
 
 @dataclass(frozen=True)

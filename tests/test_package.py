@@ -20,6 +20,12 @@ ROOT = Path(__file__).parent.parent
 BUILD_ONLY = ("torch", "transformers", "diffusers", "onnx", "onnx_ir", "onnxscript")
 """Packages that nobody needs to run a bundle."""
 
+_BUILDING = (
+    "engines.emulate.graph",
+    *(f"engines.native.{name}" for name in ("build", "kernels", "match", "network", "pack")),
+)
+"""Modules of the engines that import such packages, and that are imported late."""
+
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -40,8 +46,8 @@ def list_modules() -> list[str]:
         info.name
         for package in (fluxdeploy, engines)
         for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-        # Graphs are rewritten with the package onnx, where that is installed.
-        if not info.name.endswith((".__main__", "engines.emulate.graph"))
+        # Graphs are rewritten, and kernels compiled, where the packages for that are installed.
+        if not info.name.endswith((".__main__", *_BUILDING))
     )
 
 

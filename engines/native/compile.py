@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from engines.native.specs import PARAMETERS, Kernel, KernelSpec, TensorBox, spec_of
+from engines.native.specs import PARAMETERS, Kernel, KernelSpec, TensorBox, schedule
 from fluxdeploy.errors import EngineError, MissingDependencyError
 from fluxdeploy.install import install_command
 
@@ -27,7 +27,7 @@ def compile_kernels(plan: Plan, progress: Progress) -> dict[str, tuple[Kernel, b
 
     Raises `EngineError` where the compiler refuses, and `MissingDependencyError` without Triton.
     """
-    specs = {spec.name: spec for step in plan.steps if (spec := spec_of(plan, step)) is not None}
+    specs = {work.spec.name: work.spec for work in schedule(plan) if work.spec is not None}
     task = progress.task("  transformer: compiling kernels", total=len(specs))
     made = {}
     for name, spec in specs.items():
@@ -59,10 +59,11 @@ def compile_spec(spec: KernelSpec) -> tuple[Kernel, bytes]:
         )
     boxes = []
     for meta in facts.tensordesc_meta:
-        rows, columns = meta["block_size"]
-        boxes.append(TensorBox(rows, columns, meta["swizzle"]))
+        high, wide = meta["block_size"]
+        boxes.append(TensorBox(high, wide, meta["swizzle"]))
     constants = spec.constants
-    tile = (int(constants.get("TILE_ROWS", 1)), int(constants.get("TILE_COLUMNS", 1)))
+    rows = int(constants.get("TILE_ROWS", constants.get("ROWS", 1)))
+    tile = (rows, int(constants.get("TILE_COLUMNS", 1)))
     kernel = Kernel(
         spec.name,
         spec.function,

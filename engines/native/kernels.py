@@ -32,25 +32,35 @@ def convert(
 
 @triton.jit
 def norm(
-    x, out, modulation, text_tokens, shift_text, shift_image, gain_text, gain_image,
+    x, out, modulation, rows, text_tokens, shift_text, shift_image, gain_text, gain_image,
     inverse_text, inverse_image,
-    WIDTH: tl.constexpr, OUT_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, OUT_STRIDE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """LayerNorm, then · (1 + gain) + shift, of one row by each program."""
-    row = tl.program_id(0)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < WIDTH
+    """LayerNorm, then · (1 + gain) + shift, of ROWS rows by each program."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = (columns < WIDTH) & (row < rows)
     text = row < text_tokens
     shift_row = tl.where(text, shift_text, shift_image)
     gain_row = tl.where(text, gain_text, gain_image)
     value = tl.load(x + row * WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
     gain = tl.load(modulation + gain_row * WIDTH + columns, mask=inside, other=0.0)
     shift = tl.load(modulation + shift_row * WIDTH + columns, mask=inside, other=0.0)
-    centred = tl.where(inside, value - tl.sum(value) / WIDTH, 0.0)
-    spread = tl.rsqrt(tl.sum(centred * centred) / WIDTH + EPSILON)
+    mean = tl.sum(value, 1, keep_dims=True) / WIDTH
+    centred = tl.where(inside, value - mean, 0.0)
+    spread = tl.rsqrt(tl.sum(centred * centred, 1, keep_dims=True) / WIDTH + EPSILON)
     value = centred * spread * (1.0 + gain) + shift
     value *= tl.where(text, inverse_text, inverse_image)
     tl.store(out + row * OUT_STRIDE + columns, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _turned(value, weight, cos, sin, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """RMSNorm of rows [ROWS, HEAD_DIM], and RoPE with a column of the tables for each pair."""
+    spread = tl.rsqrt(tl.sum(value * value, 1) / HEAD_DIM + EPSILON)
+    value *= spread[:, None] * weight[None, :]
+    a, b = tl.split(tl.reshape(value, (ROWS, HEAD_DIM // 2, 2)))
+    return tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (ROWS, HEAD_DIM))
 
 
 @triton.jit
@@ -66,29 +76,35 @@ def rope(
     value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
     if part < 2:
         which = tl.where(row < text_tokens, 0, 2) + part
-        spread = tl.rsqrt(tl.sum(value * value, 1) / HEAD_DIM + EPSILON)
-        value *= spread[:, None] * tl.load(norms + which * HEAD_DIM + channels)[None, :]
+        weight = tl.load(norms + which * HEAD_DIM + channels)
         # Both channels of a pair have the same angle.
         pairs = row * HEAD_DIM + 2 * tl.arange(0, HEAD_DIM // 2)
         c, s = tl.load(cos + pairs)[None, :], tl.load(sin + pairs)[None, :]
-        a, b = tl.split(tl.reshape(value, (BLOCK_HEADS, HEAD_DIM // 2, 2)))
-        turned = tl.join(a * c - b * s, b * c + a * s)
-        value = tl.reshape(turned, (BLOCK_HEADS, HEAD_DIM))
+        value = _turned(value, weight, c, s, BLOCK_HEADS, HEAD_DIM)
     value *= tl.where(part == 0, factor_q, tl.where(part == 1, factor_k, factor_v))
     tl.store(out + places, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _gelu(y):
+def _gelu(y, NARROW: tl.constexpr):
+    """The tanh form. For 8 bits the hardware's tanh will do: it is off by 2⁻¹¹ at most."""
+    if NARROW:
+        u = 0.7978845608028654 * (y + 0.044715 * y * y * y)
+        t = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return 0.5 * y * (1.0 + t)
     # 0.5 · (1 + tanh(u)) is sigmoid(2u).
     return y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
 
 
 @triton.jit
 def _finish(
-    y, out, second, scale, bias, gate, row, column, group, inverse, gate_row,
-    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, EPILOGUE: tl.constexpr, SPLIT: tl.constexpr,
-    SCALED: tl.constexpr, EVEN: tl.constexpr,
+    y, out, second, scale, bias, gate, norms, cos, sin, rows, row, column, group, inverse,
+    gate_row, factor_q, factor_k, factor_v,
+    COLUMNS: tl.constexpr, TILE_ROWS: tl.constexpr, WIDTH: tl.constexpr, EPILOGUE: tl.constexpr,
+    SPLIT: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, TURN: tl.constexpr,
+    NARROW: tl.constexpr,
 ):  # fmt: skip
     """What follows a product, of WIDTH columns of a tile."""
     columns = column + tl.arange(0, WIDTH)
@@ -97,32 +113,45 @@ def _finish(
     if SCALED:
         y *= tl.load(scale + places, mask=inside, other=0.0)[None, :]
     y += tl.load(bias + places, mask=inside, other=0.0)[None, :]
-    if EPILOGUE == "plain":
-        out.store([row, column], y.to(out.dtype))
-    elif EPILOGUE == "gelu":
-        out.store([row, column], (_gelu(y) * inverse).to(out.dtype))
+    if EPILOGUE == "gelu":
+        out.store([row, column], (_gelu(y, NARROW) * inverse).to(out.dtype))
     elif EPILOGUE == "residual":
         share = tl.load(gate + gate_row * COLUMNS + columns, mask=inside, other=0.0)[None, :]
         out.store([row, column], (out.load([row, column]).to(tl.float32) + share * y).to(out.dtype))
+    elif EPILOGUE == "plain" and not TURN:
+        out.store([row, column], y.to(out.dtype))
+    elif EPILOGUE == "split" and column >= SPLIT:
+        second.store([row, column - SPLIT], (_gelu(y, NARROW) * inverse).to(second.dtype))
+    elif TURN:
+        # These columns are a head of Q, K or V.
+        part = column // (SPLIT // 3)
+        if part < 2:
+            line = row + tl.arange(0, TILE_ROWS)
+            pairs = line[:, None] * WIDTH + 2 * tl.arange(0, WIDTH // 2)[None, :]
+            known = (line < rows)[:, None]
+            c = tl.load(cos + pairs, mask=known, other=0.0)
+            s = tl.load(sin + pairs, mask=known, other=0.0)
+            weight = tl.load(norms + (2 * group + part) * WIDTH + tl.arange(0, WIDTH))
+            y = _turned(y, weight, c, s, TILE_ROWS, WIDTH)
+        y *= tl.where(part == 0, factor_q, tl.where(part == 1, factor_k, factor_v))
+        out.store([row, column], y.to(out.dtype))
     else:
-        if column < SPLIT:
-            out.store([row, column], y.to(out.dtype))
-        else:
-            second.store([row, column - SPLIT], (_gelu(y) * inverse).to(second.dtype))
+        out.store([row, column], y.to(out.dtype))
 
 
 @triton.jit
 def linear(
-    x, weight, out, second, scale, bias, gate, rows, text_tokens, gate_text, gate_image,
-    inverse_text, inverse_image,
+    x, weight, out, second, scale, bias, gate, norms, cos, sin, rows, text_tokens, gate_text,
+    gate_image, inverse_text, inverse_image, factor_q, factor_k, factor_v,
     COLUMNS: tl.constexpr, INNER: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, EPILOGUE: tl.constexpr, SPLIT: tl.constexpr, GROUPED: tl.constexpr,
-    SCALED: tl.constexpr, FLATTEN: tl.constexpr,
+    SCALED: tl.constexpr, FLATTEN: tl.constexpr, TURN: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """y = x Wᵀ · scale + bias with an epilogue: a persistent program takes tiles in turns.
 
     With GROUPED the weights of text lie above those of the image, and no tile holds both. Tiles of
-    one column of tiles follow each other: x stays in the cache, and weights are read once.
+    one column of tiles follow each other: x stays in the cache, and weights are read once. With
+    TURN the first SPLIT columns are Q, K and V, and half a tile is a head: see `rope`.
     """
     down = tl.cdiv(rows, TILE_ROWS)
     total_tiles = down * tl.cdiv(COLUMNS, TILE_COLUMNS)
@@ -144,10 +173,12 @@ def linear(
         even: tl.constexpr = COLUMNS % TILE_COLUMNS == 0
         left, right = tl.split(total.reshape(TILE_ROWS, 2, half).permute(0, 2, 1))
         _finish(
-            left, out, second, scale, bias, gate, row, column, group, inverse, gate_row,
-            COLUMNS, half, EPILOGUE, SPLIT, SCALED, even,
+            left, out, second, scale, bias, gate, norms, cos, sin, rows, row, column, group,
+            inverse, gate_row, factor_q, factor_k, factor_v,
+            COLUMNS, TILE_ROWS, half, EPILOGUE, SPLIT, SCALED, even, TURN, NARROW,
         )  # fmt: skip
         _finish(
-            right, out, second, scale, bias, gate, row, column + half, group, inverse, gate_row,
-            COLUMNS, half, EPILOGUE, SPLIT, SCALED, even,
+            right, out, second, scale, bias, gate, norms, cos, sin, rows, row, column + half,
+            group, inverse, gate_row, factor_q, factor_k, factor_v,
+            COLUMNS, TILE_ROWS, half, EPILOGUE, SPLIT, SCALED, even, TURN, NARROW,
         )  # fmt: skip

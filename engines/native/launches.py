@@ -8,9 +8,9 @@ from typing import TypeAlias
 
 from engines.cuda import Argument, TensorMap
 from engines.native.plan import BYTES, Attention, Convert, Linear, Norm, Place, Plan, Rope, Step
-from engines.native.specs import PARAMETERS, Kernel, TensorBox
+from engines.native.specs import PARAMETERS, Kernel, TensorBox, Works
 
-__all__ = ["AttentionCall", "Launch", "Sizes", "list_launches"]
+__all__ = ["AttentionCall", "Call", "Launch", "Sizes", "list_launches"]
 
 
 @dataclass(frozen=True)
@@ -50,26 +50,24 @@ class AttentionCall:
 
 
 Call: TypeAlias = Launch | AttentionCall
+"""One entry of a picture's queue."""
 
 
 def list_launches(
     plan: Plan,
-    kernels: list[Kernel | None],
+    works: Works,
     sizes: Sizes,
     address: Callable[[str], int],
     multiprocessors: int,
 ) -> list[Call]:
     """All launches of one picture, in order.
 
-    `kernels` has one for each step, None for attention. `address` tells where a buffer, a packed
-    tensor, or one of the inputs `modulation`, `rope_cos` and `rope_sin` lies on the device.
+    `works` are steps with the kernel that does them together, None for attention. `address` tells
+    where a buffer, a packed tensor, or one of the inputs `modulation`, `rope_cos` and `rope_sin`
+    lies on the device.
     """
     lister = _Lister(plan, sizes, address, multiprocessors)
-    return [
-        call
-        for step, kernel in zip(plan.steps, kernels, strict=True)
-        for call in lister.calls(step, kernel)
-    ]
+    return [call for steps, kernel in works for call in lister.calls(steps, kernel)]
 
 
 @dataclass(frozen=True)
@@ -79,14 +77,16 @@ class _Lister:
     address: Callable[[str], int]
     multiprocessors: int
 
-    def calls(self, step: Step, kernel: Kernel | None) -> Iterator[Call]:
+    def calls(self, steps: tuple[Step, ...], kernel: Kernel | None) -> Iterator[Call]:
+        step, *others = steps
         if isinstance(step, Attention):
             stride = self.plan.buffer(step.out.buffer).columns
             yield AttentionCall(step, self._at(step.x), self._at(step.out), stride)
             return
         assert kernel is not None
         if isinstance(step, Linear):
-            yield from self._linears(step, kernel)
+            turn = next((s for s in others if isinstance(s, Rope)), None)
+            yield from self._linears(step, turn, kernel)
         elif isinstance(step, Rope):
             yield self._rope(step, kernel)
         elif isinstance(step, Norm):
@@ -110,6 +110,7 @@ class _Lister:
             "x": self._pointer(step.x, first),
             "out": self._pointer(step.out, first),
             "modulation": ("pointer", self.address("modulation")),
+            "rows": ("i32", count),
             "text_tokens": ("i32", text),
             "shift_text": ("i32", step.shift[0]),
             "shift_image": ("i32", step.shift[1]),
@@ -117,62 +118,78 @@ class _Lister:
             "gain_image": ("i32", step.gain[1]),
             **_inverses(step.scale),
         }
-        return Launch(kernel, (count, 1), given)
+        return Launch(kernel, (-(-count // kernel.tile[0]), 1), given)
 
     def _rope(self, step: Rope, kernel: Kernel) -> Launch:
-        q, k, v = step.scales
         given: dict[str, Argument] = {
             "x": self._pointer(step.x, 0),
             "out": self._pointer(step.out, 0),
-            "norms": ("pointer", self.address(step.norms)),
-            "cos": ("pointer", self.address("rope_cos")),
-            "sin": ("pointer", self.address("rope_sin")),
             "text_tokens": ("i32", self.sizes.text),
-            "factor_q": ("fp32", step.softmax / q),
-            "factor_k": ("fp32", 1 / k),
-            "factor_v": ("fp32", 1 / v),
+            **self._turn(step, 0),
         }
         # V stays where it is unless it changes its type.
         parts = 2 if step.out == step.x else 3
         return Launch(kernel, (self.sizes.all, parts), given)
 
-    def _linears(self, step: Linear, kernel: Kernel) -> Iterator[Launch]:
+    def _turn(self, step: Rope, first: int) -> dict[str, Argument]:
+        """What norms and RoPE of rows from `first` on are given."""
+        q, k, v = step.scales
+        table = first * self.plan.head_dim * BYTES["f32"]
+        return {
+            "norms": ("pointer", self.address(step.norms)),
+            "cos": ("pointer", self.address("rope_cos") + table),
+            "sin": ("pointer", self.address("rope_sin") + table),
+            "factor_q": ("fp32", step.softmax / q),
+            "factor_k": ("fp32", 1 / k),
+            "factor_v": ("fp32", 1 / v),
+        }
+
+    def _linears(self, step: Linear, turn: Rope | None, kernel: Kernel) -> Iterator[Launch]:
         """One launch, or two where a tile would have rows of both streams' weights."""
         if step.grouped and step.rows == "all" and self.sizes.text % kernel.tile[0]:
             for rows in ("text", "image"):
-                yield self._linear(step, kernel, *self._rows(rows))
+                yield self._linear(step, turn, kernel, *self._rows(rows))
         else:
-            yield self._linear(step, kernel, *self._rows(step.rows))
+            yield self._linear(step, turn, kernel, *self._rows(step.rows))
 
-    def _linear(self, step: Linear, kernel: Kernel, first: int, count: int, text: int) -> Launch:
+    def _linear(
+        self, step: Linear, turn: Rope | None, kernel: Kernel, first: int, count: int, text: int
+    ) -> Launch:
         x, weight, out, second = kernel.boxes
-        kind = self.plan.buffer(step.x.buffer).kind
-        inner = step.inner * BYTES[kind]
+        size = BYTES[self.plan.buffer(step.x.buffer).kind]
         groups = 2 if step.grouped else 1
         plain = step.split or step.columns
-        other, rest = (step.out, plain) if step.second is None else (step.second, step.columns)
-        rest -= step.split if step.second is not None else 0
+        place = step.out if turn is None else turn.out
+        other, rest = place, plain
+        if step.second is not None:
+            other, rest = step.second, step.columns - plain
+        bias = self.address(step.bias)
+        unused: dict[str, Argument] = {
+            **dict.fromkeys(("norms", "cos", "sin"), ("pointer", bias)),
+            **dict.fromkeys(("factor_q", "factor_k", "factor_v"), ("fp32", 1.0)),
+        }
         given: dict[str, Argument] = {
             "x": self._map(step.x, first, count, step.inner, x),
             "weight": TensorMap(
                 self.address(step.weight),
                 groups * step.columns,
                 step.inner,
-                inner,
-                BYTES[kind],
+                step.inner * size,
+                size,
                 (weight.rows, weight.columns),
                 weight.swizzle,
             ),
-            "out": self._map(step.out, first, count, plain, out),
+            "out": self._map(place, first, count, plain, out),
             "second": self._map(other, first, count, rest, second),
-            "scale": ("pointer", self.address(step.scale or step.bias)),
-            "bias": ("pointer", self.address(step.bias)),
+            "scale": ("pointer", bias if step.scale is None else self.address(step.scale)),
+            "bias": ("pointer", bias),
             "gate": ("pointer", self.address("modulation")),
             "rows": ("i32", count),
             "text_tokens": ("i32", text),
             "gate_text": ("i32", step.gate[0]),
             "gate_image": ("i32", step.gate[1]),
             **_inverses(step.out_scale),
+            **(unused if turn is None else self._turn(turn, first)),
         }
         tiles = -(-count // kernel.tile[0]) * -(-step.columns // kernel.tile[1])
         return Launch(kernel, (min(tiles, self.multiprocessors * kernel.programs), 1), given)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from engines.native.plan import BYTES, Buffer, Linear, Place, Plan, Step
+from engines.native.plan import BYTES, Buffer, Linear, Plan, Step
+from engines.native.specs import Works
 
-__all__ = ["Layout", "buffer_bytes", "lay_out", "reads", "rows_of", "writes"]
+__all__ = ["Layout", "lay_out"]
 
 _ALIGNMENT = 256
 
@@ -20,42 +21,41 @@ class Layout:
     size: int
 
 
-def rows_of(buffer: Buffer, text: int, image: int) -> int:
+def _rows_of(buffer: Buffer, text: int, image: int) -> int:
     return {"text": text, "image": image, "all": text + image}[buffer.rows]
 
 
-def buffer_bytes(buffer: Buffer, text: int, image: int) -> int:
-    return rows_of(buffer, text, image) * buffer.columns * BYTES[buffer.kind]
+def _buffer_bytes(buffer: Buffer, text: int, image: int) -> int:
+    return _rows_of(buffer, text, image) * buffer.columns * BYTES[buffer.kind]
 
 
-def reads(step: Step) -> Iterator[Place]:
-    """The places that a step reads."""
-    yield step.x
-    if isinstance(step, Linear) and step.epilogue == "residual":
-        yield step.out
+def _reads(steps: Sequence[Step]) -> Iterator[str]:
+    """The buffers that one launch reads."""
+    yield steps[0].x.buffer
+    if isinstance(steps[0], Linear) and steps[0].epilogue == "residual":
+        yield steps[0].out.buffer
 
 
-def writes(step: Step) -> Iterator[Place]:
-    """The places that a step writes."""
-    yield step.out
-    if isinstance(step, Linear) and step.second is not None:
-        yield step.second
+def _writes(steps: Sequence[Step]) -> Iterator[str]:
+    """The buffers that one launch writes: of steps in a row, what the last of them makes."""
+    yield steps[-1].out.buffer
+    if isinstance(steps[0], Linear) and steps[0].second is not None:
+        yield steps[0].second.buffer
 
 
-def lay_out(plan: Plan, text: int, image: int) -> Layout:
+def lay_out(plan: Plan, works: Works, text: int, image: int) -> Layout:
     """Give each buffer a place, largest first, at the lowest offset that is free in its times.
 
-    Inputs and outputs, which are f32, are not among them: they are the caller's.
+    Inputs and outputs, which are f32, are not among them: they are the caller's. Nor are buffers
+    that no launch touches, since what is in them is handed on within one.
     """
-    times = _times(plan)
+    times = _times(works)
     placed: dict[str, tuple[int, int]] = {}
-    inner = [b for b in plan.buffers if b.kind != "f32"]
-    for buffer in sorted(inner, key=lambda b: -buffer_bytes(b, text, image)):
-        size = -(-buffer_bytes(buffer, text, image) // _ALIGNMENT) * _ALIGNMENT
+    inner = [b for b in plan.buffers if b.kind != "f32" and b.name in times]
+    for buffer in sorted(inner, key=lambda b: -_buffer_bytes(b, text, image)):
+        size = -(-_buffer_bytes(buffer, text, image) // _ALIGNMENT) * _ALIGNMENT
         taken = sorted(
-            placed[other]
-            for other in placed
-            if _overlap(times.get(buffer.name, ()), times.get(other, ()))
+            placed[other] for other in placed if _overlap(times[buffer.name], times[other])
         )
         offset = 0
         for start, end in taken:
@@ -70,16 +70,15 @@ def lay_out(plan: Plan, text: int, image: int) -> Layout:
 _Times = tuple[tuple[int, int], ...]
 
 
-def _times(plan: Plan) -> dict[str, _Times]:
-    """From which step to which a buffer holds something that is still read, again and again.
+def _times(works: Works) -> dict[str, _Times]:
+    """From which launch to which a buffer holds something that is still read, again and again.
 
     A time begins with a write after all earlier writes were read, and ends with its last read.
     """
     found: dict[str, list[list[int]]] = {}
     was_read: dict[str, bool] = {}
-    for index, step in enumerate(plan.steps):
-        read = {place.buffer for place in reads(step)}
-        written = {place.buffer for place in writes(step)}
+    for index, (steps, _) in enumerate(works):
+        read, written = set(_reads(steps)), set(_writes(steps))
         for name in read:
             if name in found:
                 found[name][-1][1] = index

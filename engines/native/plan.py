@@ -11,10 +11,13 @@ and folded into the vectors of whoever reads it. Pairs of numbers are for text a
 from __future__ import annotations
 
 import json
+import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeAlias
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import cache
+from typing import Any, Literal, TypeAlias, cast, get_args, get_origin, get_type_hints
 
+from fluxdeploy.bundle.typed_json import FieldError, join, load_strict, shortened
 from fluxdeploy.errors import EngineError
 
 __all__ = [
@@ -68,13 +71,14 @@ class Part:
     """One initializer of the graph, as it goes into a packed tensor.
 
     source: its name. scale: an initializer [N] that a stored 8-bit weight is multiplied by, where
-    the packed tensor has no 8 bits. transpose: whether the graph has it as [K,N]. factor: what
-    its numbers are multiplied by.
+    the packed tensor has no 8 bits. transpose: whether the graph has it as [K,N]. columns: an
+    initializer [K] that its columns are multiplied by. factor: what its numbers are multiplied by.
     """
 
     source: str
     scale: str | None = None
     transpose: bool = False
+    columns: str | None = None
     factor: float = 1.0
 
 
@@ -218,27 +222,59 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Raises `EngineError` for what `to_json` has not written."""
+        """Raises `EngineError` for what `to_json` has not written.
+
+        Types are checked, and no more: see `engines.native.check`.
+        """
         try:
-            found = json.loads(text)
-            return cls(
-                found["width"],
-                found["head_dim"],
-                found["modulation_rows"],
-                tuple(Buffer(**buffer) for buffer in found["buffers"]),
-                tuple(_step(step) for step in found["steps"]),
-                (),
-            )
-        except (KeyError, TypeError, ValueError) as error:
+            found = load_strict(text)
+            if not isinstance(found, dict) or found.keys() != _PLAN:
+                raise FieldError("", f"it must be an object of {', '.join(sorted(_PLAN))}")
+            steps = _typed(tuple[object, ...], found.pop("steps"), "steps")
+            hints = get_type_hints(cls)
+            others = {name: _typed(hints[name], value, name) for name, value in found.items()}
+            made = tuple(_step(step, f"steps[{index}]") for index, step in enumerate(steps))
+            return cls(steps=made, packed=(), **others)
+        except ValueError as error:
             raise EngineError(f"The engine's plan is broken: {error}.") from error
 
 
-def _step(found: Mapping[str, Any]) -> Step:
-    kind = _STEPS[found["step"]]
-    values = {f.name: found[f.name] for f in fields(kind)}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            values[name] = Place(**value)
-        elif isinstance(value, list):
-            values[name] = tuple(value)
-    return kind(**values)
+_PLAN = {"width", "head_dim", "modulation_rows", "buffers", "steps"}
+
+
+def _step(found: Any, where: str) -> Step:
+    name = found.pop("step", None) if isinstance(found, dict) else None
+    if not isinstance(name, str) or name not in _STEPS:
+        raise FieldError(where, f"must be one of the steps {', '.join(_STEPS)}")
+    step: Step = _typed(_STEPS[name], found, where)
+    return step
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """A value of JSON as a type hint of this module says. Raises `FieldError`."""
+    kind, options = get_origin(hint), get_args(hint)
+    if kind is types.UnionType:
+        return None if value is None else _typed(options[0], value, where)
+    if kind is tuple and type(value) is list:
+        items = [options[0]] * len(value) if options[-1] is Ellipsis else options
+        if len(items) == len(value):
+            numbered = enumerate(zip(items, value, strict=True))
+            return tuple(_typed(item, entry, f"{where}[{i}]") for i, (item, entry) in numbered)
+    elif is_dataclass(hint) and type(value) is dict:
+        hints = _hints(cast(Any, hint))
+        if value.keys() == hints.keys():
+            made = {key: _typed(hints[key], value[key], join(where, key)) for key in hints}
+            return cast(Any, hint)(**made)
+    elif kind is Literal:
+        if value in options:
+            return value
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif hint is object or type(value) is hint:
+        return value
+    raise FieldError(where, f"must not be {shortened(repr(value))}")
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)

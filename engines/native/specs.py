@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from engines.native.plan import (
     BYTES,
@@ -22,7 +22,21 @@ from engines.native.plan import (
 )
 from fluxdeploy.errors import EngineError
 
-__all__ = ["PARAMETERS", "Kernel", "KernelSpec", "TensorBox", "Tile", "linear_spec", "spec_of"]
+__all__ = [
+    "PARAMETERS",
+    "Kernel",
+    "KernelSpec",
+    "TensorBox",
+    "Tile",
+    "Work",
+    "Works",
+    "linear_spec",
+    "norm_spec",
+    "read_works",
+    "rope_spec",
+    "schedule",
+    "works_metadata",
+]
 
 PARAMETERS: Mapping[str, Mapping[str, str]] = {
     "convert": {
@@ -36,6 +50,7 @@ PARAMETERS: Mapping[str, Mapping[str, str]] = {
         "x": "pointer",
         "out": "pointer",
         "modulation": "pointer",
+        "rows": "i32",
         "text_tokens": "i32",
         "shift_text": "i32",
         "shift_image": "i32",
@@ -63,12 +78,18 @@ PARAMETERS: Mapping[str, Mapping[str, str]] = {
         "scale": "pointer",
         "bias": "pointer",
         "gate": "pointer",
+        "norms": "pointer",
+        "cos": "pointer",
+        "sin": "pointer",
         "rows": "i32",
         "text_tokens": "i32",
         "gate_text": "i32",
         "gate_image": "i32",
         "inverse_text": "fp32",
         "inverse_image": "fp32",
+        "factor_q": "fp32",
+        "factor_k": "fp32",
+        "factor_v": "fp32",
     },
 }
 """What each kernel is given when it is launched, in order: see `engines.native.kernels`."""
@@ -135,7 +156,8 @@ class Kernel:
     """What is known of a compiled kernel: its cubin lies beside it.
 
     entry: the function in the cubin. threads: of a program. shared: its bytes of shared memory.
-    boxes: of its parameters that are boxes, in order. tile: rows and columns, of a linear.
+    boxes: of its parameters that are boxes, in order. tile: rows and columns of what a program
+        makes at once.
     """
 
     name: str
@@ -158,58 +180,145 @@ class Kernel:
             raise EngineError(f"A kernel of the engine is broken: {error}.") from error
 
 
-def spec_of(plan: Plan, step: Step) -> KernelSpec | None:
-    """The kernel of a step; None for attention, which is cuDNN's."""
+@dataclass(frozen=True)
+class Work:
+    """Steps that are one launch, and its kernel; None for attention, which is cuDNN's."""
+
+    steps: tuple[Step, ...]
+    spec: KernelSpec | None
+
+
+def schedule(plan: Plan) -> list[Work]:
+    """The steps of a plan with their kernels; what one kernel does together is one work.
+
+    That is a linear that makes Q, K and V, with their norms and RoPE, where half of its tile is a
+    head: `linear` then rounds once, and Q, K and V are not read again before attention.
+    """
+    works: list[Work] = []
+    steps = list(plan.steps)
+    while steps:
+        step = steps.pop(0)
+        if isinstance(step, Linear):
+            turn = steps[0] if steps and isinstance(steps[0], Rope) else None
+            spec = _linear(plan, step, turn)
+            if turn is not None and spec.constants["TURN"]:
+                works.append(Work((step, steps.pop(0)), spec))
+            else:
+                works.append(Work((step,), _linear(plan, step, None)))
+        else:
+            works.append(Work((step,), _spec_of(plan, step)))
+    return works
+
+
+Works: TypeAlias = Sequence[tuple[tuple[Step, ...], Kernel | None]]
+"""Steps that are one launch, and the compiled kernel of each."""
+
+_WORKS, _KERNELS = "works", "kernels"
+
+
+def works_metadata(plan: Plan, kernels: Mapping[str, Kernel]) -> dict[str, str]:
+    """What an engine's file says of its launches, for `read_works`; kernels go by `spec.name`."""
+    works = [
+        [len(work.steps), None if work.spec is None else work.spec.name] for work in schedule(plan)
+    ]
+    facts = {name: asdict(kernel) for name, kernel in kernels.items()}
+    return {_WORKS: json.dumps(works), _KERNELS: json.dumps(facts)}
+
+
+def read_works(plan: Plan, metadata: Mapping[str, str]) -> Works:
+    """The launches that `works_metadata` wrote down.
+
+    The tiles of an engine are those that it was built with, whatever is chosen today. Raises
+    `EngineError` for anything else.
+    """
+    try:
+        facts = json.loads(metadata[_KERNELS])
+        kernels = {name: Kernel.from_json(found) for name, found in facts.items()}
+        works, start = [], 0
+        for count, name in json.loads(metadata[_WORKS]):
+            steps = plan.steps[start : start + count]
+            start += count
+            works.append((steps, None if name is None else kernels[name]))
+            if not steps or (name is None) != isinstance(steps[0], Attention):
+                raise ValueError(f"work {len(works) - 1}")
+        if start != len(plan.steps):
+            raise ValueError(f"{start} steps of {len(plan.steps)}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise EngineError(f"The engine's launches are broken: {error}. Build it again.") from error
+    return works
+
+
+def _spec_of(plan: Plan, step: Convert | Norm | Rope | Attention) -> KernelSpec | None:
     if isinstance(step, Attention):
         return None
-    if isinstance(step, Linear):
-        return _linear(plan, step)
     out = plan.buffer(step.out.buffer)
     types: dict[str, Kind] = {"x": plan.buffer(step.x.buffer).kind, "out": out.kind}
     if isinstance(step, Convert):
-        constants = {
-            "COLUMNS": step.columns,
-            "X_STRIDE": plan.buffer(step.x.buffer).columns,
-            "OUT_STRIDE": out.columns,
-            "BLOCK": _power_of_2(step.columns),
-        }
-        return KernelSpec("convert", types, constants, 4)
+        stride = plan.buffer(step.x.buffer).columns
+        return convert_spec(types["x"], types["out"], step.columns, stride, out.columns)
     if isinstance(step, Norm):
-        constants = {
-            "WIDTH": plan.width,
-            "OUT_STRIDE": out.columns,
-            "BLOCK": _power_of_2(plan.width),
-        }
-        return KernelSpec("norm", types | {"modulation": "f32"}, constants, 4)
-    assert isinstance(step, Rope)
+        return norm_spec(out.kind, plan.width, out.columns)
+    return rope_spec(out.kind, plan.width, plan.head_dim)
+
+
+def convert_spec(x: Kind, out: Kind, columns: int, stride: int, out_stride: int) -> KernelSpec:
+    """Columns of rows that are `stride` numbers apart, in another type."""
     constants = {
-        "WIDTH": plan.width,
-        "HEAD_DIM": plan.head_dim,
-        "BLOCK_HEADS": _power_of_2(plan.heads),
+        "COLUMNS": columns,
+        "X_STRIDE": stride,
+        "OUT_STRIDE": out_stride,
+        "BLOCK": _power_of_2(columns),
     }
-    tables: dict[str, Kind] = {"norms": "f32", "cos": "f32", "sin": "f32"}
-    return KernelSpec("rope", types | tables, constants, 4)
+    return KernelSpec("convert", {"x": x, "out": out}, constants, 4)
+
+
+def norm_spec(out: Kind, width: int, out_stride: int, rows: int = 1, warps: int = 4) -> KernelSpec:
+    """LayerNorm of bfloat16 rows of `width`, of `rows` by each program."""
+    constants = {
+        "WIDTH": width,
+        "OUT_STRIDE": out_stride,
+        "BLOCK": _power_of_2(width),
+        "ROWS": rows,
+    }
+    return KernelSpec("norm", {"x": "bf16", "out": out, "modulation": "f32"}, constants, warps)
+
+
+def rope_spec(out: Kind, width: int, head_dim: int) -> KernelSpec:
+    """RMSNorm and RoPE of bfloat16 rows [3, width]."""
+    constants = {
+        "WIDTH": width,
+        "HEAD_DIM": head_dim,
+        "BLOCK_HEADS": _power_of_2(width // head_dim),
+    }
+    types: dict[str, Kind] = {"x": "bf16", "out": out, "norms": "f32", "cos": "f32", "sin": "f32"}
+    return KernelSpec("rope", types, constants, 4)
 
 
 def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _linear(plan: Plan, step: Linear) -> KernelSpec:
+def _linear(plan: Plan, step: Linear, turn: Rope | None) -> KernelSpec:
+    """The kernel of a linear, which also does `turn` where it can."""
+
     def kind(place: Place | None) -> Kind:
         return plan.buffer((place or step.out).buffer).kind
 
+    tile = choose_tile(step.columns, step.split, 0 if turn is None else plan.head_dim)
+    turns = turn is not None and tile.columns // 2 == plan.head_dim and turn.x == step.out
+    out = plan.buffer(turn.out.buffer).kind if turn is not None and turns else kind(step.out)
     return linear_spec(
         kind(step.x),
-        kind(step.out),
-        kind(step.second),
+        out,
+        kind(step.second) if step.second is not None else out,
         step.columns,
         step.inner,
         step.epilogue,
-        split=step.split,
+        split=step.split or (step.columns if turns else 0),
         grouped=step.grouped,
         scaled=step.scale is not None,
-        tile=choose_tile(kind(step.x), step.columns, step.split, step.epilogue),
+        turn=turns,
+        tile=tile,
     )
 
 
@@ -223,11 +332,16 @@ def linear_spec(
     split: int,
     grouped: bool,
     scaled: bool,
+    turn: bool,
     tile: Tile,
 ) -> KernelSpec:
-    """A linear of [.., inner] to [.., columns], with `Linear`'s epilogue."""
+    """A linear of [.., inner] to [.., columns], with `Linear`'s epilogue.
+
+    With `turn` its first `split` columns are Q, K and V, and it does what `Rope` says too.
+    """
     depth = 128 // BYTES[x]
     half = tile.columns // 2
+    narrow = (second if epilogue == "split" else out) == "fp8"
     constants: dict[str, int | str] = {
         "COLUMNS": columns,
         "INNER": inner,
@@ -239,9 +353,13 @@ def linear_spec(
         "GROUPED": int(grouped),
         "SCALED": int(scaled),
         "FLATTEN": int(tile.flatten),
+        "TURN": int(turn),
+        "NARROW": int(narrow and epilogue in ("gelu", "split")),
     }
     types: dict[str, Kind] = {"x": x, "weight": x, "out": out, "second": second}
-    vectors: dict[str, Kind] = {"scale": "f32", "bias": "f32", "gate": "f32"}
+    vectors: dict[str, Kind] = dict.fromkeys(
+        ("scale", "bias", "gate", "norms", "cos", "sin"), "f32"
+    )
     boxes = {
         "x": (tile.rows, depth),
         "weight": (tile.columns, depth),
@@ -253,10 +371,14 @@ def linear_spec(
     )
 
 
-def choose_tile(x: Kind, columns: int, split: int, epilogue: str) -> Tile:
-    """The tile of a linear: one whose halves lie on one side of the split."""
-    if columns < 1024 or split % 128:
-        return Tile(128, 64, 4, 4)
-    if columns <= 4096:
+def choose_tile(columns: int, split: int, head_dim: int) -> Tile:
+    """The tile of a linear: one whose halves lie on one side of the split.
+
+    `head_dim` is that of heads which the linear makes, 0 where it makes none. As measured on an
+    H100: wide tiles are faster, and narrow ones where there are too few wide ones to go round.
+    """
+    if head_dim == 128 or (columns > 4096 and split % 128 == 0):
+        return Tile(128, 256, 8, 3)
+    if columns >= 1024 and split % 64 == 0:
         return Tile(128, 128, 4, 3, programs=2)
-    return Tile(128, 256, 8, 3)
+    return Tile(128, 64, 4, 4)

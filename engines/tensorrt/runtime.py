@@ -21,7 +21,7 @@ from engines.base import (
     Extra,
     Runtime,
 )
-from engines.gpu import compute_capability, has_cuda_python, has_nvidia_driver
+from engines.gpu import gpu_problem
 from engines.targets import GENERATIONS, hardware_problem, in_words
 from engines.tensorrt.formats import FORMATS
 from fluxdeploy.bundle.files import is_private, user_cache, write_atomic
@@ -53,6 +53,7 @@ class TensorRt(Runtime):
     distributions: tuple[str, ...] = ("tensorrt", "tensorrt_cu13", "tensorrt_cu12")
     extra: Extra = Extra("tensorrt", "TensorRT", ("cuda-python", "nvidia-ml-py", "tensorrt"))
     builds = True
+    tuned = True
     shares_scratch = True
 
     product = "TensorRT"
@@ -201,19 +202,7 @@ class TensorRt(Runtime):
         return None
 
     def _gpu_problem(self, target: str, device: int = 0) -> str | None:
-        if not has_nvidia_driver():
-            return "installed, but there is no NVIDIA driver"
-        if not has_cuda_python():
-            return f"cuda-python is not installed: {install_command(self.extra.name)}"
-        try:
-            found = compute_capability(device)
-        except EngineError as error:
-            return f"the NVIDIA driver does not answer: {str(error).rstrip('.')}"
-        if found is None:
-            return f"there is an NVIDIA driver, but no GPU {device}"
-        if found not in self.targets:
-            return f"the GPU is {found}, which {self.product} does not support"
-        return None if found == target else f"the GPU is {found}"
+        return gpu_problem(target, device, self.product, self.targets, self.extra.name)
 
     def _import(self) -> Any:
         try:

@@ -31,6 +31,12 @@ float32. T5's attention has a bias and is not fused.
     clip         as t5, with S = 77 and no bias
     conditioner  4 (4 N B M D + B S (E + D))
     VAE          (4 + 3 e) C P
+
+A native engine draws the pictures of a batch one after the other, each in the buffers of its plan:
+the streams, what a norm gives, Q, K and V, and attention beside the MLP. Inputs are float32 and
+there for the whole batch. This is reckoned from the plan, and not measured:
+
+    transformer  e T (6 D + F) + 4 B (M D + T D)
 """
 
 from __future__ import annotations
@@ -72,6 +78,9 @@ def transformer_bytes(
     if kernels is AttentionKernels.TENSORRT:
         token = element * (13 * config.width + 2 * config.mlp_width)
         return sizes.batch * tokens * token + _MYELIN
+    if kernels is AttentionKernels.NATIVE:
+        buffers = element * tokens * (6 * config.width + config.mlp_width)
+        return buffers + 4 * sizes.batch * config.width * (config.modulation_rows + tokens)
     heads = config.width // config.head_dim
     streams = tokens * (5 * config.width + config.mlp_width)
     return 4 * sizes.batch * (streams + _SCORES * heads * tokens**2)

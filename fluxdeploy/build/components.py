@@ -70,12 +70,12 @@ def _make(component: ComponentSpec, key: str, run: BuildRun) -> tuple[FileRecord
     artifacts = WeightArtifacts(staging, key)
     exported = export_component(component.export, run.weights, component.fused, progress, artifacts)
     paths = [f"onnx/{path}" for path in (exported.path, *exported.weights)]
-    if run.spec.runtime.builds:
+    if component.runtime.builds:
         paths += _build_engines(component, exported, run)
     write_golden_tensors(component, run)
     paths.append(golden_path(component.name))
     record = _record(component, key, run)
-    check_engine(run.spec.runtime, component.name, record, staging.root, progress)
+    check_engine(component.runtime, component.name, record, staging.root, progress)
     known = {
         f"onnx/weights/{linked}": run.hashes.files[source]
         for linked, source in run.weights.sources.items()
@@ -90,7 +90,7 @@ def _build_engines(component: ComponentSpec, exported: Exported, run: BuildRun) 
         component.profiles, request.memory_limit, request.weight_streaming, request.strict
     )
     source = engine_source(component.export, exported, root)
-    return build_engines(run.spec.runtime, source, component.engines, settings, root, run.progress)
+    return build_engines(component.runtime, source, component.engines, settings, root, run.progress)
 
 
 class WeightArtifacts:

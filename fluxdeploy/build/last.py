@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -114,7 +114,7 @@ class LastBuild:
         return digest(
             {
                 "request": repr(asdict(self._request)),
-                "runtime": [self._runtime.name, self._runtime.version(), *self._targets],
+                "runtimes": self._versions(bundle.manifest.components),
                 "tools": tools,
                 "sources": sources_digest(),
                 "read": _stamps(read),
@@ -123,6 +123,11 @@ class LastBuild:
                 "root": str(bundle.root),
             }
         )
+
+    def _versions(self, components: Iterable[str]) -> list[list[str]]:
+        """Of each component the runtime that a build would make its engines with."""
+        found = (self._runtime.of(name, self._targets) for name in components)
+        return [[runtime.name, runtime.version(), *targets] for runtime, targets in found]
 
 
 def _stamps(identities: Identities) -> list[list[str | int]]:

@@ -37,8 +37,8 @@ class BuildRequest:
     calibration.json of another bundle of the same checkpoint. `promise` is what pictures have to
     keep in few bits, None for what the precision promises; with one that asks for nothing they are
     not looked at. With `strict` a precision that does not keep it is an error.
-    `sizes`, `memory_limit` and `weight_streaming` are for runtimes that build engines. `replace`
-    lets a bundle that runs on this machine be replaced by one that does not.
+    `sizes` are for runtimes whose engines are tuned, `memory_limit` and `weight_streaming` for
+    TensorRT. `replace` lets a bundle that runs on this machine be replaced by one that does not.
     """
 
     checkpoint: str | None = None
@@ -59,11 +59,14 @@ class BuildRequest:
 class ComponentSpec:
     """A component of the bundle that is to be built.
 
-    export: its chain, its weights and what becomes of them. kernels: what will compute it.
-    profiles: the sizes that its engines are built for. engines: one for each target.
+    export: its chain, its weights and what becomes of them. runtime, targets: what will run it,
+    and on which devices. kernels: what will compute it. profiles: the sizes that its engines are
+    built for. engines: one for each target.
     """
 
     export: ExportSpec
+    runtime: Runtime
+    targets: tuple[str, ...]
     kernels: AttentionKernels
     profiles: tuple[Mapping[str, DimensionRange], ...]
     engines: tuple[EngineRecord, ...]
@@ -99,7 +102,10 @@ class ComponentSpec:
 
 @dataclass(frozen=True)
 class BuildSpec:
-    """All of a bundle that is to be built, and for what."""
+    """All of a bundle that is to be built, and for what.
+
+    `runtime` and `targets` are what was asked for; a component may have others, see `Runtime.of`.
+    """
 
     request: BuildRequest
     checkpoint: Checkpoint
@@ -136,16 +142,17 @@ def resolve(
     for name, component in COMPONENTS.items():
         if not component.present(checkpoint):
             continue
-        precision = runtime.precision(targets[0], asked[name])
-        usual = runtime.compute(targets[0], precision)
+        own, devices = runtime.of(name, targets)
+        precision = own.precision(devices[0], asked[name])
+        usual = own.compute(devices[0], precision)
         compute = component.compute_type(precision, usual)
         export = specify(checkpoint, component, precision, compute)
         specs = export.chain.inputs + export.chain.outputs
         symbols = {d for spec in specs for d in spec.shape if isinstance(d, str)}
-        profiles = _profiles(symbols, request, checkpoint, runtime)
-        engines = list_engines(runtime, targets, name, overall(profiles))
-        kernels = runtime.attention(targets[0], precision, compute)
-        components.append(ComponentSpec(export, kernels, profiles, engines))
+        profiles = _profiles(symbols, request, checkpoint, own)
+        engines = list_engines(own, devices, name, overall(profiles))
+        kernels = own.attention(devices[0], precision, compute)
+        components.append(ComponentSpec(export, own, devices, kernels, profiles, engines))
     check_all_used(checkpoint, [component.export for component in components], COMPONENTS)
     return BuildSpec(
         request,
@@ -171,7 +178,7 @@ def _tokenizers(checkpoint: Checkpoint) -> dict[str, CanonicalTokenizer]:
 
 def _defaults(request: BuildRequest, checkpoint: Checkpoint, runtime: Runtime) -> Defaults:
     """What hosts use: the checkpoint's, in the size that engines are tuned for."""
-    if not runtime.builds or request.sizes.opt is None:
+    if not runtime.tuned or request.sizes.opt is None:
         return checkpoint.defaults
     height, width = request.sizes.opt
     return replace(checkpoint.defaults, height=height, width=width)
@@ -181,7 +188,7 @@ def _profiles(
     symbols: set[str], request: BuildRequest, checkpoint: Checkpoint, runtime: Runtime
 ) -> tuple[Mapping[str, DimensionRange], ...]:
     defaults, latents = checkpoint.defaults, checkpoint.latents
-    if runtime.builds:
+    if runtime.tuned:
         return resolution_buckets(symbols, request.sizes, defaults, latents)
     return (any_size(symbols, defaults, latents),)
 

@@ -27,6 +27,7 @@ from fluxdeploy.errors import CheckpointError
 
 __all__ = [
     "DTYPE_BITS",
+    "Declaration",
     "TensorEntry",
     "TensorFile",
     "TensorFileWriter",

@@ -256,21 +256,21 @@ MIN_SIZE = click.option(
     "--min-size",
     type=SIZE,
     metavar="WxH",
-    help="Built engines: the smallest picture.  [default: a quarter of --opt-size each way]",
+    help="Tuned engines: the smallest picture.  [default: a quarter of --opt-size each way]",
 )
 
 OPT_SIZE = click.option(
     "--opt-size",
     type=SIZE,
     metavar="WxH",
-    help="Built engines: the picture that they are tuned for.  [default: the checkpoint's]",
+    help="Tuned engines: the picture that they are best at.  [default: the checkpoint's]",
 )
 
 MAX_SIZE = click.option(
     "--max-size",
     type=SIZE,
     metavar="WxH",
-    help="Built engines: the largest picture. Any proportions with as many pixels will "
+    help="Tuned engines: the largest picture. Any proportions with as many pixels will "
     "do.  [default: twice --opt-size each way]",
 )
 
@@ -278,7 +278,7 @@ MAX_BATCH = click.option(
     "--max-batch",
     type=click.IntRange(min=1, max=64),
     default=1,
-    help="Built engines: pictures that one computes at once. Larger batches run in parts.",
+    help="Tuned engines: pictures that one computes at once. Larger batches run in parts.",
 )
 
 WORKSPACE = click.option(
@@ -322,7 +322,7 @@ STRICT = click.option(
     "--strict",
     is_flag=True,
     help="Fail where a precision keeps its quality only with some layers in wider numbers, and "
-    "where a runtime does not fuse an attention.",
+    "where a runtime does not fuse an attention, or widens a layer.",
 )
 
 REPLACE = click.option(

@@ -154,7 +154,7 @@ ROWS = {
 
 @pytest.mark.usefixtures("formats")
 @pytest.mark.parametrize(("new", "like"), ROWS.items())
-@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx", "onnxruntime", "openvino", "native"])
 def test_a_new_row_over_a_known_format_is_a_runtime_s_like_the_others(
     name: str, new: str, like: str
 ) -> None:

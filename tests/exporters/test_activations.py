@@ -48,6 +48,7 @@ def test_only_plain_attention_pays_for_scores() -> None:
     assert grown(AttentionKernels.PLAIN) > 100
     assert grown(AttentionKernels.ONNX_RUNTIME) == 16
     assert grown(AttentionKernels.TENSORRT) < 16
+    assert grown(AttentionKernels.NATIVE) < 16
 
 
 def test_the_vae_takes_one_picture_at_a_time() -> None:

@@ -23,10 +23,10 @@ def find_impossible(spec: BuildSpec, destination: Path) -> Iterator[str]:
     runtime, targets = spec.runtime, spec.targets
     names: dict[str, list[str]] = {}
     for component in spec.components:
-        for target in targets:
+        for target in component.targets:
             # What an engine computes in is one for all its targets, the first one's.
             for needed in (component.precision, component.compute):
-                problem = runtime.precision_problem(target, needed)
+                problem = component.runtime.precision_problem(target, needed)
                 if problem is not None:
                     names.setdefault(problem, []).append(component.name)
                     break
@@ -101,21 +101,21 @@ def find_remarks(spec: BuildSpec, usual: RunMemory, free: int | None) -> Iterato
     limit = limits(spec.checkpoint)
     if limit is not None:
         yield limit
-    runtime, targets = spec.runtime, spec.targets
-    told: dict[str, list[str]] = {}
-    for target in targets:
+    devices = {(c.runtime.name, target): c.runtime for c in spec.components for target in c.targets}
+    told: dict[tuple[str, str], list[str]] = {}
+    for (name, target), runtime in devices.items():
         running = runtime.availability(target)
         if runtime.can_build(target).ok and not running.ok:
-            told.setdefault(f"will not be checked here: {running.detail}", []).append(target)
-    for why, unusable in told.items():
-        yield f"{runtime.name} engines for {', '.join(unusable)} {why}"
-    emulated = [c.name for c in spec.components if runtime.emulates(targets[0], c.precision)]
+            told.setdefault((name, running.detail), []).append(target)
+    for (name, why), unusable in told.items():
+        yield f"{name} engines for {', '.join(unusable)} will not be checked here: {why}"
+    emulated = [c.name for c in spec.components if c.runtime.emulates(c.targets[0], c.precision)]
     if emulated:
         yield (
             f"{', '.join(emulated)}: a CPU has no FP8; it is emulated, with the same numbers "
             "and neither faster nor smaller in memory"
         )
-    if targets[0] == "cpu" and free is not None and usual.all_open > free:
+    if spec.targets[0] == "cpu" and free is not None and usual.all_open > free:
         fits = usual.low_vram <= free
         advice = "run it with --low-vram" if fits else "even --low-vram is too much"
         yield (

@@ -54,7 +54,7 @@ def make_plan(spec: BuildSpec, destination: Path) -> Plan:
 class _Planner:
     def __init__(self, spec: BuildSpec, destination: Path) -> None:
         self.spec = spec
-        self.checkpoint, self.runtime, self.targets = spec.checkpoint, spec.runtime, spec.targets
+        self.checkpoint = spec.checkpoint
         self.destination = destination
         self.components = {component.name: component for component in spec.components}
         self.dimensions = self._dimensions()
@@ -71,8 +71,8 @@ class _Planner:
         shortages, warnings = find_shortages(disk, reusable, build, memory, self.destination)
         warnings += find_remarks(self.spec, run, memory.available)
         return Plan(
-            runtime=self.runtime.name,
-            targets=self.targets,
+            runtime=self.spec.runtime.name,
+            targets=self.spec.targets,
             components=tuple(components.values()),
             disk=disk,
             build=build,
@@ -105,7 +105,7 @@ class _Planner:
 
     def _resident(self, component: ComponentSpec, part: Footprint) -> int:
         """Bytes of a component's weights where it runs."""
-        if not self.runtime.widens_weights(self.targets[0], component.precision):
+        if not component.runtime.widens_weights(component.targets[0], component.precision):
             return part.graph
         return part.graph + WIDTHS[component.compute] * part.quantized
 
@@ -118,7 +118,7 @@ class _Planner:
             parameters=part.parameters,
             linked=part.linked,
             written=part.written,
-            engine=self.runtime.engine_size(part.graph),
+            engine=component.runtime.engine_size(part.graph),
             resident=self._resident(component, part),
             activations=self._activations(component, self.usual),
             largest_activations=self._activations(component, self.largest),
@@ -162,7 +162,7 @@ class _Planner:
             record.precision == component.precision
             and record.compute == component.compute
             and {(engine.runtime, engine.target) for engine in record.engines}
-            == {(self.runtime.name, target) for target in self.targets}
+            == {(e.runtime, e.target) for e in self.components[component.name].engines}
         )
 
     def _golden_bytes(self, component: ComponentSpec) -> int:
@@ -190,13 +190,22 @@ class _Planner:
         if any(PRECISIONS[c.precision].calibrated for c in self.components.values()):
             yield Phase("calibration", "transformer", stage + self._calibration())
         yield Phase("PyTorch reference", name, stage)
-        name, part = max(parts.items(), key=lambda item: item[1].graph)
-        if self.runtime.builds:
-            yield Phase("engine", name, _PROCESS + self.runtime.building_memory(part.graph))
-        name, part = max(parts.items(), key=lambda item: item[1].parameters)
-        needed = self.runtime.opening_memory(self.targets[0], 4 * part.parameters)
-        if needed and self.runtime.availability(self.targets[0]).ok:
-            yield Phase("check", name, needed)
+        building = {
+            name: component.runtime.building_memory(parts[name].graph)
+            for name, component in self.components.items()
+            if component.runtime.builds
+        }
+        if building:
+            name = max(building, key=building.__getitem__)
+            yield Phase("engine", name, _PROCESS + building[name])
+        opening = {
+            name: component.runtime.opening_memory(component.targets[0], 4 * parts[name].parameters)
+            for name, component in self.components.items()
+        }
+        name = max(opening, key=opening.__getitem__)
+        component = self.components[name]
+        if opening[name] and component.runtime.availability(component.targets[0]).ok:
+            yield Phase("check", name, opening[name])
 
     def _calibration(self) -> int:
         """What the measuring of ranges holds besides a stage: what that computes, and of every
@@ -220,9 +229,10 @@ class _Planner:
             return component.largest_activations if largest else component.activations
 
         def together(names: tuple[str, ...]) -> int:
-            scratch = [activations(name) for name in names]
             weights = sum(components[name].resident for name in names)
-            return weights + (max(scratch) if self.runtime.shares_scratch else sum(scratch))
+            shared = [name for name in names if self.components[name].runtime.shares_scratch]
+            own = sum(activations(name) for name in names if name not in shared)
+            return weights + own + max(map(activations, shared), default=0)
 
         turns: dict[str, tuple[str, ...]] = {}
         for name, component in self.components.items():

@@ -17,6 +17,7 @@ from engines import (
     choose_runtime,
     choose_target,
 )
+from engines import gpu as gpus
 from engines.tensorrt import runtime as module
 from engines.tensorrt.runtime import TensorRt, TensorRtRtx
 from fluxdeploy.bundle.manifest import DimensionRange, EngineRecord
@@ -44,9 +45,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Pretend:
             "find_spec",
             lambda name: (name in installed or None) if name in known else find(name),
         )
-        monkeypatch.setattr(module, "has_nvidia_driver", lambda: driver)
-        monkeypatch.setattr(module, "has_cuda_python", lambda: cuda_python)
-        monkeypatch.setattr(module, "compute_capability", lambda device=0: gpu)
+        monkeypatch.setattr(gpus, "has_nvidia_driver", lambda: driver)
+        monkeypatch.setattr(gpus, "has_cuda_python", lambda: cuda_python)
+        monkeypatch.setattr(gpus, "compute_capability", lambda device=0: gpu)
         for runtime in (TensorRt, TensorRtRtx):
             monkeypatch.setattr(runtime, "version", lambda self: "1.7.1")
 
@@ -79,8 +80,8 @@ def test_the_gpu_that_is_asked_for_is_the_one_that_counts(
     pretend: Pretend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend()
-    gpus = ["sm89", "sm120"]
-    monkeypatch.setattr(module, "compute_capability", lambda device=0: gpus[device])
+    found = ["sm89", "sm120"]
+    monkeypatch.setattr(gpus, "compute_capability", lambda device=0: found[device])
     runtime = TensorRtRtx()
     assert [runtime.availability("sm120", device).ok for device in (0, 1)] == [False, True]
     engine = EngineRecord("tensorrt-rtx", "1.7.1", "sm89", "tiny.engine", RANGES)
