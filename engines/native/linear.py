@@ -32,6 +32,8 @@ __all__ = ["specialized"]
 
 PIECE = gl.constexpr(64)
 GROUPS = gl.constexpr(2)
+HEAD = gl.constexpr(128)
+EPSILON = gl.constexpr(1e-6)
 
 
 @gluon.aggregate
@@ -45,12 +47,18 @@ class Task:
     scale: gl.tensor
     bias: gl.tensor
     gate: gl.tensor
+    norms: gl.tensor
+    cos: gl.tensor
+    sin: gl.tensor
     rows: gl.tensor
     text_tokens: gl.tensor
     gate_text: gl.tensor
     gate_image: gl.tensor
     inverse_text: gl.tensor
     inverse_image: gl.tensor
+    factor_q: gl.tensor
+    factor_k: gl.tensor
+    factor_v: gl.tensor
     a: gl.shared_memory_descriptor
     b: gl.shared_memory_descriptor
     staged: gl.shared_memory_descriptor
@@ -71,6 +79,7 @@ class Task:
     SPLIT: gl.constexpr
     GROUPED: gl.constexpr
     SCALED: gl.constexpr
+    TURN: gl.constexpr
     VECTORS: gl.constexpr
     FORM: gl.constexpr
 
@@ -180,7 +189,7 @@ def _compute(task, tile, turn, own_turn, GROUP: gl.constexpr, PART: gl.constexpr
         task.vectors.index(GROUP * task.VECTORS + 1).store(factor)
     row += PART * task.PART_ROWS
     if task.FORM == "relay":
-        _pass_on(task, total, own_turn, GROUP)
+        _pass_on(task, total, row, column, own_turn, GROUP)
     else:
         inverse = gl.where(text, task.inverse_text, task.inverse_image)
         _finish(task, total, row, column, inverse, own_turn, GROUP)
@@ -243,46 +252,133 @@ def _finish(task, total, row, column, inverse, turn, GROUP: gl.constexpr):
     """What follows the products, piece by piece."""
     if task.EPILOGUE == "residual":
         mbarrier.wait(task.come.index(GROUP), turn & 1)
-    for piece in gl.static_range(task.PIECES):
-        y = _sums(task, total, piece, GROUP)
-        at = column + piece * PIECE
-        if task.EPILOGUE == "residual":
+        for piece in gl.static_range(task.PIECES):
             staged = task.staged.index(GROUP * task.PIECES + piece)
+            y = _sums(task, total, piece, GROUP)
             y += staged.load(y.type.layout).to(gl.float32)
-            _store(task.out, staged, y, row, at)
-        else:
-            # The piece before the last has left this buffer.
-            tma.store_wait(1)
-            staged = task.staged.index(GROUP * 2 + piece % 2)
-            if task.EPILOGUE == "plain":
-                _store(task.out, staged, y, row, at)
-            elif task.EPILOGUE == "gelu":
-                _store(task.out, staged, _gelu(y, inverse, task.out.dtype), row, at)
-            else:
-                if column < task.SPLIT:
-                    _store(task.out, staged, y, row, at)
-                else:
-                    y = _gelu(y, inverse, task.second.dtype)
-                    _store(task.second, staged, y, row, at - task.SPLIT)
-    if task.EPILOGUE == "residual":
+            _store(task.out, staged, y, row, column + piece * PIECE)
         tma.store_wait(0)
         mbarrier.arrive(task.gone.index(GROUP))
+    elif task.EPILOGUE == "gelu":
+        _finish_gelu(task, task.out, total, row, column, inverse, GROUP)
+    elif task.EPILOGUE == "plain":
+        _finish_plain(task, total, row, column, GROUP)
+    else:
+        if column < task.SPLIT:
+            _finish_plain(task, total, row, column, GROUP)
+        else:
+            _finish_gelu(task, task.second, total, row, column - task.SPLIT, inverse, GROUP)
 
 
 @gluon.jit
-def _pass_on(task, total, turn, GROUP: gl.constexpr):
-    """Leave a tile's sums to the group that finishes them."""
+def _finish_gelu(task, out, total, row, column, inverse, GROUP: gl.constexpr):
+    for piece in gl.static_range(task.PIECES):
+        y = _gelu(_sums(task, total, piece, GROUP), inverse, out.dtype)
+        _store(out, _free_stage(task, piece, GROUP), y, row, column + piece * PIECE)
+
+
+@gluon.jit
+def _finish_plain(task, total, row, column, GROUP: gl.constexpr):
+    for piece in gl.static_range(task.PIECES):
+        y = _plain(task, total, row, column, piece, GROUP)
+        _store(task.out, _free_stage(task, piece, GROUP), y, row, column + piece * PIECE)
+
+
+@gluon.jit
+def _plain(task, total, row, column, NUMBER: gl.constexpr, GROUP: gl.constexpr):
+    """A piece as it is stored; with TURN each two are a head."""
+    y = _sums(task, total, NUMBER, GROUP)
+    if task.TURN:
+        other = _sums(task, total, NUMBER ^ 1, GROUP)
+        part = (column + NUMBER * PIECE) // (task.SPLIT // 3)
+        if part < 2:
+            spread = gl.rsqrt(gl.sum(y * y + other * other, 1) * (1.0 / HEAD) + EPSILON)
+            y = _turned(task, y, spread, row, part, NUMBER % 2 * PIECE)
+        others = gl.where(part == 1, task.factor_k, task.factor_v)
+        y *= gl.where(part == 0, task.factor_q, others)
+    return y
+
+
+@gluon.jit
+def _free_stage(task, NUMBER: gl.constexpr, GROUP: gl.constexpr):
+    """One of two buffers in turns: what the TMA stored from it before the last has left."""
+    tma.store_wait(1)
+    return task.staged.index(GROUP * 2 + NUMBER % 2)
+
+
+@gluon.jit
+def _turned(task, y, spread, row, part, CHANNEL: gl.constexpr):
+    """Columns of a head, from this channel on, after its norm, and RoPE of each pair."""
+    rows: gl.constexpr = y.shape[0]
+    width: gl.constexpr = y.shape[1]
+    layout: gl.constexpr = y.type.layout
+    if rows * width > 2048:
+        # In two halves: there are no registers for more angles.
+        left, right = y.reshape(rows, 2, width // 2).permute(0, 2, 1).split()
+        left = _turned(task, left, spread, row, part, CHANNEL)
+        right = _turned(task, right, spread, row, part, CHANNEL + width // 2)
+        y = gl.join(left, right).permute(0, 2, 1).reshape(rows, width)
+    else:
+        spread = gl.convert_layout(spread, gl.SliceLayout(1, layout), assert_trivial=True)
+        channels = CHANNEL + gl.arange(0, width, gl.SliceLayout(0, layout))
+        weight = gl.load(task.norms + (2 * task.group(row) + part) * HEAD + channels)
+        y *= spread[:, None] * weight[None, :]
+        a, b = y.reshape(rows, width // 2, 2).split()
+        pairs: gl.constexpr = a.type.layout
+        lines = row + gl.arange(0, rows, gl.SliceLayout(1, pairs))
+        # Both channels of a pair have the same angle.
+        firsts = CHANNEL + 2 * gl.arange(0, width // 2, gl.SliceLayout(0, pairs))
+        places = lines[:, None] * HEAD + firsts[None, :]
+        known = (lines < task.rows)[:, None]
+        c = gl.load(task.cos + places, mask=known, other=0.0)
+        s = gl.load(task.sin + places, mask=known, other=0.0)
+        y = gl.join(a * c - b * s, b * c + a * s).reshape(rows, width)
+    return gl.convert_layout(y, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _pass_on(task, total, row, column, turn, GROUP: gl.constexpr):
+    """Leave a tile's sums to the warps that finish them; heads need what lies here, and are done.
+
+    Those warps read what else is passed on in bfloat16, whatever it becomes.
+    """
+    if task.EPILOGUE == "plain":
+        _pass_plain(task, total, row, column, turn, GROUP)
+    elif task.EPILOGUE == "gelu":
+        _pass_sums(task, total, turn, GROUP)
+    else:
+        if column < task.SPLIT:
+            _pass_plain(task, total, row, column, turn, GROUP)
+        else:
+            _pass_sums(task, total, turn, GROUP)
+
+
+@gluon.jit
+def _pass_sums(task, total, turn, GROUP: gl.constexpr):
     for piece in gl.static_range(task.PIECES):
         y = _sums(task, total, piece, GROUP).to(gl.bfloat16)
-        mbarrier.wait(task.gone.index(GROUP * task.PIECES + piece), (turn & 1) ^ 1)
-        task.staged.index(GROUP * task.PIECES + piece).store(y)
-        fence_async_shared()
-        mbarrier.arrive(task.come.index(GROUP * task.PIECES + piece))
+        _pass(task, task.staged.index(GROUP * task.PIECES + piece), y, turn, piece, GROUP)
+
+
+@gluon.jit
+def _pass_plain(task, total, row, column, turn, GROUP: gl.constexpr):
+    for piece in gl.static_range(task.PIECES):
+        y = _plain(task, total, row, column, piece, GROUP).to(task.out.dtype)
+        staged = _typed(task.staged.index(GROUP * task.PIECES + piece), task.out)
+        _pass(task, staged, y, turn, piece, GROUP)
+
+
+@gluon.jit
+def _pass(task, staged, y, turn, NUMBER: gl.constexpr, GROUP: gl.constexpr):
+    mbarrier.wait(task.gone.index(GROUP * task.PIECES + NUMBER), (turn & 1) ^ 1)
+    staged.store(y)
+    fence_async_shared()
+    mbarrier.arrive(task.come.index(GROUP * task.PIECES + NUMBER))
 
 
 @gluon.constexpr_function
 def _link(n, pieces):
-    """The place of the `n`th piece of a tile among those that are passed on."""
+    """The `n`th of a tile's pieces, of both groups in turns, among all that are passed on."""
     return n % 2 * pieces + n // 2
 
 
@@ -293,34 +389,58 @@ def _relay(task):
     for tile in range(gl.program_id(0), task.tiles(), gl.num_programs(0)):
         row, column = task.place(tile)
         inverse = gl.where(row < task.text_tokens, task.inverse_text, task.inverse_image)
-        for n in gl.static_range(GROUPS * task.PIECES):
-            # Of both groups in turns, as they come.
-            mbarrier.wait(task.come.index(_link(n, task.PIECES)), turn & 1)
-            staged = task.staged.index(_link(n, task.PIECES))
-            at_row, at = row + n % GROUPS * task.PART_ROWS, column + n // GROUPS * PIECE
-            if task.EPILOGUE == "plain":
-                tma.async_store(task.out, [at_row, at], staged)
-            elif task.EPILOGUE == "gelu":
-                _finish_passed(task.out, staged, inverse, at_row, at)
+        if task.EPILOGUE == "gelu":
+            _relay_gelu(task, task.out, row, column, inverse, turn)
+        elif task.EPILOGUE == "plain":
+            _relay_plain(task, row, column, turn)
+        else:
+            if column < task.SPLIT:
+                _relay_plain(task, row, column, turn)
             else:
-                if column < task.SPLIT:
-                    tma.async_store(task.out, [at_row, at], staged)
-                else:
-                    _finish_passed(task.second, staged, inverse, at_row, at - task.SPLIT)
-            if n > 0:
-                # The piece before has been read.
-                tma.store_wait(1)
-                mbarrier.arrive(task.gone.index(_link(n - 1, task.PIECES)))
-        tma.store_wait(0)
-        mbarrier.arrive(task.gone.index(GROUPS * task.PIECES - 1))
+                _relay_gelu(task, task.second, row, column - task.SPLIT, inverse, turn)
         turn += 1
 
 
 @gluon.jit
-def _finish_passed(out, staged, inverse, row, column):
-    rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0])
-    y = _gelu(staged.load(rows).to(gl.float32), inverse, out.dtype)
-    _store(out, staged, y, row, column)
+def _relay_gelu(task, out, row, column, inverse, turn):
+    for n in gl.static_range(GROUPS * task.PIECES):
+        mbarrier.wait(task.come.index(_link(n, task.PIECES)), turn & 1)
+        staged = task.staged.index(_link(n, task.PIECES))
+        y = _gelu(staged.load(_row_layout()).to(gl.float32), inverse, out.dtype)
+        _store(out, staged, y, row + n % GROUPS * task.PART_ROWS, column + n // GROUPS * PIECE)
+        _release(task, n)
+    _release_last(task)
+
+
+@gluon.jit
+def _relay_plain(task, row, column, turn):
+    for n in gl.static_range(GROUPS * task.PIECES):
+        mbarrier.wait(task.come.index(_link(n, task.PIECES)), turn & 1)
+        staged = _typed(task.staged.index(_link(n, task.PIECES)), task.out)
+        at_row, at = row + n % GROUPS * task.PART_ROWS, column + n // GROUPS * PIECE
+        tma.async_store(task.out, [at_row, at], staged)
+        _release(task, n)
+    _release_last(task)
+
+
+@gluon.jit
+def _release(task, NUMBER: gl.constexpr):
+    """The piece before this one has been read."""
+    if NUMBER > 0:
+        tma.store_wait(1)
+        mbarrier.arrive(task.gone.index(_link(NUMBER - 1, task.PIECES)))
+
+
+@gluon.jit
+def _release_last(task):
+    tma.store_wait(0)
+    mbarrier.arrive(task.gone.index(GROUPS * task.PIECES - 1))
+
+
+@gluon.constexpr_function
+def _row_layout():
+    """Eight columns of a row in each thread of two warps."""
+    return gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0])
 
 
 @gluon.constexpr_function
@@ -331,12 +451,19 @@ def _piece_layout(deep):
 @gluon.jit
 def _store(out, staged, y, row, column):
     """Through shared memory, by the TMA, which leaves out rows that the tensor does not have."""
-    shape: gl.constexpr = out.block_shape
-    if staged.dtype != out.dtype:
-        staged = staged.reinterpret(out.dtype, shape, out.layout)
+    staged = _typed(staged, out)
     staged.store(y.to(out.dtype))
     fence_async_shared()
     tma.async_store(out, [row, column], staged)
+
+
+@gluon.jit
+def _typed(staged, out):
+    """A place for a piece, with numbers of the type of a tensor."""
+    if staged.dtype == out.dtype:
+        return staged
+    else:
+        return staged.reinterpret(out.dtype, out.block_shape, out.layout)
 
 
 @gluon.jit
@@ -373,11 +500,12 @@ def _tanh(x):
 
 @gluon.jit
 def specialized(
-    x, weight, out, second, scale, bias, gate, rows, text_tokens, gate_text, gate_image,
-    inverse_text, inverse_image,
+    x, weight, out, second, scale, bias, gate, norms, cos, sin, rows, text_tokens, gate_text,
+    gate_image, inverse_text, inverse_image, factor_q, factor_k, factor_v,
     COLUMNS: gl.constexpr, INNER: gl.constexpr, TILE_ROWS: gl.constexpr,
     TILE_COLUMNS: gl.constexpr, DEPTH: gl.constexpr, EPILOGUE: gl.constexpr, SPLIT: gl.constexpr,
-    GROUPED: gl.constexpr, SCALED: gl.constexpr, FORM: gl.constexpr, STAGES: gl.constexpr,
+    GROUPED: gl.constexpr, SCALED: gl.constexpr, TURN: gl.constexpr, FORM: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """As `engines.native.kernels.linear`, for tiles that divide the columns and their split."""
     gl.static_assert(COLUMNS % TILE_COLUMNS == 0 and SPLIT % TILE_COLUMNS == 0)
@@ -385,7 +513,8 @@ def specialized(
     PART_ROWS: gl.constexpr = x.block_shape[0]
     PIECES: gl.constexpr = TILE_COLUMNS // PIECE
     whole: gl.constexpr = EPILOGUE == "residual" or FORM == "relay"
-    kept: gl.constexpr = gl.bfloat16 if FORM == "relay" else out.dtype
+    wide: gl.constexpr = FORM == "relay" or second.dtype == gl.bfloat16
+    kept: gl.constexpr = gl.bfloat16 if wide else out.dtype
     kept_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PART_ROWS, PIECE], kept)
     links: gl.constexpr = GROUPS * PIECES if FORM == "relay" else GROUPS
     PARTS: gl.constexpr = TILE_ROWS // PART_ROWS
@@ -409,17 +538,18 @@ def specialized(
     fence_async_shared()
     steps: gl.constexpr = (INNER + DEPTH - 1) // DEPTH
     task = Task(
-        x, weight, out, second, scale, bias, gate, rows, text_tokens, gate_text, gate_image,
-        inverse_text, inverse_image, a, b, staged, vectors, full, empty, come, gone,
+        x, weight, out, second, scale, bias, gate, norms, cos, sin, rows, text_tokens, gate_text,
+        gate_image, inverse_text, inverse_image, factor_q, factor_k, factor_v,
+        a, b, staged, vectors, full, empty, come, gone,
         COLUMNS, steps, DEPTH, TILE_ROWS, TILE_COLUMNS, PART_ROWS, PIECES, STAGES, EPILOGUE, SPLIT,
-        GROUPED, SCALED, count, FORM,
+        GROUPED, SCALED, TURN, count, FORM,
     )  # fmt: skip
     # The registers of the first are what the others leave.
     if FORM == "relay":
         gl.warp_specialize(
             [(_consume, (task, 0)), (_consume, (task, 1)), (_relay, (task,)), (_produce, (task,))],
             [4, 2, 1],
-            [192, 120, 24],
+            [200, 104, 24],
         )
     else:
         gl.warp_specialize(
