@@ -1,4 +1,4 @@
-"""A linear whose epilogue overlaps its products, in Gluon: Triton's language of layouts and barriers.
+"""A linear whose epilogue overlaps its products, in Gluon, Triton's language of layouts.
 
 For Hopper only. One warp loads operands and runs ahead over the tiles of its program; groups of
 four warps multiply, finish and store. What they pass to each other lies in shared memory:
@@ -13,8 +13,8 @@ FORM is one of
     shared    two groups share each tile, half of its rows each; what overlaps is what one is behind
     relay     as `shared`, and two more warps finish what the groups pass on in bfloat16
 
-With a residual, `staged` is a whole tile of each group, and the residual is there first. `come` of a
-group: its tile's residual is there; `gone`: its result has left. In a relay these are of each
+With a residual, `staged` is a whole tile of each group, and the residual is there first. `come` of
+a group: its tile's residual is there; `gone`: its result has left. In a relay these are of each
 piece: it is passed on, and it has been stored.
 """
 
@@ -221,11 +221,11 @@ def _multiply(task, first, PART: gl.constexpr):
 @gluon.jit
 def _pieces(x, COUNT: gl.constexpr):
     """Equal shares of the columns, which no thread has to send to another."""
-    if COUNT == 1:
-        return (x,)
-    else:
+    shares = (x,)
+    if COUNT > 1:
         left, right = x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-        return _pieces(left, COUNT // 2) + _pieces(right, COUNT // 2)
+        shares = _pieces(left, COUNT // 2) + _pieces(right, COUNT // 2)
+    return shares
 
 
 @gluon.jit
@@ -233,11 +233,9 @@ def _sums(task, total, NUMBER: gl.constexpr, GROUP: gl.constexpr):
     """A piece of x Wᵀ · scale + bias, all times the gate, as a product of so many columns lies."""
     layout: gl.constexpr = _piece_layout(256 // task.x.dtype.primitive_bitwidth)
     y = gl.convert_layout(_pieces(total, task.PIECES)[NUMBER], layout, assert_trivial=True)
-    addend = _vector(task, GROUP * task.VECTORS, NUMBER, layout)
-    if task.VECTORS == 1:
-        return y + addend
-    else:
-        return y * _vector(task, GROUP * task.VECTORS + 1, NUMBER, layout) + addend
+    if task.VECTORS == 2:
+        y *= _vector(task, GROUP * task.VECTORS + 1, NUMBER, layout)
+    return y + _vector(task, GROUP * task.VECTORS, NUMBER, layout)
 
 
 @gluon.jit
@@ -273,7 +271,7 @@ def _finish(task, total, row, column, inverse, turn, GROUP: gl.constexpr):
 @gluon.jit
 def _finish_gelu(task, out, total, row, column, inverse, GROUP: gl.constexpr):
     for piece in gl.static_range(task.PIECES):
-        y = _gelu(_sums(task, total, piece, GROUP), inverse, out.dtype)
+        y = _gelu(_sums(task, total, piece, GROUP), inverse, out.dtype.primitive_bitwidth == 8)
         _store(out, _free_stage(task, piece, GROUP), y, row, column + piece * PIECE)
 
 
@@ -406,7 +404,9 @@ def _relay_gelu(task, out, row, column, inverse, turn):
     for n in gl.static_range(GROUPS * task.PIECES):
         mbarrier.wait(task.come.index(_link(n, task.PIECES)), turn & 1)
         staged = task.staged.index(_link(n, task.PIECES))
-        y = _gelu(staged.load(_row_layout()).to(gl.float32), inverse, out.dtype)
+        y = _gelu(
+            staged.load(_row_layout()).to(gl.float32), inverse, out.dtype.primitive_bitwidth == 8
+        )
         _store(out, staged, y, row + n % GROUPS * task.PART_ROWS, column + n // GROUPS * PIECE)
         _release(task, n)
     _release_last(task)
@@ -460,21 +460,22 @@ def _store(out, staged, y, row, column):
 @gluon.jit
 def _typed(staged, out):
     """A place for a piece, with numbers of the type of a tensor."""
-    if staged.dtype == out.dtype:
-        return staged
-    else:
-        return staged.reinterpret(out.dtype, out.block_shape, out.layout)
+    if staged.dtype != out.dtype:
+        staged = staged.reinterpret(out.dtype, out.block_shape, out.layout)
+    return staged
 
 
 @gluon.jit
-def _gelu(y, inverse, KIND: gl.constexpr):
+def _gelu(y, inverse, NARROW: gl.constexpr):
     """GELU(y) · inverse, in one operation of the special function unit where 8 bits are enough."""
-    if KIND == gl.bfloat16:
+    if NARROW:
+        half = 0.5 * inverse * y
+        y = half + half * _tanh(y * (0.7978845608 + 0.03567740814 * (y * y)))
+    else:
         # y · sigmoid(2u), with the powers of 2.
-        power = _power_of_2(y * (-2.302208198 + -0.1029432396 * (y * y)))
-        return y * inverse * _reciprocal(1.0 + power)
-    half = 0.5 * inverse * y
-    return half + half * _tanh(y * (0.7978845608 + 0.03567740814 * (y * y)))
+        power = _power_of_2(y * (-2.302208198 - 0.1029432396 * (y * y)))
+        y = y * inverse * _reciprocal(1.0 + power)
+    return y
 
 
 @gluon.jit
@@ -537,7 +538,7 @@ def specialized(
         mbarrier.init(gone.index(link), count=1)
     fence_async_shared()
     steps: gl.constexpr = (INNER + DEPTH - 1) // DEPTH
-    task = Task(
+    task = Task(  # type: ignore[call-arg]
         x, weight, out, second, scale, bias, gate, norms, cos, sin, rows, text_tokens, gate_text,
         gate_image, inverse_text, inverse_image, factor_q, factor_k, factor_v,
         a, b, staged, vectors, full, empty, come, gone,
