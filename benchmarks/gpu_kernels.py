@@ -35,6 +35,7 @@ STAGES = {
     "products": 60,
     "attention": 45,
     "linears": 90,
+    "specialized": 60,
     "norms": 20,
     "graphs": 20,
     "eager": 40,

@@ -280,23 +280,24 @@ def _scaled(x: Tensor, weight: Tensor, s: Tensor, t: Tensor, bias: Tensor | None
     return y
 
 
-def linears() -> Iterator[Result]:
+def linears(specialized: bool) -> Iterator[Result]:
     """The blocks' linears with what follows them, as kernels of our own."""
     for kind, rows, shape in itertools.product(("fp8", "bf16"), ROWS, PRODUCTS):
         inner, columns, epilogue = shape
         for turned in (False, True) if epilogue in ("plain", "split") else (False,):
-            builds, expected = _linears(kind, rows, inner, columns, epilogue, turned)
+            builds, expected = _linears(kind, rows, shape, turned, specialized)
             work, name = product_operations(rows, inner, columns), f"{rows}x{inner}x{columns}"
             what = f"native, {kind}, {epilogue}" + (", RoPE" if turned else "")
             yield from _measure(what, name, work, builds, expected, 0.04, rounds=3)
 
 
 def _linears(
-    kind: str, rows: int, inner: int, columns: int, epilogue: str, turned: bool
+    kind: str, rows: int, shape: tuple[int, int, str], turned: bool, specialized: bool
 ) -> tuple[dict[str, Build], Tensor]:
     """Contenders by their tile, and what they have to compute: some rows of text, and some not."""
     import native_kernels
 
+    inner, columns, epilogue = shape
     groups = 1 if epilogue == "split" or inner > 4 * columns else 2
     x, weight = _random(rows, inner), _random(groups * columns, inner)
     scale, bias = (torch.rand(groups * columns, device="cuda") for _ in range(2))
@@ -351,7 +352,7 @@ def _linears(
 
         return Contender(run, result)
 
-    tiles = native_kernels.tiles_of(epilogue, turned)
+    tiles = native_kernels.tiles(epilogue, turned, specialized)
     return {str(tile): partial(build, tile) for tile in tiles}, expected
 
 
@@ -522,7 +523,8 @@ STAGES: Mapping[str, Callable[[], Iterator[Any]]] = {
     "peaks": peaks,
     "products": products,
     "attention": attention,
-    "linears": linears,
+    "linears": partial(linears, False),
+    "specialized": partial(linears, True),
     "norms": norms,
     "graphs": graphs,
     "eager": partial(_peer, "eager", "eager", None),

@@ -36,6 +36,7 @@ from engines.native.specs import (
 
 __all__ = [
     "NORMS",
+    "SPECIALIZED",
     "TILES",
     "Turn",
     "attention",
@@ -45,7 +46,7 @@ __all__ = [
     "rope",
     "specs",
     "step_of",
-    "tiles_of",
+    "tiles",
 ]
 
 Run = Callable[[], None]
@@ -59,6 +60,13 @@ TILES = (
     Tile(64, 256, 4, 2, programs=2),
     Tile(64, 256, 4, 4, flatten=True),
 )
+
+SPECIALIZED = (
+    Tile(128, 128, 4, 6, form="pingpong"),
+    Tile(128, 256, 4, 4, form="shared"),
+    Tile(128, 256, 4, 4, form="relay"),
+)
+"""Of the linear whose warps have different work; a relay has no residual."""
 
 KINDS: Mapping[torch.dtype, Kind] = {
     torch.float32: "f32",
@@ -265,10 +273,12 @@ def specs() -> Iterator[KernelSpec]:
     """All that the stages of `gpu_kernels_worker.py` take."""
     from gpu_kernels_worker import HEAD_DIM, PRODUCTS, WIDTH
 
-    for kind, (inner, columns, epilogue) in product(("fp8", "bf16"), PRODUCTS):
+    for kind, (inner, columns, epilogue), specialized in product(
+        ("fp8", "bf16"), PRODUCTS, (False, True)
+    ):
         split = 3 * WIDTH if epilogue == "split" else 0
         for turned in (None, kind) if epilogue in ("plain", "split") else (None,):
-            for tile in tiles_of(epilogue, turned is not None):
+            for tile in tiles(epilogue, turned is not None, specialized):
                 yield _linear_spec(kind, columns, inner, epilogue, split, turned, tile)
     for kind in ("fp8", "bf16"):
         for program in NORMS:
@@ -276,17 +286,19 @@ def specs() -> Iterator[KernelSpec]:
         yield rope_spec(kind, WIDTH, HEAD_DIM)
 
 
-def tiles_of(epilogue: str, turned: bool) -> list[Tile]:
-    """The tiles that a linear of FLUX.1's can have; with norms and RoPE half of one is a head.
+def tiles(epilogue: str, turned: bool, specialized: bool) -> list[Tile]:
+    """Those that are tried for a linear of FLUX.1's, with norms and RoPE or without.
 
     Triton does not overlap the loads of tiles that may end in two ways.
     """
-    branches = turned or epilogue == "split"
-    return [
-        tile
-        for tile in TILES
-        if not (branches and tile.flatten) and not (turned and tile.columns != 2 * 128)
-    ]
+
+    def fits(tile: Tile) -> bool:
+        if tile.flatten and (turned or epilogue == "split"):
+            return False
+        head = tile.columns if tile.form == "pingpong" else tile.columns // 2
+        return (not turned or head == 128) and (tile.form != "relay" or epilogue != "residual")
+
+    return [tile for tile in (SPECIALIZED if specialized else TILES) if fits(tile)]
 
 
 def main(folder: str) -> None:

@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from engines.native.plan import BYTES
 from engines.native.specs import PARAMETERS, Kernel, KernelSpec, TensorBox, schedule
 from fluxdeploy.errors import EngineError, MissingDependencyError
 from fluxdeploy.install import install_command
 
 if TYPE_CHECKING:
-    from engines.native.plan import Plan
+    from engines.native.plan import Kind, Plan
     from fluxdeploy.progress import Progress
 
 __all__ = ["compile_kernels", "compile_spec"]
@@ -81,19 +82,21 @@ def _compile(spec: KernelSpec) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon import GluonASTSource
 
-    from engines.native import kernels
+    from engines.native import kernels, linear
 
-    function = getattr(kernels, spec.function)
+    gluon = spec.function in linear.__all__
+    function = getattr(linear if gluon else kernels, spec.function)
     names = list(function.arg_names)
-    signature = dict(_signature(spec)) | dict.fromkeys(spec.constants, "constexpr")
+    signature = dict(_signature(spec, gluon)) | dict.fromkeys(spec.constants, "constexpr")
     # Addresses and rows are multiples of 16 bytes, which lets loads be wide.
     aligned = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in PARAMETERS[spec.function].items()
         if kind == "pointer"
     }
-    source = ASTSource(
+    source = (GluonASTSource if gluon else ASTSource)(
         function,
         {name: signature[name] for name in names},
         {(names.index(name),): value for name, value in spec.constants.items()},
@@ -103,12 +106,21 @@ def _compile(spec: KernelSpec) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", _CAPABILITY, 32), options=options)
 
 
-def _signature(spec: KernelSpec) -> Iterable[tuple[str, str]]:
+def _signature(spec: KernelSpec, gluon: bool) -> Iterable[tuple[str, str]]:
     boxes = spec.boxes or {}
     for name, kind in PARAMETERS[spec.function].items():
         if kind == "pointer":
             yield name, f"*{_TYPES[spec.types[name]]}"
         elif kind == "box":
-            yield name, f"tensordesc<{_TYPES[spec.types[name]]}{list(boxes[name])}>"
+            layout = _layout(spec.types[name], boxes[name]) if gluon else ""
+            yield name, f"tensordesc<{_TYPES[spec.types[name]]}{list(boxes[name])}{layout}>"
         else:
             yield name, kind
+
+
+def _layout(kind: Kind, box: tuple[int, int]) -> str:
+    """How a box lies in shared memory, which Gluon's types of tensors say."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    size = BYTES[kind]
+    return f", {NVMMASharedLayout(min(128, box[1] * size), 8 * size)!r}"

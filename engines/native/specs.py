@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from engines.native.plan import (
     BYTES,
@@ -38,7 +38,7 @@ __all__ = [
     "works_metadata",
 ]
 
-PARAMETERS: Mapping[str, Mapping[str, str]] = {
+PARAMETERS: dict[str, Mapping[str, str]] = {
     "convert": {
         "x": "pointer",
         "out": "pointer",
@@ -94,6 +94,11 @@ PARAMETERS: Mapping[str, Mapping[str, str]] = {
 }
 """What each kernel is given when it is launched, in order: see `engines.native.kernels`."""
 
+PARAMETERS["specialized"] = PARAMETERS["linear"]
+
+
+Form: TypeAlias = Literal["pingpong", "shared", "relay"]
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -101,7 +106,9 @@ class Tile:
 
     rows, columns: its size. warps: of a program. stages: loads of operands that are in flight, each
     of 128 bytes of a row. programs: on a multiprocessor at once. flatten: whether the loads of a
-    tile begin while the one before is finished.
+    tile begin while the one before is finished. form: of `engines.native.linear`'s kernel, which
+    has its own warps, and as many stages as fit up to these; None for the one of
+    `engines.native.kernels`.
     """
 
     rows: int
@@ -110,8 +117,11 @@ class Tile:
     stages: int
     programs: int = 1
     flatten: bool = False
+    form: Form | None = None
 
     def __str__(self) -> str:
+        if self.form is not None:
+            return f"{self.rows}x{self.columns}, {self.form}, {self.stages} stages"
         flat = ", flat" if self.flatten else ""
         return f"{self.rows}x{self.columns}, {self.warps} warps, {self.stages} stages{flat}" + (
             f", {self.programs} programs" if self.programs > 1 else ""
@@ -340,8 +350,6 @@ def linear_spec(
     With `turn` its first `split` columns are Q, K and V, and it does what `Rope` says too.
     """
     depth = 128 // BYTES[x]
-    half = tile.columns // 2
-    narrow = (second if epilogue == "split" else out) == "fp8"
     constants: dict[str, int | str] = {
         "COLUMNS": columns,
         "INNER": inner,
@@ -352,23 +360,51 @@ def linear_spec(
         "SPLIT": split,
         "GROUPED": int(grouped),
         "SCALED": int(scaled),
-        "FLATTEN": int(tile.flatten),
         "TURN": int(turn),
-        "NARROW": int(narrow and epilogue in ("gelu", "split")),
     }
     types: dict[str, Kind] = {"x": x, "weight": x, "out": out, "second": second}
-    vectors: dict[str, Kind] = dict.fromkeys(
-        ("scale", "bias", "gate", "norms", "cos", "sin"), "f32"
-    )
+    types |= dict.fromkeys(("scale", "bias", "gate", "norms", "cos", "sin"), "f32")
+    if tile.form is not None:
+        return _specialized_spec(types, constants, tile, tile.form)
+    half = tile.columns // 2
+    narrow = (second if epilogue == "split" else out) == "fp8"
+    constants["FLATTEN"] = int(tile.flatten)
+    constants["NARROW"] = int(narrow and epilogue in ("gelu", "split"))
     boxes = {
         "x": (tile.rows, depth),
         "weight": (tile.columns, depth),
         "out": (tile.rows, half),
         "second": (tile.rows, half),
     }
-    return KernelSpec(
-        "linear", types | vectors, constants, tile.warps, tile.stages, tile.programs, boxes
-    )
+    return KernelSpec("linear", types, constants, tile.warps, tile.stages, tile.programs, boxes)
+
+
+_PIECE = 64
+"""Columns that `engines.native.linear` stores at once."""
+
+_SHARED = 231_680
+"""Bytes of shared memory for its tensors; its barriers have the rest."""
+
+
+def _specialized_spec(
+    types: dict[str, Kind], constants: dict[str, int | str], tile: Tile, form: Form
+) -> KernelSpec:
+    depth = int(constants["DEPTH"])
+    rows = tile.rows if form == "pingpong" else tile.rows // 2
+    boxes = {
+        "x": (rows, depth),
+        "weight": (tile.columns, depth),
+        "out": (rows, _PIECE),
+        "second": (rows, _PIECE),
+    }
+    residual = constants["EPILOGUE"] == "residual"
+    pieces = tile.columns // _PIECE if residual or form == "relay" else 2
+    wide = max(BYTES[types[name]] for name in ("out", "second"))
+    staged = 2 * pieces * rows * _PIECE * (2 if form == "relay" else wide)
+    vectors = 2 * 4 * tile.columns * (2 if residual or constants["SCALED"] else 1)
+    stages = (_SHARED - staged - vectors) // (128 * (tile.rows + tile.columns))
+    constants |= {"FORM": form, "STAGES": min(stages, tile.stages)}
+    return KernelSpec("specialized", types, constants, 4, boxes=boxes)
 
 
 def choose_tile(columns: int, split: int, head_dim: int) -> Tile:

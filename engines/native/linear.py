@@ -1,0 +1,558 @@
+"""A linear whose epilogue overlaps its products, in Gluon, Triton's language of layouts.
+
+For Hopper only. One warp loads operands and runs ahead over the tiles of its program; groups of
+four warps multiply, finish and store. What they pass to each other lies in shared memory:
+
+    ring     STAGES pairs of operands. `full` of a stage: both have come. `empty`: all products that
+             read them are done.
+    staged   pieces of 64 columns, from which the TMA stores.
+
+FORM is one of
+
+    pingpong  two groups take tiles in turns, so that one finishes while the other multiplies
+    shared    two groups share each tile, half of its rows each; what overlaps is what one is behind
+    relay     as `shared`, and two more warps finish what the groups pass on in bfloat16
+
+With a residual, `staged` is a whole tile of each group, and the residual is there first. `come` of
+a group: its tile's residual is there; `gone`: its result has left. In a relay these are of each
+piece: it is passed on, and it has been stored.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+__all__ = ["specialized"]
+
+PIECE = gl.constexpr(64)
+GROUPS = gl.constexpr(2)
+HEAD = gl.constexpr(128)
+EPSILON = gl.constexpr(1e-6)
+
+
+@gluon.aggregate
+class Task:
+    """What all warps know."""
+
+    x: tma.tensor_descriptor
+    weight: tma.tensor_descriptor
+    out: tma.tensor_descriptor
+    second: tma.tensor_descriptor
+    scale: gl.tensor
+    bias: gl.tensor
+    gate: gl.tensor
+    norms: gl.tensor
+    cos: gl.tensor
+    sin: gl.tensor
+    rows: gl.tensor
+    text_tokens: gl.tensor
+    gate_text: gl.tensor
+    gate_image: gl.tensor
+    inverse_text: gl.tensor
+    inverse_image: gl.tensor
+    factor_q: gl.tensor
+    factor_k: gl.tensor
+    factor_v: gl.tensor
+    a: gl.shared_memory_descriptor
+    b: gl.shared_memory_descriptor
+    staged: gl.shared_memory_descriptor
+    vectors: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    come: gl.shared_memory_descriptor
+    gone: gl.shared_memory_descriptor
+    COLUMNS: gl.constexpr
+    STEPS: gl.constexpr
+    DEPTH: gl.constexpr
+    TILE_ROWS: gl.constexpr
+    TILE_COLUMNS: gl.constexpr
+    PART_ROWS: gl.constexpr
+    PIECES: gl.constexpr
+    STAGES: gl.constexpr
+    EPILOGUE: gl.constexpr
+    SPLIT: gl.constexpr
+    GROUPED: gl.constexpr
+    SCALED: gl.constexpr
+    TURN: gl.constexpr
+    VECTORS: gl.constexpr
+    FORM: gl.constexpr
+
+    @gluon.jit
+    def place(self, tile):
+        """First row and column of a tile. Those of one column of tiles follow each other."""
+        down = gl.cdiv(self.rows, self.TILE_ROWS)
+        return tile % down * self.TILE_ROWS, tile // down * self.TILE_COLUMNS
+
+    @gluon.jit
+    def tiles(self):
+        return gl.cdiv(self.rows, self.TILE_ROWS) * (self.COLUMNS // self.TILE_COLUMNS)
+
+    @gluon.jit
+    def group(self, row):
+        """Of the weights: text's lie above those of the image, and no tile holds both."""
+        group = 0
+        if self.GROUPED:
+            group = gl.where(row < self.text_tokens, 0, 1)
+        return group
+
+
+@gluon.jit
+def _next(slot, phase, STAGES: gl.constexpr):
+    """The stage after this one, and the parity of its turn."""
+    last = slot == STAGES - 1
+    return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def _produce(task):
+    """Load operands, and residuals, of all tiles of this program."""
+    PARTS: gl.constexpr = task.TILE_ROWS // task.PART_ROWS
+    operands: gl.constexpr = task.PART_ROWS * PARTS + task.TILE_COLUMNS
+    slot, phase, turn = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    for tile in range(gl.program_id(0), task.tiles(), gl.num_programs(0)):
+        row, column = task.place(tile)
+        first = task.group(row) * task.COLUMNS + column
+        for k in range(task.STEPS):
+            mbarrier.wait(task.empty.index(slot), phase ^ 1)
+            full = task.full.index(slot)
+            mbarrier.expect(full, operands * 128)
+            for part in gl.static_range(PARTS):
+                at = [row + part * task.PART_ROWS, k * task.DEPTH]
+                tma.async_load(task.x, at, full, task.a.index(slot * PARTS + part))
+            tma.async_load(task.weight, [first, k * task.DEPTH], full, task.b.index(slot))
+            slot, phase = _next(slot, phase, task.STAGES)
+        if task.EPILOGUE == "residual":
+            # Behind the operands: a residual must not hold up the products before it.
+            if task.FORM == "pingpong":
+                _load_residual(task, row, column, turn % GROUPS, turn // GROUPS)
+            else:
+                for group in gl.static_range(GROUPS):
+                    _load_residual(task, row + group * task.PART_ROWS, column, group, turn)
+        turn += 1
+
+
+@gluon.jit
+def _load_residual(task, row, column, group, turn):
+    mbarrier.wait(task.gone.index(group), (turn & 1) ^ 1)
+    come = task.come.index(group)
+    mbarrier.expect(come, task.PART_ROWS * task.TILE_COLUMNS * 2)
+    for piece in gl.static_range(task.PIECES):
+        at = [row, column + piece * PIECE]
+        tma.async_load(task.out, at, come, task.staged.index(group * task.PIECES + piece))
+
+
+@gluon.jit
+def _consume(task, GROUP: gl.constexpr):
+    """Multiply, and finish or pass on, this group's tiles, or its rows of all tiles."""
+    programs = gl.num_programs(0)
+    if task.FORM == "pingpong":
+        for tile in range(gl.program_id(0) + GROUP * programs, task.tiles(), GROUPS * programs):
+            turn = (tile - gl.program_id(0)) // programs
+            _compute(task, tile, turn, turn // GROUPS, GROUP, 0)
+    else:
+        for tile in range(gl.program_id(0), task.tiles(), programs):
+            turn = (tile - gl.program_id(0)) // programs
+            _compute(task, tile, turn, turn, GROUP, GROUP)
+    # Shared memory has to stay until the TMA has read the last pieces.
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _compute(task, tile, turn, own_turn, GROUP: gl.constexpr, PART: gl.constexpr):
+    """One tile: the program's `turn`th, and the `own_turn`th of this group."""
+    row, column = task.place(tile)
+    text = row < task.text_tokens
+    # What columns are multiplied with comes while products are computed.
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    columns = column + gl.arange(0, task.TILE_COLUMNS, flat)
+    places = task.group(row) * task.COLUMNS + columns
+    addend = gl.load(task.bias + places)
+    if task.SCALED:
+        factor = gl.load(task.scale + places)
+    if task.EPILOGUE == "residual":
+        gate_row = gl.where(text, task.gate_text, task.gate_image)
+        gate = gl.load(task.gate + gate_row * task.COLUMNS + columns)
+        addend *= gate
+        if task.SCALED:
+            factor *= gate
+        else:
+            factor = gate
+    total = _multiply(task, turn * task.STEPS, PART)
+    task.vectors.index(GROUP * task.VECTORS).store(addend)
+    if task.VECTORS == 2:
+        task.vectors.index(GROUP * task.VECTORS + 1).store(factor)
+    row += PART * task.PART_ROWS
+    if task.FORM == "relay":
+        _pass_on(task, total, row, column, own_turn, GROUP)
+    else:
+        inverse = gl.where(text, task.inverse_text, task.inverse_image)
+        _finish(task, total, row, column, inverse, own_turn, GROUP)
+
+
+@gluon.jit
+def _multiply(task, first, PART: gl.constexpr):
+    """The sums of a tile whose operands come with the `first` load, counted over all tiles."""
+    PARTS: gl.constexpr = task.TILE_ROWS // task.PART_ROWS
+    deep: gl.constexpr = 256 // task.x.dtype.primitive_bitwidth
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, task.TILE_COLUMNS, deep])
+    total = gl.zeros([task.PART_ROWS, task.TILE_COLUMNS], gl.float32, layout)
+    slot, phase = first % task.STAGES, first // task.STAGES & 1
+    before = slot
+    for k in range(task.STEPS):
+        mbarrier.wait(task.full.index(slot), phase)
+        a, b = task.a.index(slot * PARTS + PART), task.b.index(slot).permute((1, 0))
+        token = warpgroup_mma(a, b, total, use_acc=k > 0, is_async=True)
+        # All but this step's products are done.
+        total = warpgroup_mma_wait(1, deps=(token,))
+        mbarrier.arrive(task.empty.index(before), pred=k > 0)
+        before = slot
+        slot, phase = _next(slot, phase, task.STAGES)
+    total = warpgroup_mma_wait(0, deps=(total,))
+    mbarrier.arrive(task.empty.index(before))
+    return total
+
+
+@gluon.jit
+def _pieces(x, COUNT: gl.constexpr):
+    """Equal shares of the columns, which no thread has to send to another."""
+    shares = (x,)
+    if COUNT > 1:
+        left, right = x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+        shares = _pieces(left, COUNT // 2) + _pieces(right, COUNT // 2)
+    return shares
+
+
+@gluon.jit
+def _sums(task, total, NUMBER: gl.constexpr, GROUP: gl.constexpr):
+    """A piece of x Wᵀ · scale + bias, all times the gate, as a product of so many columns lies."""
+    layout: gl.constexpr = _piece_layout(256 // task.x.dtype.primitive_bitwidth)
+    y = gl.convert_layout(_pieces(total, task.PIECES)[NUMBER], layout, assert_trivial=True)
+    if task.VECTORS == 2:
+        y *= _vector(task, GROUP * task.VECTORS + 1, NUMBER, layout)
+    return y + _vector(task, GROUP * task.VECTORS, NUMBER, layout)
+
+
+@gluon.jit
+def _vector(task, WHICH: gl.constexpr, NUMBER: gl.constexpr, LAYOUT: gl.constexpr):
+    """What a piece's columns are multiplied with, or what is added to them."""
+    kept = task.vectors.index(WHICH).slice(NUMBER * PIECE, PIECE)
+    return kept.load(gl.SliceLayout(0, LAYOUT))[None, :]
+
+
+@gluon.jit
+def _finish(task, total, row, column, inverse, turn, GROUP: gl.constexpr):
+    """What follows the products, piece by piece."""
+    if task.EPILOGUE == "residual":
+        mbarrier.wait(task.come.index(GROUP), turn & 1)
+        for piece in gl.static_range(task.PIECES):
+            staged = task.staged.index(GROUP * task.PIECES + piece)
+            y = _sums(task, total, piece, GROUP)
+            y += staged.load(y.type.layout).to(gl.float32)
+            _store(task.out, staged, y, row, column + piece * PIECE)
+        tma.store_wait(0)
+        mbarrier.arrive(task.gone.index(GROUP))
+    elif task.EPILOGUE == "gelu":
+        _finish_gelu(task, task.out, total, row, column, inverse, GROUP)
+    elif task.EPILOGUE == "plain":
+        _finish_plain(task, total, row, column, GROUP)
+    else:
+        if column < task.SPLIT:
+            _finish_plain(task, total, row, column, GROUP)
+        else:
+            _finish_gelu(task, task.second, total, row, column - task.SPLIT, inverse, GROUP)
+
+
+@gluon.jit
+def _finish_gelu(task, out, total, row, column, inverse, GROUP: gl.constexpr):
+    for piece in gl.static_range(task.PIECES):
+        y = _gelu(_sums(task, total, piece, GROUP), inverse, out.dtype.primitive_bitwidth == 8)
+        _store(out, _free_stage(task, piece, GROUP), y, row, column + piece * PIECE)
+
+
+@gluon.jit
+def _finish_plain(task, total, row, column, GROUP: gl.constexpr):
+    for piece in gl.static_range(task.PIECES):
+        y = _plain(task, total, row, column, piece, GROUP)
+        _store(task.out, _free_stage(task, piece, GROUP), y, row, column + piece * PIECE)
+
+
+@gluon.jit
+def _plain(task, total, row, column, NUMBER: gl.constexpr, GROUP: gl.constexpr):
+    """A piece as it is stored; with TURN each two are a head."""
+    y = _sums(task, total, NUMBER, GROUP)
+    if task.TURN:
+        other = _sums(task, total, NUMBER ^ 1, GROUP)
+        part = (column + NUMBER * PIECE) // (task.SPLIT // 3)
+        if part < 2:
+            spread = gl.rsqrt(gl.sum(y * y + other * other, 1) * (1.0 / HEAD) + EPSILON)
+            y = _turned(task, y, spread, row, part, NUMBER % 2 * PIECE)
+        others = gl.where(part == 1, task.factor_k, task.factor_v)
+        y *= gl.where(part == 0, task.factor_q, others)
+    return y
+
+
+@gluon.jit
+def _free_stage(task, NUMBER: gl.constexpr, GROUP: gl.constexpr):
+    """One of two buffers in turns: what the TMA stored from it before the last has left."""
+    tma.store_wait(1)
+    return task.staged.index(GROUP * 2 + NUMBER % 2)
+
+
+@gluon.jit
+def _turned(task, y, spread, row, part, CHANNEL: gl.constexpr):
+    """Columns of a head, from this channel on, after its norm, and RoPE of each pair."""
+    rows: gl.constexpr = y.shape[0]
+    width: gl.constexpr = y.shape[1]
+    layout: gl.constexpr = y.type.layout
+    if rows * width > 2048:
+        # In two halves: there are no registers for more angles.
+        left, right = y.reshape(rows, 2, width // 2).permute(0, 2, 1).split()
+        left = _turned(task, left, spread, row, part, CHANNEL)
+        right = _turned(task, right, spread, row, part, CHANNEL + width // 2)
+        y = gl.join(left, right).permute(0, 2, 1).reshape(rows, width)
+    else:
+        spread = gl.convert_layout(spread, gl.SliceLayout(1, layout), assert_trivial=True)
+        channels = CHANNEL + gl.arange(0, width, gl.SliceLayout(0, layout))
+        weight = gl.load(task.norms + (2 * task.group(row) + part) * HEAD + channels)
+        y *= spread[:, None] * weight[None, :]
+        a, b = y.reshape(rows, width // 2, 2).split()
+        pairs: gl.constexpr = a.type.layout
+        lines = row + gl.arange(0, rows, gl.SliceLayout(1, pairs))
+        # Both channels of a pair have the same angle.
+        firsts = CHANNEL + 2 * gl.arange(0, width // 2, gl.SliceLayout(0, pairs))
+        places = lines[:, None] * HEAD + firsts[None, :]
+        known = (lines < task.rows)[:, None]
+        c = gl.load(task.cos + places, mask=known, other=0.0)
+        s = gl.load(task.sin + places, mask=known, other=0.0)
+        y = gl.join(a * c - b * s, b * c + a * s).reshape(rows, width)
+    return gl.convert_layout(y, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _pass_on(task, total, row, column, turn, GROUP: gl.constexpr):
+    """Leave a tile's sums to the warps that finish them; heads need what lies here, and are done.
+
+    Those warps read what else is passed on in bfloat16, whatever it becomes.
+    """
+    if task.EPILOGUE == "plain":
+        _pass_plain(task, total, row, column, turn, GROUP)
+    elif task.EPILOGUE == "gelu":
+        _pass_sums(task, total, turn, GROUP)
+    else:
+        if column < task.SPLIT:
+            _pass_plain(task, total, row, column, turn, GROUP)
+        else:
+            _pass_sums(task, total, turn, GROUP)
+
+
+@gluon.jit
+def _pass_sums(task, total, turn, GROUP: gl.constexpr):
+    for piece in gl.static_range(task.PIECES):
+        y = _sums(task, total, piece, GROUP).to(gl.bfloat16)
+        _pass(task, task.staged.index(GROUP * task.PIECES + piece), y, turn, piece, GROUP)
+
+
+@gluon.jit
+def _pass_plain(task, total, row, column, turn, GROUP: gl.constexpr):
+    for piece in gl.static_range(task.PIECES):
+        y = _plain(task, total, row, column, piece, GROUP).to(task.out.dtype)
+        staged = _typed(task.staged.index(GROUP * task.PIECES + piece), task.out)
+        _pass(task, staged, y, turn, piece, GROUP)
+
+
+@gluon.jit
+def _pass(task, staged, y, turn, NUMBER: gl.constexpr, GROUP: gl.constexpr):
+    mbarrier.wait(task.gone.index(GROUP * task.PIECES + NUMBER), (turn & 1) ^ 1)
+    staged.store(y)
+    fence_async_shared()
+    mbarrier.arrive(task.come.index(GROUP * task.PIECES + NUMBER))
+
+
+@gluon.constexpr_function
+def _link(n, pieces):
+    """The `n`th of a tile's pieces, of both groups in turns, among all that are passed on."""
+    return n % 2 * pieces + n // 2
+
+
+@gluon.jit
+def _relay(task):
+    """Finish and store what the others have passed on."""
+    turn = gl.to_tensor(0)
+    for tile in range(gl.program_id(0), task.tiles(), gl.num_programs(0)):
+        row, column = task.place(tile)
+        inverse = gl.where(row < task.text_tokens, task.inverse_text, task.inverse_image)
+        if task.EPILOGUE == "gelu":
+            _relay_gelu(task, task.out, row, column, inverse, turn)
+        elif task.EPILOGUE == "plain":
+            _relay_plain(task, row, column, turn)
+        else:
+            if column < task.SPLIT:
+                _relay_plain(task, row, column, turn)
+            else:
+                _relay_gelu(task, task.second, row, column - task.SPLIT, inverse, turn)
+        turn += 1
+
+
+@gluon.jit
+def _relay_gelu(task, out, row, column, inverse, turn):
+    for n in gl.static_range(GROUPS * task.PIECES):
+        mbarrier.wait(task.come.index(_link(n, task.PIECES)), turn & 1)
+        staged = task.staged.index(_link(n, task.PIECES))
+        y = _gelu(
+            staged.load(_row_layout()).to(gl.float32), inverse, out.dtype.primitive_bitwidth == 8
+        )
+        _store(out, staged, y, row + n % GROUPS * task.PART_ROWS, column + n // GROUPS * PIECE)
+        _release(task, n)
+    _release_last(task)
+
+
+@gluon.jit
+def _relay_plain(task, row, column, turn):
+    for n in gl.static_range(GROUPS * task.PIECES):
+        mbarrier.wait(task.come.index(_link(n, task.PIECES)), turn & 1)
+        staged = _typed(task.staged.index(_link(n, task.PIECES)), task.out)
+        at_row, at = row + n % GROUPS * task.PART_ROWS, column + n // GROUPS * PIECE
+        tma.async_store(task.out, [at_row, at], staged)
+        _release(task, n)
+    _release_last(task)
+
+
+@gluon.jit
+def _release(task, NUMBER: gl.constexpr):
+    """The piece before this one has been read."""
+    if NUMBER > 0:
+        tma.store_wait(1)
+        mbarrier.arrive(task.gone.index(_link(NUMBER - 1, task.PIECES)))
+
+
+@gluon.jit
+def _release_last(task):
+    tma.store_wait(0)
+    mbarrier.arrive(task.gone.index(GROUPS * task.PIECES - 1))
+
+
+@gluon.constexpr_function
+def _row_layout():
+    """Eight columns of a row in each thread of two warps."""
+    return gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def _piece_layout(deep):
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, deep])
+
+
+@gluon.jit
+def _store(out, staged, y, row, column):
+    """Through shared memory, by the TMA, which leaves out rows that the tensor does not have."""
+    staged = _typed(staged, out)
+    staged.store(y.to(out.dtype))
+    fence_async_shared()
+    tma.async_store(out, [row, column], staged)
+
+
+@gluon.jit
+def _typed(staged, out):
+    """A place for a piece, with numbers of the type of a tensor."""
+    if staged.dtype != out.dtype:
+        staged = staged.reinterpret(out.dtype, out.block_shape, out.layout)
+    return staged
+
+
+@gluon.jit
+def _gelu(y, inverse, NARROW: gl.constexpr):
+    """GELU(y) · inverse, in one operation of the special function unit where 8 bits are enough."""
+    if NARROW:
+        half = 0.5 * inverse * y
+        y = half + half * _tanh(y * (0.7978845608 + 0.03567740814 * (y * y)))
+    else:
+        # y · sigmoid(2u), with the powers of 2.
+        power = _power_of_2(y * (-2.302208198 - 0.1029432396 * (y * y)))
+        y = y * inverse * _reciprocal(1.0 + power)
+    return y
+
+
+@gluon.jit
+def _power_of_2(x):
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _reciprocal(x):
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _tanh(x):
+    return gl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def specialized(
+    x, weight, out, second, scale, bias, gate, norms, cos, sin, rows, text_tokens, gate_text,
+    gate_image, inverse_text, inverse_image, factor_q, factor_k, factor_v,
+    COLUMNS: gl.constexpr, INNER: gl.constexpr, TILE_ROWS: gl.constexpr,
+    TILE_COLUMNS: gl.constexpr, DEPTH: gl.constexpr, EPILOGUE: gl.constexpr, SPLIT: gl.constexpr,
+    GROUPED: gl.constexpr, SCALED: gl.constexpr, TURN: gl.constexpr, FORM: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """As `engines.native.kernels.linear`, for tiles that divide the columns and their split."""
+    gl.static_assert(COLUMNS % TILE_COLUMNS == 0 and SPLIT % TILE_COLUMNS == 0)
+    gl.static_assert(FORM != "relay" or EPILOGUE != "residual")
+    PART_ROWS: gl.constexpr = x.block_shape[0]
+    PIECES: gl.constexpr = TILE_COLUMNS // PIECE
+    whole: gl.constexpr = EPILOGUE == "residual" or FORM == "relay"
+    wide: gl.constexpr = FORM == "relay" or second.dtype == gl.bfloat16
+    kept: gl.constexpr = gl.bfloat16 if wide else out.dtype
+    kept_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PART_ROWS, PIECE], kept)
+    links: gl.constexpr = GROUPS * PIECES if FORM == "relay" else GROUPS
+    PARTS: gl.constexpr = TILE_ROWS // PART_ROWS
+    buffers: gl.constexpr = GROUPS * PIECES if whole else GROUPS * 2
+    a = gl.allocate_shared_memory(x.dtype, [STAGES * PARTS, PART_ROWS, DEPTH], x.layout)
+    b = gl.allocate_shared_memory(weight.dtype, [STAGES, TILE_COLUMNS, DEPTH], weight.layout)
+    staged = gl.allocate_shared_memory(kept, [buffers, PART_ROWS, PIECE], kept_layout)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    count: gl.constexpr = 2 if SCALED or EPILOGUE == "residual" else 1
+    vectors = gl.allocate_shared_memory(gl.float32, [GROUPS * count, TILE_COLUMNS], flat)
+    full = mbarrier.allocate_mbarrier(batch=STAGES)
+    empty = mbarrier.allocate_mbarrier(batch=STAGES)
+    come = mbarrier.allocate_mbarrier(batch=links)
+    gone = mbarrier.allocate_mbarrier(batch=links)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=PARTS)
+    for link in gl.static_range(links):
+        mbarrier.init(come.index(link), count=1)
+        mbarrier.init(gone.index(link), count=1)
+    fence_async_shared()
+    steps: gl.constexpr = (INNER + DEPTH - 1) // DEPTH
+    task = Task(  # type: ignore[call-arg]
+        x, weight, out, second, scale, bias, gate, norms, cos, sin, rows, text_tokens, gate_text,
+        gate_image, inverse_text, inverse_image, factor_q, factor_k, factor_v,
+        a, b, staged, vectors, full, empty, come, gone,
+        COLUMNS, steps, DEPTH, TILE_ROWS, TILE_COLUMNS, PART_ROWS, PIECES, STAGES, EPILOGUE, SPLIT,
+        GROUPED, SCALED, TURN, count, FORM,
+    )  # fmt: skip
+    # The registers of the first are what the others leave.
+    if FORM == "relay":
+        gl.warp_specialize(
+            [(_consume, (task, 0)), (_consume, (task, 1)), (_relay, (task,)), (_produce, (task,))],
+            [4, 2, 1],
+            [200, 104, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [(_consume, (task, 0)), (_consume, (task, 1)), (_produce, (task,))], [4, 1], [240, 24]
+        )
