@@ -82,7 +82,7 @@ def _compile(spec: KernelSpec) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from triton.experimental.gluon import GluonASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     from engines.native import kernels, linear
 

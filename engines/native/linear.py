@@ -28,6 +28,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+try:
+    from triton.experimental.gluon import aggregate
+except ImportError:  # before Triton 3.9
+    from triton.language.core import _aggregate as aggregate
+
 __all__ = ["specialized"]
 
 PIECE = gl.constexpr(64)
@@ -36,7 +41,7 @@ HEAD = gl.constexpr(128)
 EPSILON = gl.constexpr(1e-6)
 
 
-@gluon.aggregate
+@aggregate
 class Task:
     """What all warps know."""
 
