@@ -367,19 +367,11 @@ def norms() -> Iterator[Result]:
         expected = F.layer_norm(x.float(), (WIDTH,), eps=1e-6) * (1 + gain) + shift
         work, shape = x.nbytes + rows * WIDTH * kind.itemsize, f"{rows} tokens"
 
-        def build(
-            program: tuple[int, int],
-            x: Tensor = x,
-            modulation: Tensor = modulation,
-            kind: torch.dtype = kind,
-        ) -> Contender:
-            out = torch.full(x.shape, float("nan"), device="cuda").to(kind)
-            run = native_kernels.norm(x, out, modulation, TEXT, program)
-            return Contender(run, partial(torch.Tensor.float, out))
-
-        builds: dict[str, Build] = {
-            f"{r} rows, {w} warps": partial(build, (r, w)) for r, w in native_kernels.NORMS
-        }
+        out = torch.full(x.shape, float("nan"), device="cuda").to(kind)
+        contender = Contender(
+            native_kernels.norm(x, out, modulation, TEXT), partial(torch.Tensor.float, out)
+        )
+        builds: dict[str, Build] = {"": partial(_same, contender)}
         yield from _measure(f"native, norm, {kind}", shape, work, builds, expected, 0.05)
 
         joint, turn = _random(rows, 3, WIDTH // HEAD_DIM, HEAD_DIM), _turn(rows)
@@ -477,7 +469,7 @@ def graphs() -> Iterator[Any]:
     stream = cuda.create_stream()
     with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
         runs = [
-            native_kernels.norm(x, normed, modulation, TEXT, native_kernels.NORMS[0]),
+            native_kernels.norm(x, normed, modulation, TEXT),
             native_kernels.attention(joint, mixed, native_kernels.step_of(1, 1, 1, 1)),
         ]
         for run in runs:

@@ -35,7 +35,6 @@ from engines.native.specs import (
 )
 
 __all__ = [
-    "NORMS",
     "SPECIALIZED",
     "TILES",
     "Turn",
@@ -208,17 +207,12 @@ def linear(
     return _launcher(spec, (min(tiles, programs), 1), given)
 
 
-NORMS = ((1, 4), (2, 4), (2, 8), (4, 8), (8, 16))
-"""Rows and warps of a program of `norm`."""
-
-
-def norm(x: Tensor, out: Tensor, modulation: Tensor, text: int, program: tuple[int, int]) -> Run:
+def norm(x: Tensor, out: Tensor, modulation: Tensor, text: int) -> Run:
     """LayerNorm of x [T,D]; rows 0 and 1 of the modulation are text's shift and gain, then 2, 3."""
     given: dict[str, Argument] = {
         "x": _pointer(x),
         "out": _pointer(out),
         "modulation": _pointer(modulation),
-        "rows": ("i32", len(x)),
         "text_tokens": ("i32", text),
         "shift_text": ("i32", 0),
         "gain_text": ("i32", 1),
@@ -227,8 +221,8 @@ def norm(x: Tensor, out: Tensor, modulation: Tensor, text: int, program: tuple[i
         "inverse_text": ("fp32", 1.0),
         "inverse_image": ("fp32", 1.0),
     }
-    spec = norm_spec(KINDS[out.dtype], x.shape[1], out.shape[1], *program)
-    return _launcher(spec, (-(-len(x) // program[0]), 1), given)
+    spec = norm_spec(KINDS[out.dtype], x.shape[1], out.shape[1])
+    return _launcher(spec, (len(x), 1), given)
 
 
 def rope(joint: Tensor, out: Tensor, turn: Turn, text: int) -> Run:
@@ -281,8 +275,7 @@ def specs() -> Iterator[KernelSpec]:
             for tile in tiles(epilogue, turned is not None, specialized):
                 yield _linear_spec(kind, columns, inner, epilogue, split, turned, tile)
     for kind in ("fp8", "bf16"):
-        for program in NORMS:
-            yield norm_spec(kind, WIDTH, WIDTH, *program)
+        yield norm_spec(kind, WIDTH, WIDTH)
         yield rope_spec(kind, WIDTH, HEAD_DIM)
 
 

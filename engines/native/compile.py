@@ -63,8 +63,7 @@ def compile_spec(spec: KernelSpec) -> tuple[Kernel, bytes]:
         high, wide = meta["block_size"]
         boxes.append(TensorBox(high, wide, meta["swizzle"]))
     constants = spec.constants
-    rows = int(constants.get("TILE_ROWS", constants.get("ROWS", 1)))
-    tile = (rows, int(constants.get("TILE_COLUMNS", 1)))
+    tile = (int(constants.get("TILE_ROWS", 1)), int(constants.get("TILE_COLUMNS", 1)))
     kernel = Kernel(
         spec.name,
         spec.function,

@@ -32,25 +32,22 @@ def convert(
 
 @triton.jit
 def norm(
-    x, out, modulation, rows, text_tokens, shift_text, shift_image, gain_text, gain_image,
+    x, out, modulation, text_tokens, shift_text, shift_image, gain_text, gain_image,
     inverse_text, inverse_image,
-    WIDTH: tl.constexpr, OUT_STRIDE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, OUT_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """LayerNorm, then · (1 + gain) + shift, of ROWS rows by each program, all of one stream."""
-    first = tl.program_id(0) * ROWS
-    row = (first + tl.arange(0, ROWS))[:, None]
-    columns = tl.arange(0, BLOCK)[None, :]
-    inside = (columns < WIDTH) & (row < rows)
-    text = first < text_tokens
+    """LayerNorm, then · (1 + gain) + shift: a program for each row."""
+    row = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    text = row < text_tokens
     shift_row = tl.where(text, shift_text, shift_image)
     gain_row = tl.where(text, gain_text, gain_image)
     value = tl.load(x + row * WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
-    known = columns < WIDTH
-    gain = tl.load(modulation + gain_row * WIDTH + columns, mask=known, other=0.0)
-    shift = tl.load(modulation + shift_row * WIDTH + columns, mask=known, other=0.0)
-    mean = tl.sum(value, 1, keep_dims=True) / WIDTH
-    centred = tl.where(inside, value - mean, 0.0)
-    spread = tl.rsqrt(tl.sum(centred * centred, 1, keep_dims=True) / WIDTH + EPSILON)
+    gain = tl.load(modulation + gain_row * WIDTH + columns, mask=inside, other=0.0)
+    shift = tl.load(modulation + shift_row * WIDTH + columns, mask=inside, other=0.0)
+    centred = tl.where(inside, value - tl.sum(value) / WIDTH, 0.0)
+    spread = tl.rsqrt(tl.sum(centred * centred) / WIDTH + EPSILON)
     value = centred * spread * (1.0 + gain) + shift
     value *= tl.where(text, inverse_text, inverse_image)
     tl.store(out + row * OUT_STRIDE + columns, value.to(out.dtype.element_ty), mask=inside)

@@ -101,7 +101,7 @@ class _Lister:
         elif isinstance(step, Rope):
             yield self._rope(step, kernel)
         elif isinstance(step, Norm):
-            yield from self._norms(step, kernel)
+            yield self._norm(step, kernel)
         else:
             yield self._convert(step, kernel)
 
@@ -115,21 +115,20 @@ class _Lister:
         }
         return Launch(kernel, (count, 1), given)
 
-    def _norms(self, step: Norm, kernel: Kernel) -> Iterator[Launch]:
-        for first, count, text in self._streams(step.rows, kernel):
-            given: dict[str, Argument] = {
-                "x": self._pointer(step.x, first),
-                "out": self._pointer(step.out, first),
-                "modulation": ("pointer", self.address("modulation")),
-                "rows": ("i32", count),
-                "text_tokens": ("i32", text),
-                "shift_text": ("i32", step.shift[0]),
-                "shift_image": ("i32", step.shift[1]),
-                "gain_text": ("i32", step.gain[0]),
-                "gain_image": ("i32", step.gain[1]),
-                **_inverses(step.scale),
-            }
-            yield Launch(kernel, (-(-count // kernel.tile[0]), 1), given)
+    def _norm(self, step: Norm, kernel: Kernel) -> Launch:
+        first, count, text = self._rows(step.rows)
+        given: dict[str, Argument] = {
+            "x": self._pointer(step.x, first),
+            "out": self._pointer(step.out, first),
+            "modulation": ("pointer", self.address("modulation")),
+            "text_tokens": ("i32", text),
+            "shift_text": ("i32", step.shift[0]),
+            "shift_image": ("i32", step.shift[1]),
+            "gain_text": ("i32", step.gain[0]),
+            "gain_image": ("i32", step.gain[1]),
+            **_inverses(step.scale),
+        }
+        return Launch(kernel, (count, 1), given)
 
     def _rope(self, step: Rope, kernel: Kernel) -> Launch:
         given: dict[str, Argument] = {
@@ -156,15 +155,11 @@ class _Lister:
         }
 
     def _linears(self, step: Linear, turn: Rope | None, kernel: Kernel) -> Iterator[Launch]:
-        streams = self._streams(step.rows, kernel) if step.grouped else [self._rows(step.rows)]
+        """One launch, or two where a tile would have rows of both streams' weights."""
+        apart = step.grouped and step.rows == "all" and self.sizes.text % kernel.tile[0]
+        streams: tuple[Rows, ...] = ("text", "image") if apart else (step.rows,)
         for rows in streams:
-            yield self._linear(step, turn, kernel, *rows)
-
-    def _streams(self, rows: Rows, kernel: Kernel) -> list[tuple[int, int, int]]:
-        """The rows of one launch, or of two where a program would have rows of both streams."""
-        if rows == "all" and self.sizes.text % kernel.tile[0]:
-            return [self._rows("text"), self._rows("image")]
-        return [self._rows(rows)]
+            yield self._linear(step, turn, kernel, *self._rows(rows))
 
     def _linear(
         self, step: Linear, turn: Rope | None, kernel: Kernel, first: int, count: int, text: int

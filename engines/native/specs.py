@@ -50,7 +50,6 @@ PARAMETERS: dict[str, Mapping[str, str]] = {
         "x": "pointer",
         "out": "pointer",
         "modulation": "pointer",
-        "rows": "i32",
         "text_tokens": "i32",
         "shift_text": "i32",
         "shift_image": "i32",
@@ -282,15 +281,10 @@ def convert_spec(x: Kind, out: Kind, columns: int, stride: int, out_stride: int)
     return KernelSpec("convert", {"x": x, "out": out}, constants, 4)
 
 
-def norm_spec(out: Kind, width: int, out_stride: int, rows: int = 4, warps: int = 8) -> KernelSpec:
-    """LayerNorm of bfloat16 rows of `width`, of `rows` by each program."""
-    constants = {
-        "WIDTH": width,
-        "OUT_STRIDE": out_stride,
-        "BLOCK": _power_of_2(width),
-        "ROWS": rows,
-    }
-    return KernelSpec("norm", {"x": "bf16", "out": out, "modulation": "f32"}, constants, warps)
+def norm_spec(out: Kind, width: int, out_stride: int) -> KernelSpec:
+    """LayerNorm of bfloat16 rows of `width`."""
+    constants = {"WIDTH": width, "OUT_STRIDE": out_stride, "BLOCK": _power_of_2(width)}
+    return KernelSpec("norm", {"x": "bf16", "out": out, "modulation": "f32"}, constants, 4)
 
 
 def rope_spec(out: Kind, width: int, head_dim: int) -> KernelSpec:
@@ -308,14 +302,18 @@ def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+_HEAD = 128
+"""Channels of the heads that a linear norms and turns itself: half of a tile."""
+
+
 def _linear(plan: Plan, step: Linear, turn: Rope | None) -> KernelSpec:
     """The kernel of a linear, which also does `turn` where it can."""
 
     def kind(place: Place | None) -> Kind:
         return plan.buffer((place or step.out).buffer).kind
 
-    tile = choose_tile(step.columns, step.split, 0 if turn is None else plan.head_dim)
-    turns = turn is not None and tile.columns // 2 == plan.head_dim and turn.x == step.out
+    turns = turn is not None and plan.head_dim == _HEAD and turn.x == step.out
+    tile = choose_tile(kind(step.x), step.columns, step.inner, step.epilogue, step.split, turns)
     out = plan.buffer(turn.out.buffer).kind if turn is not None and turns else kind(step.out)
     return linear_spec(
         kind(step.x),
@@ -407,14 +405,20 @@ def _specialized_spec(
     return KernelSpec("specialized", types, constants, 4, boxes=boxes)
 
 
-def choose_tile(columns: int, split: int, head_dim: int) -> Tile:
+def choose_tile(x: Kind, columns: int, inner: int, epilogue: str, split: int, turn: bool) -> Tile:
     """The tile of a linear: one whose halves lie on one side of the split.
 
-    `head_dim` is that of heads which the linear makes, 0 where it makes none. As measured on an
-    H100: wide tiles are faster, and narrow ones where there are too few wide ones to go round.
+    The fastest at FLUX.1's sizes on an H100 (`benchmarks/gpu_kernels.py`). With `turn` half a tile
+    is a head of 128.
     """
-    if head_dim == 128 or (columns > 4096 and split % 128 == 0):
+    if turn:
+        return Tile(128, 256, 8, 4 if epilogue == "split" or x == "bf16" else 3)
+    if split % 64 or columns < 1024:
+        return Tile(128, 64, 4, 4)
+    if epilogue == "split":
         return Tile(128, 256, 8, 3)
-    if columns >= 1024 and split % 64 == 0:
+    if epilogue == "gelu" and x == "fp8":
         return Tile(128, 128, 4, 3, programs=2)
-    return Tile(128, 64, 4, 4)
+    if epilogue == "residual" and inner > 8192 and (x == "bf16" or inner > 12288):
+        return Tile(128, 128, 4, 4, flatten=True)
+    return Tile(128, 256, 8, 3, flatten=True)

@@ -39,8 +39,7 @@ def kernel_of(spec: KernelSpec) -> Kernel:
         TensorBox(rows, min(columns, 128 // BYTES[spec.types[name]]), 3)
         for name, (rows, columns) in (spec.boxes or {}).items()
     )
-    rows = int(spec.constants.get("TILE_ROWS", spec.constants.get("ROWS", 1)))
-    tile = rows, int(spec.constants.get("TILE_COLUMNS", 1))
+    tile = int(spec.constants.get("TILE_ROWS", 1)), int(spec.constants.get("TILE_COLUMNS", 1))
     return Kernel(spec.name, spec.function, "entry", 128, 0, boxes, tile, spec.programs)
 
 
