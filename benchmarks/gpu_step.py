@@ -26,13 +26,14 @@ WORKER = Path(__file__).with_name("gpu_step_worker.py")
 
 CONTENDERS = {
     "weights": 90,
-    "native-bf16": 40,
-    "native-fp8-linears": 40,
-    "native-fp8": 40,
+    "native-fp8": 45,
+    "native-bf16": 60,
+    "compile-blocks-cudnn": 70,
+    "compile-blocks-fp8-cudnn": 90,
     "eager": 40,
-    "compile": 150,
-    "compile-cudnn": 150,
-    "compile-fp8-cudnn": 200,
+    "compile-blocks": 70,
+    "native-fp8-linears": 45,
+    "compile": 180,
 }
 """In this order, and the seconds that each may take at most."""
 
@@ -67,16 +68,15 @@ def main(
             write_plan(folder, double_blocks, single_blocks, precision)
     started = time.monotonic()
     results: list[dict[str, Any]] = []
-    for size in sizes:
-        for name in names or CONTENDERS:
-            limit = min(CONTENDERS[name], seconds - (time.monotonic() - started))
-            command = [sys.executable, str(WORKER), name, str(folder)]
-            command += [str(double_blocks), str(single_blocks), str(size)]
-            for found in run_stage(command, limit):
-                results.append({"size": size, "contender": name} | found)
-                print(json.dumps(results[-1]), flush=True)
-                if json_file is not None:
-                    json_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    for name in names or CONTENDERS:
+        limit = min(CONTENDERS[name], seconds - (time.monotonic() - started))
+        command = [sys.executable, str(WORKER), name, str(folder)]
+        command += [str(n) for n in (double_blocks, single_blocks, *sizes)]
+        for found in run_stage(command, limit):
+            results.append({"contender": name} | found)
+            print(json.dumps(results[-1]), flush=True)
+            if json_file is not None:
+                json_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     Console(width=110).print(table_of(results))
 
 
@@ -91,7 +91,7 @@ def table_of(results: list[dict[str, Any]]) -> Table:
     for found in results:
         if "step_ms" not in found:
             if "failure" in found:
-                table.add_row(found["contender"], str(found["size"]), found["failure"])
+                table.add_row(found["contender"], "", found["failure"])
             continue
         if found["throttled"] & HEAT:
             table.add_row(found["what"], str(found["size"]), "slowed down by heat: not shown")

@@ -1,27 +1,31 @@
 """One contender of `gpu_step.py`, alone on the GPU.
 
-    python gpu_step_worker.py CONTENDER FOLDER DOUBLE_BLOCKS SINGLE_BLOCKS SIZE
+    python gpu_step_worker.py CONTENDER FOLDER DOUBLE_BLOCKS SINGLE_BLOCKS SIZE...
 
-`weights` makes a random transformer with PyTorch, and leaves in FOLDER its inputs, what it gives in
-bfloat16 and in float32, and engines with its weights. `native-PRECISION` runs one of these, without
-PyTorch. All others are peers in PyTorch. Each prints JSON objects, one a line.
+`weights` makes a random transformer with PyTorch, and leaves in FOLDER its inputs, what it gives,
+and engines with its weights. `native-PRECISION` runs one of these, without PyTorch. All others are
+peers in PyTorch. Each prints JSON objects, one a line. An error is the distance to what PyTorch
+eager gives in bfloat16, of which some thousandths are rounding.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engines.native.plan import Plan
+from engines.native.plan import Part
 
 TEXT = 512
 SECONDS = 2.5
@@ -35,14 +39,14 @@ class Task:
     folder: Path
     double_blocks: int
     single_blocks: int
-    size: int
+    sizes: tuple[int, ...]
 
-    @property
-    def image(self) -> int:
-        return (self.size // 16) ** 2
+    def image(self, size: int) -> int:
+        """Tokens of a picture."""
+        return (size // 16) ** 2
 
-    def file(self, name: str) -> Path:
-        return self.folder / f"{name}-{self.size}"
+    def file(self, name: str, size: int, kind: str) -> Path:
+        return self.folder / f"{name}-{size}.{kind}"
 
 
 class Gpu:
@@ -107,33 +111,70 @@ def relative_error(found: Any, expected: Any) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-def weights(task: Task) -> dict[str, Any]:
+def weights(task: Task) -> Iterator[dict[str, Any]]:
     """Make what the others take."""
     import gpu_peers
     import plan_files
     import torch
 
-    from engines.native.pack import write_engine
-    from fluxdeploy.progress import Progress
-
-    model, given = gpu_peers.flux(task.double_blocks, task.single_blocks, task.image, TEXT)
-    seconds = {}
+    model = None
     with torch.no_grad():
-        np.savez(_npz(task.file("inputs")), **_inputs(model, given))
-        eager = model(**given, return_dict=False)[0][0].float().cpu().numpy()
-        np.save(_npy(task.file("eager")), eager)
+        for size in task.sizes:
+            image = task.image(size)
+            model, given = gpu_peers.flux(task.double_blocks, task.single_blocks, image, TEXT)
+            np.savez(task.file("inputs", size, "npz"), **_inputs(model, given))
+            eager = model(**given, return_dict=False)[0][0].float().cpu().numpy()
+            np.save(task.file("eager", size, "npy"), eager)
+        assert model is not None
         for precision in plan_files.PRECISIONS:
-            path, begun = task.folder / f"{precision}.engine", time.monotonic()
-            if (task.folder / f"{precision}.json").exists() and not path.exists():
-                plan, metadata, cubins = plan_files.load_plan(task.folder, precision)
-                model_weights: Any = _Weights(plan, model.state_dict())
-                write_engine(path, plan, model_weights, cubins, metadata, Progress(quiet=True))
-                seconds[precision] = time.monotonic() - begun
-        model.float()
-        given = {name: x.float() for name, x in given.items()}
-        true = model(**given, return_dict=False)[0][0].cpu().numpy()
-        np.save(_npy(task.file("true")), true)
-    return {"what": "weights", "error": relative_error(eager, true), "packed_s": seconds}
+            if (task.folder / f"{precision}.json").exists():
+                begun = time.monotonic()
+                _write_engine(task.folder, precision, model.state_dict())
+                yield {"what": f"packed, {precision}", "seconds": time.monotonic() - begun}
+
+
+def _write_engine(folder: Path, precision: str, state: Mapping[str, Any]) -> None:
+    """An engine of a plan, packed on the GPU: `engines.native.pack` does it on any machine."""
+    import plan_files
+    import torch
+
+    from engines.native.file import CUBIN, PLAN, read_engine
+    from engines.native.pack import declare
+    from fluxdeploy.bundle.tensorfile import read_header, write_sparse
+
+    plan, metadata, cubins = plan_files.load_plan(folder, precision)
+    path = folder / f"{precision}.engine"
+    write_sparse(path, declare(plan, cubins), {**metadata, PLAN: plan.to_json()})
+    places = read_header(path).tensors
+    assert read_engine(path).plan.steps == plan.steps
+    narrow = {p.source for each in plan.packed for p in each.parts if p.source.endswith(".scale")}
+    with open(path, "r+b") as file, ThreadPoolExecutor(8) as pool:
+        # A few at a time: they wait in memory.
+        waiting: list[Future[int]] = []
+        for each in plan.packed:
+            packed = torch.cat([_part(state, part, each.kind, narrow) for part in each.parts])
+            data = packed.reshape(-1).view(torch.uint8).cpu().numpy()
+            waiting.append(pool.submit(os.pwrite, file.fileno(), data, places[each.name].offset))
+            if len(waiting) > 16:
+                waiting.pop(0).result()
+        for name, cubin in cubins.items():
+            os.pwrite(file.fileno(), cubin, places[f"{CUBIN}{name}"].offset)
+        for each in waiting:
+            each.result()
+
+
+def _part(state: Mapping[str, Any], part: Part, kind: str, narrow: set[str]) -> Any:
+    """A part of a packed tensor: a weight as it is or in 8 bits, its scale, or a vector."""
+    import torch
+
+    name = part.source.removesuffix(".scale")
+    weight = state[name]
+    if f"{name}.scale" not in narrow:
+        return weight.to({"f32": torch.float32, "bf16": torch.bfloat16}[kind]) * part.factor
+    scale = (weight.float().abs().amax(1) / 448).bfloat16().float()
+    if part.source != name:
+        return scale * part.factor
+    return (weight.float() / scale[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
 def _inputs(model: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -164,75 +205,28 @@ def _inputs(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     return {name: x.float().cpu().numpy() for name, x in found.items()}
 
 
-class _Weights:
-    """A model's weights as the initializers of a plan's graph, in 8 bits where that has them."""
-
-    def __init__(self, plan: Plan, state: Mapping[str, Any]) -> None:
-        self.graph = self
-        self.initializers = self
-        self._state = state
-        parts = [part for packed in plan.packed for part in packed.parts]
-        self._narrow = {
-            part.source.removesuffix(".scale") for part in parts if part.source.endswith(".scale")
-        }
-
-    def __getitem__(self, name: str) -> _Weight:
-        weight = name.removesuffix(".scale")
-        narrow = weight in self._narrow
-        return _Weight(self._state[weight], narrow, name.endswith(".scale"))
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """One of them: a weight [N,K] as it is; or in 8 bits, [K,N] as graphs have it; or its scale."""
-
-    tensor: Any
-    narrow: bool
-    is_scale: bool
-
-    @property
-    def const_value(self) -> _Weight:
-        return self
-
-    @property
-    def dtype(self) -> Any:
-        from onnx_ir import DataType
-
-        return DataType.FLOAT8E4M3FN if self.narrow and not self.is_scale else DataType.BFLOAT16
-
-    def numpy(self) -> Any:
-        import torch
-
-        if not self.narrow:
-            return self.tensor.contiguous().view(torch.int16).cpu().numpy()
-        scale = (self.tensor.float().abs().amax(1) / 448).bfloat16()
-        if self.is_scale:
-            return scale.view(torch.int16).cpu().numpy()
-        narrow = (self.tensor.float() / scale.float()[:, None]).clamp(-448, 448)
-        return narrow.to(torch.float8_e4m3fn).view(torch.uint8).cpu().numpy().T
-
-
-def native(task: Task, precision: str) -> dict[str, Any]:
-    """A step of an engine, through its binding."""
+def native(task: Task, name: str) -> Iterator[dict[str, Any]]:
+    """Steps of an engine, through its binding."""
     from engines.base import EngineOptions
     from engines.native.run import open_engine
     from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, TensorSpec
 
     before = Gpu().used()
-    given = dict(np.load(_npz(task.file("inputs"))))
-    symbols = {
+    given = dict(np.load(task.file("inputs", task.sizes[0], "npz")))
+    shapes = {
         "hidden_states": ("B", "L", given["hidden_states"].shape[-1]),
         "context": ("B", "S", given["context"].shape[-1]),
         "modulation": ("B", *given["modulation"].shape[1:]),
         "rope_cos": ("T", given["rope_cos"].shape[-1]),
         "rope_sin": ("T", given["rope_sin"].shape[-1]),
     }
+    precision = name.removeprefix("native-")
     record = ComponentRecord(
         key="",
         precision=precision,
         compute="bf16",
-        inputs=tuple(TensorSpec(name, "float32", shape) for name, shape in symbols.items()),
-        outputs=(TensorSpec("velocity", "float32", symbols["hidden_states"]),),
+        inputs=tuple(TensorSpec(name, "float32", shape) for name, shape in shapes.items()),
+        outputs=(TensorSpec("velocity", "float32", shapes["hidden_states"]),),
         files=(),
         engines=(),
         golden=None,
@@ -240,74 +234,106 @@ def native(task: Task, precision: str) -> dict[str, Any]:
     path = task.folder / f"{precision}.engine"
     built = EngineRecord("native", "1", "sm90", path.name, {})
     begun = time.monotonic()
-    with ExitStack() as stack:
-        engine = stack.enter_context(
-            open_engine("transformer", record, built, path, EngineOptions())
-        )
+    with open_engine("transformer", record, built, path, EngineOptions()) as engine:
         opened = time.monotonic() - begun
-        changing = {name: given.pop(name) for name in ("hidden_states", "modulation")}
-        binding = engine.bind(given)
-        begun = time.monotonic()
-        velocity = binding.run(changing)["velocity"][0]
-        first = time.monotonic() - begun
-        again = binding.run(changing)["velocity"][0]
-        found = {
-            "what": f"native, {precision}",
-            "open_s": opened,
-            "first_ms": 1e3 * first,
-            "error": relative_error(velocity, np.load(_npy(task.file("true")))),
-            "vs_eager": relative_error(velocity, np.load(_npy(task.file("eager")))),
-            "repeat": relative_error(again, velocity),
+        for size in task.sizes:
+            given = dict(np.load(task.file("inputs", size, "npz")))
+            changing = {name: given.pop(name) for name in ("hidden_states", "modulation")}
+            binding = engine.bind(given)
+            begun = time.monotonic()
+            velocity = binding.run(changing)["velocity"][0].copy()
+            found = {
+                "size": size,
+                "what": f"native, {precision}",
+                "open_s": opened,
+                "first_ms": 1e3 * (time.monotonic() - begun),
+                "error": relative_error(velocity, np.load(task.file("eager", size, "npy"))),
+                "repeat": relative_error(binding.run(changing)["velocity"][0], velocity),
+            }
+            yield found | measure(partial(binding.run, changing), lambda: None, before)
+            yield {"size": size, "what": f"native, {precision}: kernels", **_kernels(engine, size)}
+
+
+def _kernels(engine: Any, size: int) -> dict[str, Any]:
+    """Milliseconds of a step by what its kernels do, each alone between two events."""
+    from cuda.bindings import runtime
+
+    from engines.native.launches import Sizes
+
+    sizes = Sizes(TEXT, (size // 16) ** 2)
+    binding = next(iter(engine._bindings))
+    symbols = {"B": 1, "S": sizes.text, "L": sizes.image, "T": sizes.all}
+    calls = engine.calls(sizes, binding._inputs_of(0, symbols))
+    events = [runtime.cudaEventCreate()[1] for _ in range(len(calls) + 1)]
+    for _ in range(2):
+        runtime.cudaEventRecord(events[0], engine.stream)
+        for call, event in zip(calls, events[1:], strict=True):
+            engine.queue([call], sizes.all)
+            runtime.cudaEventRecord(event, engine.stream)
+        engine.cuda.synchronize(engine.stream)
+    found: dict[str, list[float]] = {}
+    for index, call in enumerate(calls):
+        elapsed = runtime.cudaEventElapsedTime(events[index], events[index + 1])[1]
+        found.setdefault(_label(call), []).append(elapsed)
+    return {
+        "kernels": {
+            label: {"count": len(times), "ms": sum(times), "median_ms": statistics.median(times)}
+            for label, times in found.items()
         }
-        found |= measure(lambda: binding.run(changing), lambda: None, before)
-        return found
+    }
 
 
-def peer(task: Task, name: str) -> dict[str, Any]:
-    """A step of diffusers' transformer in PyTorch."""
+def _label(call: Any) -> str:
+    kernel = getattr(call, "kernel", None)
+    if kernel is None:
+        return "attention"
+    if kernel.function != "linear":
+        return str(kernel.function)
+    weight = call.given["weight"]
+    return f"linear {call.given['rows'][1]}x{weight.columns}x{weight.rows}"
+
+
+def peer(task: Task, name: str) -> Iterator[dict[str, Any]]:
+    """Steps of diffusers' transformer in PyTorch."""
     import gpu_peers
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     before = Gpu().used()
-    model, given = gpu_peers.flux(task.double_blocks, task.single_blocks, task.image, TEXT)
-    cudnn = name.endswith("-cudnn")
     prepare = name.removesuffix("-cudnn")
-    begun = time.monotonic()
-    with torch.no_grad(), sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if cudnn else nullcontext():
-        gpu_peers.PREPARE[prepare](model)
+    attention = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if prepare != name else nullcontext()
+    with torch.no_grad(), attention:
+        for size in task.sizes:
+            image = task.image(size)
+            begun = time.monotonic()
+            model, given = gpu_peers.flux(task.double_blocks, task.single_blocks, image, TEXT)
+            gpu_peers.PREPARE[prepare](model)
 
-        def step() -> Any:
-            return model(**given, return_dict=False)[0]
+            def step(model: Any = model, given: Any = given) -> Any:
+                return model(**given, return_dict=False)[0]
 
-        velocity = step()[0].float().cpu().numpy()
-        found = {
-            "what": name,
-            "first_ms": 1e3 * (time.monotonic() - begun),
-            "error": relative_error(velocity, np.load(_npy(task.file("true")))),
-        }
-        torch.cuda.empty_cache()
-        return found | measure(step, torch.cuda.synchronize, before)
-
-
-def _npy(path: Path) -> Path:
-    return path.with_name(path.name + ".npy")
-
-
-def _npz(path: Path) -> Path:
-    return path.with_name(path.name + ".npz")
+            velocity = step()[0].float().cpu().numpy()
+            found = {
+                "size": size,
+                "what": name,
+                "first_ms": 1e3 * (time.monotonic() - begun),
+                "error": relative_error(velocity, np.load(task.file("eager", size, "npy"))),
+            }
+            torch.cuda.empty_cache()
+            yield found | measure(step, torch.cuda.synchronize, before)
 
 
-def main(contender: str, folder: str, *numbers: str) -> None:
+def main(contender: str, folder: str, double: str, single: str, *sizes: str) -> None:
     """Run a contender and print what it finds."""
-    task = Task(Path(folder), *(int(n) for n in numbers))
+    task = Task(Path(folder), int(double), int(single), tuple(int(size) for size in sizes))
     if contender == "weights":
-        found = weights(task)
+        results = weights(task)
     elif contender.startswith("native-"):
-        found = native(task, contender.removeprefix("native-"))
+        results = native(task, contender)
     else:
-        found = peer(task, contender)
-    print(json.dumps({"size": task.size} | found), flush=True)
+        results = peer(task, contender)
+    for found in results:
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

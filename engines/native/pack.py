@@ -24,7 +24,7 @@ from fluxdeploy.errors import EngineError
 from fluxdeploy.native import native_errors
 from fluxdeploy.progress import Progress
 
-__all__ = ["write_engine"]
+__all__ = ["declare", "write_engine"]
 
 Array = NDArray[Any]
 
@@ -58,7 +58,7 @@ def write_engine(
     `metadata` must not have the key `plan`. Raises `EngineError` for weights that cannot be read,
     and `BundleError` where the disk refuses.
     """
-    declared = _declared(plan, cubins)
+    declared = declare(plan, cubins)
     sizes = [math.prod(shape) * DTYPE_BITS[dtype] // 8 for _, dtype, shape in declared]
     task = progress.task("  transformer: writing its engine", total=sum(sizes) or 1)
     with TensorFileWriter(path, declared, {**metadata, PLAN: plan.to_json()}) as writer:
@@ -73,7 +73,7 @@ def write_engine(
     task.finish()
 
 
-def _declared(plan: Plan, cubins: Mapping[str, bytes]) -> list[Declaration]:
+def declare(plan: Plan, cubins: Mapping[str, bytes]) -> list[Declaration]:
     """The tensors of the file, with what fills the space up to the next one's place."""
     wanted: list[Declaration] = [(each.name, DTYPES[each.kind], each.shape) for each in plan.packed]
     wanted += [(f"{CUBIN}{name}", "U8", (len(code),)) for name, code in cubins.items()]

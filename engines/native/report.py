@@ -14,22 +14,26 @@ __all__ = ["check_shape", "describe", "find_widened"]
 
 _ALIGNED = 16
 """What widths are multiples of: in 8 bits, a GPU's copies are of 16 bytes."""
-_LARGEST_HEAD = 128
+_HEADS = (16, 32, 64, 128)
+_SPLIT = 32
+"""What divides the columns of Q, K and V where an MLP follows: half of the smallest tile."""
 _NAMED = 4
 
 
 def check_shape(plan: Plan, component: str) -> None:
     """Raise `EngineError` where the kernels have no such sizes."""
-    if plan.head_dim % _ALIGNED or plan.head_dim > _LARGEST_HEAD:
+    if plan.head_dim not in _HEADS:
         raise EngineError(
             f"native cannot build {component}: its heads are {plan.head_dim} wide, and the kernels "
-            f"are for multiples of {_ALIGNED} up to {_LARGEST_HEAD}. Use --runtime onnxruntime."
+            f"are for {', '.join(map(str, _HEADS))}. Use --runtime onnxruntime."
         )
     for step in plan.steps:
-        if isinstance(step, Linear) and (step.inner % _ALIGNED or step.columns % _ALIGNED):
+        if not isinstance(step, Linear):
+            continue
+        if step.inner % _ALIGNED or step.columns % _ALIGNED or step.split % _SPLIT:
             raise EngineError(
                 f"native cannot build {component}: {step.weight} is {step.columns} x {step.inner}, "
-                f"and the kernels are for multiples of {_ALIGNED}. Use --runtime onnxruntime."
+                f"and the kernels are for multiples of {_SPLIT}. Use --runtime onnxruntime."
             )
 
 
