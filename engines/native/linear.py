@@ -5,6 +5,7 @@ four warps multiply, finish and store. What they pass to each other lies in shar
 
     ring     STAGES pairs of operands. `full` of a stage: both have come. `empty`: all products that
              read them are done.
+    order    of each of two groups that take tiles in turns: the other's operands have come.
     staged   pieces of 64 columns, from which the TMA stores.
 
 FORM is one of
@@ -67,6 +68,7 @@ class Task:
     empty: gl.shared_memory_descriptor
     come: gl.shared_memory_descriptor
     gone: gl.shared_memory_descriptor
+    order: gl.shared_memory_descriptor
     COLUMNS: gl.constexpr
     STEPS: gl.constexpr
     DEPTH: gl.constexpr
@@ -183,7 +185,7 @@ def _compute(task, tile, turn, own_turn, GROUP: gl.constexpr, PART: gl.constexpr
             factor *= gate
         else:
             factor = gate
-    total = _multiply(task, turn * task.STEPS, PART)
+    total = _multiply(task, turn * task.STEPS, own_turn, GROUP, PART)
     task.vectors.index(GROUP * task.VECTORS).store(addend)
     if task.VECTORS == 2:
         task.vectors.index(GROUP * task.VECTORS + 1).store(factor)
@@ -196,8 +198,12 @@ def _compute(task, tile, turn, own_turn, GROUP: gl.constexpr, PART: gl.constexpr
 
 
 @gluon.jit
-def _multiply(task, first, PART: gl.constexpr):
+def _multiply(task, first, own_turn, GROUP: gl.constexpr, PART: gl.constexpr):
     """The sums of a tile whose operands come with the `first` load, counted over all tiles."""
+    if task.FORM == "pingpong":
+        # A stage's parity says whether one load has come only to who knows of the one before it:
+        # that is of the other group's tile, which thus has to have all its loads.
+        mbarrier.wait(task.order.index(GROUP), (own_turn & 1) ^ (1 - GROUP))
     PARTS: gl.constexpr = task.TILE_ROWS // task.PART_ROWS
     deep: gl.constexpr = 256 // task.x.dtype.primitive_bitwidth
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, task.TILE_COLUMNS, deep])
@@ -213,6 +219,9 @@ def _multiply(task, first, PART: gl.constexpr):
         mbarrier.arrive(task.empty.index(before), pred=k > 0)
         before = slot
         slot, phase = _next(slot, phase, task.STAGES)
+    if task.FORM == "pingpong":
+        # All of this tile's operands have come.
+        mbarrier.arrive(task.order.index(1 - GROUP))
     total = warpgroup_mma_wait(0, deps=(total,))
     mbarrier.arrive(task.empty.index(before))
     return total
@@ -530,18 +539,21 @@ def specialized(
     empty = mbarrier.allocate_mbarrier(batch=STAGES)
     come = mbarrier.allocate_mbarrier(batch=links)
     gone = mbarrier.allocate_mbarrier(batch=links)
+    order = mbarrier.allocate_mbarrier(batch=GROUPS)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=PARTS)
     for link in gl.static_range(links):
         mbarrier.init(come.index(link), count=1)
         mbarrier.init(gone.index(link), count=1)
+    for group in gl.static_range(GROUPS):
+        mbarrier.init(order.index(group), count=1)
     fence_async_shared()
     steps: gl.constexpr = (INNER + DEPTH - 1) // DEPTH
     task = Task(  # type: ignore[call-arg]
         x, weight, out, second, scale, bias, gate, norms, cos, sin, rows, text_tokens, gate_text,
         gate_image, inverse_text, inverse_image, factor_q, factor_k, factor_v,
-        a, b, staged, vectors, full, empty, come, gone,
+        a, b, staged, vectors, full, empty, come, gone, order,
         COLUMNS, steps, DEPTH, TILE_ROWS, TILE_COLUMNS, PART_ROWS, PIECES, STAGES, EPILOGUE, SPLIT,
         GROUPED, SCALED, TURN, count, FORM,
     )  # fmt: skip
