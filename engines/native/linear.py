@@ -520,6 +520,8 @@ def specialized(
     """As `engines.native.kernels.linear`, for tiles that divide the columns and their split."""
     gl.static_assert(COLUMNS % TILE_COLUMNS == 0 and SPLIT % TILE_COLUMNS == 0)
     gl.static_assert(FORM != "relay" or EPILOGUE != "residual")
+    # A stage is given back when the products of the one after it have begun.
+    gl.static_assert(STAGES >= 2)
     PART_ROWS: gl.constexpr = x.block_shape[0]
     PIECES: gl.constexpr = TILE_COLUMNS // PIECE
     whole: gl.constexpr = EPILOGUE == "residual" or FORM == "relay"
