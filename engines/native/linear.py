@@ -112,6 +112,16 @@ def _next(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _before(slot, STAGES: gl.constexpr):
+    """The stage before this one.
+
+    Computed anew, since a variable that holds the last slot is not carried from one round of a loop
+    to the next: the compiler takes it for the slot that it is a copy of.
+    """
+    return gl.where(slot == 0, STAGES - 1, slot - 1)
+
+
+@gluon.jit
 def _produce(task):
     """Load operands, and residuals, of all tiles of this program."""
     PARTS: gl.constexpr = task.TILE_ROWS // task.PART_ROWS
@@ -209,21 +219,19 @@ def _multiply(task, first, own_turn, GROUP: gl.constexpr, PART: gl.constexpr):
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, task.TILE_COLUMNS, deep])
     total = gl.zeros([task.PART_ROWS, task.TILE_COLUMNS], gl.float32, layout)
     slot, phase = first % task.STAGES, first // task.STAGES & 1
-    before = slot
     for k in range(task.STEPS):
         mbarrier.wait(task.full.index(slot), phase)
         a, b = task.a.index(slot * PARTS + PART), task.b.index(slot).permute((1, 0))
         token = warpgroup_mma(a, b, total, use_acc=k > 0, is_async=True)
         # All but this step's products are done.
         total = warpgroup_mma_wait(1, deps=(token,))
-        mbarrier.arrive(task.empty.index(before), pred=k > 0)
-        before = slot
+        mbarrier.arrive(task.empty.index(_before(slot, task.STAGES)), pred=k > 0)
         slot, phase = _next(slot, phase, task.STAGES)
     if task.FORM == "pingpong":
         # All of this tile's operands have come.
         mbarrier.arrive(task.order.index(1 - GROUP))
     total = warpgroup_mma_wait(0, deps=(total,))
-    mbarrier.arrive(task.empty.index(before))
+    mbarrier.arrive(task.empty.index(_before(slot, task.STAGES)))
     return total
 
 
