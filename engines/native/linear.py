@@ -5,6 +5,7 @@ four warps multiply, finish and store. What they pass to each other lies in shar
 
     ring     STAGES pairs of operands. `full` of a stage: both have come. `empty`: all products that
              read them are done.
+    order    of each of two groups that take tiles in turns: the other's operands have come.
     staged   pieces of 64 columns, from which the TMA stores.
 
 FORM is one of
@@ -72,6 +73,7 @@ class Task:
     empty: gl.shared_memory_descriptor
     come: gl.shared_memory_descriptor
     gone: gl.shared_memory_descriptor
+    order: gl.shared_memory_descriptor
     COLUMNS: gl.constexpr
     STEPS: gl.constexpr
     DEPTH: gl.constexpr
@@ -112,6 +114,16 @@ def _next(slot, phase, STAGES: gl.constexpr):
     """The stage after this one, and the parity of its turn."""
     last = slot == STAGES - 1
     return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def _before(slot, STAGES: gl.constexpr):
+    """The stage before this one.
+
+    Computed anew, since a variable that holds the last slot is not carried from one round of a loop
+    to the next: the compiler takes it for the slot that it is a copy of.
+    """
+    return gl.where(slot == 0, STAGES - 1, slot - 1)
 
 
 @gluon.jit
@@ -188,7 +200,7 @@ def _compute(task, tile, turn, own_turn, GROUP: gl.constexpr, PART: gl.constexpr
             factor *= gate
         else:
             factor = gate
-    total = _multiply(task, turn * task.STEPS, PART)
+    total = _multiply(task, turn * task.STEPS, own_turn, GROUP, PART)
     task.vectors.index(GROUP * task.VECTORS).store(addend)
     if task.VECTORS == 2:
         task.vectors.index(GROUP * task.VECTORS + 1).store(factor)
@@ -201,25 +213,30 @@ def _compute(task, tile, turn, own_turn, GROUP: gl.constexpr, PART: gl.constexpr
 
 
 @gluon.jit
-def _multiply(task, first, PART: gl.constexpr):
+def _multiply(task, first, own_turn, GROUP: gl.constexpr, PART: gl.constexpr):
     """The sums of a tile whose operands come with the `first` load, counted over all tiles."""
+    if task.FORM == "pingpong":
+        # A stage's parity says whether one load has come only to who knows of the one before it:
+        # that is of the other group's tile, which thus has to have all its loads.
+        mbarrier.wait(task.order.index(GROUP), (own_turn & 1) ^ (1 - GROUP))
     PARTS: gl.constexpr = task.TILE_ROWS // task.PART_ROWS
     deep: gl.constexpr = 256 // task.x.dtype.primitive_bitwidth
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, task.TILE_COLUMNS, deep])
     total = gl.zeros([task.PART_ROWS, task.TILE_COLUMNS], gl.float32, layout)
     slot, phase = first % task.STAGES, first // task.STAGES & 1
-    before = slot
     for k in range(task.STEPS):
         mbarrier.wait(task.full.index(slot), phase)
         a, b = task.a.index(slot * PARTS + PART), task.b.index(slot).permute((1, 0))
         token = warpgroup_mma(a, b, total, use_acc=k > 0, is_async=True)
         # All but this step's products are done.
         total = warpgroup_mma_wait(1, deps=(token,))
-        mbarrier.arrive(task.empty.index(before), pred=k > 0)
-        before = slot
+        mbarrier.arrive(task.empty.index(_before(slot, task.STAGES)), pred=k > 0)
         slot, phase = _next(slot, phase, task.STAGES)
+    if task.FORM == "pingpong":
+        # All of this tile's operands have come.
+        mbarrier.arrive(task.order.index(1 - GROUP))
     total = warpgroup_mma_wait(0, deps=(total,))
-    mbarrier.arrive(task.empty.index(before))
+    mbarrier.arrive(task.empty.index(_before(slot, task.STAGES)))
     return total
 
 
@@ -516,6 +533,8 @@ def specialized(
     """As `engines.native.kernels.linear`, for tiles that divide the columns and their split."""
     gl.static_assert(COLUMNS % TILE_COLUMNS == 0 and SPLIT % TILE_COLUMNS == 0)
     gl.static_assert(FORM != "relay" or EPILOGUE != "residual")
+    # A stage is given back when the products of the one after it have begun.
+    gl.static_assert(STAGES >= 2)
     PART_ROWS: gl.constexpr = x.block_shape[0]
     PIECES: gl.constexpr = TILE_COLUMNS // PIECE
     whole: gl.constexpr = EPILOGUE == "residual" or FORM == "relay"
@@ -535,18 +554,21 @@ def specialized(
     empty = mbarrier.allocate_mbarrier(batch=STAGES)
     come = mbarrier.allocate_mbarrier(batch=links)
     gone = mbarrier.allocate_mbarrier(batch=links)
+    order = mbarrier.allocate_mbarrier(batch=GROUPS)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=PARTS)
     for link in gl.static_range(links):
         mbarrier.init(come.index(link), count=1)
         mbarrier.init(gone.index(link), count=1)
+    for group in gl.static_range(GROUPS):
+        mbarrier.init(order.index(group), count=1)
     fence_async_shared()
     steps: gl.constexpr = (INNER + DEPTH - 1) // DEPTH
     task = Task(  # type: ignore[call-arg]
         x, weight, out, second, scale, bias, gate, norms, cos, sin, rows, text_tokens, gate_text,
         gate_image, inverse_text, inverse_image, factor_q, factor_k, factor_v,
-        a, b, staged, vectors, full, empty, come, gone,
+        a, b, staged, vectors, full, empty, come, gone, order,
         COLUMNS, steps, DEPTH, TILE_ROWS, TILE_COLUMNS, PART_ROWS, PIECES, STAGES, EPILOGUE, SPLIT,
         GROUPED, SCALED, TURN, count, FORM,
     )  # fmt: skip
