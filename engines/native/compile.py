@@ -28,7 +28,7 @@ def compile_kernels(plan: Plan, progress: Progress) -> dict[str, tuple[Kernel, b
 
     Raises `EngineError` where the compiler refuses, and `MissingDependencyError` without Triton.
     """
-    specs = {work.spec.name: work.spec for work in schedule(plan) if work.spec is not None}
+    specs = {spec.name: spec for work in schedule(plan) for spec in work.specs}
     task = progress.task("  transformer: compiling kernels", total=len(specs))
     made = {}
     for name, spec in specs.items():

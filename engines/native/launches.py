@@ -19,7 +19,7 @@ from engines.native.plan import (
     Rows,
     Step,
 )
-from engines.native.specs import PARAMETERS, Kernel, TensorBox, Works
+from engines.native.specs import FEW_ROWS, PARAMETERS, Kernel, TensorBox, Works
 
 __all__ = ["AttentionCall", "Call", "Launch", "Sizes", "list_launches"]
 
@@ -73,12 +73,11 @@ def list_launches(
 ) -> list[Call]:
     """All launches of one picture, in order.
 
-    `works` are steps with the kernel that does them together, None for attention. `address` tells
-    where a buffer, a packed tensor, or one of the inputs `modulation`, `rope_cos` and `rope_sin`
-    lies on the device.
+    `address` tells where a buffer, a packed tensor, or one of the inputs `modulation`, `rope_cos`
+    and `rope_sin` lies on the device.
     """
     lister = _Lister(plan, sizes, address, multiprocessors)
-    return [call for steps, kernel in works for call in lister.calls(steps, kernel)]
+    return [call for steps, kernels in works for call in lister.calls(steps, kernels)]
 
 
 @dataclass(frozen=True)
@@ -88,13 +87,13 @@ class _Lister:
     address: Callable[[str], int]
     multiprocessors: int
 
-    def calls(self, steps: tuple[Step, ...], kernel: Kernel | None) -> Iterator[Call]:
+    def calls(self, steps: tuple[Step, ...], kernels: tuple[Kernel, ...]) -> Iterator[Call]:
         step, *others = steps
         if isinstance(step, Attention):
             stride = self.plan.buffer(step.out.buffer).columns
             yield AttentionCall(step, self._at(step.x), self._at(step.out), stride)
             return
-        assert kernel is not None
+        kernel = kernels[0 if self.sizes.all <= FEW_ROWS else -1]
         if isinstance(step, Linear):
             turn = next((s for s in others if isinstance(s, Rope)), None)
             yield from self._linears(step, turn, kernel)

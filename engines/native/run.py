@@ -151,7 +151,7 @@ class NativeEngine(Engine):
 
     def _load_kernels(self) -> None:
         cubins = self._file.cubins()
-        kernels = {kernel.name: kernel for _, kernel in self._works if kernel is not None}
+        kernels = {kernel.name: kernel for _, each in self._works for kernel in each}
         for name, kernel in kernels.items():
             if name not in cubins:
                 raise EngineError(f"{self._file.path} lacks the kernel {name}: build it again.")

@@ -23,6 +23,7 @@ from engines.native.plan import (
 from fluxdeploy.errors import EngineError
 
 __all__ = [
+    "FEW_ROWS",
     "PARAMETERS",
     "Kernel",
     "KernelSpec",
@@ -30,6 +31,7 @@ __all__ = [
     "Tile",
     "Work",
     "Works",
+    "choose_tiles",
     "linear_spec",
     "norm_spec",
     "read_works",
@@ -189,19 +191,31 @@ class Kernel:
             raise EngineError(f"A kernel of the engine is broken: {error}.") from error
 
 
+FEW_ROWS = 2304
+"""Rows up to which a linear takes the tiles for small pictures."""
+
+
 @dataclass(frozen=True)
 class Work:
-    """Steps that are one launch, and its kernel; None for attention, which is cuDNN's."""
+    """Steps that are one launch, and its kernel; none for attention, which is cuDNN's.
+
+    A linear may have two, of which `Works` says when each is taken.
+    """
 
     steps: tuple[Step, ...]
-    spec: KernelSpec | None
+    specs: tuple[KernelSpec, ...]
+
+
+Works: TypeAlias = Sequence[tuple[tuple[Step, ...], tuple[Kernel, ...]]]
+"""Steps that are one launch, and its compiled kernels: none; one; or one for up to `FEW_ROWS` rows,
+and another for more."""
 
 
 def schedule(plan: Plan) -> list[Work]:
     """The steps of a plan with their kernels; what one kernel does together is one work.
 
-    That is a linear that makes Q, K and V, with their norms and RoPE, where half of its tile is a
-    head: `linear` then rounds once, and Q, K and V are not read again before attention.
+    That is a linear that makes Q, K and V, with their norms and RoPE, where that is faster: it then
+    rounds once, and Q, K and V are not read again before attention.
     """
     works: list[Work] = []
     steps = list(plan.steps)
@@ -209,27 +223,22 @@ def schedule(plan: Plan) -> list[Work]:
         step = steps.pop(0)
         if isinstance(step, Linear):
             turn = steps[0] if steps and isinstance(steps[0], Rope) else None
-            spec = _linear(plan, step, turn)
-            if turn is not None and spec.constants["TURN"]:
-                works.append(Work((step, steps.pop(0)), spec))
+            if turn is None or not _turns(plan, step, turn):
+                works.append(Work((step,), _linears(plan, step, None)))
             else:
-                works.append(Work((step,), _linear(plan, step, None)))
+                works.append(Work((step, steps.pop(0)), _linears(plan, step, turn)))
         else:
-            works.append(Work((step,), _spec_of(plan, step)))
+            spec = _spec_of(plan, step)
+            works.append(Work((step,), () if spec is None else (spec,)))
     return works
 
-
-Works: TypeAlias = Sequence[tuple[tuple[Step, ...], Kernel | None]]
-"""Steps that are one launch, and the compiled kernel of each."""
 
 _WORKS, _KERNELS = "works", "kernels"
 
 
 def works_metadata(plan: Plan, kernels: Mapping[str, Kernel]) -> dict[str, str]:
     """What an engine's file says of its launches, for `read_works`; kernels go by `spec.name`."""
-    works = [
-        [len(work.steps), None if work.spec is None else work.spec.name] for work in schedule(plan)
-    ]
+    works = [[len(work.steps), [spec.name for spec in work.specs]] for work in schedule(plan)]
     facts = {name: asdict(kernel) for name, kernel in kernels.items()}
     return {_WORKS: json.dumps(works), _KERNELS: json.dumps(facts)}
 
@@ -244,11 +253,11 @@ def read_works(plan: Plan, metadata: Mapping[str, str]) -> Works:
         facts = json.loads(metadata[_KERNELS])
         kernels = {name: Kernel.from_json(found) for name, found in facts.items()}
         works, start = [], 0
-        for count, name in json.loads(metadata[_WORKS]):
+        for count, names in json.loads(metadata[_WORKS]):
             steps = plan.steps[start : start + count]
             start += count
-            works.append((steps, None if name is None else kernels[name]))
-            if not steps or (name is None) != isinstance(steps[0], Attention):
+            works.append((steps, tuple(kernels[name] for name in names)))
+            if not steps or bool(names) == isinstance(steps[0], Attention) or len(names) > 2:
                 raise ValueError(f"work {len(works) - 1}")
         if start != len(plan.steps):
             raise ValueError(f"{start} steps of {len(plan.steps)}")
@@ -303,33 +312,49 @@ def _power_of_2(n: int) -> int:
 
 
 _HEAD = 128
-"""Channels of the heads that a linear norms and turns itself: half of a tile."""
+"""Channels of the heads that a linear norms and turns itself."""
 
 
-def _linear(plan: Plan, step: Linear, turn: Rope | None) -> KernelSpec:
-    """The kernel of a linear, which also does `turn` where it can."""
+def _turns(plan: Plan, step: Linear, turn: Rope) -> bool:
+    """Whether a linear does `turn` too.
+
+    In bfloat16, and where no MLP follows Q, K and V, the product alone gains more.
+    """
+    kind = plan.buffer(step.x.buffer).kind
+    return (
+        step.epilogue == "split"
+        and kind == "fp8"
+        and plan.head_dim == _HEAD
+        and turn.x == step.out
+        and step.split % _WIDE == step.columns % _WIDE == 0
+    )
+
+
+def _linears(plan: Plan, step: Linear, turn: Rope | None) -> tuple[KernelSpec, ...]:
+    """The kernels of a linear, for few rows and for many; they do `turn` too where it is given."""
 
     def kind(place: Place | None) -> Kind:
         return plan.buffer((place or step.out).buffer).kind
 
-    # In bfloat16 a linear of Q, K and V alone is faster without, by more than they take.
-    worth = step.epilogue == "split" or kind(step.x) == "fp8"
-    turns = turn is not None and plan.head_dim == _HEAD and turn.x == step.out and worth
-    tile = choose_tile(kind(step.x), step.columns, step.inner, step.epilogue, step.split, turns)
-    out = plan.buffer(turn.out.buffer).kind if turn is not None and turns else kind(step.out)
-    return linear_spec(
-        kind(step.x),
-        out,
-        kind(step.second) if step.second is not None else out,
-        step.columns,
-        step.inner,
-        step.epilogue,
-        split=step.split or (step.columns if turns else 0),
-        grouped=step.grouped,
-        scaled=step.scale is not None,
-        turn=turns,
-        tile=tile,
-    )
+    out = kind(step.out) if turn is None else plan.buffer(turn.out.buffer).kind
+    tiles = choose_tiles(kind(step.x), step.columns, step.inner, step.epilogue, step.split)
+    specs = [
+        linear_spec(
+            kind(step.x),
+            out,
+            kind(step.second) if step.second is not None else out,
+            step.columns,
+            step.inner,
+            step.epilogue,
+            split=step.split,
+            grouped=step.grouped,
+            scaled=step.scale is not None,
+            turn=turn is not None,
+            tile=tile,
+        )
+        for tile in tiles
+    ]
+    return tuple({spec.name: spec for spec in specs}.values())
 
 
 def linear_spec(
@@ -407,20 +432,35 @@ def _specialized_spec(
     return KernelSpec("specialized", types, constants, 4, boxes=boxes)
 
 
-def choose_tile(x: Kind, columns: int, inner: int, epilogue: str, split: int, turn: bool) -> Tile:
-    """The tile of a linear: one whose halves lie on one side of the split.
+_WIDE = 256
+_PINGPONG = Tile(128, 128, 4, 6, form="pingpong")
+_SHARED_TILE = Tile(128, _WIDE, 4, 4, form="shared")
+_RELAY = Tile(128, _WIDE, 4, 4, form="relay")
+_FLAT = Tile(128, _WIDE, 8, 3, flatten=True)
+_SQUARE = Tile(128, 128, 4, 4, flatten=True)
 
-    The fastest at FLUX.1's sizes on an H100 (`benchmarks/gpu_kernels.py`). With `turn` half a tile
-    is a head of 128.
-    """
-    if turn:
-        return Tile(128, 256, 8, 4 if epilogue == "split" or x == "bf16" else 3)
-    if split % 128 or columns < 1024:
-        return Tile(128, 64, 4, 4)
-    if epilogue == "split":
-        return Tile(128, 256, 8, 3)
-    if epilogue == "gelu" and x == "fp8":
-        return Tile(128, 128, 4, 3, programs=2)
-    if epilogue == "residual" and inner > 8192 and (x == "bf16" or inner > 12288):
-        return Tile(128, 128, 4, 4, flatten=True)
-    return Tile(128, 256, 8, 3, flatten=True)
+_TILES: Mapping[tuple[Kind, str, bool], tuple[Tile, Tile]] = {
+    ("fp8", "plain", False): (_PINGPONG, _RELAY),
+    ("fp8", "split", False): (_SHARED_TILE, _SHARED_TILE),
+    ("fp8", "gelu", False): (_PINGPONG, _PINGPONG),
+    ("fp8", "residual", False): (_PINGPONG, _PINGPONG),
+    ("fp8", "residual", True): (_SQUARE, _SHARED_TILE),
+    ("bf16", "plain", False): (_PINGPONG, _FLAT),
+    ("bf16", "split", False): (_SHARED_TILE, _SHARED_TILE),
+    ("bf16", "gelu", False): (_PINGPONG, _SHARED_TILE),
+    ("bf16", "residual", False): (_PINGPONG, _SHARED_TILE),
+    ("bf16", "residual", True): (_SQUARE, _SQUARE),
+}
+"""For few rows and for many, by whether there are many channels in: the fastest at FLUX.1's sizes
+on an H100, of those that `benchmarks/gpu_kernels.py` tries."""
+
+_LONG = 8192
+
+
+def choose_tiles(x: Kind, columns: int, inner: int, epilogue: str, split: int) -> tuple[Tile, ...]:
+    """The tiles of a linear for few rows and for many; small ones where others do not fit."""
+    long = inner > _LONG and epilogue == "residual"
+    tiles = _TILES[x, epilogue, long]
+    if any(columns % tile.columns or split % tile.columns for tile in tiles):
+        return (Tile(128, 64, 4, 4),)
+    return tiles
