@@ -29,12 +29,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+__all__ = ["specialized"]
+
 try:
     from triton.experimental.gluon import aggregate
-except ImportError:  # before Triton 3.9
-    from triton.language.core import _aggregate as aggregate
+except ImportError:  # Triton 3.7, where an aggregate has to say how it is made
+    from triton.language.core import _aggregate
 
-__all__ = ["specialized"]
+    def aggregate(cls: type) -> type:
+        def make(self: object, *values: object) -> None:
+            for name, value in zip(cls.__annotations__, values, strict=True):
+                setattr(self, name, value)
+
+        make.__triton_builtin__ = True  # type: ignore[attr-defined]
+        cls.__init__ = make  # type: ignore[misc]
+        return _aggregate(cls)  # type: ignore[no-any-return]
+
+
+if hasattr(tma, "async_load"):
+    _load, _send = tma.async_load, tma.async_store
+    _reinterpret = gl.shared_memory_descriptor.reinterpret
+else:  # their names in Triton 3.7
+    _load, _send = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
+    _reinterpret = gl.shared_memory_descriptor._reinterpret
 
 PIECE = gl.constexpr(64)
 GROUPS = gl.constexpr(2)
@@ -141,8 +158,8 @@ def _produce(task):
             mbarrier.expect(full, operands * 128)
             for part in gl.static_range(PARTS):
                 at = [row + part * task.PART_ROWS, k * task.DEPTH]
-                tma.async_load(task.x, at, full, task.a.index(slot * PARTS + part))
-            tma.async_load(task.weight, [first, k * task.DEPTH], full, task.b.index(slot))
+                _load(task.x, at, full, task.a.index(slot * PARTS + part))
+            _load(task.weight, [first, k * task.DEPTH], full, task.b.index(slot))
             slot, phase = _next(slot, phase, task.STAGES)
         if task.EPILOGUE == "residual":
             # Behind the operands: a residual must not hold up the products before it.
@@ -161,7 +178,7 @@ def _load_residual(task, row, column, group, turn):
     mbarrier.expect(come, task.PART_ROWS * task.TILE_COLUMNS * 2)
     for piece in gl.static_range(task.PIECES):
         at = [row, column + piece * PIECE]
-        tma.async_load(task.out, at, come, task.staged.index(group * task.PIECES + piece))
+        _load(task.out, at, come, task.staged.index(group * task.PIECES + piece))
 
 
 @gluon.jit
@@ -440,7 +457,7 @@ def _relay_plain(task, row, column, turn):
         mbarrier.wait(task.come.index(_link(n, task.PIECES)), turn & 1)
         staged = _typed(task.staged.index(_link(n, task.PIECES)), task.out)
         at_row, at = row + n % GROUPS * task.PART_ROWS, column + n // GROUPS * PIECE
-        tma.async_store(task.out, [at_row, at], staged)
+        _send(task.out, [at_row, at], staged)
         _release(task, n)
     _release_last(task)
 
@@ -476,14 +493,14 @@ def _store(out, staged, y, row, column):
     staged = _typed(staged, out)
     staged.store(y.to(out.dtype))
     fence_async_shared()
-    tma.async_store(out, [row, column], staged)
+    _send(out, [row, column], staged)
 
 
 @gluon.jit
 def _typed(staged, out):
     """A place for a piece, with numbers of the type of a tensor."""
     if staged.dtype != out.dtype:
-        staged = staged.reinterpret(out.dtype, out.block_shape, out.layout)
+        staged = _reinterpret(staged, out.dtype, out.block_shape, out.layout)
     return staged
 
 
