@@ -284,7 +284,8 @@ def linears(specialized: bool) -> Iterator[Result]:
     """The blocks' linears with what follows them, as kernels of our own."""
     for kind, rows, shape in itertools.product(("fp8", "bf16"), ROWS, PRODUCTS):
         inner, columns, epilogue = shape
-        for turned in (False, True) if epilogue in ("plain", "split") else (False,):
+        turns = specialized and epilogue in ("plain", "split")
+        for turned in (False, True) if turns else (False,):
             builds, expected = _linears(kind, rows, shape, turned, specialized)
             work, name = product_operations(rows, inner, columns), f"{rows}x{inner}x{columns}"
             what = f"native, {kind}, {epilogue}" + (", RoPE" if turned else "")

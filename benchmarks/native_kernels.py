@@ -286,8 +286,8 @@ def tiles(epilogue: str, turned: bool, specialized: bool) -> list[Tile]:
     """
 
     def fits(tile: Tile) -> bool:
-        if tile.flatten and (turned or epilogue == "split"):
-            return False
+        if tile.form is None:
+            return not turned and not (tile.flatten and epilogue == "split")
         head = tile.columns if tile.form == "pingpong" else tile.columns // 2
         return (not turned or head == 128) and (tile.form != "relay" or epilogue != "residual")
 

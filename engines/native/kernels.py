@@ -54,15 +54,6 @@ def norm(
 
 
 @triton.jit
-def _turned(value, weight, cos, sin, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """RMSNorm of rows [ROWS, HEAD_DIM], and RoPE with a column of the tables for each pair."""
-    spread = tl.rsqrt(tl.sum(value * value, 1) / HEAD_DIM + EPSILON)
-    value *= spread[:, None] * weight[None, :]
-    a, b = tl.split(tl.reshape(value, (ROWS, HEAD_DIM // 2, 2)))
-    return tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (ROWS, HEAD_DIM))
-
-
-@triton.jit
 def rope(
     x, out, norms, cos, sin, text_tokens, factor_q, factor_k, factor_v,
     WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr,
@@ -75,11 +66,14 @@ def rope(
     value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
     if part < 2:
         which = tl.where(row < text_tokens, 0, 2) + part
-        weight = tl.load(norms + which * HEAD_DIM + channels)
+        spread = tl.rsqrt(tl.sum(value * value, 1) / HEAD_DIM + EPSILON)
+        value *= spread[:, None] * tl.load(norms + which * HEAD_DIM + channels)[None, :]
         # Both channels of a pair have the same angle.
         pairs = row * HEAD_DIM + 2 * tl.arange(0, HEAD_DIM // 2)
         c, s = tl.load(cos + pairs)[None, :], tl.load(sin + pairs)[None, :]
-        value = _turned(value, weight, c, s, BLOCK_HEADS, HEAD_DIM)
+        a, b = tl.split(tl.reshape(value, (BLOCK_HEADS, HEAD_DIM // 2, 2)))
+        turned = tl.join(a * c - b * s, b * c + a * s)
+        value = tl.reshape(turned, (BLOCK_HEADS, HEAD_DIM))
     value *= tl.where(part == 0, factor_q, tl.where(part == 1, factor_k, factor_v))
     tl.store(out + places, value.to(out.dtype.element_ty), mask=inside)
 
@@ -99,11 +93,9 @@ def _gelu(y, NARROW: tl.constexpr):
 
 @triton.jit
 def _finish(
-    y, out, second, scale, bias, gate, norms, cos, sin, rows, row, column, group, inverse,
-    gate_row, factor_q, factor_k, factor_v,
-    COLUMNS: tl.constexpr, TILE_ROWS: tl.constexpr, WIDTH: tl.constexpr, EPILOGUE: tl.constexpr,
-    SPLIT: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, TURN: tl.constexpr,
-    NARROW: tl.constexpr,
+    y, out, second, scale, bias, gate, row, column, group, inverse, gate_row,
+    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, EPILOGUE: tl.constexpr, SPLIT: tl.constexpr,
+    SCALED: tl.constexpr, EVEN: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """What follows a product, of WIDTH columns of a tile."""
     columns = column + tl.arange(0, WIDTH)
@@ -117,40 +109,24 @@ def _finish(
     elif EPILOGUE == "residual":
         share = tl.load(gate + gate_row * COLUMNS + columns, mask=inside, other=0.0)[None, :]
         out.store([row, column], (out.load([row, column]).to(tl.float32) + share * y).to(out.dtype))
-    elif EPILOGUE == "plain" and not TURN:
-        out.store([row, column], y.to(out.dtype))
     elif EPILOGUE == "split" and column >= SPLIT:
         second.store([row, column - SPLIT], (_gelu(y, NARROW) * inverse).to(second.dtype))
-    elif TURN:
-        # These columns are a head of Q, K or V.
-        part = column // (SPLIT // 3)
-        if part < 2:
-            line = row + tl.arange(0, TILE_ROWS)
-            pairs = line[:, None] * WIDTH + 2 * tl.arange(0, WIDTH // 2)[None, :]
-            known = (line < rows)[:, None]
-            c = tl.load(cos + pairs, mask=known, other=0.0)
-            s = tl.load(sin + pairs, mask=known, other=0.0)
-            weight = tl.load(norms + (2 * group + part) * WIDTH + tl.arange(0, WIDTH))
-            y = _turned(y, weight, c, s, TILE_ROWS, WIDTH)
-        y *= tl.where(part == 0, factor_q, tl.where(part == 1, factor_k, factor_v))
-        out.store([row, column], y.to(out.dtype))
     else:
         out.store([row, column], y.to(out.dtype))
 
 
 @triton.jit
 def linear(
-    x, weight, out, second, scale, bias, gate, norms, cos, sin, rows, text_tokens, gate_text,
-    gate_image, inverse_text, inverse_image, factor_q, factor_k, factor_v,
+    x, weight, out, second, scale, bias, gate, rows, text_tokens, gate_text, gate_image,
+    inverse_text, inverse_image,
     COLUMNS: tl.constexpr, INNER: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, EPILOGUE: tl.constexpr, SPLIT: tl.constexpr, GROUPED: tl.constexpr,
-    SCALED: tl.constexpr, FLATTEN: tl.constexpr, TURN: tl.constexpr, NARROW: tl.constexpr,
+    SCALED: tl.constexpr, FLATTEN: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """y = x Wᵀ · scale + bias with an epilogue: a persistent program takes tiles in turns.
 
     With GROUPED the weights of text lie above those of the image, and no tile holds both. Tiles of
-    one column of tiles follow each other: x stays in the cache, and weights are read once. With
-    TURN the first SPLIT columns are Q, K and V, and half a tile is a head: see `rope`.
+    one column of tiles follow each other: x stays in the cache, and weights are read once.
     """
     down = tl.cdiv(rows, TILE_ROWS)
     total_tiles = down * tl.cdiv(COLUMNS, TILE_COLUMNS)
@@ -172,12 +148,10 @@ def linear(
         even: tl.constexpr = COLUMNS % TILE_COLUMNS == 0
         left, right = tl.split(total.reshape(TILE_ROWS, 2, half).permute(0, 2, 1))
         _finish(
-            left, out, second, scale, bias, gate, norms, cos, sin, rows, row, column, group,
-            inverse, gate_row, factor_q, factor_k, factor_v,
-            COLUMNS, TILE_ROWS, half, EPILOGUE, SPLIT, SCALED, even, TURN, NARROW,
+            left, out, second, scale, bias, gate, row, column, group, inverse, gate_row,
+            COLUMNS, half, EPILOGUE, SPLIT, SCALED, even, NARROW,
         )  # fmt: skip
         _finish(
-            right, out, second, scale, bias, gate, norms, cos, sin, rows, row, column + half,
-            group, inverse, gate_row, factor_q, factor_k, factor_v,
-            COLUMNS, TILE_ROWS, half, EPILOGUE, SPLIT, SCALED, even, TURN, NARROW,
+            right, out, second, scale, bias, gate, row, column + half, group, inverse, gate_row,
+            COLUMNS, half, EPILOGUE, SPLIT, SCALED, even, NARROW,
         )  # fmt: skip

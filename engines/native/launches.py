@@ -172,7 +172,7 @@ class _Lister:
         if step.second is not None:
             other, rest = step.second, step.columns - plain
         bias = self.address(step.bias)
-        unused: dict[str, Argument] = {
+        nothing: dict[str, Argument] = {
             **dict.fromkeys(("norms", "cos", "sin"), ("pointer", bias)),
             **dict.fromkeys(("factor_q", "factor_k", "factor_v"), ("fp32", 1.0)),
         }
@@ -197,7 +197,7 @@ class _Lister:
             "gate_text": ("i32", step.gate[0]),
             "gate_image": ("i32", step.gate[1]),
             **_inverses(step.out_scale),
-            **(unused if turn is None else self._turn(turn, first)),
+            **(nothing if turn is None else self._turn(turn, first)),
         }
         tiles = -(-count // kernel.tile[0]) * -(-step.columns // kernel.tile[1])
         return Launch(kernel, (min(tiles, self.multiprocessors * kernel.programs), 1), given)

@@ -40,7 +40,25 @@ __all__ = [
     "works_metadata",
 ]
 
-PARAMETERS: dict[str, Mapping[str, str]] = {
+_TENSORS = {
+    "x": "box",
+    "weight": "box",
+    "out": "box",
+    "second": "box",
+    "scale": "pointer",
+    "bias": "pointer",
+    "gate": "pointer",
+}
+_NUMBERS = {
+    "rows": "i32",
+    "text_tokens": "i32",
+    "gate_text": "i32",
+    "gate_image": "i32",
+    "inverse_text": "fp32",
+    "inverse_image": "fp32",
+}
+
+PARAMETERS: Mapping[str, Mapping[str, str]] = {
     "convert": {
         "x": "pointer",
         "out": "pointer",
@@ -71,31 +89,14 @@ PARAMETERS: dict[str, Mapping[str, str]] = {
         "factor_k": "fp32",
         "factor_v": "fp32",
     },
-    "linear": {
-        "x": "box",
-        "weight": "box",
-        "out": "box",
-        "second": "box",
-        "scale": "pointer",
-        "bias": "pointer",
-        "gate": "pointer",
-        "norms": "pointer",
-        "cos": "pointer",
-        "sin": "pointer",
-        "rows": "i32",
-        "text_tokens": "i32",
-        "gate_text": "i32",
-        "gate_image": "i32",
-        "inverse_text": "fp32",
-        "inverse_image": "fp32",
-        "factor_q": "fp32",
-        "factor_k": "fp32",
-        "factor_v": "fp32",
-    },
+    "linear": _TENSORS | _NUMBERS,
+    "specialized": _TENSORS
+    | {"norms": "pointer", "cos": "pointer", "sin": "pointer"}
+    | _NUMBERS
+    | {"factor_q": "fp32", "factor_k": "fp32", "factor_v": "fp32"},
 }
-"""What each kernel is given when it is launched, in order: see `engines.native.kernels`."""
-
-PARAMETERS["specialized"] = PARAMETERS["linear"]
+"""What each kernel is given when it is launched, in order: see `engines.native.kernels`, and
+`engines.native.linear` for `specialized`."""
 
 
 Form: TypeAlias = Literal["pingpong", "shared", "relay"]
@@ -372,7 +373,8 @@ def linear_spec(
 ) -> KernelSpec:
     """A linear of [.., inner] to [.., columns], with `Linear`'s epilogue.
 
-    With `turn` its first `split` columns are Q, K and V, and it does what `Rope` says too.
+    With `turn` its first `split` columns are Q, K and V, and it does what `Rope` says too. Its tile
+    must have a form for that.
     """
     depth = 128 // BYTES[x]
     constants: dict[str, int | str] = {
@@ -385,12 +387,11 @@ def linear_spec(
         "SPLIT": split,
         "GROUPED": int(grouped),
         "SCALED": int(scaled),
-        "TURN": int(turn),
     }
     types: dict[str, Kind] = {"x": x, "weight": x, "out": out, "second": second}
-    types |= dict.fromkeys(("scale", "bias", "gate", "norms", "cos", "sin"), "f32")
+    types |= dict.fromkeys(("scale", "bias", "gate"), "f32")
     if tile.form is not None:
-        return _specialized_spec(types, constants, tile, tile.form)
+        return _specialized_spec(types, constants, turn, tile, tile.form)
     half = tile.columns // 2
     narrow = (second if epilogue == "split" else out) == "fp8"
     constants["FLATTEN"] = int(tile.flatten)
@@ -412,7 +413,7 @@ _SHARED = 231_680
 
 
 def _specialized_spec(
-    types: dict[str, Kind], constants: dict[str, int | str], tile: Tile, form: Form
+    types: dict[str, Kind], constants: dict[str, int | str], turn: bool, tile: Tile, form: Form
 ) -> KernelSpec:
     depth = int(constants["DEPTH"])
     rows = tile.rows if form == "pingpong" else tile.rows // 2
@@ -428,7 +429,8 @@ def _specialized_spec(
     staged = 2 * pieces * rows * _PIECE * (2 if form == "relay" else wide)
     vectors = 2 * 4 * tile.columns * (2 if residual or constants["SCALED"] else 1)
     stages = (_SHARED - staged - vectors) // (128 * (tile.rows + tile.columns))
-    constants |= {"FORM": form, "STAGES": min(stages, tile.stages)}
+    constants |= {"TURN": int(turn), "FORM": form, "STAGES": min(stages, tile.stages)}
+    types |= dict.fromkeys(("norms", "cos", "sin"), "f32")
     return KernelSpec("specialized", types, constants, 4, boxes=boxes)
 
 

@@ -261,7 +261,7 @@ def _linear(run: _Launched) -> None:
         if epilogue == "split":
             run.write(run.tensor("second"), gelu(y[:, split:]) * inverse, "second")
             y = y[:, :split]
-        if run.constant("TURN"):
+        if run.spec.constants.get("TURN"):
             heads = y.reshape(rows, 3, -1, 128)
             parts = [run.turn(heads[:, part], part, group) for part in range(3)]
             y = np.stack(parts, 1).reshape(rows, -1)
