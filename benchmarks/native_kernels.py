@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engines.cuda import Argument, Cuda, TensorMap
 from engines.native.attention import SCALAR_BYTES, Cudnn, scalars
-from engines.native.compile import compile_spec
+from engines.native.compiler import compile_spec
 from engines.native.plan import BYTES, Attention, Kind, Place
 from engines.native.specs import (
     PARAMETERS,

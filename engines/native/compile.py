@@ -1,26 +1,34 @@
-"""Kernels from Triton's source to cubins for Hopper, on a machine that need not have a GPU."""
+"""Kernels from their source to cubins for Hopper, on a machine that need not have a GPU.
+
+Triton works in processes of their own, several side by side: it prints what it thinks of a kernel
+that it does not compile, and of itself when it ends.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines.native.plan import BYTES
-from engines.native.specs import PARAMETERS, Kernel, KernelSpec, TensorBox, schedule
+from engines.native.specs import Kernel, KernelSpec, schedule
 from fluxdeploy.errors import EngineError, MissingDependencyError
-from fluxdeploy.install import install_command
+from fluxdeploy.machine import usable_cpus
 
 if TYPE_CHECKING:
-    from engines.native.plan import Kind, Plan
-    from fluxdeploy.progress import Progress
+    from engines.native.plan import Plan
+    from fluxdeploy.progress import Progress, Task
 
-__all__ = ["compile_kernels", "compile_spec"]
+__all__ = ["compile_kernels"]
 
-_TYPES = {"f32": "fp32", "bf16": "bf16", "fp8": "fp8e4nv"}
-_CAPABILITY = 90
-_SHARED = 232_448
-"""Bytes of shared memory that a program of a Hopper GPU can have. The compiler does not look."""
+_PROCESSES = 8
+"""At most: each takes half a gigabyte."""
 
 
 def compile_kernels(plan: Plan, progress: Progress) -> dict[str, tuple[Kernel, bytes]]:
@@ -28,98 +36,61 @@ def compile_kernels(plan: Plan, progress: Progress) -> dict[str, tuple[Kernel, b
 
     Raises `EngineError` where the compiler refuses, and `MissingDependencyError` without Triton.
     """
-    specs = {spec.name: spec for work in schedule(plan) for spec in work.specs}
+    specs = list({spec.name: spec for work in schedule(plan) for spec in work.specs}.values())
     task = progress.task("  transformer: compiling kernels", total=len(specs))
-    made = {}
-    for name, spec in specs.items():
-        made[name] = compile_spec(spec)
-        task.advance(1)
+    count = min(usable_cpus(), len(specs), _PROCESSES)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(count) as pool:
+        shares = [_Share(specs[index::count], Path(folder), task) for index in range(count)]
+        try:
+            made = [each for kernels in pool.map(_Share.run, shares) for each in kernels]
+        finally:
+            for share in shares:
+                share.stop()
     task.finish()
-    return made
+    return {kernel.name: (kernel, cubin) for kernel, cubin in made}
 
 
-def compile_spec(spec: KernelSpec) -> tuple[Kernel, bytes]:
-    """One kernel and its cubin. The errors are those of `compile_kernels`."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            compiled = _compile(spec)
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"Triton is not installed, which compiles kernels: {install_command('native')}."
-        ) from error
-    except Exception as error:
-        raise EngineError(
-            f"Triton does not compile {spec.function} for sm{_CAPABILITY}: {error}."
-        ) from error
-    facts = compiled.metadata
-    if facts.shared > _SHARED:
-        raise EngineError(
-            f"The kernel {spec.function} ({dict(spec.constants)}) needs {facts.shared} bytes of "
-            f"shared memory, and sm{_CAPABILITY} has {_SHARED}."
-        )
-    boxes = []
-    for meta in facts.tensordesc_meta:
-        high, wide = meta["block_size"]
-        boxes.append(TensorBox(high, wide, meta["swizzle"]))
-    constants = spec.constants
-    tile = (int(constants.get("TILE_ROWS", 1)), int(constants.get("TILE_COLUMNS", 1)))
-    kernel = Kernel(
-        spec.name,
-        spec.function,
-        facts.name,
-        32 * facts.num_warps,
-        facts.shared,
-        tuple(boxes),
-        tile,
-        spec.programs,
-    )
-    return kernel, compiled.asm["cubin"]
+class _Share:
+    """Some kernels, which one process compiles."""
 
+    def __init__(self, specs: Sequence[KernelSpec], folder: Path, task: Task) -> None:
+        self._specs, self._folder, self._task = specs, folder, task
+        self._process: subprocess.Popen[str] | None = None
 
-def _compile(spec: KernelSpec) -> Any:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
+    def run(self) -> list[tuple[Kernel, bytes]]:
+        root = Path(__file__).parents[2]
+        paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+        with subprocess.Popen(
+            [sys.executable, "-m", "engines.native.compiler", str(self._folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        ) as process:
+            self._process = process
+            assert process.stdin is not None
+            assert process.stdout is not None
+            json.dump([asdict(spec) for spec in self._specs], process.stdin)
+            process.stdin.close()
+            made = [self._result(json.loads(line)) for line in process.stdout]
+        if len(made) < len(self._specs):
+            name = self._specs[len(made)].function
+            raise EngineError(
+                f"Triton ended with code {process.returncode} while compiling {name}."
+            )
+        return made
 
-    from engines.native import kernels, linear
+    def _result(self, found: dict[str, Any]) -> tuple[Kernel, bytes]:
+        if "missing" in found:
+            raise MissingDependencyError(found["missing"])
+        if "failure" in found:
+            raise EngineError(found["failure"])
+        kernel = Kernel.from_json(found)
+        self._task.advance(1)
+        return kernel, (self._folder / kernel.name).read_bytes()
 
-    gluon = spec.function in linear.__all__
-    function = getattr(linear if gluon else kernels, spec.function)
-    names = list(function.arg_names)
-    signature = dict(_signature(spec, gluon)) | dict.fromkeys(spec.constants, "constexpr")
-    # Addresses and rows are multiples of 16 bytes, which lets loads be wide.
-    aligned = {
-        (names.index(name),): [["tt.divisibility", 16]]
-        for name, kind in PARAMETERS[spec.function].items()
-        if kind == "pointer"
-    }
-    source = (GluonASTSource if gluon else ASTSource)(
-        function,
-        {name: signature[name] for name in names},
-        {(names.index(name),): value for name, value in spec.constants.items()},
-        aligned,
-    )
-    options = {"num_warps": spec.warps, "num_stages": spec.stages}
-    return triton.compile(source, target=GPUTarget("cuda", _CAPABILITY, 32), options=options)
-
-
-def _signature(spec: KernelSpec, gluon: bool) -> Iterable[tuple[str, str]]:
-    boxes = spec.boxes or {}
-    for name, kind in PARAMETERS[spec.function].items():
-        if kind == "pointer":
-            yield name, f"*{_TYPES[spec.types[name]]}"
-        elif kind == "box":
-            layout = _layout(spec.types[name], boxes[name]) if gluon else ""
-            yield name, f"tensordesc<{_TYPES[spec.types[name]]}{list(boxes[name])}{layout}>"
-        else:
-            yield name, kind
-
-
-def _layout(kind: Kind, box: tuple[int, int]) -> str:
-    """How a box lies in shared memory, which Gluon's types of tensors say."""
-    from triton.experimental.gluon.language import NVMMASharedLayout
-
-    size = BYTES[kind]
-    return f", {NVMMASharedLayout(min(128, box[1] * size), 8 * size)!r}"
+    def stop(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()

@@ -7,7 +7,7 @@ from math import prod
 
 import pytest
 
-from engines.native.compile import compile_spec
+from engines.native.compiler import compile_spec
 from engines.native.plan import BYTES, Kind
 from engines.native.specs import PARAMETERS, Form, KernelSpec, Tile, linear_spec
 
