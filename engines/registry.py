@@ -1,8 +1,7 @@
 """The runtimes that engines can be opened with, and the choice among them.
 
-A runtime joins by a line in `_RUNTIMES`; hosts name it or leave the choice to `auto`. Those of
-`_UNPROVEN` are chosen by name alone, and `emulate`, which is for looking at the bundles of the
-others, builds nothing besides.
+A runtime joins by a line in `_RUNTIMES`; hosts name it or leave the choice to `auto`. `emulate`
+alone is never chosen: it is for looking at the bundles of the others.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 from engines.base import Engine, EngineOptions, Runtime
 from engines.graph_files import check_graph
 from fluxdeploy.arguments import shown
-from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
+from fluxdeploy.bundle.manifest import EngineRecord
 from fluxdeploy.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
@@ -40,23 +39,21 @@ EMULATE = "emulate"
 _RUNTIMES = {
     "tensorrt": ("engines.tensorrt.runtime", "TensorRt"),
     "tensorrt-rtx": ("engines.tensorrt.runtime", "TensorRtRtx"),
+    "native": ("engines.native.runtime", "Native"),
     "onnxruntime": ("engines.onnxruntime", "OnnxRuntime"),
     "openvino": ("engines.openvino", "OpenVino"),
 }
-# A bundle is built for these where --runtime names them, until a GPU has shown that they are right
-# and faster than the others. `auto` opens such a bundle: it was asked for then.
-_UNPROVEN = {"native": ("engines.native.runtime", "Native")}
-_LOOKING = {EMULATE: ("engines.emulate.runtime", "Emulate")}
+_BY_NAME = {EMULATE: ("engines.emulate.runtime", "Emulate")}
 
 
 def runtime_names() -> tuple[str, ...]:
-    """Names of the known runtimes, best first, and then of those that `auto` does not choose."""
-    return (*_RUNTIMES, *_UNPROVEN, *_LOOKING)
+    """Names of the known runtimes, best first, and of the one that `auto` never takes."""
+    return (*_RUNTIMES, *_BY_NAME)
 
 
 @cache
 def _runtime(name: str) -> Runtime:
-    module, kind = (_RUNTIMES | _UNPROVEN | _LOOKING)[name]
+    module, kind = (_RUNTIMES | _BY_NAME)[name]
     runtime: Runtime = getattr(importlib.import_module(module), kind)()
     return runtime
 
@@ -72,19 +69,25 @@ def runtimes(name: str = AUTO) -> tuple[Runtime, ...]:
 
 
 def choose_target(name: str = AUTO, precision: str | None = None) -> tuple[Runtime, str]:
-    """The best runtime and target that can run engines on this machine.
+    """The best runtime and target that can run engines on this machine, in `precision` if any can.
 
     Raises `EngineError` where there is none, with each one's reason and with the targets that can
     be built for here all the same, in `precision` where that is given, and `UsageError` for an
     unknown name.
     """
     reasons: list[tuple[str, str, str]] = []
+    running = []
     for runtime in runtimes(name):
         for target in runtime.targets:
             available = runtime.availability(target)
-            if available.ok:
+            if not available.ok:
+                reasons.append((runtime.name, target, available.detail))
+            elif _has_precision(runtime, (target,), precision):
                 return runtime, target
-            reasons.append((runtime.name, target, available.detail))
+            else:
+                running.append((runtime, target))
+    if running:
+        return running[0]
     others = _possible_elsewhere(name, precision)
     advice = f" To build for another machine, name its --target: {others}." if others else ""
     raise EngineError(f"No runtime can run engines on this machine. {_in_words(reasons)}.{advice}")
@@ -98,7 +101,7 @@ def _possible_elsewhere(name: str, precision: str | None) -> str:
             for target in runtime.targets
             if runtime.builds
             and runtime.can_build(target).ok
-            and (precision is None or runtime.precision_problem(target, precision) is None)
+            and _has_precision(runtime, (target,), precision)
         ]
         for runtime in runtimes(name)
     }
@@ -107,6 +110,12 @@ def _possible_elsewhere(name: str, precision: str | None) -> str:
         f"{name} builds{what} for {', '.join(targets)}"
         for name, targets in possible.items()
         if targets
+    )
+
+
+def _has_precision(runtime: Runtime, targets: Iterable[str], precision: str | None) -> bool:
+    return precision is None or all(
+        runtime.precision_problem(target, precision) is None for target in targets
     )
 
 
@@ -121,7 +130,7 @@ def choose_runtime(
     Raises `UsageError` where no runtime has the targets, or the name is unknown or that of the
     emulation, and without targets what `choose_target` does.
     """
-    if name in _LOOKING:
+    if name in _BY_NAME:
         raise UsageError(
             f"No bundle is built for --runtime {name}, which runs the numbers of any bundle on a "
             "CPU, with `generate` and `verify`: name the runtime that it is to be deployed with."
@@ -131,7 +140,8 @@ def choose_runtime(
         return runtime, (target,)
     unique = tuple(dict.fromkeys(targets))
     known = _runtimes_with(unique, name)
-    return next((r for r in known if not _build_problems(r, unique)), known[0]), unique
+    fit = [r for r in known if _has_precision(r, unique, precision)] or known
+    return next((r for r in fit if not _build_problems(r, unique)), fit[0]), unique
 
 
 def choose_builder(
@@ -189,7 +199,7 @@ def runs_here(components: Iterable[Sequence[EngineRecord]]) -> bool:
     @cache
     def runs(name: str, target: str) -> bool:
         # A bundle may be of a later version, with runtimes and targets of its own.
-        runtime = _runtime(name) if name in _RUNTIMES | _UNPROVEN else None
+        runtime = _runtime(name) if name in _RUNTIMES else None
         return runtime is not None and target in runtime.targets and runtime.availability(target).ok
 
     return all(any(runs(e.runtime, e.target) for e in engines) for engines in components)
@@ -215,8 +225,10 @@ def open_engine(
         )
     options = options or EngineOptions()
     reasons: list[tuple[str, str, str]] = []
-    for candidate in _openers(runtime, record):
+    for candidate in runtimes(runtime):
         own, targets = candidate.of(component, candidate.targets)
+        if runtime == AUTO and own is not candidate:
+            continue  # it has its own turn
         engines = own.engines(component, record)
         for target in targets:
             if target not in engines:
@@ -235,14 +247,6 @@ def open_engine(
         f"The bundle {bundle.root} has no {component} engine that runs here with --runtime "
         f"{runtime}: {why}.{advice}"
     )
-
-
-def _openers(name: str, record: ComponentRecord) -> tuple[Runtime, ...]:
-    """What may open a component, best first: with `auto` also what it was built for by name."""
-    if name != AUTO:
-        return runtimes(name)
-    named = dict.fromkeys(e.runtime for e in record.engines if e.runtime in _UNPROVEN)
-    return (*runtimes(), *map(_runtime, named))
 
 
 def _open_unchanged(

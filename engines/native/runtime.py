@@ -76,7 +76,12 @@ class Native(Runtime):
     def availability(self, target: str, device: int = 0) -> Availability:
         if problem := _missing() or self._gpu_problem(target, device):
             return Availability(False, problem)
-        return Availability(True, f"where --runtime names it; the GPU is {target}")
+        others = self._others.availability("cuda", device)
+        if not others.ok:
+            return Availability(
+                False, f"it leaves the other components to ONNX Runtime: {others.detail}"
+            )
+        return Availability(True, f"kernels of our own, and the GPU is {target}")
 
     def can_build(self, target: str) -> Availability:
         """Building needs no GPU."""

@@ -110,7 +110,6 @@ def test_another_onnx_runtime_is_another_build(
     assert found == [["onnxruntime", other.version(), "cuda"], ["native", "1", "sm90"]]
 
 
-@pytest.mark.xfail(raises=ModuleNotFoundError, reason="the kernels and the matching come later")
 @pytest.mark.usefixtures("remembered_traces")
 def test_a_bundle_is_built_without_a_gpu(tmp_path: Path) -> None:
     request = BuildRequest(precision="fp8", runtime="native", targets=("sm90",), promise=Promise())

@@ -57,7 +57,7 @@ def test_target_for_this_machine_is_the_cpu_where_there_is_no_gpu() -> None:
 def test_unknown_runtime(bundle: Make) -> None:
     with pytest.raises(
         UsageError,
-        match="no runtime 'tensorrrt'; the runtimes are auto, tensorrt, tensorrt-rtx, onnx",
+        match="no runtime 'tensorrrt'; the runtimes are auto, tensorrt, tensorrt-rtx, nat",
     ):
         open_engine(bundle(), "tiny", "tensorrrt")
     with pytest.raises(UsageError, match="no runtime ''"):
@@ -136,8 +136,8 @@ def test_targets_keep_the_order_in_which_they_were_asked_for(targets: tuple[str,
 
 
 def test_targets_and_runtimes_stand_from_best_to_worst() -> None:
-    chosen = ("tensorrt", "tensorrt-rtx", "onnxruntime", "openvino")
-    assert runtime_names() == (*chosen, "native", "emulate")
+    chosen = ("tensorrt", "tensorrt-rtx", "native", "onnxruntime", "openvino")
+    assert runtime_names() == (*chosen, "emulate")
     assert tuple(runtime.name for runtime in runtimes()) == chosen
     for name in ("tensorrt", "tensorrt-rtx"):
         (runtime,) = runtimes(name)

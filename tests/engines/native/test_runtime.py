@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from engines import (
     runs_here,
     runtimes,
 )
+from engines.native import build as build_module
 from engines.native import runtime as module
 from engines.native.plan import Attention, Buffer, Linear, Packed, Part, Place, Plan
 from engines.native.report import check_shape, describe, find_widened
@@ -58,6 +58,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Pretend:
         monkeypatch.setattr(gpu, "has_nvidia_driver", lambda: driver)
         monkeypatch.setattr(gpu, "has_cuda_python", lambda: cuda_python)
         monkeypatch.setattr(gpu, "compute_capability", lambda device=0: found)
+        here = Availability(True, "")
+        monkeypatch.setattr(OnnxRuntime, "availability", lambda self, target, device=0: here)
 
     return make
 
@@ -115,14 +117,28 @@ def test_building_takes_its_packages_and_no_gpu(pretend: Pretend, missing: str, 
         choose_builder("native", ["sm90"])
 
 
-def test_auto_does_not_choose_it_even_where_it_could_run(pretend: Pretend) -> None:
+def test_auto_takes_it_on_a_hopper_gpu_for_what_it_has(pretend: Pretend) -> None:
     pretend()
-    assert Native().availability("sm90").ok
-    assert choose_target()[0].name != "native"
-    assert choose_runtime(targets=["sm90"])[0].name == "tensorrt"
-    assert [r.name for r, _ in [choose_target("native"), choose_runtime("native", ["sm90"])]] == [
-        "native"
-    ] * 2
+    assert choose_target()[0].name == "native"
+    assert choose_target(precision="fp8")[0].name == "native"
+    assert choose_target(precision="fp16")[0].name == "onnxruntime"
+    assert choose_target("native", "fp16")[0].name == "native"
+
+
+def test_without_a_gpu_it_is_what_builds_for_one(pretend: Pretend) -> None:
+    pretend(driver=False)
+    assert choose_runtime(targets=["sm90"], precision="fp8")[0].name == "native"
+    assert choose_runtime(targets=["sm90"], precision="int8")[0].name == "tensorrt"
+
+
+def test_without_onnx_runtime_on_a_gpu_nobody_has_the_others(
+    pretend: Pretend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend()
+    nowhere = Availability(False, "no CUDA provider")
+    monkeypatch.setattr(OnnxRuntime, "availability", lambda self, target, device=0: nowhere)
+    available = Native().availability("sm90")
+    assert available.detail == "it leaves the other components to ONNX Runtime: no CUDA provider"
 
 
 def test_what_it_computes_in() -> None:
@@ -253,13 +269,10 @@ def test_a_build_tells_what_is_wider_and_strict_refuses_it(
     pretend()
     root, said = bundle().root, io.StringIO()
     written: list[Path] = []
-    parts = {
-        "match": {"match": lambda model: plan("bf16")},
-        "compile": {"compile_kernels": lambda plan, progress: {}},
-        "pack": {"write_engine": lambda path, *others: written.append(path)},
-    }
-    for name, functions in parts.items():
-        monkeypatch.setitem(sys.modules, f"engines.native.{name}", SimpleNamespace(**functions))
+    monkeypatch.setattr(build_module, "match", lambda model: plan("bf16"))
+    monkeypatch.setattr(build_module, "compile_kernels", lambda plan, progress: {})
+    monkeypatch.setattr(build_module, "works_metadata", lambda plan, kernels: {})
+    monkeypatch.setattr(build_module, "write_engine", lambda path, *others: written.append(path))
     asked = source("transformer", "fp8-linears", root / "tiny.onnx", INPUTS)
     engine, report = root / "transformer.engine", root / "transformer.kernels.json"
 
@@ -294,9 +307,9 @@ def test_the_report_has_an_entry_a_step() -> None:
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"head_dim": 24}, "its heads are 24 wide, and the kernels are for multiples of 16 up to"),
+        ({"head_dim": 24}, "its heads are 24 wide, and the kernels are for 16, 32, 64, 128"),
         ({"head_dim": 256}, "its heads are 256 wide"),
-        ({"inner": 72}, "qk.weight is 128 x 72, and the kernels are for multiples of 16"),
+        ({"inner": 72}, "qk.weight is 128 x 72, and the kernels are for multiples of 32"),
     ],
 )
 def test_sizes_that_no_kernel_has_are_refused(sizes: dict[str, int], words: str) -> None:
