@@ -314,6 +314,133 @@ def _gpu_latency(report: dict[str, Any]) -> str:
     )
 
 
+_GPU_STEP_NAMES = {
+    "native, fp8": "ours, `native` in fp8",
+    "native, bf16": "ours, `native` in bf16",
+    "compile-blocks-cudnn": "torch.compile bf16, cuDNN attention",
+}
+
+
+def _gpu_step(report: dict[str, Any]) -> str:
+    """The report of benchmarks/gpu_step.py: a row for each contender, at both sizes."""
+    timed = [found for found in report["results"] if "step_ms" in found]
+    by_name = {(found["what"], found["size"]): found for found in timed}
+    names = [name for name in _GPU_STEP_NAMES if (name, 1024) in by_name]
+    rows = [
+        ["a step", "1024x1024", "512x512", "Tflop/s", "joules", "GPU memory"],
+        ["---", *["---:"] * 5],
+    ]
+    for name in names:
+        large, small = by_name[name, 1024], by_name[name, 512]
+        rows.append(
+            [
+                _GPU_STEP_NAMES[name],
+                f"{large['step_ms']:.1f} ms",
+                f"{small['step_ms']:.1f} ms",
+                f"{_STEP_TFLOP / large['step_ms'] * 1e3:,.0f}",
+                f"{large['joules']:.0f}",
+                f"{large['memory'] / 1e9:.1f} GB",
+            ]
+        )
+    ratios = [
+        [
+            by_name[names[-1], size]["step_ms"] / by_name[name, size]["step_ms"]
+            for size in (1024, 512)
+        ]
+        for name in names[:-1]
+    ]
+    machine, packages = report["machine"], report["machine"]["packages"]
+    words = ", and ".join(f"{large:.2f} and {small:.2f} times" for large, small in ratios)
+    watts = float(machine["idle"]["power.limit"].split()[0])
+    return (
+        f"{_table(rows)}\n"
+        f"FLUX.1-dev's transformer at full depth, {report['double_blocks']} double and "
+        f"{report['single_blocks']} single blocks, random weights,\none picture and 512 text tokens: "
+        "medians as a host sees them, one contender at a time. Tflop/s,\njoules and memory are at "
+        "1024x1024, memory is all that the process has on the GPU. Ours are\n"
+        f"{words} as fast as torch.compile, which compiles the blocks.\n"
+        "Measured by [benchmarks/gpu_step.py](../benchmarks/gpu_step.py) on one\n"
+        f"{machine['gpu']} of {watts:.0f} W, Python {machine['python']}, "
+        f"PyTorch {packages['torch']}, cuDNN 9.19,\nkernels compiled with Triton "
+        f"{packages['triton']}.\n"
+    )
+
+
+_STEP_TFLOP = 59.49 + 14.87
+"""Products and attention of a step at 1024x1024, as `benchmarks/roofline.py` counts them."""
+
+
+def _gpu_step_kernels(report: dict[str, Any]) -> str:
+    """Where the time of a step goes, kernel by kernel."""
+    found = {
+        found["what"].split(", ")[1].split(":")[0]: found["kernels"]
+        for found in report["results"]
+        if "kernels" in found and found["size"] == 1024
+    }
+    groups = {"products": 0.0, "attention": 0.0, "norm": 0.0, "rope": 0.0, "the rest": 0.0}
+    names = {"norm": "AdaLN", "rope": "QK norm and RoPE by themselves"}
+    rows = [["ms of a step at 1024x1024", *found], ["---", *["---:"] * len(found)]]
+    sums = {precision: dict(groups) for precision in found}
+    for precision, kernels in found.items():
+        for label, each in kernels.items():
+            group = label if label in groups else "the rest"
+            if label == "specialized" or label.startswith("linear 4608"):
+                group = "products"
+            sums[precision][group] += each["ms"]
+    for group in groups:
+        rows.append([names.get(group, group), *(f"{sums[p][group]:.1f}" for p in found)])
+    return f"{_table(rows)}\n"
+
+
+def _gpu_kernels(report: dict[str, Any]) -> str:
+    """The products of FLUX.1's blocks at 1024x1024: ours with what follows them, and cuBLAS's."""
+    best: dict[tuple[str, str, str], float] = {}
+    for found in report["results"]:
+        if "milliseconds" not in found or not found.get("shape", "").startswith("4608x"):
+            continue
+        kind = "fp8" if "fp8" in found["what"] else "bf16"
+        if found["stage"] in ("linears", "specialized") and "RoPE" not in found["what"]:
+            key = ("ours", kind, found["shape"])
+        elif found["stage"] == "products" and "cuDNN" not in found["what"]:
+            key = ("cuBLAS", kind, found["shape"])
+        else:
+            continue
+        rate = found["operations"] / found["milliseconds"] / 1e9
+        best[key] = max(best.get(key, 0.0), rate)
+    shapes = list(dict.fromkeys(shape for _, _, shape in best))
+    headings = [(kind, whose) for kind in ("bf16", "fp8") for whose in ("ours", "cuBLAS")]
+    rows = [
+        ["Tflop/s", *(f"{kind}, {whose}" for kind, whose in headings)],
+        ["---", *["---:"] * len(headings)],
+    ]
+    for shape in shapes:
+        rates = [f"{best[whose, kind, shape]:,.0f}" for kind, whose in headings]
+        rows.append([shape.replace("x", " x "), *rates])
+    attention = {
+        found["what"]: found["operations"] / found["milliseconds"] / 1e9
+        for found in report["results"]
+        if found["stage"] == "attention" and found["shape"] == "4608 tokens"
+    }
+    peaks = {
+        found["what"]: found["operations"] / found["milliseconds"] / 1e9
+        for found in report["results"]
+        if found["stage"] == "peaks" and found["what"] != "copy"
+    }
+    load = report["under_load"]
+    watts = float(load["power.draw"].split()[0])
+    return (
+        f"{_table(rows)}\n"
+        "Rows x channels in x channels out. Ours with bias, GELU or gate and residual, and with the "
+        "rounding\nto the next product's type; cuBLAS's with bias alone, to bfloat16. A product of "
+        f"8192³ has {peaks['bf16']:,.0f} and\n{peaks['fp8']:,.0f}. Attention over 4,608 tokens, by "
+        f"cuDNN: {attention['native, bf16']:,.0f} and {attention['native, fp8']:,.0f}; PyTorch's "
+        f"FlashAttention 2 in bf16:\n{attention['torch, FlashAttention']:,.0f}. Measured by "
+        "[benchmarks/gpu_kernels.py](../benchmarks/gpu_kernels.py) on one\n"
+        f"{report['machine']['gpu']}, whose clocks fall to {load['clocks.sm']} under that load, at "
+        f"{watts:.0f} W.\n"
+    )
+
+
 def _host_step(report: dict[str, Any]) -> str:
     """The report of benchmarks/host_step.py as a Markdown table."""
     own, bare = report["microseconds"]["arithmetic"], {}
@@ -438,6 +565,9 @@ BLOCKS: Mapping[str, Block] = {
     "quantize_scale": Block(RESULTS / "quantize_scale.json", (FIGURES,), _quantize_scale),
     "latency": Block(RESULTS / "latency.json", (FIGURES,), _latency),
     "gpu_latency": Block(RESULTS / "gpu_latency.json", (FIGURES,), _gpu_latency),
+    "gpu_step": Block(RESULTS / "gpu_step.json", (FIGURES,), _gpu_step),
+    "gpu_step_kernels": Block(RESULTS / "gpu_step.json", (PERFORMANCE,), _gpu_step_kernels),
+    "gpu_kernels": Block(RESULTS / "gpu_kernels.json", (PERFORMANCE,), _gpu_kernels),
     "host_step": Block(RESULTS / "host_step.json", (PERFORMANCE,), _host_step),
     "conditioner_split": Block(
         RESULTS / "conditioner_split.json", (PERFORMANCE,), _conditioner_split
