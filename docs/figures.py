@@ -355,8 +355,9 @@ def _gpu_step(report: dict[str, Any]) -> str:
     return (
         f"{_table(rows)}\n"
         f"FLUX.1-dev's transformer at full depth, {report['double_blocks']} double and "
-        f"{report['single_blocks']} single blocks, random weights,\none picture and 512 text tokens: "
-        "medians as a host sees them, one contender at a time. Tflop/s,\njoules and memory are at "
+        f"{report['single_blocks']} single blocks, random weights,\n"
+        "one picture and 512 text tokens: medians as a host sees them, one contender at a time. "
+        "Tflop/s,\njoules and memory are at "
         "1024x1024, memory is all that the process has on the GPU. Ours are\n"
         f"{words} as fast as torch.compile, which compiles the blocks.\n"
         "Measured by [benchmarks/gpu_step.py](../benchmarks/gpu_step.py) on one\n"
@@ -430,8 +431,9 @@ def _gpu_kernels(report: dict[str, Any]) -> str:
     watts = float(load["power.draw"].split()[0])
     return (
         f"{_table(rows)}\n"
-        "Rows x channels in x channels out. Ours with bias, GELU or gate and residual, and with the "
-        "rounding\nto the next product's type; cuBLAS's with bias alone, to bfloat16. A product of "
+        "Rows x channels in x channels out. Ours with bias, GELU or gate and residual, and with the"
+        " rounding\nto the next product's type; cuBLAS's with bias alone, to bfloat16. "
+        "A product of "
         f"8192³ has {peaks['bf16']:,.0f} and\n{peaks['fp8']:,.0f}. Attention over 4,608 tokens, by "
         f"cuDNN: {attention['native, bf16']:,.0f} and {attention['native, fp8']:,.0f}; PyTorch's "
         f"FlashAttention 2 in bf16:\n{attention['torch, FlashAttention']:,.0f}. Measured by "
