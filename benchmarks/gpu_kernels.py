@@ -71,7 +71,7 @@ def main(json_file: Path | None, seconds: int, stages: Sequence[str]) -> None:
     for stage in stages or STAGES:
         begun = time.monotonic()
         limit = min(STAGES[stage], seconds - (begun - started))
-        for found in run_stage([sys.executable, str(WORKER), stage], limit):
+        for found in run_stage([sys.executable, str(WORKER), stage], limit, stage):
             if "what" in found:
                 written["results"].append({"stage": stage} | found)
             else:
@@ -93,9 +93,8 @@ def has_gpu() -> bool:
     return torch.version.cuda is not None and torch.cuda.is_available()
 
 
-def run_stage(command: Sequence[str], limit: float) -> Iterator[Found]:
+def run_stage(command: Sequence[str], limit: float, stage: str) -> Iterator[Found]:
     """The lines of JSON that a process prints, each when it comes; at last, why it broke off."""
-    stage = command[-1]
     if limit < 1:
         yield {"what": stage, "failure": "no time was left"}
         return

@@ -72,7 +72,7 @@ def main(
         limit = min(CONTENDERS[name], seconds - (time.monotonic() - started))
         command = [sys.executable, str(WORKER), name, str(folder)]
         command += [str(n) for n in (double_blocks, single_blocks, *sizes)]
-        for found in run_stage(command, limit):
+        for found in run_stage(command, limit, name):
             results.append({"contender": name} | found)
             print(json.dumps(results[-1]), flush=True)
             if json_file is not None:

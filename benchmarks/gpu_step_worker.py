@@ -83,7 +83,7 @@ def measure(
     for _ in range(3):
         step()
     wait()
-    started, clocks = time.monotonic(), []
+    started, clocks, reasons = time.monotonic(), [], 0
     times: list[float] = []
     joules = gpu.joules()
     while time.monotonic() - started < SECONDS or len(times) < 10:
@@ -92,6 +92,7 @@ def measure(
         wait()
         times.append(time.perf_counter() - begun)
         clocks.append(gpu.clock())
+        reasons |= gpu.reasons()
     joules = (gpu.joules() - joules) / len(times)
     times.sort()
     return {
@@ -101,7 +102,7 @@ def measure(
         "steps": len(times),
         "joules": joules,
         "clock_mhz": statistics.median(clocks),
-        "throttled": gpu.reasons(),
+        "throttled": reasons,
         "memory": gpu.used() - used_before,
     }
 
@@ -287,7 +288,7 @@ def _label(call: Any) -> str:
     kernel = getattr(call, "kernel", None)
     if kernel is None:
         return "attention"
-    if kernel.function != "linear":
+    if kernel.function not in ("linear", "specialized"):
         return str(kernel.function)
     weight = call.given["weight"]
     return f"linear {call.given['rows'][1]}x{weight.columns}x{weight.rows}"

@@ -260,6 +260,14 @@ class Runtime(ABC):
         """Why engines for `target` cannot have `precision`, or None where they can."""
         return None
 
+    def size_problem(self, width: int, head_dim: int) -> str | None:
+        """Why engines cannot have a transformer of that width, with heads of that one."""
+        return None
+
+    def builder(self) -> str:
+        """Name and version of what compiles its engines here, where that is another package."""
+        return ""
+
     def emulates(self, target: str, precision: str) -> bool:
         """Whether engines only have the numbers of a precision there, and not its speed."""
         return False

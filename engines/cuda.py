@@ -77,8 +77,8 @@ class Cuda:
             from cuda.bindings import runtime
         except ImportError as error:
             raise MissingDependencyError(
-                f"cuda-python is not installed: {install_command('rtx')}, or for TensorRT "
-                f"{install_command('tensorrt')}."
+                f"cuda-python is not installed: {install_command('native')}, or what installs the "
+                "runtime that is asked for: `fluxdeploy doctor` lists them."
             ) from error
         self._runtime: Any = runtime
         self._driver_module: Any = None

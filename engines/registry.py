@@ -68,12 +68,14 @@ def runtimes(name: str = AUTO) -> tuple[Runtime, ...]:
     return (_runtime(name),)
 
 
-def choose_target(name: str = AUTO, precision: str | None = None) -> tuple[Runtime, str]:
-    """The best runtime and target that can run engines on this machine, in `precision` if any can.
+def choose_target(
+    name: str = AUTO, precision: str | None = None, building: bool = False
+) -> tuple[Runtime, str]:
+    """The best runtime and target that can run engines on this machine.
 
-    Raises `EngineError` where there is none, with each one's reason and with the targets that can
-    be built for here all the same, in `precision` where that is given, and `UsageError` for an
-    unknown name.
+    In `precision` if any can; with `building` one that can also build here, if any can. Raises
+    `EngineError` where there is none, with each one's reason and with the targets that can be built
+    for here all the same, in `precision` where that is given, and `UsageError` for an unknown name.
     """
     reasons: list[tuple[str, str, str]] = []
     running = []
@@ -82,7 +84,9 @@ def choose_target(name: str = AUTO, precision: str | None = None) -> tuple[Runti
             available = runtime.availability(target)
             if not available.ok:
                 reasons.append((runtime.name, target, available.detail))
-            elif _has_precision(runtime, (target,), precision):
+            elif _has_precision(runtime, (target,), precision) and not (
+                building and _build_problems(runtime, (target,))
+            ):
                 return runtime, target
             else:
                 running.append((runtime, target))
@@ -136,7 +140,7 @@ def choose_runtime(
             "CPU, with `generate` and `verify`: name the runtime that it is to be deployed with."
         )
     if not targets:
-        runtime, target = choose_target(name, precision)
+        runtime, target = choose_target(name, precision, building=True)
         return runtime, (target,)
     unique = tuple(dict.fromkeys(targets))
     known = _runtimes_with(unique, name)

@@ -60,18 +60,25 @@ class PreparedAttention:
 class Cudnn:
     """cuDNN on one stream of the current device.
 
-    Raises `MissingDependencyError` where cuDNN or its front end is not installed.
+    Raises `MissingDependencyError` where its front end is not installed, and `EngineError` where
+    the library does not start.
     """
 
     def __init__(self, stream: int) -> None:
         try:
             self._module: Any = importlib.import_module("cudnn")
-            self._handle: Any = self._module.create_handle()
-        except (ImportError, OSError, RuntimeError) as error:
+        except (ImportError, OSError) as error:
             raise MissingDependencyError(
-                f"cuDNN cannot be used ({error}): {install_command('native')}."
+                f"cuDNN's front end cannot be imported ({error}): {install_command('native')}."
             ) from error
-        self._module.set_stream(handle=self._handle, stream=stream)
+        try:
+            self._handle: Any = self._module.create_handle()
+            self._module.set_stream(handle=self._handle, stream=stream)
+        except (OSError, RuntimeError) as error:
+            raise EngineError(
+                f"cuDNN does not start: {error}. Look at the NVIDIA driver and the memory of the "
+                "GPU: `nvidia-smi`."
+            ) from error
 
     def prepare(
         self, kind: Kind, tokens: int, heads: int, head_dim: int, strides: Mapping[str, int]

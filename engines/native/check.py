@@ -1,4 +1,7 @@
-"""Whether a plan's steps stay within their buffers and tensors: a GPU would not tell."""
+"""Whether a plan's steps stay within their buffers and tensors: a GPU would not tell.
+
+This is for files that are broken. One from somebody who means harm holds code of theirs as well.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,17 @@ from engines.native.plan import (
     Plan,
     Rope,
     Rows,
+    Step,
 )
 
 __all__ = ["check_plan"]
 
-_MOST = 1 << 24
-"""Columns, channels and rows of anything; no transformer has a hundredth of it."""
+_MOST = 32_000
+"""Columns, channels and rows of anything: kernels count the numbers of a buffer in 31 bits, and a
+picture may have 66,048 tokens. FLUX.1 has 21,504 at most."""
+
+_TABLES = ("modulation", "rope_cos", "rope_sin")
+"""Inputs that are no buffers."""
 
 _IN_OUT: Mapping[str, tuple[Rows, Kind]] = {
     "hidden_states": ("image", "f32"),
@@ -37,7 +45,11 @@ def check_plan(plan: Plan, tensors: Mapping[str, tuple[Kind, tuple[int, ...]]]) 
     `tensors` are the kinds and shapes of what the engine's file holds.
     """
     buffers = {buffer.name: buffer for buffer in plan.buffers}
-    _hold(len(buffers) == len(plan.buffers), "two buffers have one name")
+    names = [*buffers, *tensors, *_TABLES]
+    alone = len(buffers) == len(plan.buffers) and len(set(names)) == len(names)
+    _hold(alone, "two of its tensors have one name")
+    wide = sorted(b.name for b in plan.buffers if b.kind == "f32" and b.name not in _IN_OUT)
+    _hold(not wide, f"it keeps {', '.join(wide)} in f32")
     for name, (rows, kind) in _IN_OUT.items():
         found = buffers.get(name)
         fits = found is not None and (found.rows, found.kind) == (rows, kind)
@@ -47,8 +59,11 @@ def check_plan(plan: Plan, tensors: Mapping[str, tuple[Kind, tuple[int, ...]]]) 
     _hold(all(0 < size <= _MOST for size in sizes), f"its sizes are not all between 1 and {_MOST}")
     even = plan.width % plan.head_dim == 0 and plan.head_dim % 2 == 0
     _hold(even, f"{plan.width} channels are not heads of {plan.head_dim}")
+    written = {"hidden_states", "context"}
     for index, step in enumerate(plan.steps):
-        _Check(plan, buffers, tensors, f"its step {index}, a {type(step).__name__},").step(step)
+        check = _Check(plan, buffers, tensors, f"its step {index}, a {type(step).__name__},")
+        check.step(step)
+        check.order(step, written)
 
 
 @dataclass(frozen=True)
@@ -60,13 +75,14 @@ class _Check:
     tensors: Mapping[str, tuple[Kind, tuple[int, ...]]]
     name: str
 
-    def step(self, step: object) -> None:
+    def step(self, step: Step) -> None:
         if isinstance(step, Convert):
             self._kind(step.x, step.columns, step.rows)
             self._steps(self._kind(step.out, step.columns, step.rows), *step.scale)
         elif isinstance(step, Norm):
             width = self.plan.width
             self._hold(self._kind(step.x, width, step.rows) == "bf16", "does not read bfloat16")
+            self._whole(step.x, width)
             self._steps(self._kind(step.out, width, step.rows), *step.scale)
             self._rows(*step.shift, *step.gain)
         elif isinstance(step, Linear):
@@ -81,7 +97,19 @@ class _Check:
             self._hold(
                 kinds in (("bf16", "bf16"), ("fp8", "fp8")), f"makes {kinds[1]} of {kinds[0]}"
             )
+            self._whole(step.x, 3 * self.plan.width)
             self._steps(kinds[1], *step.scales, step.softmax_scale, step.out_scale)
+
+    def order(self, step: Step, written: set[str]) -> None:
+        """Nothing is read that no earlier step has written, and no input is written."""
+        read = {step.x.buffer}
+        made = {step.out.buffer}
+        if isinstance(step, Linear):
+            read |= made if step.epilogue == "residual" else set()
+            made |= set() if step.second is None else {step.second.buffer}
+        self._hold(read <= written, f"reads {', '.join(sorted(read))} before it is written")
+        self._hold(not made & {"hidden_states", "context"}, "writes an input")
+        written |= made
 
     def _linear(self, step: Linear) -> None:
         kind = self._kind(step.x, step.inner, step.rows)
@@ -94,6 +122,12 @@ class _Check:
             self._tensor(step.scale, "f32", (channels,))
         self._hold(not step.grouped or step.rows == "all", "has one stream, and weights for two")
         self._rows(*step.gate)
+        if not step.grouped and step.rows == "all":
+            # A tile may have rows of both streams, and takes the numbers of its first.
+            same = step.gate[0] == step.gate[1] and step.out_scale[0] == step.out_scale[1]
+            self._hold(same, "tells text from image, and its weights do not")
+        if step.epilogue == "residual":
+            self._hold(step.columns == self.plan.width, "is gated, and not as wide as the gates")
         if step.epilogue == "split":
             self._hold(0 < step.split < step.columns, f"is split at {step.split}")
         else:
@@ -113,6 +147,8 @@ class _Check:
         self._hold(self._kind(step.x, columns, "all") == "bf16", "does not read bfloat16")
         out = self._kind(step.out, columns, "all")
         self._hold(out == "fp8" or step.x == step.out, f"writes {out}")
+        self._whole(step.x, columns)
+        self._whole(step.out, columns)
         self._tensor(step.norms, "f32", (4, self.plan.head_dim))
         self._steps("fp8", step.softmax)
         self._steps(out, *step.scales)
@@ -127,6 +163,11 @@ class _Check:
         self._hold(fits, f"takes {where}, which has {buffer.columns}")
         self._hold(buffer.rows in ("all", rows), f"takes {rows} rows of {buffer.name}")
         return buffer.kind
+
+    def _whole(self, place: Place, columns: int) -> None:
+        """The kernel knows no other columns of the buffer."""
+        whole = place.column == 0 and self.buffers[place.buffer].columns == columns
+        self._hold(whole, f"takes a part of {place.buffer}")
 
     def _tensor(self, name: str, kind: Kind, shape: tuple[int, ...]) -> None:
         found = self.tensors.get(name)

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.native.sizes import PROCESSES
 from engines.native.specs import Kernel, KernelSpec, schedule
 from fluxdeploy.errors import EngineError, MissingDependencyError
 from fluxdeploy.machine import usable_cpus
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["compile_kernels"]
 
-_PROCESSES = 8
-"""At most: each takes half a gigabyte."""
-
 
 def compile_kernels(plan: Plan, progress: Progress) -> dict[str, tuple[Kernel, bytes]]:
     """The kernels of a plan's steps with their cubins, by `KernelSpec.name`.
@@ -38,7 +36,7 @@ def compile_kernels(plan: Plan, progress: Progress) -> dict[str, tuple[Kernel, b
     """
     specs = list({spec.name: spec for work in schedule(plan) for spec in work.specs}.values())
     task = progress.task("  transformer: compiling kernels", total=len(specs))
-    count = min(usable_cpus(), len(specs), _PROCESSES)
+    count = min(usable_cpus(), len(specs), PROCESSES)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(count) as pool:
         shares = [_Share(specs[index::count], Path(folder), task) for index in range(count)]
         try:

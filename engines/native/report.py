@@ -8,33 +8,31 @@ from typing import Any
 
 from engines.base import EngineSource
 from engines.native.plan import Attention, Convert, Linear, Norm, Packed, Plan, Rope, Step
+from engines.native.sizes import SPLIT
 from fluxdeploy.errors import EngineError
 
 __all__ = ["check_shape", "describe", "find_widened"]
 
 _ALIGNED = 16
-"""What widths are multiples of: in 8 bits, a GPU's copies are of 16 bytes."""
-_HEADS = (16, 32, 64, 128)
-_SPLIT = 32
-"""What divides the columns of Q, K and V where an MLP follows: half of the smallest tile."""
+"""What channels are multiples of: in 8 bits, a GPU's copies are of 16 bytes."""
 _NAMED = 4
 
 
 def check_shape(plan: Plan, component: str) -> None:
-    """Raise `EngineError` where the kernels have no such sizes."""
-    if plan.head_dim not in _HEADS:
-        raise EngineError(
-            f"native cannot build {component}: its heads are {plan.head_dim} wide, and the kernels "
-            f"are for {', '.join(map(str, _HEADS))}. Use --runtime onnxruntime."
-        )
+    """Raise `EngineError` where the kernels have no such sizes; others are refused by a plan."""
     for step in plan.steps:
         if not isinstance(step, Linear):
             continue
-        if step.inner % _ALIGNED or step.columns % _ALIGNED or step.split % _SPLIT:
-            raise EngineError(
-                f"native cannot build {component}: {step.weight} is {step.columns} x {step.inner}, "
-                f"and the kernels are for multiples of {_SPLIT}. Use --runtime onnxruntime."
-            )
+        for what, columns, multiple in (
+            ("channels in", step.inner, _ALIGNED),
+            ("channels out", step.columns, _ALIGNED),
+            ("channels of Q, K and V", step.split, SPLIT),
+        ):
+            if columns % multiple:
+                raise EngineError(
+                    f"native cannot build {component}: {step.weight} has {columns} {what}, and the "
+                    f"kernels are for multiples of {multiple}. Use --runtime onnxruntime."
+                )
 
 
 def describe(plan: Plan, widened: str | None) -> str:

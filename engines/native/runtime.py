@@ -7,6 +7,7 @@ picture's time.
 from __future__ import annotations
 
 import ctypes.util
+import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +22,13 @@ from engines.base import (
     Runtime,
 )
 from engines.gpu import gpu_problem
+from engines.native.sizes import HEADS, PROCESSES, SPLIT
 from engines.onnxruntime import OnnxRuntime
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError, MissingDependencyError, UsageError
 from fluxdeploy.install import install_command
 from fluxdeploy.kernels import AttentionKernels
+from fluxdeploy.machine import usable_cpus
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 
@@ -34,8 +37,10 @@ __all__ = ["Native"]
 _VERSION = "1"
 """Of a plan and of what runs it: an engine runs with the version that built it."""
 
-_BUILDER = 2_000_000_000
-"""Bytes of memory of a build at most: the compiler of the kernels, and one packed tensor."""
+_COMPILER = 500_000_000
+"""Bytes of memory of a process that compiles kernels."""
+_PACKING = 1_000_000_000
+"""Bytes of memory beside these: one packed tensor, and the graph."""
 _ENGINE_FILE = 8_000_000
 """Bytes of an engine besides its weights, at most: kernels, the plan, names."""
 
@@ -115,8 +120,28 @@ class Native(Runtime):
     def attention(self, target: str, precision: str, compute: str) -> AttentionKernels:
         return AttentionKernels.NATIVE
 
+    def size_problem(self, width: int, head_dim: int) -> str | None:
+        if head_dim not in HEADS:
+            return (
+                f"its heads are {head_dim} wide, and the kernels of {self.name} are for "
+                f"{', '.join(map(str, HEADS))}; use --runtime onnxruntime"
+            )
+        if width % SPLIT:
+            return (
+                f"it is {width} wide, and the kernels of {self.name} are for multiples of {SPLIT}; "
+                "use --runtime onnxruntime"
+            )
+        return None
+
+    def builder(self) -> str:
+        """Its kernels are Triton's work."""
+        try:
+            return f"triton {importlib.metadata.version('triton')}"
+        except importlib.metadata.PackageNotFoundError:
+            return ""
+
     def building_memory(self, weights: int) -> int:
-        return _BUILDER
+        return _PACKING + _COMPILER * min(PROCESSES, usable_cpus())
 
     def engine_size(self, weights: int) -> int:
         return weights + _ENGINE_FILE

@@ -28,7 +28,9 @@ def build(request: BuildRequest, destination: Path, progress: Progress) -> Bundl
     reused. Where all of it is there already, nothing is done. Raises the errors of each step;
     `destination` then is as it was before.
     """
-    runtime, targets = choose_builder(request.runtime, request.targets, request.precision)
+    runtime, targets = choose_builder(
+        request.runtime, request.targets, request.transformer_precision
+    )
     last = LastBuild(request, destination, runtime, targets)
     unchanged = last.find()
     if unchanged is not None:

@@ -60,6 +60,9 @@ def content_key(
             "engines": [asdict(engine) for engine in component.engines],
             "profiles": repr(component.profiles),
             "settings": [request.memory_limit, request.weight_streaming],
+            # What a strict build refuses, another one has made.
+            "strict": request.strict and component.runtime.builds,
+            "builder": component.runtime.builder(),
             "tools": tool_versions(),
             "sources": sources_digest(),
         }

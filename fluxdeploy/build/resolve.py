@@ -54,6 +54,11 @@ class BuildRequest:
     weight_streaming: bool = False
     replace: bool = False
 
+    @property
+    def transformer_precision(self) -> str:
+        """What a runtime must have, if one is to be chosen."""
+        return self.component_precision.get("transformer", self.precision)
+
 
 @dataclass(frozen=True)
 class ComponentSpec:

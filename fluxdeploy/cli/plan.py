@@ -116,7 +116,9 @@ def command(
         replace,
     )
     with libraries_on_stderr():
-        _, plan = prepare(request, out, *choose_runtime(runtime, targets, precision))
+        _, plan = prepare(
+            request, out, *choose_runtime(runtime, targets, request.transformer_precision)
+        )
     if as_json:
         say_json(_report(plan), indent=2)
     else:

@@ -109,7 +109,7 @@ print(3)
 print('{"what": "one"}', flush=True)
 time.sleep(60)
 """
-    lines = run_stage(python(code), 30)
+    lines = run_stage(python(code), 30, "stage")
     started = time.monotonic()
     assert next(lines) == {"what": "one"}
     lines.close()
@@ -125,21 +125,21 @@ print('{"what": "ha', end="", flush=True)
 time.sleep(60)
 """
     started = time.monotonic()
-    one, last = run_stage(python(code), 3)
+    one, last = run_stage(python(code), 3, "stage")
     assert one == {"what": "one"}
     assert last == {"what": "stage", "failure": "stopped after 3 s"}
     assert time.monotonic() - started < 20
 
 
 def test_a_stage_that_breaks_tells_its_last_words() -> None:
-    one, last = run_stage(python("print('{}'); raise SystemExit('a kernel faulted')"), 30)
+    one, last = run_stage(python("print('{}'); raise SystemExit('a kernel faulted')"), 30, "stage")
     assert one == {}
     failure = "ended with code 1; its last words: a kernel faulted"
     assert last == {"what": "stage", "failure": failure}
 
 
 def test_a_stage_without_time_is_not_started() -> None:
-    assert list(run_stage(["no such program", "stage"], 0.5)) == [
+    assert list(run_stage(["no such program", "stage"], 0.5, "stage")) == [
         {"what": "stage", "failure": "no time was left"}
     ]
 

@@ -32,10 +32,15 @@ def find_impossible(spec: BuildSpec, destination: Path) -> Iterator[str]:
                     break
     for problem, who in names.items():
         yield f"{', '.join(who)}: {problem}"
+    network = spec.checkpoint.transformer
+    problem = runtime.size_problem(network.width, network.head_dim)
+    if problem is not None:
+        yield f"transformer: {problem}"
     if len(targets) > 1 and not runtime.builds:
         yield f"{runtime.name} takes one --target, not {', '.join(targets)}"
     try:
-        choose_builder(spec.request.runtime, spec.request.targets, spec.request.precision)
+        request = spec.request
+        choose_builder(request.runtime, request.targets, request.transformer_precision)
     except EngineError as error:
         yield str(error).rstrip(".")
     if not spec.request.replace and _would_stop_running(spec, destination):

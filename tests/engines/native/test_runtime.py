@@ -305,14 +305,34 @@ def test_the_report_has_an_entry_a_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "words"),
+    ("width", "head_dim", "words"),
     [
-        ({"head_dim": 24}, "its heads are 24 wide, and the kernels are for 16, 32, 64, 128"),
-        ({"head_dim": 256}, "its heads are 256 wide"),
-        ({"inner": 72}, "qk.weight is 128 x 72, and the kernels are for multiples of 32"),
+        (96, 24, "its heads are 24 wide, and the kernels of native are for 16, 32, 64, 128; use"),
+        (512, 256, "its heads are 256 wide"),
+        (48, 16, "it is 48 wide, and the kernels of native are for multiples of 32; use --runtime"),
     ],
 )
-def test_sizes_that_no_kernel_has_are_refused(sizes: dict[str, int], words: str) -> None:
+def test_sizes_that_no_kernel_has_are_refused_by_a_plan(
+    width: int, head_dim: int, words: str
+) -> None:
+    found = Native().size_problem(width, head_dim)
+    assert found is not None
+    assert found.startswith(words)
+    assert Native().size_problem(3072, 128) is None
+
+
+def test_channels_that_no_kernel_has_are_refused_by_a_build() -> None:
     check_shape(plan(), "transformer")
-    with pytest.raises(EngineError, match=f"native cannot build transformer: {words}"):
-        check_shape(plan(**sizes), "transformer")
+    words = "native cannot build transformer: qk.weight has 72 channels in, .* multiples of 16"
+    with pytest.raises(EngineError, match=words):
+        check_shape(plan(inner=72), "transformer")
+
+
+def test_what_can_run_here_and_not_be_built_is_left_to_others(pretend: Pretend) -> None:
+    """On a machine of another processor there is no Triton, and ONNX Runtime works as before."""
+    pretend(missing=("triton",))
+    assert choose_target()[0].name == "native"
+    assert choose_builder()[0].name == "onnxruntime"
+    assert choose_runtime()[0].name == "onnxruntime"
+    with pytest.raises(EngineError, match="native on sm90: triton, which is for Linux"):
+        choose_builder("native")

@@ -1,0 +1,14 @@
+"""What the native kernels can have, known before any of them is read."""
+
+from __future__ import annotations
+
+__all__ = ["HEADS", "PROCESSES", "SPLIT"]
+
+HEADS = (16, 32, 64, 128)
+"""Channels of a head."""
+
+SPLIT = 32
+"""What divides the width of a transformer: half of the smallest tile of a product."""
+
+PROCESSES = 8
+"""That compile kernels side by side, at most."""
