@@ -10,6 +10,7 @@ starts it.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterable
@@ -33,13 +34,16 @@ _SHARED = 232_448
 def compile_spec(spec: KernelSpec) -> tuple[Kernel, bytes]:
     """One kernel and its cubin. Raises `EngineError` where the compiler refuses."""
     try:
+        import triton  # noqa: F401 - before what it is needed for, which may fail to import too
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Triton cannot be imported ({error}), which compiles kernels: "
+            f"{install_command('native')}."
+        ) from error
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compiled = _compile(spec)
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"Triton is not installed, which compiles kernels: {install_command('native')}."
-        ) from error
     except Exception as error:
         raise EngineError(
             f"Triton does not compile {spec.function} for sm{_CAPABILITY}: {error}."
@@ -50,6 +54,8 @@ def compile_spec(spec: KernelSpec) -> tuple[Kernel, bytes]:
             f"The kernel {spec.function} ({dict(spec.constants)}) needs {facts.shared} bytes of "
             f"shared memory, and sm{_CAPABILITY} has {_SHARED}."
         )
+    if facts.global_scratch_size or facts.profile_scratch_size:
+        raise EngineError(f"The kernel {spec.function} wants scratch memory, which it has not.")
     boxes = []
     for meta in facts.tensordesc_meta:
         high, wide = meta["block_size"]
@@ -118,6 +124,9 @@ def _layout(kind: Kind, box: tuple[int, int]) -> str:
 
 
 def _main(folder: str) -> None:
+    # Triton prints too.
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     for found in json.load(sys.stdin):
         told: dict[str, Any]
         try:
@@ -129,8 +138,8 @@ def _main(folder: str) -> None:
         else:
             (Path(folder) / kernel.name).write_bytes(cubin)
             told = asdict(kernel)
-        sys.stdout.write(json.dumps(told) + "\n")
-        sys.stdout.flush()
+        out.write(json.dumps(told) + "\n")
+        out.flush()
 
 
 if __name__ == "__main__":
