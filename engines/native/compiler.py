@@ -124,22 +124,25 @@ def _layout(kind: Kind, box: tuple[int, int]) -> str:
 
 
 def _main(folder: str) -> None:
-    # Triton prints too.
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for found in json.load(sys.stdin):
-        told: dict[str, Any]
-        try:
-            kernel, cubin = compile_spec(KernelSpec(**found))
-        except MissingDependencyError as error:
-            told = {"missing": str(error)}
-        except EngineError as error:
-            told = {"failure": str(error)}
-        else:
-            (Path(folder) / kernel.name).write_bytes(cubin)
-            told = asdict(kernel)
-        out.write(json.dumps(told) + "\n")
-        out.flush()
+    # What libraries print must not come between the answers.
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)
+        for found in json.load(sys.stdin):
+            answers.write(json.dumps(_answer(KernelSpec(**found), Path(folder))) + "\n")
+            answers.flush()
+
+
+def _answer(spec: KernelSpec, folder: Path) -> dict[str, Any]:
+    try:
+        kernel, cubin = compile_spec(spec)
+        (folder / kernel.name).write_bytes(cubin)
+    except MissingDependencyError as error:
+        return {"missing": str(error)}
+    except EngineError as error:
+        return {"failure": str(error)}
+    except OSError as error:
+        return {"failure": f"The kernel {spec.function} cannot be written: {error}."}
+    return asdict(kernel)
 
 
 if __name__ == "__main__":
