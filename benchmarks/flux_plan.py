@@ -19,7 +19,7 @@ from plan_files import PRECISIONS
 
 from engines.native.compile import compile_kernels
 from engines.native.match import match
-from engines.native.specs import works_metadata
+from engines.native.works import works_metadata
 from exporters.calibrate.ranges import ActivationRanges
 from exporters.calibrate.trajectory import Calibration
 from exporters.checkpoint import open_checkpoint

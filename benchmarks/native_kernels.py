@@ -22,17 +22,17 @@ from torch import Tensor
 from engines.cuda import Argument, Cuda, TensorMap
 from engines.native.attention import SCALAR_BYTES, Cudnn, scalars
 from engines.native.compiler import compile_spec
-from engines.native.plan import BYTES, Attention, Kind, Place
+from engines.native.plan import BYTES, Attention, Kind, Place, typed
 from engines.native.specs import (
     PARAMETERS,
     Kernel,
     KernelSpec,
     TensorBox,
-    Tile,
     linear_spec,
     norm_spec,
     rope_spec,
 )
+from engines.native.tiles import Tile
 
 __all__ = [
     "SPECIALIZED",
@@ -94,7 +94,9 @@ def _compiled(spec: KernelSpec) -> tuple[Kernel, bytes]:
         kernel, code = compile_spec(spec)
         cubin.write_bytes(code)
         facts.write_text(json.dumps(asdict(kernel)), encoding="utf-8")
-    return Kernel.from_json(json.loads(facts.read_text(encoding="utf-8"))), cubin.read_bytes()
+    return typed(
+        Kernel, json.loads(facts.read_text(encoding="utf-8")), "kernel"
+    ), cubin.read_bytes()
 
 
 def _launcher(spec: KernelSpec, grid: tuple[int, int], given: Mapping[str, Argument]) -> Run:

@@ -11,7 +11,7 @@ from engines.native.compile import compile_kernels
 from engines.native.match import match
 from engines.native.pack import write_engine
 from engines.native.report import check_shape, describe, find_widened
-from engines.native.specs import works_metadata
+from engines.native.works import works_metadata
 from fluxdeploy.bundle.files import write_atomic
 from fluxdeploy.errors import EngineError
 from fluxdeploy.native import native_errors

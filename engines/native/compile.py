@@ -19,8 +19,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.native.plan import typed
 from engines.native.sizes import PROCESSES
-from engines.native.specs import Kernel, KernelSpec, schedule
+from engines.native.specs import Kernel, KernelSpec
+from engines.native.works import schedule
 from fluxdeploy.errors import EngineError, MissingDependencyError
 from fluxdeploy.machine import usable_cpus
 
@@ -116,7 +118,7 @@ class _Share:
             raise MissingDependencyError(found["missing"])
         if "failure" in found:
             raise EngineError(found["failure"])
-        kernel = Kernel.from_json(found)
+        kernel = typed(Kernel, found, "kernel")
         with _TELLING:
             self._task.advance(1)
         return kernel.name, (kernel, (self._folder / kernel.name).read_bytes())

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.native.plan import BYTES, Kind
+from engines.native.sizes import SHARED
 from engines.native.specs import PARAMETERS, Kernel, KernelSpec, TensorBox
 from fluxdeploy.errors import EngineError, MissingDependencyError
 from fluxdeploy.install import install_command
@@ -27,8 +28,6 @@ __all__ = ["compile_spec"]
 
 _TYPES = {"f32": "fp32", "bf16": "bf16", "fp8": "fp8e4nv"}
 _CAPABILITY = 90
-_SHARED = 232_448
-"""Bytes of shared memory that a program of a Hopper GPU can have. The compiler does not look."""
 
 
 def compile_spec(spec: KernelSpec) -> tuple[Kernel, bytes]:
@@ -49,10 +48,10 @@ def compile_spec(spec: KernelSpec) -> tuple[Kernel, bytes]:
             f"Triton does not compile {spec.function} for sm{_CAPABILITY}: {error}."
         ) from error
     facts = compiled.metadata
-    if facts.shared > _SHARED:
+    if facts.shared > SHARED:
         raise EngineError(
             f"The kernel {spec.function} ({dict(spec.constants)}) needs {facts.shared} bytes of "
-            f"shared memory, and sm{_CAPABILITY} has {_SHARED}."
+            f"shared memory, and sm{_CAPABILITY} has {SHARED}."
         )
     if facts.global_scratch_size or facts.profile_scratch_size:
         raise EngineError(f"The kernel {spec.function} wants scratch memory, which it has not.")

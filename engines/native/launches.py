@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -19,7 +19,9 @@ from engines.native.plan import (
     Rows,
     Step,
 )
-from engines.native.specs import FEW_ROWS, PARAMETERS, Kernel, TensorBox, Works
+from engines.native.specs import PARAMETERS, Kernel, TensorBox
+from engines.native.tiles import FEW_ROWS
+from engines.native.works import Launchable
 
 __all__ = ["AttentionCall", "Call", "Launch", "Sizes", "list_launches"]
 
@@ -66,7 +68,7 @@ Call: TypeAlias = Launch | AttentionCall
 
 def list_launches(
     plan: Plan,
-    works: Works,
+    works: Sequence[Launchable],
     sizes: Sizes,
     address: Callable[[str], int],
     multiprocessors: int,
@@ -77,7 +79,7 @@ def list_launches(
     and `rope_sin` lies on the device.
     """
     lister = _Lister(plan, sizes, address, multiprocessors)
-    return [call for steps, kernels in works for call in lister.calls(steps, kernels)]
+    return [call for work in works for call in lister.calls(work.steps, work.kernels)]
 
 
 @dataclass(frozen=True)

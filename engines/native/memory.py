@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from engines.native.plan import BYTES, Buffer, Linear, Plan, Step
-from engines.native.specs import Works
+from engines.native.works import Launchable
 
 __all__ = ["Layout", "lay_out"]
 
@@ -43,7 +43,7 @@ def _writes(steps: Sequence[Step]) -> Iterator[str]:
         yield steps[0].second.buffer
 
 
-def lay_out(plan: Plan, works: Works, text: int, image: int) -> Layout:
+def lay_out(plan: Plan, works: Sequence[Launchable], text: int, image: int) -> Layout:
     """Give each buffer a place, largest first, at the lowest offset that is free in its times.
 
     Inputs and outputs, which are f32, are not among them: they are the caller's. Nor are buffers
@@ -70,15 +70,15 @@ def lay_out(plan: Plan, works: Works, text: int, image: int) -> Layout:
 _Times = tuple[tuple[int, int], ...]
 
 
-def _times(works: Works) -> dict[str, _Times]:
+def _times(works: Sequence[Launchable]) -> dict[str, _Times]:
     """From which launch to which a buffer holds something that is still read, again and again.
 
     A time begins with a write after all earlier writes were read, and ends with its last read.
     """
     found: dict[str, list[list[int]]] = {}
     was_read: dict[str, bool] = {}
-    for index, (steps, _) in enumerate(works):
-        read, written = set(_reads(steps)), set(_writes(steps))
+    for index, work in enumerate(works):
+        read, written = set(_reads(work.steps)), set(_writes(work.steps))
         for name in read:
             if name in found:
                 found[name][-1][1] = index

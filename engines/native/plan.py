@@ -36,6 +36,7 @@ __all__ = [
     "Rope",
     "Rows",
     "Step",
+    "typed",
 ]
 
 Kind: TypeAlias = Literal["f32", "bf16", "fp8"]
@@ -230,9 +231,9 @@ class Plan:
             found = load_strict(text)
             if not isinstance(found, dict) or found.keys() != _PLAN:
                 raise FieldError("", f"it must be an object of {', '.join(sorted(_PLAN))}")
-            steps = _typed(tuple[object, ...], found.pop("steps"), "steps")
+            steps = typed(tuple[object, ...], found.pop("steps"), "steps")
             hints = get_type_hints(cls)
-            others = {name: _typed(hints[name], value, name) for name, value in found.items()}
+            others = {name: typed(hints[name], value, name) for name, value in found.items()}
             made = tuple(_step(step, f"steps[{index}]") for index, step in enumerate(steps))
             return cls(steps=made, packed=(), **others)
         except ValueError as error:
@@ -246,24 +247,29 @@ def _step(found: Any, where: str) -> Step:
     name = found.pop("step", None) if isinstance(found, dict) else None
     if not isinstance(name, str) or name not in _STEPS:
         raise FieldError(where, f"must be one of the steps {', '.join(_STEPS)}")
-    step: Step = _typed(_STEPS[name], found, where)
+    step: Step = typed(_STEPS[name], found, where)
     return step
 
 
-def _typed(hint: Any, value: Any, where: str) -> Any:
-    """A value of JSON as a type hint of this module says. Raises `FieldError`."""
+def typed(hint: Any, value: Any, where: str) -> Any:
+    """A value of JSON as a type hint says, of dataclasses, tuples and dicts.
+
+    Raises `FieldError`.
+    """
     kind, options = get_origin(hint), get_args(hint)
     if kind is types.UnionType:
-        return None if value is None else _typed(options[0], value, where)
+        return None if value is None else typed(options[0], value, where)
     if kind is tuple and type(value) is list:
         items = [options[0]] * len(value) if options[-1] is Ellipsis else options
         if len(items) == len(value):
             numbered = enumerate(zip(items, value, strict=True))
-            return tuple(_typed(item, entry, f"{where}[{i}]") for i, (item, entry) in numbered)
+            return tuple(typed(item, entry, f"{where}[{i}]") for i, (item, entry) in numbered)
+    elif kind is dict and type(value) is dict:
+        return {key: typed(options[1], entry, join(where, key)) for key, entry in value.items()}
     elif is_dataclass(hint) and type(value) is dict:
         hints = _hints(cast(Any, hint))
         if value.keys() == hints.keys():
-            made = {key: _typed(hints[key], value[key], join(where, key)) for key in hints}
+            made = {key: typed(hints[key], value[key], join(where, key)) for key in hints}
             return cast(Any, hint)(**made)
     elif kind is Literal:
         if value in options:

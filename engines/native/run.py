@@ -20,7 +20,8 @@ from engines.native.file import EngineFile, read_engine
 from engines.native.launches import AttentionCall, Call, Launch, Sizes, list_launches
 from engines.native.memory import Layout, lay_out
 from engines.native.plan import BYTES, Attention, Plan
-from engines.native.specs import Kernel, read_works
+from engines.native.specs import Kernel
+from engines.native.works import read_works
 from engines.tensors import BoundInputs, check_boundary, output_shape
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.errors import EngineError
@@ -151,7 +152,7 @@ class NativeEngine(Engine):
 
     def _load_kernels(self) -> None:
         cubins = self._file.cubins()
-        kernels = {kernel.name: kernel for _, each in self._works for kernel in each}
+        kernels = {kernel.name: kernel for work in self._works for kernel in work.kernels}
         for name, kernel in kernels.items():
             if name not in cubins:
                 raise EngineError(f"{self._file.path} lacks the kernel {name}: build it again.")

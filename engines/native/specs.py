@@ -1,43 +1,24 @@
-"""Which kernel each step of a plan takes, and in which form it is compiled."""
+"""The kernels' forms: what each is given, and what it is compiled from."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
 
-from engines.native.plan import (
-    BYTES,
-    Attention,
-    Convert,
-    Kind,
-    Linear,
-    Norm,
-    Place,
-    Plan,
-    Rope,
-    Step,
-)
-from fluxdeploy.errors import EngineError
+from engines.native.plan import BYTES, Kind
+from engines.native.tiles import Form, Tile
 
 __all__ = [
-    "FEW_ROWS",
     "PARAMETERS",
     "Kernel",
     "KernelSpec",
     "TensorBox",
-    "Tile",
-    "Work",
-    "Works",
-    "choose_tiles",
+    "convert_spec",
     "linear_spec",
     "norm_spec",
-    "read_works",
     "rope_spec",
-    "schedule",
-    "works_metadata",
 ]
 
 _TENSORS = {
@@ -99,37 +80,6 @@ PARAMETERS: Mapping[str, Mapping[str, str]] = {
 `engines.native.linear` for `specialized`."""
 
 
-Form: TypeAlias = Literal["pingpong", "shared", "relay"]
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A tile of a linear's output, and how it is computed.
-
-    rows, columns: its size. warps: of a program. stages: loads of operands that are in flight, each
-    of 128 bytes of a row. programs: on a multiprocessor at once. flatten: whether the loads of a
-    tile begin while the one before is finished. form: of `engines.native.linear`'s kernel, which
-    has its own warps, and as many stages as fit up to these; None for the one of
-    `engines.native.kernels`.
-    """
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-    programs: int = 1
-    flatten: bool = False
-    form: Form | None = None
-
-    def __str__(self) -> str:
-        if self.form is not None:
-            return f"{self.rows}x{self.columns}, {self.form}, {self.stages} stages"
-        flat = ", flat" if self.flatten else ""
-        return f"{self.rows}x{self.columns}, {self.warps} warps, {self.stages} stages{flat}" + (
-            f", {self.programs} programs" if self.programs > 1 else ""
-        )
-
-
 @dataclass(frozen=True)
 class KernelSpec:
     """A kernel in one form.
@@ -181,104 +131,6 @@ class Kernel:
     tile: tuple[int, int]
     programs: int
 
-    @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Kernel:
-        """Raises `EngineError` for what `asdict` has not made of one."""
-        try:
-            boxes = tuple(TensorBox(**box) for box in found["boxes"])
-            rows, columns = found["tile"]
-            return cls(**(dict(found) | {"boxes": boxes, "tile": (rows, columns)}))
-        except (KeyError, TypeError, ValueError) as error:
-            raise EngineError(f"A kernel of the engine is broken: {error}.") from error
-
-
-FEW_ROWS = 2304
-"""Rows up to which a linear takes the tiles for small pictures."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """Steps that are one launch, and its kernel; none for attention, which is cuDNN's.
-
-    A linear may have two, of which `Works` says when each is taken.
-    """
-
-    steps: tuple[Step, ...]
-    specs: tuple[KernelSpec, ...]
-
-
-Works: TypeAlias = Sequence[tuple[tuple[Step, ...], tuple[Kernel, ...]]]
-"""Steps that are one launch, and its compiled kernels: none; one; or one for up to `FEW_ROWS` rows,
-and another for more."""
-
-
-def schedule(plan: Plan) -> list[Work]:
-    """The steps of a plan with their kernels; what one kernel does together is one work.
-
-    That is a linear that makes Q, K and V, with their norms and RoPE, where that is faster: it then
-    rounds once, and Q, K and V are not read again before attention.
-    """
-    works: list[Work] = []
-    steps = list(plan.steps)
-    while steps:
-        step = steps.pop(0)
-        if isinstance(step, Linear):
-            turn = steps[0] if steps and isinstance(steps[0], Rope) else None
-            if turn is None or not _turns(plan, step, turn):
-                works.append(Work((step,), _linears(plan, step, None)))
-            else:
-                works.append(Work((step, steps.pop(0)), _linears(plan, step, turn)))
-        else:
-            spec = _spec_of(plan, step)
-            works.append(Work((step,), () if spec is None else (spec,)))
-    return works
-
-
-_WORKS, _KERNELS = "works", "kernels"
-
-
-def works_metadata(plan: Plan, kernels: Mapping[str, Kernel]) -> dict[str, str]:
-    """What an engine's file says of its launches, for `read_works`; kernels go by `spec.name`."""
-    works = [[len(work.steps), [spec.name for spec in work.specs]] for work in schedule(plan)]
-    facts = {name: asdict(kernel) for name, kernel in kernels.items()}
-    return {_WORKS: json.dumps(works), _KERNELS: json.dumps(facts)}
-
-
-def read_works(plan: Plan, metadata: Mapping[str, str]) -> Works:
-    """The launches that `works_metadata` wrote down.
-
-    The tiles of an engine are those that it was built with, whatever is chosen today. Raises
-    `EngineError` for anything else.
-    """
-    try:
-        facts = json.loads(metadata[_KERNELS])
-        kernels = {name: Kernel.from_json(found) for name, found in facts.items()}
-        works, start = [], 0
-        for count, names in json.loads(metadata[_WORKS]):
-            steps = plan.steps[start : start + count]
-            start += count
-            works.append((steps, tuple(kernels[name] for name in names)))
-            if not steps or bool(names) == isinstance(steps[0], Attention) or len(names) > 2:
-                raise ValueError(f"work {len(works) - 1}")
-        if start != len(plan.steps):
-            raise ValueError(f"{start} steps of {len(plan.steps)}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise EngineError(f"The engine's launches are broken: {error}. Build it again.") from error
-    return works
-
-
-def _spec_of(plan: Plan, step: Convert | Norm | Rope | Attention) -> KernelSpec | None:
-    if isinstance(step, Attention):
-        return None
-    out = plan.buffer(step.out.buffer)
-    types: dict[str, Kind] = {"x": plan.buffer(step.x.buffer).kind, "out": out.kind}
-    if isinstance(step, Convert):
-        stride = plan.buffer(step.x.buffer).columns
-        return convert_spec(types["x"], types["out"], step.columns, stride, out.columns)
-    if isinstance(step, Norm):
-        return norm_spec(out.kind, plan.width, out.columns)
-    return rope_spec(out.kind, plan.width, plan.head_dim)
-
 
 def convert_spec(x: Kind, out: Kind, columns: int, stride: int, out_stride: int) -> KernelSpec:
     """Columns of rows that are `stride` numbers apart, in another type."""
@@ -310,52 +162,6 @@ def rope_spec(out: Kind, width: int, head_dim: int) -> KernelSpec:
 
 def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
-
-
-_HEAD = 128
-"""Channels of the heads that a linear norms and turns itself."""
-
-
-def _turns(plan: Plan, step: Linear, turn: Rope) -> bool:
-    """Whether a linear does `turn` too.
-
-    In bfloat16, and where no MLP follows Q, K and V, the product alone gains more.
-    """
-    kind = plan.buffer(step.x.buffer).kind
-    return (
-        step.epilogue == "split"
-        and kind == "fp8"
-        and plan.head_dim == _HEAD
-        and turn.x == step.out
-        and step.split % _WIDE == step.columns % _WIDE == 0
-    )
-
-
-def _linears(plan: Plan, step: Linear, turn: Rope | None) -> tuple[KernelSpec, ...]:
-    """The kernels of a linear, for few rows and for many; they do `turn` too where it is given."""
-
-    def kind(place: Place | None) -> Kind:
-        return plan.buffer((place or step.out).buffer).kind
-
-    out = kind(step.out) if turn is None else plan.buffer(turn.out.buffer).kind
-    tiles = choose_tiles(kind(step.x), step.columns, step.inner, step.epilogue, step.split)
-    specs = [
-        linear_spec(
-            kind(step.x),
-            out,
-            kind(step.second) if step.second is not None else out,
-            step.columns,
-            step.inner,
-            step.epilogue,
-            split=step.split,
-            grouped=step.grouped,
-            scaled=step.scale is not None,
-            turn=turn is not None,
-            tile=tile,
-        )
-        for tile in tiles
-    ]
-    return tuple({spec.name: spec for spec in specs}.values())
 
 
 def linear_spec(
@@ -392,6 +198,8 @@ def linear_spec(
     types |= dict.fromkeys(("scale", "bias", "gate"), "f32")
     if tile.form is not None:
         return _specialized_spec(types, constants, turn, tile, tile.form)
+    if turn:
+        raise ValueError(f"the tile {tile} has no norms and no RoPE")
     half = tile.columns // 2
     narrow = (second if epilogue == "split" else out) == "fp8"
     constants["FLATTEN"] = int(tile.flatten)
@@ -424,45 +232,11 @@ def _specialized_spec(
         "second": (rows, _PIECE),
     }
     residual = constants["EPILOGUE"] == "residual"
-    pieces = tile.columns // _PIECE if residual or form == "relay" else 2
+    pieces = tile.columns // _PIECE if residual else 2
     wide = max(BYTES[types[name]] for name in ("out", "second"))
-    staged = 2 * pieces * rows * _PIECE * (2 if form == "relay" else wide)
+    staged = 2 * pieces * rows * _PIECE * wide
     vectors = 2 * 4 * tile.columns * (2 if residual or constants["SCALED"] else 1)
     stages = (_SHARED - staged - vectors) // (128 * (tile.rows + tile.columns))
     constants |= {"TURN": int(turn), "FORM": form, "STAGES": min(stages, tile.stages)}
     types |= dict.fromkeys(("norms", "cos", "sin"), "f32")
     return KernelSpec("specialized", types, constants, 4, boxes=boxes)
-
-
-_WIDE = 256
-_PINGPONG = Tile(128, 128, 4, 6, form="pingpong")
-_SHARED_TILE = Tile(128, _WIDE, 4, 4, form="shared")
-_RELAY = Tile(128, _WIDE, 4, 4, form="relay")
-_FLAT = Tile(128, _WIDE, 8, 3, flatten=True)
-_SQUARE = Tile(128, 128, 4, 4, flatten=True)
-
-_TILES: Mapping[tuple[Kind, str, bool], tuple[Tile, Tile]] = {
-    ("fp8", "plain", False): (_PINGPONG, _RELAY),
-    ("fp8", "split", False): (_SHARED_TILE, _SHARED_TILE),
-    ("fp8", "gelu", False): (_PINGPONG, _PINGPONG),
-    ("fp8", "residual", False): (_PINGPONG, _PINGPONG),
-    ("fp8", "residual", True): (_SQUARE, _SHARED_TILE),
-    ("bf16", "plain", False): (_PINGPONG, _FLAT),
-    ("bf16", "split", False): (_SHARED_TILE, _SHARED_TILE),
-    ("bf16", "gelu", False): (_PINGPONG, _SHARED_TILE),
-    ("bf16", "residual", False): (_PINGPONG, _SHARED_TILE),
-    ("bf16", "residual", True): (_SQUARE, _SQUARE),
-}
-"""For few rows and for many, by whether there are many channels in: the fastest at FLUX.1's sizes
-on an H100, of those that `benchmarks/gpu_kernels.py` tries."""
-
-_LONG = 8192
-
-
-def choose_tiles(x: Kind, columns: int, inner: int, epilogue: str, split: int) -> tuple[Tile, ...]:
-    """The tiles of a linear for few rows and for many; small ones where others do not fit."""
-    long = inner > _LONG and epilogue == "residual"
-    tiles = _TILES[x, epilogue, long]
-    if any(columns % tile.columns or split % tile.columns for tile in tiles):
-        return (Tile(128, 64, 4, 4),)
-    return tiles

@@ -464,6 +464,7 @@ def emulated_graph(folder: Path) -> Reader:
 
 def native_engine(folder: Path) -> Reader:
     from engines.native.file import read_engine
+    from engines.native.works import read_works
     from tests.support.native_file import SMALL_PLAN, write_small_engine
 
     path = write_small_engine(folder / "engine")
@@ -474,7 +475,9 @@ def native_engine(folder: Path) -> Reader:
             write_small_engine(path, damaged["plan"].decode())
         else:
             path.write_bytes(damaged)
-        read_engine(path).cubins()
+        file = read_engine(path)
+        file.cubins()
+        read_works(file.plan, file.metadata)
 
     seed = path.read_bytes()
     inputs = st.one_of(damaged_bytes([seed]), plans.map(lambda plan: {"plan": plan}))

@@ -13,7 +13,9 @@ import pytest
 
 from engines.native.compile import compile_kernels
 from engines.native.compiler import compile_spec
-from engines.native.specs import KernelSpec, Tile, Work, convert_spec, linear_spec
+from engines.native.specs import KernelSpec, convert_spec, linear_spec
+from engines.native.tiles import Tile
+from engines.native.works import Work
 from fluxdeploy.errors import EngineError
 from fluxdeploy.progress import Progress, Task
 

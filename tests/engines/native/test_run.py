@@ -19,7 +19,9 @@ from engines.native.match import match
 from engines.native.pack import write_engine
 from engines.native.plan import BYTES
 from engines.native.run import NativeEngine
-from engines.native.specs import FEW_ROWS, Kernel, KernelSpec, TensorBox, schedule, works_metadata
+from engines.native.specs import Kernel, KernelSpec, TensorBox
+from engines.native.tiles import FEW_ROWS
+from engines.native.works import schedule, works_metadata
 from exporters.calibrate.ranges import measure_ranges
 from exporters.components.registry import COMPONENTS
 from exporters.export import export_component, specify

@@ -9,7 +9,8 @@ import pytest
 
 from engines.native.compiler import compile_spec
 from engines.native.plan import BYTES, Kind
-from engines.native.specs import PARAMETERS, Form, KernelSpec, Tile, linear_spec
+from engines.native.specs import PARAMETERS, KernelSpec, linear_spec
+from engines.native.tiles import Form, Tile
 
 FORMS: tuple[Form, ...] = ("pingpong", "shared", "relay")
 
