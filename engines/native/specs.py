@@ -99,7 +99,7 @@ PARAMETERS: Mapping[str, Mapping[str, str]] = {
 `engines.native.linear` for `specialized`."""
 
 
-Form: TypeAlias = Literal["pingpong", "shared", "relay"]
+Form: TypeAlias = Literal["pingpong", "shared"]
 
 
 @dataclass(frozen=True)
@@ -424,9 +424,9 @@ def _specialized_spec(
         "second": (rows, _PIECE),
     }
     residual = constants["EPILOGUE"] == "residual"
-    pieces = tile.columns // _PIECE if residual or form == "relay" else 2
+    pieces = tile.columns // _PIECE if residual else 2
     wide = max(BYTES[types[name]] for name in ("out", "second"))
-    staged = 2 * pieces * rows * _PIECE * (2 if form == "relay" else wide)
+    staged = 2 * pieces * rows * _PIECE * wide
     vectors = 2 * 4 * tile.columns * (2 if residual or constants["SCALED"] else 1)
     stages = (_SHARED - staged - vectors) // (128 * (tile.rows + tile.columns))
     constants |= {"TURN": int(turn), "FORM": form, "STAGES": min(stages, tile.stages)}
@@ -437,12 +437,11 @@ def _specialized_spec(
 _WIDE = 256
 _PINGPONG = Tile(128, 128, 4, 6, form="pingpong")
 _SHARED_TILE = Tile(128, _WIDE, 4, 4, form="shared")
-_RELAY = Tile(128, _WIDE, 4, 4, form="relay")
 _FLAT = Tile(128, _WIDE, 8, 3, flatten=True)
 _SQUARE = Tile(128, 128, 4, 4, flatten=True)
 
 _TILES: Mapping[tuple[Kind, str, bool], tuple[Tile, Tile]] = {
-    ("fp8", "plain", False): (_PINGPONG, _RELAY),
+    ("fp8", "plain", False): (_PINGPONG, _PINGPONG),
     ("fp8", "split", False): (_SHARED_TILE, _SHARED_TILE),
     ("fp8", "gelu", False): (_PINGPONG, _PINGPONG),
     ("fp8", "residual", False): (_PINGPONG, _PINGPONG),

@@ -11,7 +11,7 @@ from engines.native.compiler import compile_spec
 from engines.native.plan import BYTES, Kind
 from engines.native.specs import PARAMETERS, Form, KernelSpec, Tile, linear_spec
 
-FORMS: tuple[Form, ...] = ("pingpong", "shared", "relay")
+FORMS: tuple[Form, ...] = ("pingpong", "shared")
 
 
 def spec_of(kind: Kind, epilogue: str, turn: bool, form: Form) -> KernelSpec:
@@ -30,7 +30,7 @@ SPECS = [
     for kind, epilogue, turn, form in product(
         ("fp8", "bf16"), ("plain", "gelu", "split", "residual"), (False, True), FORMS
     )
-    if (not turn or epilogue in ("plain", "split")) and (form != "relay" or epilogue != "residual")
+    if not turn or epilogue in ("plain", "split")
 ]
 
 
