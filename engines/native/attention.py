@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,11 +68,11 @@ class Cudnn:
         try:
             self._module: Any = importlib.import_module("cudnn")
             self._handle: Any = self._module.create_handle()
+            self._module.set_stream(handle=self._handle, stream=stream)
         except (ImportError, OSError, RuntimeError) as error:
             raise MissingDependencyError(
                 f"cuDNN cannot be used ({error}): {install_command('native')}."
             ) from error
-        self._module.set_stream(handle=self._handle, stream=stream)
 
     def prepare(
         self, kind: Kind, tokens: int, heads: int, head_dim: int, strides: Mapping[str, int]
@@ -131,4 +132,5 @@ class Cudnn:
     def close(self) -> None:
         if self._handle is not None:
             handle, self._handle = self._handle, None
-            self._module.destroy_handle(handle)
+            with suppress(RuntimeError):  # on a GPU that was lost
+                self._module.destroy_handle(handle)
