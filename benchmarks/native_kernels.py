@@ -63,9 +63,8 @@ TILES = (
 SPECIALIZED = (
     Tile(128, 128, 4, 6, form="pingpong"),
     Tile(128, 256, 4, 4, form="shared"),
-    Tile(128, 256, 4, 4, form="relay"),
 )
-"""Of the linear whose warps have different work; a relay has no residual."""
+"""Of the linear whose warps have different work."""
 
 KINDS: Mapping[torch.dtype, Kind] = {
     torch.float32: "f32",
@@ -291,7 +290,7 @@ def tiles(epilogue: str, turned: bool, specialized: bool) -> list[Tile]:
         if tile.form is None:
             return not turned and not (tile.flatten and epilogue == "split")
         head = tile.columns if tile.form == "pingpong" else tile.columns // 2
-        return (not turned or head == 128) and (tile.form != "relay" or epilogue != "residual")
+        return not turned or head == 128
 
     return [tile for tile in (SPECIALIZED if specialized else TILES) if fits(tile)]
 

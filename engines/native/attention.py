@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,4 +139,5 @@ class Cudnn:
     def close(self) -> None:
         if self._handle is not None:
             handle, self._handle = self._handle, None
-            self._module.destroy_handle(handle)
+            with suppress(RuntimeError):  # on a GPU that was lost
+                self._module.destroy_handle(handle)

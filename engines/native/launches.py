@@ -156,8 +156,9 @@ class _Lister:
         }
 
     def _linears(self, step: Linear, turn: Rope | None, kernel: Kernel) -> Iterator[Launch]:
-        """One launch, or two where a tile would have rows of both streams' weights."""
-        apart = step.grouped and step.rows == "all" and self.sizes.text % kernel.tile[0]
+        """One launch, or two where a tile would have rows of both streams, which are not alike."""
+        alike = not step.grouped and all(len(set(p)) == 1 for p in (step.gate, step.out_scale))
+        apart = not alike and step.rows == "all" and self.sizes.text % kernel.tile[0]
         streams: tuple[Rows, ...] = ("text", "image") if apart else (step.rows,)
         for rows in streams:
             yield self._linear(step, turn, kernel, *self._rows(rows))

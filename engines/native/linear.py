@@ -12,11 +12,9 @@ FORM is one of
 
     pingpong  two groups take tiles in turns, so that one finishes while the other multiplies
     shared    two groups share each tile, half of its rows each; what overlaps is what one is behind
-    relay     as `shared`, and two more warps finish what the groups pass on in bfloat16
 
 With a residual, `staged` is a whole tile of each group, and the residual is there first. `come` of
-a group: its tile's residual is there; `gone`: its result has left. In a relay these are of each
-piece: it is passed on, and it has been stored.
+a group: its tile's residual is there; `gone`: its result has left.
 """
 
 from triton.experimental import gluon
@@ -147,7 +145,7 @@ def _before(slot, STAGES: gl.constexpr):
 def _produce(task):
     """Load operands, and residuals, of all tiles of this program."""
     PARTS: gl.constexpr = task.TILE_ROWS // task.PART_ROWS
-    operands: gl.constexpr = task.PART_ROWS * PARTS + task.TILE_COLUMNS
+    operands: gl.constexpr = task.TILE_ROWS + task.TILE_COLUMNS
     slot, phase, turn = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), task.tiles(), gl.num_programs(0)):
         row, column = task.place(tile)
@@ -183,7 +181,7 @@ def _load_residual(task, row, column, group, turn):
 
 @gluon.jit
 def _consume(task, GROUP: gl.constexpr):
-    """Multiply, and finish or pass on, this group's tiles, or its rows of all tiles."""
+    """Multiply and finish this group's tiles, or its rows of all tiles."""
     programs = gl.num_programs(0)
     if task.FORM == "pingpong":
         for tile in range(gl.program_id(0) + GROUP * programs, task.tiles(), GROUPS * programs):
@@ -222,11 +220,8 @@ def _compute(task, tile, turn, own_turn, GROUP: gl.constexpr, PART: gl.constexpr
     if task.VECTORS == 2:
         task.vectors.index(GROUP * task.VECTORS + 1).store(factor)
     row += PART * task.PART_ROWS
-    if task.FORM == "relay":
-        _pass_on(task, total, row, column, own_turn, GROUP)
-    else:
-        inverse = gl.where(text, task.inverse_text, task.inverse_image)
-        _finish(task, total, row, column, inverse, own_turn, GROUP)
+    inverse = gl.where(text, task.inverse_text, task.inverse_image)
+    _finish(task, total, row, column, inverse, own_turn, GROUP)
 
 
 @gluon.jit
@@ -316,24 +311,18 @@ def _finish_gelu(task, out, total, row, column, inverse, GROUP: gl.constexpr):
 
 @gluon.jit
 def _finish_plain(task, total, row, column, GROUP: gl.constexpr):
+    """With TURN each two pieces are a head."""
     for piece in gl.static_range(task.PIECES):
-        y = _plain(task, total, row, column, piece, GROUP)
+        y = _sums(task, total, piece, GROUP)
+        if task.TURN:
+            other = _sums(task, total, piece ^ 1, GROUP)
+            part = (column + piece * PIECE) // (task.SPLIT // 3)
+            if part < 2:
+                spread = gl.rsqrt(gl.sum(y * y + other * other, 1) * (1.0 / HEAD) + EPSILON)
+                y = _turned(task, y, spread, row, part, piece % 2 * PIECE)
+            others = gl.where(part == 1, task.factor_k, task.factor_v)
+            y *= gl.where(part == 0, task.factor_q, others)
         _store(task.out, _free_stage(task, piece, GROUP), y, row, column + piece * PIECE)
-
-
-@gluon.jit
-def _plain(task, total, row, column, NUMBER: gl.constexpr, GROUP: gl.constexpr):
-    """A piece as it is stored; with TURN each two are a head."""
-    y = _sums(task, total, NUMBER, GROUP)
-    if task.TURN:
-        other = _sums(task, total, NUMBER ^ 1, GROUP)
-        part = (column + NUMBER * PIECE) // (task.SPLIT // 3)
-        if part < 2:
-            spread = gl.rsqrt(gl.sum(y * y + other * other, 1) * (1.0 / HEAD) + EPSILON)
-            y = _turned(task, y, spread, row, part, NUMBER % 2 * PIECE)
-        others = gl.where(part == 1, task.factor_k, task.factor_v)
-        y *= gl.where(part == 0, task.factor_q, others)
-    return y
 
 
 @gluon.jit
@@ -373,115 +362,6 @@ def _turned(task, y, spread, row, part, CHANNEL: gl.constexpr):
     return gl.convert_layout(y, layout, assert_trivial=True)
 
 
-@gluon.jit
-def _pass_on(task, total, row, column, turn, GROUP: gl.constexpr):
-    """Leave a tile's sums to the warps that finish them; heads need what lies here, and are done.
-
-    Those warps read what else is passed on in bfloat16, whatever it becomes.
-    """
-    if task.EPILOGUE == "plain":
-        _pass_plain(task, total, row, column, turn, GROUP)
-    elif task.EPILOGUE == "gelu":
-        _pass_sums(task, total, turn, GROUP)
-    else:
-        if column < task.SPLIT:
-            _pass_plain(task, total, row, column, turn, GROUP)
-        else:
-            _pass_sums(task, total, turn, GROUP)
-
-
-@gluon.jit
-def _pass_sums(task, total, turn, GROUP: gl.constexpr):
-    for piece in gl.static_range(task.PIECES):
-        y = _sums(task, total, piece, GROUP).to(gl.bfloat16)
-        _pass(task, task.staged.index(GROUP * task.PIECES + piece), y, turn, piece, GROUP)
-
-
-@gluon.jit
-def _pass_plain(task, total, row, column, turn, GROUP: gl.constexpr):
-    for piece in gl.static_range(task.PIECES):
-        y = _plain(task, total, row, column, piece, GROUP).to(task.out.dtype)
-        staged = _typed(task.staged.index(GROUP * task.PIECES + piece), task.out)
-        _pass(task, staged, y, turn, piece, GROUP)
-
-
-@gluon.jit
-def _pass(task, staged, y, turn, NUMBER: gl.constexpr, GROUP: gl.constexpr):
-    mbarrier.wait(task.gone.index(GROUP * task.PIECES + NUMBER), (turn & 1) ^ 1)
-    staged.store(y)
-    fence_async_shared()
-    mbarrier.arrive(task.come.index(GROUP * task.PIECES + NUMBER))
-
-
-@gluon.constexpr_function
-def _link(n, pieces):
-    """The `n`th of a tile's pieces, of both groups in turns, among all that are passed on."""
-    return n % 2 * pieces + n // 2
-
-
-@gluon.jit
-def _relay(task):
-    """Finish and store what the others have passed on."""
-    turn = gl.to_tensor(0)
-    for tile in range(gl.program_id(0), task.tiles(), gl.num_programs(0)):
-        row, column = task.place(tile)
-        inverse = gl.where(row < task.text_tokens, task.inverse_text, task.inverse_image)
-        if task.EPILOGUE == "gelu":
-            _relay_gelu(task, task.out, row, column, inverse, turn)
-        elif task.EPILOGUE == "plain":
-            _relay_plain(task, row, column, turn)
-        else:
-            if column < task.SPLIT:
-                _relay_plain(task, row, column, turn)
-            else:
-                _relay_gelu(task, task.second, row, column - task.SPLIT, inverse, turn)
-        turn += 1
-
-
-@gluon.jit
-def _relay_gelu(task, out, row, column, inverse, turn):
-    for n in gl.static_range(GROUPS * task.PIECES):
-        mbarrier.wait(task.come.index(_link(n, task.PIECES)), turn & 1)
-        staged = task.staged.index(_link(n, task.PIECES))
-        y = _gelu(
-            staged.load(_row_layout()).to(gl.float32), inverse, out.dtype.primitive_bitwidth == 8
-        )
-        _store(out, staged, y, row + n % GROUPS * task.PART_ROWS, column + n // GROUPS * PIECE)
-        _release(task, n)
-    _release_last(task)
-
-
-@gluon.jit
-def _relay_plain(task, row, column, turn):
-    for n in gl.static_range(GROUPS * task.PIECES):
-        mbarrier.wait(task.come.index(_link(n, task.PIECES)), turn & 1)
-        staged = _typed(task.staged.index(_link(n, task.PIECES)), task.out)
-        at_row, at = row + n % GROUPS * task.PART_ROWS, column + n // GROUPS * PIECE
-        _send(task.out, [at_row, at], staged)
-        _release(task, n)
-    _release_last(task)
-
-
-@gluon.jit
-def _release(task, NUMBER: gl.constexpr):
-    """The piece before this one has been read."""
-    if NUMBER > 0:
-        tma.store_wait(1)
-        mbarrier.arrive(task.gone.index(_link(NUMBER - 1, task.PIECES)))
-
-
-@gluon.jit
-def _release_last(task):
-    tma.store_wait(0)
-    mbarrier.arrive(task.gone.index(GROUPS * task.PIECES - 1))
-
-
-@gluon.constexpr_function
-def _row_layout():
-    """Eight columns of a row in each thread of two warps."""
-    return gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0])
-
-
 @gluon.constexpr_function
 def _piece_layout(deep):
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, deep])
@@ -490,18 +370,11 @@ def _piece_layout(deep):
 @gluon.jit
 def _store(out, staged, y, row, column):
     """Through shared memory, by the TMA, which leaves out rows that the tensor does not have."""
-    staged = _typed(staged, out)
+    if staged.dtype != out.dtype:
+        staged = _reinterpret(staged, out.dtype, out.block_shape, out.layout)
     staged.store(y.to(out.dtype))
     fence_async_shared()
     _send(out, [row, column], staged)
-
-
-@gluon.jit
-def _typed(staged, out):
-    """A place for a piece, with numbers of the type of a tensor."""
-    if staged.dtype != out.dtype:
-        staged = _reinterpret(staged, out.dtype, out.block_shape, out.layout)
-    return staged
 
 
 @gluon.jit
@@ -509,32 +382,20 @@ def _gelu(y, inverse, NARROW: gl.constexpr):
     """GELU(y) · inverse, in one operation of the special function unit where 8 bits are enough."""
     if NARROW:
         half = 0.5 * inverse * y
-        y = half + half * _tanh(y * (0.7978845608 + 0.03567740814 * (y * y)))
+        u = y * (0.7978845608 + 0.03567740814 * (y * y))
+        y = half + half * _approximate(u, "tanh.approx.f32")
     else:
         # y · sigmoid(2u), with the powers of 2.
-        power = _power_of_2(y * (-2.302208198 - 0.1029432396 * (y * y)))
-        y = y * inverse * _reciprocal(1.0 + power)
+        power = _approximate(y * (-2.302208198 - 0.1029432396 * (y * y)), "ex2.approx.ftz.f32")
+        y = y * inverse * _approximate(1.0 + power, "rcp.approx.ftz.f32")
     return y
 
 
 @gluon.jit
-def _power_of_2(x):
+def _approximate(x, OPERATION: gl.constexpr):
+    """An operation of the special function unit."""
     return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _reciprocal(x):
-    return gl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _tanh(x):
-    return gl.inline_asm_elementwise(
-        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+        OPERATION + " $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
     )
 
 
@@ -549,18 +410,14 @@ def specialized(
 ):  # fmt: skip
     """As `engines.native.kernels.linear`, for tiles that divide the columns and their split."""
     gl.static_assert(COLUMNS % TILE_COLUMNS == 0 and SPLIT % TILE_COLUMNS == 0)
-    gl.static_assert(FORM != "relay" or EPILOGUE != "residual")
     # A stage is given back when the products of the one after it have begun.
     gl.static_assert(STAGES >= 2)
     PART_ROWS: gl.constexpr = x.block_shape[0]
     PIECES: gl.constexpr = TILE_COLUMNS // PIECE
-    whole: gl.constexpr = EPILOGUE == "residual" or FORM == "relay"
-    wide: gl.constexpr = FORM == "relay" or second.dtype == gl.bfloat16
-    kept: gl.constexpr = gl.bfloat16 if wide else out.dtype
+    kept: gl.constexpr = second.dtype if second.dtype == gl.bfloat16 else out.dtype
     kept_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PART_ROWS, PIECE], kept)
-    links: gl.constexpr = GROUPS * PIECES if FORM == "relay" else GROUPS
     PARTS: gl.constexpr = TILE_ROWS // PART_ROWS
-    buffers: gl.constexpr = GROUPS * PIECES if whole else GROUPS * 2
+    buffers: gl.constexpr = GROUPS * (PIECES if EPILOGUE == "residual" else 2)
     a = gl.allocate_shared_memory(x.dtype, [STAGES * PARTS, PART_ROWS, DEPTH], x.layout)
     b = gl.allocate_shared_memory(weight.dtype, [STAGES, TILE_COLUMNS, DEPTH], weight.layout)
     staged = gl.allocate_shared_memory(kept, [buffers, PART_ROWS, PIECE], kept_layout)
@@ -569,15 +426,15 @@ def specialized(
     vectors = gl.allocate_shared_memory(gl.float32, [GROUPS * count, TILE_COLUMNS], flat)
     full = mbarrier.allocate_mbarrier(batch=STAGES)
     empty = mbarrier.allocate_mbarrier(batch=STAGES)
-    come = mbarrier.allocate_mbarrier(batch=links)
-    gone = mbarrier.allocate_mbarrier(batch=links)
+    come = mbarrier.allocate_mbarrier(batch=GROUPS)
+    gone = mbarrier.allocate_mbarrier(batch=GROUPS)
     order = mbarrier.allocate_mbarrier(batch=GROUPS)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=PARTS)
-    for link in gl.static_range(links):
-        mbarrier.init(come.index(link), count=1)
-        mbarrier.init(gone.index(link), count=1)
+    for group in gl.static_range(GROUPS):
+        mbarrier.init(come.index(group), count=1)
+        mbarrier.init(gone.index(group), count=1)
     for group in gl.static_range(GROUPS):
         mbarrier.init(order.index(group), count=1)
     fence_async_shared()
@@ -590,13 +447,6 @@ def specialized(
         GROUPED, SCALED, TURN, count, FORM,
     )  # fmt: skip
     # The registers of the first are what the others leave.
-    if FORM == "relay":
-        gl.warp_specialize(
-            [(_consume, (task, 0)), (_consume, (task, 1)), (_relay, (task,)), (_produce, (task,))],
-            [4, 2, 1],
-            [200, 104, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [(_consume, (task, 0)), (_consume, (task, 1)), (_produce, (task,))], [4, 1], [240, 24]
-        )
+    gl.warp_specialize(
+        [(_consume, (task, 0)), (_consume, (task, 1)), (_produce, (task,))], [4, 1], [240, 24]
+    )

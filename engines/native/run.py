@@ -18,7 +18,7 @@ from engines.cuda import Cuda, pinned_array
 from engines.native.attention import SCALAR_BYTES, Cudnn, PreparedAttention, scalars
 from engines.native.file import EngineFile, read_engine
 from engines.native.launches import AttentionCall, Call, Launch, Sizes, list_launches
-from engines.native.memory import Layout, lay_out
+from engines.native.memory import lay_out
 from engines.native.plan import BYTES, Attention, Plan
 from engines.native.specs import Kernel
 from engines.native.works import read_works
@@ -54,31 +54,29 @@ class _Function:
 
 
 class _Attentions:
-    """What attention takes on the device: compiled calls, their workspace, and their scales."""
+    """What attention takes on the device: compiled calls, and their scales."""
 
     def __init__(self, plan: Plan, cuda: Cuda, cudnn: Cudnn, stream: int) -> None:
         self._plan, self._cuda, self._cudnn = plan, cuda, cudnn
         self._prepared: dict[tuple[str, int, int], PreparedAttention] = {}
-        self._workspace, self._workspace_size = 0, 0
         steps = [s for s in plan.steps if isinstance(s, Attention)]
         narrow = [s for s in steps if plan.buffer(s.x.buffer).kind == "fp8"]
         self._numbers = {step: SCALAR_BYTES * index for index, step in enumerate(narrow)}
-        self._scales = cuda.allocate(SCALAR_BYTES * len(narrow))
-        for step, offset in self._numbers.items():
-            block = np.ascontiguousarray(scalars(step))
-            cuda.copy_in(self._scales + offset, block.ctypes.data, block.nbytes, stream)
-            cuda.synchronize(stream)  # the block may go
+        self._scales = 0
+        try:
+            self._scales = cuda.allocate(SCALAR_BYTES * len(narrow))
+            for step, offset in self._numbers.items():
+                block = np.ascontiguousarray(scalars(step))
+                cuda.copy_in(self._scales + offset, block.ctypes.data, block.nbytes, stream)
+                cuda.synchronize(stream)  # the block may go
+        except BaseException:
+            self.close()
+            raise
 
-    def prepare(self, calls: Sequence[Call], tokens: int) -> bool:
-        """Compile what `calls` need; whether addresses in earlier recordings are now wrong."""
+    def prepare(self, calls: Sequence[Call], tokens: int) -> int:
+        """Compile what `calls` need. Returns the bytes that they need as a workspace."""
         prepared = [self._of(call, tokens) for call in calls if isinstance(call, AttentionCall)]
-        size = max((each.workspace for each in prepared), default=0)
-        if size <= self._workspace_size:
-            return False
-        if self._workspace:
-            self._cuda.free(self._workspace)
-        self._workspace, self._workspace_size = self._cuda.allocate(size), size
-        return True
+        return max((each.workspace for each in prepared), default=0)
 
     def _of(self, call: AttentionCall, tokens: int) -> PreparedAttention:
         plan = self._plan
@@ -91,20 +89,43 @@ class _Attentions:
             )
         return self._prepared[key]
 
-    def queue(self, call: AttentionCall, tokens: int) -> None:
+    def queue(self, call: AttentionCall, tokens: int, workspace: int) -> None:
         plan = self._plan
         part = plan.width * BYTES[plan.buffer(call.step.x.buffer).kind]
         x = [call.x + part * index for index in range(3)]
         numbers = self._scales + self._numbers.get(call.step, 0)
-        self._of(call, tokens).launch(x, call.out, numbers, self._workspace)
+        self._of(call, tokens).launch(x, call.out, numbers, workspace)
 
     def close(self) -> None:
         self._prepared.clear()
-        for address in (self._workspace, self._scales):
-            if address:
-                with suppress(EngineError):
-                    self._cuda.free(address)
+        if self._scales:
+            with suppress(EngineError):
+                self._cuda.free(self._scales)
         self._cudnn.close()
+
+
+class _Room:
+    """Memory on the device for what lasts no longer than a picture. It grows, and then moves."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self._size = 0
+        self.address = 0
+        self.moves = 0
+        """How often what was recorded with an earlier address became wrong."""
+
+    def require(self, size: int) -> None:
+        """Make it no smaller than this. Raises `EngineError` where there is no memory for it."""
+        if size > self._size:
+            self.free()
+            self.address, self._size = self._cuda.allocate(size), size
+
+    def free(self) -> None:
+        if self.address:
+            # Before anything can fail: nothing may use it from here on.
+            address, self.address, self._size = self.address, 0, 0
+            self.moves += 1
+            self._cuda.free(address)
 
 
 class NativeEngine(Engine):
@@ -127,14 +148,14 @@ class NativeEngine(Engine):
         self.cuda = cuda
         self.plan = file.plan
         self.lock = threading.RLock()
-        self.generation = 0
         self._file = file
         self._device = options.device
         self._bindings: WeakSet[_NativeBinding] = WeakSet()
         self._default: _NativeBinding | None = None
         self._modules: list[int] = []
         self._functions: dict[str, _Function] = {}
-        self._weights, self._scratch, self._scratch_size = 0, 0, 0
+        self._weights = 0
+        self._scratch, self._workspace = _Room(cuda), _Room(cuda)
         self._attentions: _Attentions | None = None
         self.stream = 0
         self._open = True
@@ -189,10 +210,16 @@ class NativeEngine(Engine):
     def attentions(self) -> _Attentions:
         return self._while_open(self._attentions)
 
+    @property
+    def generation(self) -> int:
+        """Counts how often the memory moved that recordings use."""
+        return self._scratch.moves + self._workspace.moves
+
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        if self._default is None:
-            self._default = _NativeBinding(self, {})
-        return {name: np.array(a) for name, a in self._default.run(inputs).items()}
+        with self.lock:  # until the outputs are copied, which the next call overwrites
+            if self._default is None:
+                self._default = _NativeBinding(self, {})
+            return {name: np.array(a) for name, a in self._default.run(inputs).items()}
 
     def bind(self, resident: Mapping[str, Array]) -> Binding:
         return _NativeBinding(self, resident)
@@ -208,27 +235,19 @@ class NativeEngine(Engine):
     def calls(self, sizes: Sizes, inputs: Mapping[str, int]) -> list[Call]:
         """What one picture takes, with its inputs and its output at these addresses.
 
-        Where the memory for activations has to move, `generation` counts on.
+        Where memory that recordings use has to move, `generation` counts on.
         """
         layout = lay_out(self.plan, self._works, sizes.text, sizes.image)
-        self._require(layout)
-        places = {name: self._scratch + offset for name, offset in layout.offsets.items()}
+        self._scratch.require(layout.size)
+        start = self._scratch.address
+        places = {name: start + offset for name, offset in layout.offsets.items()}
         places |= {name: self._weights + t.offset for name, t in self._file.tensors.items()}
         places |= inputs
         calls = list_launches(
             self.plan, self._works, sizes, places.__getitem__, self._multiprocessors
         )
-        if self.attentions.prepare(calls, sizes.all):
-            self.generation += 1
+        self._workspace.require(self.attentions.prepare(calls, sizes.all))
         return calls
-
-    def _require(self, layout: Layout) -> None:
-        if layout.size > self._scratch_size:
-            if self._scratch:
-                self.cuda.free(self._scratch)
-                self._scratch, self._scratch_size = 0, 0
-            self._scratch, self._scratch_size = self.cuda.allocate(layout.size), layout.size
-            self.generation += 1
 
     def queue(self, calls: Sequence[Call], tokens: int) -> None:
         for call in calls:
@@ -243,17 +262,18 @@ class NativeEngine(Engine):
                     self.stream,
                 )
             else:
-                self.attentions.queue(call, tokens)
+                self.attentions.queue(call, tokens, self._workspace.address)
 
     def close(self) -> None:
-        if not self._open:
-            return
-        self._open = False
         with self.lock:
+            if not self._open:
+                return
+            self._open = False
             # What is queued may still use the memory. A lost GPU must not keep the rest alive.
             with suppress(EngineError):
                 self.use_device()
-                self.cuda.synchronize(self.stream)
+                if self.stream:
+                    self.cuda.synchronize(self.stream)
             for binding in list(self._bindings):
                 binding.free()
             self._default = None
@@ -263,10 +283,12 @@ class NativeEngine(Engine):
             for module in self._modules:
                 with suppress(EngineError):
                     self.cuda.unload_module(module)
-            for address in (self._weights, self._scratch):
-                if address:
-                    with suppress(EngineError):
-                        self.cuda.free(address)
+            for room in (self._scratch, self._workspace):
+                with suppress(EngineError):
+                    room.free()
+            if self._weights:
+                with suppress(EngineError):
+                    self.cuda.free(self._weights)
             if self.stream:
                 with suppress(EngineError):
                     self.cuda.destroy_stream(self.stream)
@@ -294,6 +316,24 @@ def _check_tensors(engine: NativeEngine) -> None:
     }
     outputs = {"velocity": ("float32", (None, None, sizes["velocity"]))}
     check_boundary(engine, inputs, outputs)
+    for spec in (*engine.inputs, *engine.outputs):
+        free = tuple(size for size in spec.shape if isinstance(size, str))
+        if free != _FREE[spec.name]:
+            raise EngineError(
+                f"The manifest says that {spec.name} of {engine.component} is {list(spec.shape)}; "
+                f"its free sizes must be {', '.join(_FREE[spec.name])}. Build the bundle again."
+            )
+
+
+_FREE = {
+    "hidden_states": ("B", "L"),
+    "context": ("B", "S"),
+    "modulation": ("B",),
+    "rope_cos": ("T",),
+    "rope_sin": ("T",),
+    "velocity": ("B", "L"),
+}
+"""How the manifest names the sizes that a plan leaves open: pictures and tokens."""
 
 
 class _NativeBinding(Binding):
@@ -326,6 +366,11 @@ class _NativeBinding(Binding):
                 f"{engine.component}: the RoPE tables have {sizes['T']} rows; "
                 f"{sizes['S'] + sizes['L']} are needed, for {sizes['S']} tokens of text and "
                 f"{sizes['L']} of the picture."
+            )
+        if not sizes["S"] or not sizes["L"]:
+            raise EngineError(
+                f"{engine.component}: there are {sizes['S']} tokens of text and {sizes['L']} of "
+                "the picture; at least one of each is needed."
             )
         with engine.lock:
             _ = engine.attentions  # only now: another thread may have closed it
@@ -380,10 +425,12 @@ class _NativeBinding(Binding):
     def _record(self, sizes: Mapping[str, int]) -> None:
         """Run each picture once as it is, and record it for the calls to come.
 
-        Libraries load and allocate with their first call, which cannot be recorded.
+        Libraries load and allocate with their first call, which cannot be recorded. The first
+        picture's calls make room for all, which have one size.
         """
         engine, cuda = self._engine, self._engine.cuda
         tokens = Sizes(sizes["S"], sizes["L"])
+        self._generation = -1  # until all are there
         for picture in range(sizes["B"]):
             calls = engine.calls(tokens, self._inputs_of(picture, sizes))
             engine.queue(calls, tokens.all)
@@ -417,11 +464,12 @@ class _NativeBinding(Binding):
     def free(self) -> None:
         """Free what lies on the device. Arrays that the caller holds stay."""
         self._drop_graphs()
-        for address in self._addresses.values():
+        # At once, since the engine may be closed while another thread drops the binding.
+        addresses, self._addresses = self._addresses, {}
+        for address in addresses.values():
             with suppress(EngineError):
                 self._engine.cuda.free(address)
-        self._addresses.clear()
-        self._staging.clear()
+        self._staging = {}
         self._outputs = {}
         self._sizes = None
 

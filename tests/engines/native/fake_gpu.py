@@ -239,6 +239,10 @@ def _linear(run: _Launched) -> None:
     group = np.zeros(rows, int)
     if groups == 2:
         group += np.arange(rows) >= text
+    pairs = [
+        (run.number(f"{name}_text"), run.number(f"{name}_image")) for name in ("gate", "inverse")
+    ]
+    if groups == 2 or any(len(set(pair)) == 2 for pair in pairs):
         # A tile has rows of one stream.
         assert text >= rows or text % run.constant("TILE_ROWS") == 0
     bias = run.rows("bias", 1, groups * columns, groups * columns)[0].reshape(groups, columns)

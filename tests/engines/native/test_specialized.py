@@ -12,7 +12,7 @@ from engines.native.plan import BYTES, Kind
 from engines.native.specs import PARAMETERS, KernelSpec, linear_spec
 from engines.native.tiles import Form, Tile
 
-FORMS: tuple[Form, ...] = ("pingpong", "shared", "relay")
+FORMS: tuple[Form, ...] = ("pingpong", "shared")
 
 
 def spec_of(kind: Kind, epilogue: str, turn: bool, form: Form) -> KernelSpec:
@@ -31,7 +31,7 @@ SPECS = [
     for kind, epilogue, turn, form in product(
         ("fp8", "bf16"), ("plain", "gelu", "split", "residual"), (False, True), FORMS
     )
-    if (not turn or epilogue in ("plain", "split")) and (form != "relay" or epilogue != "residual")
+    if not turn or epilogue in ("plain", "split")
 ]
 
 
