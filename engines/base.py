@@ -260,6 +260,27 @@ class Runtime(ABC):
         """Why engines for `target` cannot have `precision`, or None where they can."""
         return None
 
+    def checked_targets(self, source: EngineSource, targets: Sequence[str]) -> tuple[str, ...]:
+        """Each of the targets of a build once.
+
+        Raises `UsageError` where there is none, and for those that it has not, or not in the
+        precision that is asked for.
+        """
+        unique = tuple(dict.fromkeys(targets))
+        if not unique:
+            raise UsageError(f"{self.name} needs a target; it has {', '.join(self.targets)}.")
+        for target in unique:
+            if target not in self.targets:
+                raise UsageError(
+                    f"{self.name} has no target {target!r}; its targets are "
+                    f"{', '.join(self.targets)}."
+                )
+            if problem := self.precision_problem(target, source.precision.name):
+                raise UsageError(
+                    f"{source.component} cannot be {source.precision.name}: {problem}."
+                )
+        return unique
+
     def size_problem(self, width: int, head_dim: int) -> str | None:
         """Why engines cannot have a transformer of that width, with heads of that one."""
         return None

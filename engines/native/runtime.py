@@ -165,25 +165,16 @@ class Native(Runtime):
 
     def _check_source(self, source: EngineSource, targets: Sequence[str]) -> None:
         """Refuse what cannot be, before any work."""
-        for target in targets:
-            if target not in self.targets:
-                raise UsageError(
-                    f"{self.name} has no target {target!r}; its targets are "
-                    f"{', '.join(self.targets)}."
-                )
-        if not targets:
-            raise UsageError(f"{self.name} needs a target; it has {', '.join(self.targets)}.")
+        (target, *_) = self.checked_targets(source, targets)
         if source.component != "transformer":
             raise UsageError(
                 f"{self.name} has engines of the transformer alone: {source.component} runs in "
                 "ONNX Runtime."
             )
-        if problem := self.precision_problem(targets[0], source.precision.name):
-            raise UsageError(f"{source.component} cannot be {source.precision.name}: {problem}.")
-        available = self.can_build(targets[0])
+        available = self.can_build(target)
         if not available.ok:
             raise MissingDependencyError(
-                f"{self.name} cannot build for {targets[0]}: {available.detail}."
+                f"{self.name} cannot build for {target}: {available.detail}."
             )
 
     def open(

@@ -117,19 +117,7 @@ class TensorRt(Runtime):
         from engines.tensorrt.build import build_engine, check_profiles
         from engines.tensorrt.fusion import check, expect, unfused
 
-        unique = tuple(dict.fromkeys(targets))
-        for target in unique:
-            if target not in self.targets:
-                raise UsageError(
-                    f"{self.name} has no target {target!r}; its targets are "
-                    f"{', '.join(self.targets)}."
-                )
-            if problem := self.precision_problem(target, source.precision.name):
-                raise UsageError(
-                    f"{source.component} cannot be {source.precision.name}: {problem}."
-                )
-        if not unique:
-            raise UsageError(f"{self.name} needs a target; it has {', '.join(self.targets)}.")
+        unique = self.checked_targets(source, targets)
         check_profiles(source.component, source.inputs, settings.profiles)
         trt = self._import()
         for target in unique:

@@ -117,8 +117,8 @@ def test_building_for_other_gpus_is_for_rtx_alone(pretend: Pretend) -> None:
     assert chosen(choose_builder) == ("tensorrt", "sm90")
     pretend(driver=False)
     assert chosen(choose_builder, "sm89") == ("tensorrt-rtx", "sm89")
-    with pytest.raises(EngineError, match="tensorrt on sm90: TensorRT builds for the GPU it has"):
-        choose_builder(targets=["sm90"])
+    with pytest.raises(EngineError, match="tensorrt on sm100: TensorRT builds for the GPU it has"):
+        choose_builder(targets=["sm100"])
     with pytest.raises(UsageError, match=r"targets sm99: tensorrt has sm121, .*onnxruntime has"):
         choose_builder(targets=["sm99"])
     with pytest.raises(UsageError, match="has the targets sm89, cpu"):
@@ -135,7 +135,7 @@ def test_a_runtime_that_cannot_build_here_is_chosen_where_there_is_no_other(
 ) -> None:
     pretend(driver=False)
     assert chosen(choose_runtime, "sm89") == ("tensorrt-rtx", "sm89")
-    assert chosen(choose_runtime, "sm90", "sm90") == ("tensorrt", "sm90")
+    assert chosen(choose_runtime, "sm100", "sm100") == ("tensorrt", "sm100")
     with pytest.raises(UsageError, match="sm99"):
         choose_runtime("tensorrt-rtx", ["sm99"])
 
