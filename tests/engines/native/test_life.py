@@ -164,7 +164,7 @@ def test_a_manifest_with_other_free_sizes_is_refused(
         replace(spec, shape=shape) if spec.name == "context" else spec for spec in run.engine.inputs
     ]
     run.engine.inputs = tuple(specs)
-    with pytest.raises(EngineError, match="context of transformer is .* must be B, S"):
+    with pytest.raises(EngineError, match=r"context of transformer is .* must be B, S"):
         check_tensors(run.engine)
 
 
