@@ -21,7 +21,7 @@ from engines.native.plan import (
 )
 from fluxdeploy.bundle.tensorfile import DTYPE_BITS, TensorFileWriter
 
-WIDTH, HEAD, ROWS = 8, 4, 6
+WIDTH, HEAD, ROWS = 16, 8, 6
 STREAM, NORMED, QKV = Place("stream"), Place("normed8"), Place("qkv")
 
 SMALL_PLAN = Plan(

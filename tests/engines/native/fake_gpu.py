@@ -35,6 +35,7 @@ class FakeGpu(FakeCuda):
         self.modules: dict[int, KernelSpec] = {}
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.launched: list[str] = []
+        self.handles: set[int] = set()
         self._made = 0
         self._recorded: dict[int, list[Callable[[], None]]] = {}
         self._aligned: list[Any] = []
@@ -329,6 +330,7 @@ class FakeCudnn:
 
     def __init__(self, gpu: FakeGpu, stream: int) -> None:
         self.gpu, self.stream = gpu, stream
+        gpu.handles.add(id(self))
 
     def prepare(
         self, kind: Kind, tokens: int, heads: int, head_dim: int, strides: Mapping[str, int]
@@ -336,4 +338,4 @@ class FakeCudnn:
         return FakePrepared(self, kind, (tokens, heads, head_dim), strides)
 
     def close(self) -> None:
-        pass
+        self.gpu.handles.remove(id(self))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from engines.base import EngineOptions
 from engines.native.file import read_engine
 from engines.native.match import match
 from engines.native.pack import write_engine
-from engines.native.plan import BYTES
+from engines.native.plan import BYTES, Plan
 from engines.native.run import NativeEngine
 from engines.native.specs import Kernel, KernelSpec, TensorBox
 from engines.native.tiles import FEW_ROWS
@@ -59,10 +59,15 @@ class Opened:
         return run_plan(self.engine.plan, self.tensors, inputs)
 
 
-@contextmanager
-def opened(path: Path, folder: Path) -> Iterator[Opened]:
+def opened(path: Path, folder: Path) -> AbstractContextManager[Opened]:
+    """The engine of a graph."""
     model = ir.load(path)
-    plan = match(model)
+    return open_plan(match(model), model, folder)
+
+
+@contextmanager
+def open_plan(plan: Plan, model: ir.Model, folder: Path) -> Iterator[Opened]:
+    """The engine of a plan with a graph's weights. What it leaves on the GPU is seen."""
     specs = [spec for work in schedule(plan) for spec in work.specs]
     kernels = {spec.name: kernel_of(spec) for spec in specs}
     cubins = {name: name.encode() for name in kernels}
@@ -104,6 +109,7 @@ def opened(path: Path, folder: Path) -> Iterator[Opened]:
     assert not gpu.streams
     assert not gpu.modules
     assert not gpu.graphs
+    assert not gpu.handles
 
 
 def batch(pictures: list[dict[str, Any]]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class FakeCuda(Cuda):
     def free(self, address: int) -> None:
         self._use()
         for stream in self.streams:
-            self.synchronize(stream)
+            self._finish(stream)
         del self.device[address]
 
     def free_host(self, address: int) -> None:
@@ -82,6 +82,9 @@ class FakeCuda(Cuda):
 
     def synchronize(self, stream: int) -> None:
         assert stream in self.streams
+        self._finish(stream)
+
+    def _finish(self, stream: int) -> None:
         queued, self._queues[stream] = self._queues.get(stream, []), []
         for work in queued:
             work()
