@@ -255,11 +255,6 @@ class Cuda:
         size = (*grid, 1, threads, 1, 1, shared)
         self._drive("cuLaunchKernel", function, *size, stream, arguments.address, 0)
 
-    def copy_within(self, destination: int, source: int, size: int, stream: int) -> None:
-        """Queue a copy of `size` bytes on the device."""
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        self._call("cudaMemcpyAsync", destination, source, size, kind, stream)
-
     def begin_capture(self, stream: int) -> None:
         """What is queued from here on is recorded and not run."""
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal

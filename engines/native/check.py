@@ -122,10 +122,6 @@ class _Check:
             self._tensor(step.scale, "f32", (channels,))
         self._hold(not step.grouped or step.rows == "all", "has one stream, and weights for two")
         self._rows(*step.gate)
-        if not step.grouped and step.rows == "all":
-            # A tile may have rows of both streams, and takes the numbers of its first.
-            same = step.gate[0] == step.gate[1] and step.out_scale[0] == step.out_scale[1]
-            self._hold(same, "tells text from image, and its weights do not")
         if step.epilogue == "residual":
             self._hold(step.columns == self.plan.width, "is gated, and not as wide as the gates")
         if step.epilogue == "split":

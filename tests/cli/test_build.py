@@ -86,11 +86,18 @@ def objections(destination: Path, target: str, replace: bool = False) -> list[st
         name="t5",
         precision="fp32",
         compute="fp32",
+        runtime=runtime,
+        targets=targets,
         engines=list_engines(runtime, targets, "t5", {}),
     )
+    checkpoint = SimpleNamespace(transformer=SimpleNamespace(width=64, head_dim=32))
     request = BuildRequest(runtime=runtime.name, targets=targets, replace=replace)
     spec: Any = SimpleNamespace(
-        runtime=runtime, targets=targets, components=[component], request=request
+        runtime=runtime,
+        targets=targets,
+        components=[component],
+        request=request,
+        checkpoint=checkpoint,
     )
     return list(find_impossible(spec, destination))
 
