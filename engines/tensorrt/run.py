@@ -111,9 +111,10 @@ class TensorRtEngine(Engine):
         self.cuda.use_device(self._device)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        if self._default is None:
-            self._default = _TensorRtBinding(self, {})
-        return {name: np.array(a) for name, a in self._default.run(inputs).items()}
+        with self.scratch.lock:  # until the outputs are copied, which the next call overwrites
+            if self._default is None:
+                self._default = _TensorRtBinding(self, {})
+            return {name: np.array(a) for name, a in self._default.run(inputs).items()}
 
     def bind(self, resident: Mapping[str, Array]) -> Binding:
         return _TensorRtBinding(self, resident)
