@@ -98,11 +98,13 @@ def _compiled(spec: KernelSpec) -> tuple[Kernel, bytes]:
     ), cubin.read_bytes()
 
 
-def _launcher(spec: KernelSpec, grid: tuple[int, int], given: Mapping[str, Argument]) -> Run:
-    kernel, cubin = _compiled(spec)
+def _launcher(
+    compiled: tuple[Kernel, bytes], grid: tuple[int, int], given: Mapping[str, Argument]
+) -> Run:
+    kernel, cubin = compiled
     cuda = device()
     function = cuda.function(cuda.load_module(cubin), kernel.entry, kernel.shared)
-    arguments = cuda.arguments([given[name] for name in PARAMETERS[spec.function]])
+    arguments = cuda.arguments([given[name] for name in PARAMETERS[kernel.function]])
 
     def run() -> None:
         stream = torch.cuda.current_stream().cuda_stream
@@ -185,7 +187,8 @@ def linear(
     columns = out.shape[1] + (second.shape[1] if split else 0)
     turned = None if turn is None else KINDS[out.dtype]
     spec = _linear_spec(KINDS[x.dtype], columns, inner, epilogue, split, turned, tile)
-    boxes = _compiled(spec)[0].boxes
+    compiled = _compiled(spec)
+    boxes = compiled[0].boxes
     scale, bias, gate = vectors
     given: dict[str, Argument] = {
         "x": _map(x, boxes[0]),
@@ -205,7 +208,7 @@ def linear(
     }
     tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
     programs = torch.cuda.get_device_properties(0).multi_processor_count * tile.programs
-    return _launcher(spec, (min(tiles, programs), 1), given)
+    return _launcher(compiled, (min(tiles, programs), 1), given)
 
 
 def norm(x: Tensor, out: Tensor, modulation: Tensor, text: int) -> Run:
@@ -223,7 +226,7 @@ def norm(x: Tensor, out: Tensor, modulation: Tensor, text: int) -> Run:
         "inverse_image": ("fp32", 1.0),
     }
     spec = norm_spec(KINDS[out.dtype], x.shape[1], out.shape[1])
-    return _launcher(spec, (len(x), 1), given)
+    return _launcher(_compiled(spec), (len(x), 1), given)
 
 
 def rope(joint: Tensor, out: Tensor, turn: Turn, text: int) -> Run:
@@ -236,7 +239,7 @@ def rope(joint: Tensor, out: Tensor, turn: Turn, text: int) -> Run:
         **turn.given,
     }
     spec = rope_spec(KINDS[out.dtype], heads * head_dim, head_dim)
-    return _launcher(spec, (tokens, 2 if out is joint else 3), given)
+    return _launcher(_compiled(spec), (tokens, 2 if out is joint else 3), given)
 
 
 def attention(q: Tensor, out: Tensor, step: Attention) -> Run:

@@ -11,6 +11,7 @@ import struct
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -81,26 +82,19 @@ class Cuda:
                 "runtime that is asked for: `fluxdeploy doctor` lists them."
             ) from error
         self._runtime: Any = runtime
-        self._driver_module: Any = None
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """Call a function of the CUDA runtime; returns what follows its status."""
-        try:
-            status, *results = getattr(self._runtime, name)(*arguments)
-        except RuntimeError as error:  # the binding's own, where a library does not load
-            raise EngineError(f"{name} failed: {error}.") from error
+        status, result = _asked(self._runtime, name, arguments)
         if status != self._runtime.cudaError_t.cudaSuccess:
             _, text = self._runtime.cudaGetErrorString(status)
-            words = text.decode() if isinstance(text, bytes) else str(status)
             advice = (
                 ". Close other programs on the GPU, make a smaller picture, or use --low-vram"
                 if status == self._runtime.cudaError_t.cudaErrorMemoryAllocation
                 else ""
             )
-            raise EngineError(f"{name} failed: {words}{advice}.")
-        if not results:
-            return None
-        return results[0] if len(results) == 1 else results
+            raise EngineError(f"{name} failed: {_words(status, text)}{advice}.")
+        return result
 
     def device_count(self) -> int:
         return int(self._call("cudaGetDeviceCount"))
@@ -164,25 +158,19 @@ class Cuda:
         attribute = self._runtime.cudaDeviceAttr.cudaDevAttrMultiProcessorCount
         return int(self._call("cudaDeviceGetAttribute", attribute, device))
 
-    @property
+    @cached_property
     def _driver(self) -> Any:
-        if self._driver_module is None:
-            from cuda.bindings import driver
+        from cuda.bindings import driver
 
-            self._driver_module = driver
-        return self._driver_module
+        return driver
 
     def _drive(self, name: str, *arguments: Any) -> Any:
         """Call a function of the driver; returns what follows its status."""
-        try:
-            status, *results = getattr(self._driver, name)(*arguments)
-        except RuntimeError as error:  # the binding's own, where the driver does not load
-            raise EngineError(f"{name} failed: {error}.") from error
+        status, result = _asked(self._driver, name, arguments)
         if status != self._driver.CUresult.CUDA_SUCCESS:
             _, text = self._driver.cuGetErrorString(status)
-            words = text.decode() if isinstance(text, bytes) else str(status)
-            raise EngineError(f"{name} failed: {words}.")
-        return results[0] if results else None
+            raise EngineError(f"{name} failed: {_words(status, text)}.")
+        return result
 
     def load_module(self, cubin: bytes) -> int:
         """Compiled kernels, on the current device."""
@@ -273,6 +261,21 @@ class Cuda:
 
     def destroy_graph(self, graph: int) -> None:
         self._call("cudaGraphExecDestroy", graph)
+
+
+def _asked(module: Any, name: str, arguments: Sequence[Any]) -> tuple[Any, Any]:
+    """What a function of a binding gives: its status, and what follows, a list of several."""
+    try:
+        status, *results = getattr(module, name)(*arguments)
+    except RuntimeError as error:  # the binding's own, where a library does not load
+        raise EngineError(f"{name} failed: {error}.") from error
+    if not results:
+        return status, None
+    return status, results[0] if len(results) == 1 else results
+
+
+def _words(status: Any, text: Any) -> str:
+    return text.decode() if isinstance(text, bytes) else str(status)
 
 
 class _Pinned:

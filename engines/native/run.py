@@ -6,7 +6,6 @@ import io
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakSet
 
@@ -20,7 +19,6 @@ from engines.native.file import EngineFile, read_engine
 from engines.native.launches import AttentionCall, Call, Launch, Sizes, list_launches
 from engines.native.memory import lay_out
 from engines.native.plan import BYTES, Attention, Plan
-from engines.native.specs import Kernel
 from engines.native.works import read_works
 from engines.tensors import BoundInputs, check_boundary, output_shape
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
@@ -43,14 +41,6 @@ def open_engine(
     cuda = Cuda()
     cuda.use_device(options.device)
     return NativeEngine(component, record, engine, read_engine(path), cuda, Cudnn, options)
-
-
-@dataclass(frozen=True)
-class _Function:
-    """A kernel that is loaded on the device."""
-
-    kernel: Kernel
-    address: int
 
 
 class _Attentions:
@@ -153,7 +143,7 @@ class NativeEngine(Engine):
         self._bindings: WeakSet[_NativeBinding] = WeakSet()
         self._default: _NativeBinding | None = None
         self._modules: list[int] = []
-        self._functions: dict[str, _Function] = {}
+        self._functions: dict[str, int] = {}
         self._weights = 0
         self._scratch, self._workspace = _Room(cuda), _Room(cuda)
         self._attentions: _Attentions | None = None
@@ -179,8 +169,7 @@ class NativeEngine(Engine):
                 raise EngineError(f"{self._file.path} lacks the kernel {name}: build it again.")
             module = self.cuda.load_module(cubins[name])
             self._modules.append(module)
-            address = self.cuda.function(module, kernel.entry, kernel.shared)
-            self._functions[name] = _Function(kernel, address)
+            self._functions[name] = self.cuda.function(module, kernel.entry, kernel.shared)
 
     def _load_weights(self) -> None:
         """Read the file in pieces, each copied while the next is read."""
@@ -252,9 +241,8 @@ class NativeEngine(Engine):
     def queue(self, calls: Sequence[Call], tokens: int) -> None:
         for call in calls:
             if isinstance(call, Launch):
-                function = self._functions[call.kernel.name]
                 self.cuda.launch(
-                    function.address,
+                    self._functions[call.kernel.name],
                     call.grid,
                     call.kernel.threads,
                     call.kernel.shared,

@@ -161,11 +161,9 @@ def _fits(work: Launchable) -> bool:
 def _spec_of(plan: Plan, step: Convert | Norm | Rope | Attention) -> KernelSpec | None:
     if isinstance(step, Attention):
         return None
-    out = plan.buffer(step.out.buffer)
-    types: dict[str, Kind] = {"x": plan.buffer(step.x.buffer).kind, "out": out.kind}
+    x, out = plan.buffer(step.x.buffer), plan.buffer(step.out.buffer)
     if isinstance(step, Convert):
-        stride = plan.buffer(step.x.buffer).columns
-        return convert_spec(types["x"], types["out"], step.columns, stride, out.columns)
+        return convert_spec(x.kind, out.kind, step.columns, x.columns, out.columns)
     if isinstance(step, Norm):
         return norm_spec(out.kind, plan.width, out.columns)
     return rope_spec(out.kind, plan.width, plan.head_dim)
@@ -194,7 +192,7 @@ def _linears(plan: Plan, step: Linear, turn: Rope | None) -> tuple[KernelSpec, .
 
     out = kind(step.out) if turn is None else plan.buffer(turn.out.buffer).kind
     tiles = choose_tiles(kind(step.x), step.columns, step.inner, step.epilogue, step.split)
-    specs = [
+    return tuple(
         linear_spec(
             kind(step.x),
             out,
@@ -209,5 +207,4 @@ def _linears(plan: Plan, step: Linear, turn: Rope | None) -> tuple[KernelSpec, .
             tile=tile,
         )
         for tile in tiles
-    ]
-    return tuple({spec.name: spec for spec in specs}.values())
+    )

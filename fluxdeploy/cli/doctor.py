@@ -134,8 +134,7 @@ def _runtimes_extras() -> tuple[Extra, ...]:
         import engines
     except ImportError:  # NumPy is missing: the base's packages say so
         return ()
-    runtimes = (found for name in engines.runtime_names() for found in engines.runtimes(name))
-    return tuple(runtime.extra for runtime in runtimes if runtime.extra is not None)
+    return tuple(runtime.extra for runtime in engines.runtimes() if runtime.extra is not None)
 
 
 def _list_packages() -> dict[str, dict[str, str | None]]:
