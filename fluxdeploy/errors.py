@@ -16,6 +16,7 @@ __all__ = [
     "FluxDeployError",
     "MissingDependencyError",
     "NumericError",
+    "QueueFullError",
     "UnusedArgumentWarning",
     "UsageError",
 ]
@@ -68,6 +69,17 @@ class MissingDependencyError(FluxDeployError):
 
 class Cancelled(FluxDeployError):
     """The call's `CancelToken` was cancelled; no picture was made."""
+
+
+class QueueFullError(FluxDeployError):
+    """As many calls wait as may.
+
+    retry_after: about how many seconds those that are here take.
+    """
+
+    def __init__(self, message: object, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class UnusedArgumentWarning(UserWarning):

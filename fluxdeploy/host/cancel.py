@@ -1,15 +1,22 @@
-"""Stopping a call: a token that any thread may cancel, and turns that it can end the wait for."""
+"""Stopping a call: a token that any thread may cancel."""
 
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from fluxdeploy.errors import Cancelled
 
-__all__ = ["CancelToken", "Turns"]
+__all__ = ["CancelToken", "Checked"]
+
+
+class Checked(Protocol):
+    """What is asked between two pieces of a call's work whether the call goes on."""
+
+    def check(self, where: str) -> None:
+        """Raise `Cancelled` where it does not; `where` says how far the call has come."""
 
 
 class CancelToken:
@@ -54,50 +61,3 @@ class CancelToken:
         finally:
             with self._lock:
                 self._listeners.remove(listener)
-
-
-class Turns:
-    """A lock that is given in the order of asking, and may be taken again by its holder."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._queue: deque[object] = deque()
-        self._holder: int | None = None
-        self._depth = 0
-
-    @contextmanager
-    def taken(self, cancel: CancelToken) -> Iterator[None]:
-        """Hold the lock. Raises `Cancelled` where the token is, as soon as it is."""
-        cancel.check("before it began")
-        with cancel.heard_by(self._wake):
-            self._acquire(cancel)
-        try:
-            yield
-        finally:
-            self._release()
-
-    def _acquire(self, cancel: CancelToken) -> None:
-        me, place = threading.get_ident(), object()
-        with self._changed:
-            if self._holder != me:
-                self._queue.append(place)
-                try:
-                    while self._holder is not None or self._queue[0] is not place:
-                        cancel.check("while it waited for its turn")
-                        self._changed.wait()
-                    self._holder = me
-                finally:
-                    self._queue.remove(place)
-                    self._changed.notify_all()
-            self._depth += 1
-
-    def _release(self) -> None:
-        with self._changed:
-            self._depth -= 1
-            if self._depth == 0:
-                self._holder = None
-                self._changed.notify_all()
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()

@@ -16,7 +16,7 @@ from fluxdeploy.arguments import shown
 from fluxdeploy.bundle.manifest import DimensionRange, Manifest
 from fluxdeploy.errors import UsageError
 from fluxdeploy.host.batches import run_in_parts
-from fluxdeploy.host.cancel import CancelToken
+from fluxdeploy.host.cancel import Checked
 from fluxdeploy.host.finite import check_finite
 
 __all__ = ["Components", "Run", "check_range"]
@@ -54,7 +54,7 @@ class Components:
         return self._engines[component]
 
     def run(
-        self, cancel: CancelToken, component: str, inputs: Mapping[str, Array]
+        self, cancel: Checked, component: str, inputs: Mapping[str, Array]
     ) -> dict[str, NDArray[np.float32]]:
         """Run a component, as a `Run` of the call that `cancel` ends.
 
@@ -84,7 +84,7 @@ class Components:
         while self._engines:
             self._engines.popitem()[1].close()
 
-    def check_sizes(self, cancel: CancelToken, sizes: Mapping[str, Mapping[str, int]]) -> None:
+    def check_sizes(self, cancel: Checked, sizes: Mapping[str, Mapping[str, int]]) -> None:
         """Refuse what one of the engines cannot do, before the long work.
 
         sizes: for each component, what it is asked for by the symbols of the manifest. All of them

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from fluxdeploy.bundle.manifest import LatentSpec
 from fluxdeploy.errors import EngineError
-from fluxdeploy.host.cancel import CancelToken
+from fluxdeploy.host.cancel import Checked
 from fluxdeploy.host.components import Run
 from fluxdeploy.sampling.latents import unpack, unscale
 
@@ -20,7 +20,7 @@ def decode(
     width: int,
     spec: LatentSpec,
     run: Run,
-    cancel: CancelToken,
+    cancel: Checked,
 ) -> NDArray[np.float32]:
     """Pictures, float32 [B, H, W, 3] in 0..1, of packed latents [B, L, C].
 

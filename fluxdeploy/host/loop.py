@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from engines.base import Array
 from fluxdeploy.arguments import shown
 from fluxdeploy.errors import NumericError, UsageError
-from fluxdeploy.host.cancel import CancelToken
+from fluxdeploy.host.cancel import Checked
 from fluxdeploy.host.finite import check_finite, is_finite
 from fluxdeploy.host.request import as_latents
 from fluxdeploy.sampling.sampler import Sampler, Velocity
@@ -34,7 +34,7 @@ def denoise(
     true_cfg_scale: float = 1.0,
     blend: Blend | None = None,
     on_step_end: StepCallback | None = None,
-    cancel: CancelToken | None = None,
+    cancel: Checked | None = None,
 ) -> None:
     """Integrate dx/dsigma = v(x, sigma) from sigmas[0] to sigmas[-1], in place.
 

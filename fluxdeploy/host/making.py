@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 
 from engines.base import Engine
 from fluxdeploy.bundle.manifest import Manifest
-from fluxdeploy.host.cancel import CancelToken
+from fluxdeploy.host.cancel import Checked
 from fluxdeploy.host.components import Components, Run
 from fluxdeploy.host.decoding import decode
 from fluxdeploy.host.loop import StepCallback, denoise
+from fluxdeploy.host.previews import Previews, Show, preview_steps
 from fluxdeploy.host.prompts import Condition, PromptEncoder, condition, with_text
 from fluxdeploy.host.tasks.task import Start, Task
+from fluxdeploy.host.turns import Turn
 from fluxdeploy.host.velocity import HiddenStates, ModulatedTransformer
 from fluxdeploy.sampling import schedule
 from fluxdeploy.sampling.latents import token_grid
@@ -36,20 +38,23 @@ def make_pictures(
     components: Components,
     encoder: PromptEncoder,
     callback: LevelCallback | None,
-    cancel: CancelToken,
+    previews: tuple[int, Show] | None,
+    turn: Turn,
 ) -> NDArray[np.float32]:
     """Pictures, float32 [B, H, W, 3] in 0..1.
+
+    previews: how many to show on the way, and to whom.
 
     Raises `UsageError` for sizes that an engine does not take, `NumericError` for what is not
     finite, and `Cancelled`.
     """
     manifest, request = task.manifest, task.request
-    run: Run = functools.partial(components.run, cancel)
+    run: Run = functools.partial(components.run, turn)
     sampler = load_sampler(SAMPLER)
     rows, columns = token_grid(request.height, request.width, manifest.latents)
     sigmas = schedule.sigmas(manifest.schedule, request.num_inference_steps, rows * columns)
     levels = sampler.levels(sigmas[-(task.steps + 1) :])
-    components.check_sizes(cancel, _engine_sizes(task, len(levels)))
+    components.check_sizes(turn, _engine_sizes(task, len(levels)))
 
     start = task.prepare(sigmas, run)
     components.release(*task.components)
@@ -57,23 +62,29 @@ def make_pictures(
     components.release("clip", "t5", "conditioner")
 
     # Before the largest component is opened.
-    cancel.check("before the first step")
-    velocity, *negative = _velocities(
-        components.engine("transformer"), conditions, start, rows, columns, manifest, cancel
-    )
-    denoise(
-        sampler,
-        start.latents,
-        start.sigmas,
-        velocity,
-        negative=negative[0] if negative else None,
-        true_cfg_scale=request.true_cfg_scale,
-        blend=start.blend,
-        on_step_end=None if callback is None else _with_level(callback, start.sigmas),
-        cancel=cancel,
-    )
+    turn.check("before the first step")
+
+    def decoded(latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        with turn.stage("decoding"):
+            return decode(latents, request.height, request.width, manifest.latents, run, turn)
+
+    with turn.stage("denoising"):
+        velocity, *negative = _velocities(
+            components.engine("transformer"), conditions, start, rows, columns, manifest, turn
+        )
+        denoise(
+            sampler,
+            start.latents,
+            start.sigmas,
+            velocity,
+            negative=negative[0] if negative else None,
+            true_cfg_scale=request.true_cfg_scale,
+            blend=start.blend,
+            on_step_end=_after_step(callback, previews, start, decoded),
+            cancel=turn,
+        )
     components.release("transformer")
-    pictures = decode(start.latents, request.height, request.width, manifest.latents, run, cancel)
+    pictures = decoded(start.latents)
     components.release("vae_decoder")
     return pictures
 
@@ -115,7 +126,7 @@ def _velocities(
     rows: int,
     columns: int,
     manifest: Manifest,
-    cancel: CancelToken,
+    cancel: Checked,
 ) -> list[ModulatedTransformer]:
     """The transformer with all that no step changes in place, once for each condition."""
     text_tokens = conditions[0].context.shape[1]
@@ -128,5 +139,24 @@ def _velocities(
     return [ModulatedTransformer(engine, each, positions, hidden, cancel) for each in conditions]
 
 
-def _with_level(callback: LevelCallback, sigmas: NDArray[np.float32]) -> StepCallback:
-    return lambda step, latents: callback(step, np.float32(sigmas[step]), latents)
+def _after_step(
+    callback: LevelCallback | None,
+    previews: tuple[int, Show] | None,
+    start: Start,
+    decoded: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+) -> StepCallback | None:
+    """What comes after each step: a preview where one is due, and the caller's callback."""
+    if callback is None and previews is None:
+        return None
+    sigmas, shown = start.sigmas, None
+    if previews is not None:
+        count, show = previews
+        shown = Previews(preview_steps(count, len(sigmas) - 1), sigmas, decoded, show)
+        shown.after_step(0, start.latents)
+
+    def on_step_end(step: int, latents: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        if shown is not None:
+            shown.after_step(step + 1, latents)
+        return None if callback is None else callback(step, np.float32(sigmas[step]), latents)
+
+    return on_step_end

@@ -24,21 +24,24 @@ from fluxdeploy.errors import (
     UnusedArgumentWarning,
     UsageError,
 )
-from fluxdeploy.host.cancel import CancelToken, Turns
+from fluxdeploy.host.cancel import CancelToken
 from fluxdeploy.host.components import Components
+from fluxdeploy.host.demand import demand
 from fluxdeploy.host.making import LevelCallback, make_pictures
 from fluxdeploy.host.pictures import to_pil
+from fluxdeploy.host.previews import Show
 from fluxdeploy.host.prompts import PromptEncoder
 from fluxdeploy.host.request import GenerationRequest, check_request, idle_arguments
 from fluxdeploy.host.tasks.image_to_image import ImageToImage
 from fluxdeploy.host.tasks.task import Task, choose_task
 from fluxdeploy.host.tasks.text_to_image import TextToImage
+from fluxdeploy.host.turns import Priority, QueueLimits, Turns, check_priority
 from fluxdeploy.text import Tokenizers, load_tokenizers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["FluxPipeline", "FluxPipelineOutput", "PipelineCallback"]
+__all__ = ["FluxPipeline", "FluxPipelineOutput", "PipelineCallback", "PreviewCallback"]
 
 PipelineCallback = Callable[
     ["FluxPipeline", int, float, dict[str, Any]], "Mapping[str, Any] | None"
@@ -47,6 +50,12 @@ PipelineCallback = Callable[
 
 `timestep` is 1000 times the step's noise level. `callback_kwargs["latents"]` is the live array,
 float32 [B, L, C], packed: copy it to keep it. A returned `{"latents": x}` replaces it.
+"""
+
+PreviewCallback = Callable[["FluxPipeline", int, Any], None]
+"""`callback_on_preview(pipe, steps, images)`: what the call would end with, after so many steps.
+
+The images are of the call's `output_type`.
 """
 
 TASKS: tuple[type[Task], ...] = (TextToImage, ImageToImage)
@@ -62,20 +71,56 @@ class FluxPipelineOutput:
 
     images: a list of `PIL.Image.Image`, or float32 [B, H, W, 3] in 0..1 with output_type="np".
     seed: the seed that makes these pictures again; None where the caller gave the latents.
+    seconds: how long it was "queued", and how long its "encoding", "denoising" and "decoding" ran.
     """
 
     images: list[Image] | NDArray[np.float32]
     seed: int | None
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """How a call goes, whatever it draws: the arguments of `FluxPipeline.__call__` for that."""
+
+    callback_on_step_end: PipelineCallback | None = None
+    num_previews: int = 0
+    callback_on_preview: PreviewCallback | None = None
+    cancel: CancelToken | None = None
+    priority: Priority = "normal"
+    output_type: Literal["pil", "np"] = "pil"
+
+    def check(self) -> None:
+        """Raise `UsageError` for what cannot be, and for previews that nobody takes."""
+        if not isinstance(self.output_type, str) or self.output_type not in ("pil", "np"):
+            raise UsageError(
+                f"The output_type {shown(self.output_type)} is unknown. Use 'pil' or 'np'."
+            )
+        if not isinstance(self.cancel, (CancelToken, type(None))):
+            raise UsageError(f"`cancel` must be a CancelToken, not {type(self.cancel).__name__}.")
+        check_priority(self.priority)
+        for name in ("callback_on_step_end", "callback_on_preview"):
+            callback = getattr(self, name)
+            if callback is not None and not callable(callback):
+                raise UsageError(f"`{name}` is {shown(callback)}, which cannot be called.")
+        if check_integer("num_previews", self.num_previews, 0) and not self.callback_on_preview:
+            raise UsageError("`num_previews` needs a `callback_on_preview` that takes them.")
+
+    def typed(self, pictures: NDArray[np.float32]) -> list[Image] | NDArray[np.float32]:
+        """Pictures, float32 [B, H, W, 3] in 0..1, as the call shall give them."""
+        return pictures if self.output_type == "np" else to_pil(pictures)
 
 
 class FluxPipeline:
     """Makes pictures from a bundle. A context manager; `close` frees the engines.
 
     Engines are opened by the first call and kept, and so are the latest encoded prompts. Calls from
-    several threads take turns. With `low_vram` an engine is open only while it is needed: what the
-    task needs beyond the prompt, such as the VAE encoder, then text encoders and conditioner, then
-    the transformer, then the decoder. Memory then holds the largest of them instead of all, and
-    every call reads the engines again, but for the text encoders where it knows the prompts.
+    several threads take turns: between two steps, a call of a higher priority goes first, and among
+    equals a smaller one goes before a larger one. With `low_vram` an engine is open only while it
+    is needed: what the task needs beyond the prompt, such as the VAE encoder, then text encoders
+    and conditioner, then the transformer, then the decoder. Memory then holds the largest of them
+    instead of all, every call reads the engines again, but for the text encoders where it knows the
+    prompts, and each call ends before the next one begins.
     """
 
     def __init__(
@@ -85,6 +130,7 @@ class FluxPipeline:
         open_component: Callable[[str], Engine],
         low_vram: bool = False,
         kept_text_bytes: int = _KEPT_TEXT,
+        limits: QueueLimits | None = None,
     ) -> None:
         """Use `from_bundle`, unless the components shall run on something else than engines.
 
@@ -104,7 +150,7 @@ class FluxPipeline:
         self._components = Components(bundle.manifest, open_component, low_vram)
         self._encoder = PromptEncoder(tokenizers, bundle.manifest.tokenizers, kept_text_bytes)
         # Reentrant: a callback may make another picture, or close the pipeline before it raises.
-        self._turns = Turns()
+        self._turns = Turns(_check_limits(limits), changing=not low_vram)
         self._told: set[str] = set()
 
     @classmethod
@@ -114,8 +160,11 @@ class FluxPipeline:
         runtime: str = "auto",
         options: EngineOptions | None = None,
         low_vram: bool = False,
+        limits: QueueLimits | None = None,
     ) -> FluxPipeline:
         """Open the bundle in the folder `path`, to be run by `runtime`.
+
+        limits: what it takes on at once; everything where None.
 
         Raises `BundleError` where the folder is no bundle that this version reads. What is opened
         later is of this bundle: a call that would have to open an engine of another one, which has
@@ -135,7 +184,7 @@ class FluxPipeline:
                 "bundle again with `fluxdeploy build`."
             )
         open_component = functools.partial(open_engine, bundle, runtime=runtime, options=options)
-        return cls(bundle, load_tokenizers(bundle), open_component, low_vram)
+        return cls(bundle, load_tokenizers(bundle), open_component, low_vram, limits=limits)
 
     @property
     def bundle(self) -> Bundle:
@@ -159,7 +208,10 @@ class FluxPipeline:
         strength: float | None = None,
         max_sequence_length: int | None = None,
         callback_on_step_end: PipelineCallback | None = None,
+        num_previews: int = 0,
+        callback_on_preview: PreviewCallback | None = None,
         cancel: CancelToken | None = None,
+        priority: Priority = "normal",
         output_type: Literal["pil", "np"] = "pil",
     ) -> FluxPipelineOutput:
         """Make `num_images_per_prompt` pictures of each prompt: p0, p0, p1, p1.
@@ -182,14 +234,18 @@ class FluxPipeline:
         mask_image: inpainting, which this version refuses.
         max_sequence_length: the number of T5 tokens that a prompt is padded or cut to.
         callback_on_step_end: see `PipelineCallback`.
+        num_previews, callback_on_preview: how many pictures to show on the way, evenly from a fifth
+            of the steps on, and what is called with them: see `PreviewCallback`. Each costs a run
+            of the VAE decoder.
         cancel: ends this call wherever it is, even while it waits for its turn.
+        priority: "high", "normal" or "low"; between two steps, a higher one goes first.
         output_type: "pil" or "np".
 
         Warns once, with `UnusedArgumentWarning`, of an argument that does nothing beside the
         others, and with `CutPromptWarning` of a prompt that an encoder does not read to its end.
         Raises `UsageError` for an argument outside its range, `NumericError` where a
         component gave NaN or infinity, `Cancelled` where `cancel` was, `EngineError` where an
-        engine fails.
+        engine fails, `QueueFullError` where as many calls wait as `limits` allow.
         """
         return self._generate(
             {
@@ -206,9 +262,14 @@ class FluxPipeline:
                 "max_sequence_length": max_sequence_length,
             },
             {"image": image, "mask_image": mask_image, "strength": strength},
-            callback_on_step_end,
-            cancel,
-            output_type,
+            CallOptions(
+                callback_on_step_end,
+                num_previews,
+                callback_on_preview,
+                cancel,
+                priority,
+                output_type,
+            ),
         )
 
     def close(self) -> None:
@@ -216,7 +277,7 @@ class FluxPipeline:
 
         A later call opens the engines again.
         """
-        with self._turns.taken(CancelToken()):
+        with self._turns.alone():
             self._components.close()
             self._encoder.forget()
 
@@ -235,20 +296,11 @@ class FluxPipeline:
         self,
         arguments: Mapping[str, Any],
         of_tasks: Mapping[str, Any],
-        callback: PipelineCallback | None,
-        cancel: CancelToken | None,
-        output_type: str,
+        options: CallOptions,
     ) -> FluxPipelineOutput:
         """A call: `arguments` of every picture, and those that belong to tasks."""
         manifest = self._bundle.manifest
-        if not isinstance(output_type, str) or output_type not in ("pil", "np"):
-            raise UsageError(f"The output_type {shown(output_type)} is unknown. Use 'pil' or 'np'.")
-        if not isinstance(cancel, (CancelToken, type(None))):
-            raise UsageError(f"`cancel` must be a CancelToken, not {type(cancel).__name__}.")
-        if callback is not None and not callable(callback):
-            raise UsageError(
-                f"`callback_on_step_end` is {shown(callback)}, which cannot be called."
-            )
+        options.check()
         kind, unused = choose_task(TASKS, of_tasks)
         if arguments["seed"] is None and arguments["latents"] is None:
             arguments = {**arguments, "seed": int.from_bytes(os.urandom(4), "little")}
@@ -263,17 +315,33 @@ class FluxPipeline:
         self._tell((*unused, *idle_arguments(manifest, arguments), *task.notices()))
         for notice in self._cuts(request):
             warnings.warn(notice, CutPromptWarning, stacklevel=3)
-        token = CancelToken() if cancel is None else cancel
-        with self._turns.taken(token):
-            on_step_end = None if callback is None else self._step_callback(callback)
+        token = CancelToken() if options.cancel is None else options.cancel
+        callback = options.callback_on_step_end
+        with self._turns.taken(token, demand(task, options.priority)) as turn:
             try:
-                pictures = make_pictures(task, self._components, self._encoder, on_step_end, token)
+                pictures = make_pictures(
+                    task,
+                    self._components,
+                    self._encoder,
+                    None if callback is None else self._step_callback(callback),
+                    self._previews(options),
+                    turn,
+                )
             except BaseException:
                 self._components.release_all()
                 raise
-        return FluxPipelineOutput(
-            pictures if output_type == "np" else to_pil(pictures), request.seed
-        )
+        return FluxPipelineOutput(options.typed(pictures), request.seed, turn.seconds)
+
+    def _previews(self, options: CallOptions) -> tuple[int, Show] | None:
+        """How many previews to make, and what to do with them."""
+        callback = options.callback_on_preview
+        if callback is None or options.num_previews == 0:
+            return None
+
+        def show(steps: int, pictures: NDArray[np.float32]) -> None:
+            callback(self, steps, options.typed(pictures))
+
+        return options.num_previews, show
 
     def _tell(self, notices: Sequence[str]) -> None:
         """Warn the caller of `__call__`, of each thing once."""
@@ -313,3 +381,11 @@ class FluxPipeline:
             return answer.get("latents")
 
         return on_step_end
+
+
+def _check_limits(limits: object) -> QueueLimits:
+    if limits is None:
+        return QueueLimits()
+    if not isinstance(limits, QueueLimits):
+        raise UsageError(f"`limits` must be QueueLimits, not {shown(limits)}.")
+    return limits

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from engines.base import Array, Binding, Engine
 from fluxdeploy.host.batches import divide
-from fluxdeploy.host.cancel import CancelToken
+from fluxdeploy.host.cancel import Checked
 from fluxdeploy.host.prompts import Condition
 
 __all__ = ["HiddenStates", "ModulatedTransformer"]
@@ -67,7 +67,7 @@ class ModulatedTransformer:
         condition: Condition,
         positions: Mapping[str, Array],
         hidden: HiddenStates,
-        cancel: CancelToken,
+        cancel: Checked,
     ) -> None:
         self._condition = condition
         self._hidden = hidden

@@ -45,7 +45,7 @@ class FakePipeline:
         size = (arguments["width"] or 128, arguments["height"] or 64)
         images = [Image.new("RGB", size) for _ in range(arguments["num_images_per_prompt"])]
         seed = arguments["seed"]
-        return FluxPipelineOutput(images, 99 if seed is None else seed)
+        return FluxPipelineOutput(images, 99 if seed is None else seed, {})
 
 
 @pytest.fixture(autouse=True)

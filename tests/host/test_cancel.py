@@ -16,8 +16,9 @@ import fluxdeploy
 from engines.base import Array, Binding
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, Manifest
 from fluxdeploy.errors import Cancelled
-from fluxdeploy.host.cancel import CancelToken, Turns
+from fluxdeploy.host.cancel import CancelToken
 from fluxdeploy.host.pipeline import FluxPipeline
+from fluxdeploy.host.turns import Demand, Turns
 from tests.host.conftest import COMPONENTS, CharacterTokenizers, MemoryEngine
 
 LIMIT = 20
@@ -172,13 +173,13 @@ def test_who_has_had_a_turn_goes_behind_who_waits(threads: ThreadPoolExecutor) -
     turns, order, waiting = Turns(), list[str](), WatchedToken()
 
     def wait() -> None:
-        with turns.taken(waiting):
+        with turns.taken(waiting, Demand()):
             order.append("who waited")
 
-    with turns.taken(CancelToken()):
+    with turns.taken(CancelToken(), Demand()):
         other = threads.submit(wait)
         assert waiting.waits.wait(LIMIT)
-    with turns.taken(CancelToken()):
+    with turns.taken(CancelToken(), Demand()):
         order.append("who came again")
     other.result(LIMIT)
     assert order == ["who waited", "who came again"]

@@ -53,7 +53,10 @@ def test_the_call_has_the_documented_signature() -> None:
         "strength": None,
         "max_sequence_length": None,
         "callback_on_step_end": None,
+        "num_previews": 0,
+        "callback_on_preview": None,
         "cancel": None,
+        "priority": "normal",
         "output_type": "pil",
     }
 

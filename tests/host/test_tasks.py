@@ -14,7 +14,7 @@ from engines.base import Array
 from fluxdeploy.bundle.manifest import DimensionRange, Manifest
 from fluxdeploy.errors import UsageError
 from fluxdeploy.host.components import Run
-from fluxdeploy.host.pipeline import TASKS, FluxPipeline
+from fluxdeploy.host.pipeline import TASKS, CallOptions, FluxPipeline
 from fluxdeploy.host.request import GenerationRequest
 from fluxdeploy.host.tasks.image_to_image import ImageToImage
 from fluxdeploy.host.tasks.task import Start, Task, choose_task
@@ -118,9 +118,9 @@ class Extended(FluxPipeline):
             "latents": None,
             "max_sequence_length": S,
         }
-        callback = options.pop("callback", None)
+        call = CallOptions(options.pop("callback", None), output_type="np")
         arguments = {"image": None, "strength": None, name: value}
-        images = self._generate({**usual, **options}, arguments, callback, None, "np").images
+        images = self._generate({**usual, **options}, arguments, call).images
         assert isinstance(images, np.ndarray)
         return images
 

@@ -1,0 +1,66 @@
+"""Previews: when they are shown, and that they show where the steps are going."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fluxdeploy.errors import UsageError
+from fluxdeploy.host.pipeline import FluxPipeline
+from fluxdeploy.host.previews import Previews, preview_steps
+
+
+@pytest.mark.parametrize(
+    ("count", "steps", "expected"),
+    [
+        (0, 28, ()),
+        (1, 28, (5,)),
+        (3, 28, (5, 11, 16)),
+        (3, 4, (1, 2, 3)),
+        (3, 2, (1,)),
+        (3, 1, ()),
+        (10, 20, (4, 5, 6, 7, 8, 10, 11, 12, 13, 14)),
+    ],
+)
+def test_previews_begin_after_a_fifth_of_the_steps(
+    count: int, steps: int, expected: tuple[int, ...]
+) -> None:
+    assert preview_steps(count, steps) == expected
+
+
+def test_a_preview_is_the_end_of_the_line_that_the_latest_step_was_on() -> None:
+    """On a straight path from noise to a picture, each step points at the picture."""
+    picture, noise = np.random.default_rng(0).standard_normal((2, 1, 6, 4)).astype(np.float32)
+    sigmas = np.array([1, 0.9, 0.5, 0.1, 0], np.float32)
+    seen: list[Any] = []
+    previews = Previews((1, 3), sigmas, lambda x: x, lambda made, x: seen.append((made, x)))
+    for made, sigma in enumerate(sigmas):
+        previews.after_step(made, sigma * noise + (1 - sigma) * picture)
+    assert [made for made, _ in seen] == [1, 3]
+    for _, shown in seen:
+        np.testing.assert_allclose(shown, picture, atol=1e-5)
+
+
+def test_previews_change_no_picture_and_cost_a_decoding_each(pipe: FluxPipeline) -> None:
+    seen: list[tuple[int, Any]] = []
+    call: dict[str, Any] = {"seed": 3, "max_sequence_length": 16, "output_type": "np"}
+    plain = pipe(["fox", "hen"], **call)
+    watched = pipe(
+        ["fox", "hen"],
+        num_previews=2,
+        callback_on_preview=lambda caller, steps, images: seen.append((steps, images)),
+        **call,
+    )
+    np.testing.assert_array_equal(watched.images, plain.images)
+    assert [steps for steps, _ in seen] == [1, 2]
+    assert all(images.shape == np.shape(plain.images) for _, images in seen)
+    assert set(watched.seconds) == {"queued", "encoding", "denoising", "decoding"}
+
+
+def test_previews_that_nobody_takes_are_refused(pipe: FluxPipeline) -> None:
+    with pytest.raises(UsageError, match="`num_previews` needs a `callback_on_preview`"):
+        pipe("fox", num_previews=1)
+    with pytest.raises(UsageError, match="`callback_on_preview` is 3, which cannot be called"):
+        pipe("fox", callback_on_preview=3)  # type: ignore[arg-type]
