@@ -21,7 +21,7 @@ from fluxdeploy.arguments import shown
 from fluxdeploy.bundle.files import read_whole
 from fluxdeploy.errors import FluxDeployError, UsageError
 
-__all__ = ["open_image", "to_pixels"]
+__all__ = ["decode_image", "open_image", "to_pixels"]
 
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that Pillow decodes by itself: others call programs, or can be documents."""
@@ -49,22 +49,28 @@ def open_image(path: Path) -> tuple[Image.Image, str]:
             f"Cannot read the picture {path}: {error.strerror or error}. Name another file."
         ) from error
     try:
+        picture = decode_image(data)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    return picture, hashlib.sha256(data).hexdigest()
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """The picture in a file's bytes, as `open_image` gives it. Raises `UsageError`."""
+    try:
         with warnings.catch_warnings():
             # Of sizes, which are checked here, and of transparency, which is dropped.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                picture = _upright_rgb(image)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
-    except Image.DecompressionBombError:
-        raise UsageError(f"{path}: {_too_large()}") from None
-    except MemoryError:
+                return _upright_rgb(image)
+    except (UsageError, MemoryError):
         raise
+    except Image.DecompressionBombError:
+        raise UsageError(_too_large()) from None
     except Exception as error:  # on broken files Pillow's decoders raise anything
         raise UsageError(
-            f"{path} is not a picture that can be read. Give one of {', '.join(_FORMATS)}."
+            f"It is not a picture that can be read. Give one of {', '.join(_FORMATS)}."
         ) from error
-    return picture, hashlib.sha256(data).hexdigest()
 
 
 def to_pixels(image: object, height: int, width: int) -> NDArray[np.float32]:

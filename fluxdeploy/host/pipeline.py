@@ -191,6 +191,11 @@ class FluxPipeline:
         """The bundle that the pictures come from."""
         return self._bundle
 
+    @property
+    def queue(self) -> Turns:
+        """The calls that are here: how many wait, how many have begun."""
+        return self._turns
+
     def __call__(
         self,
         prompt: str | Sequence[str],
