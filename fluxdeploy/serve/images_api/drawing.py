@@ -52,6 +52,7 @@ def read_drawing(
             404, f"There is no model {body.model!r} here; there is {settings.model!r}.", "model"
         )
     width, height = body.width_and_height or _own_size(manifest, image)
+    _check_range(width, height, manifest)
     if width * height * body.n > settings.max_pixels:
         raise ApiError(
             400,
@@ -59,7 +60,6 @@ def read_drawing(
             f"draws {settings.max_pixels} a request. Ask for less.",
             "size",
         )
-    _check_range(width, height, manifest)
     defaults = manifest.defaults
     steps = body.num_inference_steps or defaults.num_inference_steps
     if steps > settings.max_steps:

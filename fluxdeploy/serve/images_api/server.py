@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from collections.abc import Callable
 
@@ -59,7 +60,12 @@ def run(
         timeout_graceful_shutdown=_PATIENCE,
         h11_max_incomplete_event_size=32 << 10,
     )
-    _Server(config, ready).run([opened])
+    # uvicorn raises the signal once more when all is over; by then it has been obeyed.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        _Server(config, ready).run([opened])
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Server(uvicorn.Server):
