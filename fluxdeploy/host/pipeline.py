@@ -71,12 +71,14 @@ class FluxPipelineOutput:
 
     images: a list of `PIL.Image.Image`, or float32 [B, H, W, 3] in 0..1 with output_type="np".
     seed: the seed that makes these pictures again; None where the caller gave the latents.
+    notices: of arguments that did nothing and prompts that were cut, a sentence each.
     seconds: how long it was "queued", and how long its "encoding", "denoising" and "decoding" ran.
     """
 
     images: list[Image] | NDArray[np.float32]
     seed: int | None
     seconds: Mapping[str, float]
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -317,8 +319,10 @@ class FluxPipeline:
                     f"one, or leave out {' and '.join(f'`{name}`' for name in kind.chosen_by)}."
                 )
         task = kind.read(request, manifest, of_tasks)
-        self._tell((*unused, *idle_arguments(manifest, arguments), *task.notices()))
-        for notice in self._cuts(request):
+        idle = (*unused, *idle_arguments(manifest, arguments), *task.notices())
+        cuts = self._cuts(request)
+        self._tell(idle)
+        for notice in cuts:
             warnings.warn(notice, CutPromptWarning, stacklevel=3)
         token = CancelToken() if options.cancel is None else options.cancel
         callback = options.callback_on_step_end
@@ -335,7 +339,9 @@ class FluxPipeline:
             except BaseException:
                 self._components.release_all()
                 raise
-        return FluxPipelineOutput(options.typed(pictures), request.seed, turn.seconds)
+        return FluxPipelineOutput(
+            options.typed(pictures), request.seed, turn.seconds, (*idle, *cuts)
+        )
 
     def _previews(self, options: CallOptions) -> tuple[int, Show] | None:
         """How many previews to make, and what to do with them."""

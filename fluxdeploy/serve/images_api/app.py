@@ -64,7 +64,9 @@ def create_app(backend: Backend, settings: Settings) -> FastAPI:
     app.post("/v1/images/generations", openapi_extra=GENERATION, **guarded)(server.generations)
     if "edits" in server.limits["tasks"]:
         app.post("/v1/images/edits", openapi_extra=EDIT, **guarded)(server.edits)
-    app.get("/v1/images/files/{name}", response_class=Response)(server.files)
+    app.get("/v1/images/files/{name}", responses={404: RESPONSES[404]}, response_class=Response)(
+        server.files
+    )
     app.get("/v1/models", **guarded)(server.models)
     app.get("/v1/models/{model:path}", **guarded)(server.model)
     app.get("/health")(server.health)
@@ -144,7 +146,8 @@ class _Server:
             else:
                 data.append({"b64_json": as_base64(file)})
         reply = {"created": drawing.created, "data": data, **described(drawing)}
-        return JSONResponse({**reply, "seed": output.seed, **drawing.echo})
+        reply |= {"seed": output.seed, **drawing.echo, "notices": list(output.notices)}
+        return JSONResponse(reply)
 
     async def files(self, name: str) -> Response:
         """A picture that was answered by its URL."""

@@ -113,7 +113,7 @@ async def _encoded(
                 yield event(f"{kind}.partial_image", fields)
             else:
                 fields = await _picture_fields(drawing, each.images[0])
-                fields |= {"seed": each.seed, **drawing.echo}
+                fields |= {"seed": each.seed, **drawing.echo, "notices": list(each.notices)}
                 yield event(f"{kind}.completed", fields)
             next_event = asyncio.ensure_future(anext(events))
     finally:

@@ -23,7 +23,7 @@ _ERROR = {
 _MEANINGS = {
     400: "Something in the request cannot be.",
     401: "The API key is missing or wrong.",
-    404: "There is no such model.",
+    404: "There is no such model or picture.",
     408: "The body did not arrive in time.",
     413: "The body is too long.",
     503: "As many calls wait as may; Retry-After tells when to come again.",

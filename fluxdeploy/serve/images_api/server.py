@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 import socket
+import warnings
 from collections.abc import Callable
 
 import uvicorn
 
-from fluxdeploy.errors import UsageError
+from fluxdeploy.errors import CutPromptWarning, UnusedArgumentWarning, UsageError
 from fluxdeploy.host.asynchronous import AsyncFluxPipeline
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.serve.images_api.app import create_app
@@ -60,6 +61,9 @@ def run(
         timeout_graceful_shutdown=_PATIENCE,
         h11_max_incomplete_event_size=32 << 10,
     )
+    # They are told to the request that they are of, as its notices.
+    for kind in (CutPromptWarning, UnusedArgumentWarning):
+        warnings.simplefilter("ignore", kind)
     # uvicorn raises the signal once more when all is over; by then it has been obeyed.
     before = signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable
 from typing import TypeVar
 
@@ -19,6 +20,9 @@ from fluxdeploy.serve.images_api.errors import ApiError, as_api_error
 __all__ = ["LimitedBodies", "read_body", "read_files", "read_form"]
 
 _T = TypeVar("_T")
+
+# It tells of each form that is damaged, on stderr; the client is told.
+logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 _FIELDS, _FILES = 40, 4
 _FIELD_BYTES = 1 << 20
