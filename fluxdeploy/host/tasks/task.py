@@ -89,6 +89,10 @@ class Task(ABC):
     def prepare(self, sigmas: NDArray[np.float32], run: Run) -> Start:
         """What the loop begins with; `sigmas` is the whole schedule, float32 [N + 1]."""
 
+    def finish(self, picture: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the caller gets of a decoded picture; both are float32 [H, W, 3] in 0..1."""
+        return picture
+
 
 def choose_task(
     tasks: Sequence[type[Task]], arguments: Mapping[str, object]
