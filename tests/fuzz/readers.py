@@ -186,11 +186,11 @@ def pictures(folder: Path) -> Reader:
     import numpy as np
     from PIL import Image
 
-    from fluxdeploy.host.input_images import open_image, to_pixels
+    from fluxdeploy.host.input_images import open_image, open_mask, to_masks, to_pixels
 
     pixels = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
     image, seeds = Image.fromarray(pixels), []
-    for kind, mode in (("PNG", "RGB"), ("PNG", "P"), ("PNG", "I;16"), ("JPEG", "RGB"),
+    for kind, mode in (("PNG", "RGB"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "I;16"), ("JPEG", "RGB"),
                        ("JPEG", "L"),
                        ("WEBP", "RGB"), ("GIF", "P"), ("TIFF", "RGB"), ("TIFF", "CMYK"),
                        ("BMP", "RGB"), ("PPM", "RGB"), ("PPM", "1")):  # fmt: skip
@@ -206,6 +206,8 @@ def pictures(folder: Path) -> Reader:
     def read(path: Path) -> None:
         opened, _ = open_image(path)
         to_pixels(opened, 16, 16)
+        mask, _ = open_mask(path)
+        to_masks(mask, 16, 16)
 
     return _of_file(folder / "x.png", seeds, read)
 

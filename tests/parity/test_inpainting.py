@@ -73,9 +73,7 @@ CASES = (
     Case("same size", 64, 48, 4, 0.6, some(photograph, 64, 48), some(marks, 64, 48)),
     Case("all noise", 48, 80, 3, 1.0, some(photograph, 48, 80), some(marks, 48, 80), seed=1),
     Case("one step", 32, 64, 3, 0.2, some(photograph, 32, 64), some(marks, 32, 64), seed=2),
-    Case(
-        "colours, resized", 64, 80, 4, 0.5, some(photograph, 99, 70), some(marks, 61, 200, "RGB")
-    ),
+    Case("colours, resized", 64, 80, 4, 0.5, some(photograph, 99, 70), some(marks, 61, 200, "RGB")),
     Case("one bit, resized", 48, 48, 4, 0.5, some(photograph, 48, 48), some(marks, 99, 71, "1")),
     Case("palette", 48, 64, 4, 0.7, some(photograph, 48, 64), some(marks, 90, 64, "P"), seed=3),
     Case(

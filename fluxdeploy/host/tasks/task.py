@@ -112,7 +112,13 @@ def choose_task(
         takers = [other for other in tasks if name in other.options]
         if not takers:
             raise UsageError(_refusal(tasks, task, name))
-        needed = " or ".join(f"`{'` and `'.join(other.chosen_by)}`" for other in takers)
+        # Where `image` will do, `image` and `mask_image` need not be said.
+        least = [set(other.chosen_by) for other in takers]
+        needed = " or ".join(
+            f"`{'` and `'.join(other.chosen_by)}`"
+            for other in takers
+            if not any(fewer < set(other.chosen_by) for fewer in least)
+        )
         notices.append(f"`{name}` does nothing without {needed}.")
     return task, tuple(notices)
 
