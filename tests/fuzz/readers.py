@@ -190,8 +190,8 @@ def pictures(folder: Path) -> Reader:
 
     pixels = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
     image, seeds = Image.fromarray(pixels), []
-    for kind, mode in (("PNG", "RGB"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "I;16"), ("JPEG", "RGB"),
-                       ("JPEG", "L"),
+    for kind, mode in (("PNG", "RGB"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "I;16"),
+                       ("JPEG", "RGB"), ("JPEG", "L"),
                        ("WEBP", "RGB"), ("GIF", "P"), ("TIFF", "RGB"), ("TIFF", "CMYK"),
                        ("BMP", "RGB"), ("PPM", "RGB"), ("PPM", "1")):  # fmt: skip
         stream, converted = io.BytesIO(), image.convert("L" if mode == "I;16" else mode)
