@@ -109,6 +109,32 @@ def test_the_openai_client_edits_a_picture(client: Any, pipeline: FluxPipeline) 
     )
 
 
+def test_the_openai_client_redraws_what_is_transparent_in_the_mask(
+    client: Any, pipeline: FluxPipeline
+) -> None:
+    given = Image.new("RGB", (128, 128), "white")
+    alpha = Image.new("L", given.size, 255)
+    alpha.paste(0, (32, 32, 96, 96))
+    mask = given.copy()
+    mask.putalpha(alpha)
+    files = [io.BytesIO(), io.BytesIO()]
+    given.save(files[0], "PNG")
+    mask.save(files[1], "PNG")
+    with client.images.edit(
+        image=("given.png", files[0].getvalue()),
+        mask=("mask.png", files[1].getvalue()),
+        prompt=PROMPT,
+        stream=True,
+        partial_images=1,
+        extra_body={**FAST, "strength": 1.0},
+    ) as stream:
+        events = list(stream)
+    assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
+    white = Image.eval(alpha, lambda value: 255 - value)
+    expected = drawn(pipeline, image=given, mask_image=white, strength=1.0)
+    assert same(decoded(events[-1].b64_json), expected[0])
+
+
 def test_the_openai_client_streams_three_pictures_of_the_running_state(
     client: Any, pipeline: FluxPipeline
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from fastapi import Request
@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fluxdeploy.errors import FluxDeployError
-from fluxdeploy.host.input_images import decode_image
+from fluxdeploy.host.input_images import decode_image, decode_mask
 from fluxdeploy.serve.images_api.errors import ApiError, as_api_error
 
 __all__ = ["LimitedBodies", "read_body", "read_files", "read_form"]
@@ -101,15 +101,16 @@ async def read_files(form: FormData) -> tuple[dict[str, str], Image, Image | Non
             raise ApiError(400, f"There are {len(held)} files {kind}. Send one.", kind)
     if not files["image"]:
         raise ApiError(400, "The file `image` is missing.", "image")
-    image = await _decoded("image", files["image"][0])
-    mask = await _decoded("mask", files["mask"][0]) if files["mask"] else None
+    image = await _decoded("image", files["image"][0], decode_image)
+    masks = files["mask"]
+    mask = await _decoded("mask", masks[0], decode_mask) if masks else None
     return fields, image, mask
 
 
-async def _decoded(kind: str, file: UploadFile) -> Image:
+async def _decoded(kind: str, file: UploadFile, decode: Callable[[bytes], Image]) -> Image:
     data = await file.read()
     try:
-        return await asyncio.to_thread(decode_image, data)
+        return await asyncio.to_thread(decode, data)
     except FluxDeployError as error:
         answer = as_api_error(error)
         answer.param = kind
