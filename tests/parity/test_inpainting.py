@@ -245,7 +245,10 @@ def test_what_is_drawn_around_the_mask_equals_diffusers(
     assert pictures.shape == expected.shape
     original = np.asarray(case.image())
     assert np.mean(np.abs(expected - original) > 8) > 0.02, "hardly anything was drawn"
-    assert np.abs(pictures - expected).max() <= 1
+    # A byte that is rounded otherwise is resized after that, with a filter that overshoots.
+    difference = np.abs(pictures - expected)
+    assert difference.max() <= 2
+    assert np.mean(difference > 0) < 0.02
     np.testing.assert_array_equal(np.rint(generate(open_pipeline("dev"), case) * 255), pictures)
 
 
