@@ -237,8 +237,11 @@ class Load:
             source.choice(SEEDS),
         )
         body = {
-            "prompt": PROMPT, "size": f"{width}x{height}", "num_inference_steps": steps,
-            "seed": seed, "priority": priority,
+            "prompt": PROMPT,
+            "size": f"{width}x{height}",
+            "num_inference_steps": steps,
+            "seed": seed,
+            "priority": priority,
         }
         if not leaves:
             answer = json.load(post(self._url, body))

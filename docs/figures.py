@@ -20,6 +20,7 @@ __all__ = ["BLOCKS", "Block", "fill"]
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "figures.md"
+SERVING = ROOT / "docs" / "serving.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 CHECKPOINTS = ROOT / "fluxdeploy" / "demo" / "checkpoints"
@@ -556,6 +557,57 @@ class Block:
     render: Callable[[dict[str, Any]], str]
 
 
+def _serving(report: dict[str, Any]) -> str:
+    """The report of benchmarks/soak.py as Markdown tables and the machine it ran on."""
+    overhead, prompts, previews, cancel, soak = (
+        report[name] for name in ("overhead", "prompts", "previews", "cancel", "soak")
+    )
+    kinds = soak["kinds"]
+    rows = [
+        ["what", "measured"],
+        ["---", "---:"],
+        ["a request, beyond the pipeline's own call", f"{overhead['added_ms']:.1f} ms"],
+        [
+            "throughput of 8 clients, against 8 threads on the pipeline",
+            f"{100 / overhead['throughput_ratio']:.1f}%",
+        ],
+        [
+            "encoding a prompt, new and known",
+            f"{prompts['fresh_ms']:.1f} ms, {prompts['repeated_ms']:.1f} ms",
+        ],
+        ["the first of three previews, of the picture's time", f"{previews['first_share']:.0%}"],
+        ["three previews cost", f"{previews['cost']:.0%}"],
+        [
+            "from leaving to free engines, median and 95%; a step",
+            f"{cancel['free_p50_ms']:.0f} ms, {cancel['free_p95_ms']:.0f} ms; "
+            f"{cancel['step_ms']:.0f} ms",
+        ],
+        [
+            "a picture of high priority, 95%: alone, beside a large batch",
+            f"{soak['high_alone_p95']:.2f} s, {soak['high_beside_batch_p95']:.2f} s",
+        ],
+        [
+            f"soak: {soak['requests']:,} requests in {soak['seconds']:.0f} s",
+            f"{kinds['drawn']:,} right pictures, {kinds['left']} left, {kinds['refused']} refused, "
+            f"{kinds['lost']} lost, {kinds['mixed up']} mixed up",
+        ],
+        ["memory of the server after the first fifth", f"{soak['memory_growth']:+.1%}"],
+    ]
+    batches = [
+        ["pixels", "a picture, one at a time", "a picture of four at once"],
+        ["---", "---:", "---:"],
+        *(
+            [f"{row['side']}x{row['side']}", f"{row['one_ms']:.0f} ms", f"{row['four_ms']:.0f} ms"]
+            for row in report["batches"]
+        ),
+    ]
+    return (
+        f"{_table(rows)}\n{_table(batches)}\n"
+        "The default bundle, measured by [benchmarks/soak.py](../benchmarks/soak.py) on\n"
+        f"{_machine(report['machine'])}.\n"
+    )
+
+
 BLOCKS: Mapping[str, Block] = {
     "export_scale": Block(RESULTS / "export_scale.json", (FIGURES,), _export_scale),
     "demo_scores": Block(RESULTS / "demo_scores.json", (FIGURES, MODEL_CARD), _demo_scores),
@@ -574,6 +626,7 @@ BLOCKS: Mapping[str, Block] = {
     "conditioner_split": Block(
         RESULTS / "conditioner_split.json", (PERFORMANCE,), _conditioner_split
     ),
+    "serving": Block(RESULTS / "soak.json", (SERVING,), _serving),
     "cost_curves": Block(RESULTS / "cost_curves.json", (PERFORMANCE,), _cost_curves),
 }
 

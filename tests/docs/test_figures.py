@@ -66,6 +66,7 @@ BLOCKS = (
     "host_step",
     "conditioner_split",
     "cost_curves",
+    "serving",
 )
 
 
