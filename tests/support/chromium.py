@@ -140,9 +140,7 @@ class Page:
     def choose(self, selector: str, file: Path) -> None:
         """Choose a file in a field for files."""
         found = self.call("Runtime.evaluate", expression=f"document.querySelector({selector!r})")
-        self.call(
-            "DOM.setFileInputFiles", files=[str(file)], objectId=found["result"]["objectId"]
-        )
+        self.call("DOM.setFileInputFiles", files=[str(file)], objectId=found["result"]["objectId"])
 
     def resize(self, width: int, height: int) -> None:
         """Lay the page out for a window of so many pixels."""

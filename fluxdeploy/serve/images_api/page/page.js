@@ -7,6 +7,7 @@ import { ServerError, asBlob, keepKey, readModel, streamPicture } from "./stream
 const RATIOS = [[1, 1], [4, 3], [3, 4], [16, 9], [9, 16]];
 const NUMBERS = ["width", "height", "num_inference_steps", "guidance_scale", "true_cfg_scale", "seed"];
 const SEEDS = 2 ** 32; // all are exact in JavaScript's numbers, and short enough to be told
+const TOO_LARGE = "The image of this drawing was too large to be kept. Choose it again.";
 const THUMBNAIL = 256; // pixels of the longer side
 
 const $ = (id) => document.getElementById(id);
@@ -111,6 +112,7 @@ function presetButton(size) {
 function setSize({ width, height }) {
   $("width").value = width;
   $("height").value = height;
+  showError(null);
   markPreset();
 }
 
@@ -212,7 +214,7 @@ function showRunning(fields) {
   $("progress-text").textContent = "Waiting for its turn";
   showPlaceholder("", fields);
   announce("Drawing.");
-  $("stage").scrollIntoView({ block: "nearest" });
+  $("stage").scrollIntoView({ block: "start" });
 }
 
 function showStep(step, steps = limits.num_inference_steps.default) {
@@ -275,7 +277,7 @@ function showPlaceholder(text, { width, height } = {}) {
 }
 
 function shapeFrame(ratio) {
-  $("frame").style.setProperty("--ratio", ratio);
+  $("stage").style.setProperty("--ratio", ratio);
 }
 
 function announce(text) {
@@ -356,12 +358,9 @@ function showStrength() {
   $("strength-shown").textContent = Number($("strength").value).toFixed(2);
 }
 
-function imageAmong(transfer) {
-  return [...(transfer?.files ?? [])].find((file) => file.type.startsWith("image/"));
-}
-
 function onPaste(event) {
-  const file = imageAmong(event.clipboardData);
+  const files = [...event.clipboardData.files];
+  const file = files.find(({ type }) => type.startsWith("image/"));
   if (!file) return;
   event.preventDefault();
   takeImage(file);
@@ -369,9 +368,9 @@ function onPaste(event) {
 
 function onDrop(event) {
   $("drop").classList.remove("over");
-  const file = imageAmong(event.dataTransfer);
+  const [file] = event.dataTransfer.files;
   if (!file) return;
-  event.preventDefault();
+  event.preventDefault(); // or the browser leaves the page for the file
   takeImage(file);
 }
 
@@ -424,10 +423,11 @@ async function restore(entry) {
   if (strength !== undefined) $("strength").value = strength;
   showStrength();
   markPreset();
+  showError(strength !== undefined && !entry.image ? new Error(TOO_LARGE) : null);
   if (running) return;
   shown = entry;
   showDrawing();
-  $("stage").scrollIntoView({ block: "nearest" });
+  $("stage").scrollIntoView({ block: "start" });
 }
 
 function forget(entry) {
@@ -463,6 +463,7 @@ function listen() {
     event.preventDefault();
     draw();
   });
+  $("form").addEventListener("input", () => showError(null));
   $("seed").addEventListener("input", () => ($("random").checked = false));
   $("strength").addEventListener("input", showStrength);
   $("brush-size").addEventListener("input", () => painter.resized());
