@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is install
 PREVIEW = "document.querySelector('#picture').alt == 'The picture as it is so far'"
 IDLE = "document.querySelector('#cancel').hidden"
 DRAWN = "document.querySelectorAll('#history li').length == {}"
+IMAGE_COLOR = (30, 90, 200)
 ERROR = "document.querySelector('#error').textContent"
 
 
@@ -224,48 +225,68 @@ def test_sizes_are_offered_that_the_bundle_draws(page: Page) -> None:
     )
 
 
-def test_a_picture_is_drawn_from_an_image_and_where_a_mask_is_painted(
+def test_a_picture_is_drawn_from_an_image_in_its_proportions(
     page: Page, served: Served, tmp_path: Path
 ) -> None:
-    file = tmp_path / "two-to-one.png"
-    Image.new("RGB", (200, 100), (30, 90, 200)).save(file)
-    page.choose("#image", file)
-    page.wait("!document.querySelector('#edit').hidden")
+    file = choose_image(page, tmp_path, 200, 100)
     assert (field(page, "width"), field(page, "height")) == ("176", "96")
     draw(page, "a red circle", seed="3", num_inference_steps="6")
-    assert shown_pixels(page).shape == (96, 176, 3)
     with Image.open(file) as image:
         arguments: dict[str, Any] = {"image": image, "strength": 0.6, "width": 176, "height": 96}
         told = served.pipeline("a red circle", seed=3, num_inference_steps=6, **arguments)
     np.testing.assert_array_equal(shown_pixels(page), np.asarray(told.images[0]))
 
-    page.value(
-        "(() => { const send = window.fetch;"
-        "window.fetch = (path, options) => { window.sent = options.body; return send(path, options) }"
-        "})()"
-    )
+
+def test_what_is_painted_is_transparent_in_the_mask_that_is_sent(
+    page: Page, tmp_path: Path
+) -> None:
+    choose_image(page, tmp_path, 200, 100)
+    page.value("{ const send = fetch; window.fetch = (...all) => send(...(window.sent = all)); }")
     page.drag("#mask", ((0.6, 0.5), (0.7, 0.5)))
     page.press("Enter", ctrl=True)
     page.wait(f"window.sent && {IDLE}")
     alphas = page.value(
-        "(async () => { const b = await createImageBitmap(window.sent.get('mask'));"
+        "(async () => { const b = await createImageBitmap(window.sent[1].body.get('mask'));"
         "const c = new OffscreenCanvas(b.width, b.height).getContext('2d'); c.drawImage(b, 0, 0);"
         "return [[100, 50], [140, 50], [20, 50], [100, 90]].map("
         "([x, y]) => c.getImageData(x, y, 1, 1).data[3]) })()"
     )
     assert alphas == [0, 0, 255, 255]
+
+
+def test_a_picture_is_redrawn_where_the_mask_is_painted(page: Page, tmp_path: Path) -> None:
+    choose_image(page, tmp_path, 128, 128)
+    page.fill("#num_inference_steps", "6")
+    page.fill("#prompt", "a red circle")
+    page.drag("#mask", ((0.6, 0.5), (0.7, 0.5)))
+    page.press("Enter", ctrl=True)
+    page.wait(f"{IDLE} && ({ERROR} || {DRAWN.format(1)})")
     refused = page.value(ERROR)
     if "mask" in refused:
         pytest.skip(f"the server does not redraw what a mask shows: {refused}")
     assert refused == ""
+    changed = np.abs(shown_pixels(page).astype(int) - IMAGE_COLOR).max(axis=2)
+    assert changed[64, 64:90].max() > 40
+    assert changed[:, :24].max() < 40
+    page.click("#remove")
+    page.click("#history .thumbnail")
+    page.wait("!document.querySelector('#edit').hidden")
+    page.press("Enter", ctrl=True)
+    page.wait(f"{IDLE} && {DRAWN.format(2)}")
     assert "with a mask" in page.value("document.querySelector('#caption-parameters').textContent")
 
 
-def test_a_mask_is_painted_with_the_keyboard(page: Page, tmp_path: Path) -> None:
-    file = tmp_path / "image.png"
-    Image.new("RGB", (100, 100)).save(file)
+def choose_image(page: Page, folder: Path, width: int, height: int) -> Path:
+    """Give the page an image of one colour."""
+    file = folder / "image.png"
+    Image.new("RGB", (width, height), IMAGE_COLOR).save(file)
     page.choose("#image", file)
     page.wait("!document.querySelector('#edit').hidden")
+    return file
+
+
+def test_a_mask_is_painted_with_the_keyboard(page: Page, tmp_path: Path) -> None:
+    choose_image(page, tmp_path, 100, 100)
     alpha = (
         "[...document.querySelector('#mask').getContext('2d').getImageData(0, 50, 100, 1).data]"
         ".filter((value, place) => place % 4 == 3 && value == 255).length"
@@ -295,11 +316,8 @@ def test_a_key_is_asked_for_where_the_server_wants_one(page: Page, served: Serve
 
 def test_a_phone_shows_everything_in_its_width(page: Page, tmp_path: Path) -> None:
     page.resize(320, 640)
-    file = tmp_path / "image.png"
-    Image.new("RGB", (100, 160)).save(file)
-    page.choose("#image", file)
-    page.wait("!document.querySelector('#edit').hidden")
-    draw(page, "a" * 300, num_inference_steps="2")
+    choose_image(page, tmp_path, 100, 160)
+    draw(page, "a" * 300, num_inference_steps="5")
     assert page.value("document.documentElement.scrollWidth") == 320
     beyond = (
         "[...document.querySelectorAll('button, input:not(.unseen), textarea, a, img')]"
