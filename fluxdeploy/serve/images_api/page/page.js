@@ -21,6 +21,7 @@ let limits = null; // what the model draws, as /v1/models tells it
 let image = null; // the file to draw from
 let shown = null; // the drawing of the history that is seen
 let running = null; // the AbortController of the picture that is being drawn
+let filled = Promise.resolve(); // once the form has what was put into it: images take a moment
 
 // --- What the model draws ---------------------------------------------------------------------
 
@@ -129,10 +130,11 @@ function markPreset() {
 async function draw() {
   if (running) return;
   if (!limits) return loadModel();
-  if ($("random").checked) $("seed").value = Math.floor(Math.random() * SEEDS);
   running = new AbortController();
   showError(null);
   try {
+    await filled;
+    if ($("random").checked) $("seed").value = Math.floor(Math.random() * SEEDS);
     const entry = { id: Date.now(), fields: readFields(), image };
     entry.mask = image && (await painter.file());
     showRunning(entry.fields);
@@ -317,7 +319,11 @@ async function useKey() {
 
 // --- The image to draw from -------------------------------------------------------------------
 
-async function takeImage(file) {
+function takeImage(file) {
+  filled = readImage(file);
+}
+
+async function readImage(file) {
   if (!canEdit()) return;
   let bitmap;
   try {
@@ -410,14 +416,18 @@ function markShown() {
   });
 }
 
-async function restore(entry) {
-  if (entry.image) await takeImage(entry.image);
+function restore(entry) {
+  filled = fillFrom(entry);
+}
+
+async function fillFrom(entry) {
+  if (entry.image) await readImage(entry.image);
   else dropImage();
   if (entry.mask) await painter.load(entry.mask);
   const { prompt, negative_prompt = "", true_cfg_scale = 1, strength, ...numbers } = entry.fields;
-  Object.assign($("prompt"), { value: prompt });
-  Object.assign($("negative_prompt"), { value: negative_prompt });
-  Object.assign($("true_cfg_scale"), { value: true_cfg_scale });
+  $("prompt").value = prompt;
+  $("negative_prompt").value = negative_prompt;
+  $("true_cfg_scale").value = true_cfg_scale;
   for (const [name, value] of Object.entries(numbers)) $(name).value = value;
   $("random").checked = false;
   if (strength !== undefined) $("strength").value = strength;
