@@ -34,7 +34,11 @@ from fluxdeploy.serve.images_api.uploads import LimitedBodies, read_body, read_f
 
 __all__ = ["create_app"]
 
-_PAGE = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+_PAGE = {
+    "": "text/html",
+    "page.css": "text/css",
+    **dict.fromkeys(("page.js", "stream.js", "painter.js", "history.js"), "text/javascript"),
+}
 
 _PAGE_POLICY = (
     "default-src 'none'; connect-src 'self'; img-src 'self' blob: data:; script-src 'self'; "
