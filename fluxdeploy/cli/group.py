@@ -32,6 +32,7 @@ COMMANDS = {
     "plan": "Tell what a build will take.",
     "export": "Write only the ONNX files of a checkpoint.",
     "generate": "Make pictures from prompts.",
+    "triton": "Write a model repository for Triton.",
     "verify": "Compare a bundle with PyTorch.",
     "bench": "Time bundles, and other ways to run the model.",
     "inspect": "Show what a bundle or a picture holds.",

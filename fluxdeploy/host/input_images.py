@@ -21,7 +21,7 @@ from fluxdeploy.arguments import shown
 from fluxdeploy.bundle.files import read_whole
 from fluxdeploy.errors import FluxDeployError, UsageError
 
-__all__ = ["open_image", "to_pixels"]
+__all__ = ["decode_image", "open_image", "to_pixels"]
 
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that Pillow decodes by itself: others call programs, or can be documents."""
@@ -48,6 +48,16 @@ def open_image(path: Path) -> tuple[Image.Image, str]:
         raise FluxDeployError(
             f"Cannot read the picture {path}: {error.strerror or error}. Name another file."
         ) from error
+    picture = decode_image(data, str(path))
+    return picture, hashlib.sha256(data).hexdigest()
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """The picture in the bytes of a file, RGB and upright; `name` is what errors call it.
+
+    Of an animation it is the first frame. Raises `UsageError` for bytes that hold no picture, or
+    more than 8192 x 8192 pixels.
+    """
     try:
         with warnings.catch_warnings():
             # Of sizes, which are checked here, and of transparency, which is dropped.
@@ -55,16 +65,16 @@ def open_image(path: Path) -> tuple[Image.Image, str]:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 picture = _upright_rgb(image)
     except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
+        raise UsageError(f"{name}: {error}") from error
     except Image.DecompressionBombError:
-        raise UsageError(f"{path}: {_too_large()}") from None
+        raise UsageError(f"{name}: {_too_large()}") from None
     except MemoryError:
         raise
     except Exception as error:  # on broken files Pillow's decoders raise anything
         raise UsageError(
-            f"{path} is not a picture that can be read. Give one of {', '.join(_FORMATS)}."
+            f"{name} is not a picture that can be read. Give one of {', '.join(_FORMATS)}."
         ) from error
-    return picture, hashlib.sha256(data).hexdigest()
+    return picture
 
 
 def to_pixels(image: object, height: int, width: int) -> NDArray[np.float32]:

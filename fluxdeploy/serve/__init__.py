@@ -1,0 +1,1 @@
+"""Servers over the host: Triton's model repository, and the images API."""
