@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
@@ -146,25 +147,37 @@ class TritonBackend:
             "outputs": [grpc.InferRequestedOutput(name) for name in _OUTPUTS],
         }
 
+        ended = asyncio.Event()
+
         async def requests() -> AsyncIterator[dict[str, Any]]:
             yield request
+            # Triton 24.10 keeps a model for ever that it cancels after a stream's last request.
+            await ended.wait()
 
         answers = self._client.stream_infer(requests(), headers=_HEADERS)
+        whole = False
         try:
             async for result, error in answers:
                 if error is not None:
                     raise _failure(str(error))
+                if whole:
+                    continue
                 event = _event(result)
-                yield event
                 if isinstance(event, FluxPipelineOutput):
-                    return
-            raise EngineError("The Triton server has ended a request without a picture.")
-        except (FluxDeployError, GeneratorExit):
+                    whole = True
+                    ended.set()
+                yield event
+            if not whole:
+                raise EngineError("The Triton server has ended a request without a picture.")
+        except FluxDeployError:
             raise
         except Exception as error:
             raise _failure(_details(error), _code(error)) from error
         finally:
-            answers.cancel()
+            # An ended stream must not be cancelled either.
+            if not whole:
+                answers.cancel()
+            ended.set()
 
     async def aclose(self) -> None:
         """Leave the server, which goes on."""

@@ -171,7 +171,10 @@ class _Call:
         return {name: values for name, values in found.items() if name in self._wanted}
 
     def _send(self, tensors: Mapping[str, Array]) -> None:
-        self._sender.send(self._response(tensors))
+        """Send a response before the last one, unless nobody waits for it."""
+        self.look()
+        if not self.token.cancelled:
+            self._sender.send(self._response(tensors))
 
     def _response(self, tensors: Mapping[str, Array]) -> Any:
         pb = self._pb

@@ -59,8 +59,9 @@ def draw(url: str, fields: dict[str, object], out: Path, timeout: float | None =
             outputs=[grpc.InferRequestedOutput(name) for name in OUTPUTS],
             timeout=None if timeout is None else int(timeout * 1e6),
         )
+        whole = False
         try:
-            while True:
+            while not whole:
                 result, error = answers.get()
                 if error is not None or result is None:
                     raise error or RuntimeError("The stream has ended.")
@@ -71,12 +72,11 @@ def draw(url: str, fields: dict[str, object], out: Path, timeout: float | None =
                     path = out.with_stem(f"{out.stem}{mark}")
                     Image.fromarray(pixels).save(path)
                     print(path)
-                if event == "final":
-                    seeds, seconds = result.as_numpy("seeds"), result.as_numpy("seconds")
-                    print(f"seed {seeds[0]}, {step} steps, {sum(seconds):.2f} s", file=sys.stderr)
-                    return
+                whole = event == "final"
+            seeds, seconds = result.as_numpy("seeds"), result.as_numpy("seconds")
+            print(f"seed {seeds[0]}, {step} steps, {sum(seconds):.2f} s", file=sys.stderr)
         finally:
-            client.stop_stream(cancel_requests=True)
+            client.stop_stream(cancel_requests=not whole)
 
 
 def main() -> int:
