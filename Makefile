@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TRITON := $(VENV)/triton
 
 DEMO_PROMPTS := \
 	"a large red circle above a small green star on a white background" \
@@ -42,7 +43,11 @@ demo: $(READY)
 	@echo "Look at demo.png: each picture has its prompt below it. Training saw none of these"
 	@echo "combinations. How often shapes, colours and places are right is in docs/figures.md."
 
-test: $(READY)
+$(TRITON): $(READY) tests/support/triton_server.py
+	$(BIN)/python -m tests.support.triton_server $(TRITON)
+	@mkdir -p $(TRITON) && touch $(TRITON)
+
+test: $(READY) $(TRITON)
 	$(BIN)/python -m pytest -q -n auto --dist worksteal --durations=10
 
 lint: $(READY)

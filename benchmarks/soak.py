@@ -179,7 +179,7 @@ def measure_cancel(pipeline: FluxPipeline, rounds: int) -> dict[str, float]:
                 break
         began = time.perf_counter()
         await stream.aclose()  # type: ignore[attr-defined]
-        while pipeline.queue.running:
+        while pipeline.stats.running:
             await asyncio.sleep(0.0002)
         return time.perf_counter() - began, step
 

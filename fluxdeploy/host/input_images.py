@@ -76,14 +76,20 @@ def open_mask(path: Path) -> tuple[Image.Image, str]:
     return _open(path, _mask_of_file)
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """The picture in a file's bytes, as `open_image` gives it. Raises `UsageError`."""
-    return _decode(data, _upright_rgb)
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """The picture in a file's bytes, as `open_image` gives it; errors call it `name`.
+
+    Raises `UsageError`.
+    """
+    return _decode(data, name, _upright_rgb)
 
 
-def decode_mask(data: bytes) -> Image.Image:
-    """The mask in a file's bytes, as `open_mask` gives it. Raises `UsageError`."""
-    return _decode(data, _mask_of_file)
+def decode_mask(data: bytes, name: str) -> Image.Image:
+    """The mask in a file's bytes, as `open_mask` gives it; errors call it `name`.
+
+    Raises `UsageError`.
+    """
+    return _decode(data, name, _mask_of_file)
 
 
 def _open(path: Path, read: Callable[[Image.Image], Image.Image]) -> tuple[Image.Image, str]:
@@ -93,27 +99,25 @@ def _open(path: Path, read: Callable[[Image.Image], Image.Image]) -> tuple[Image
         raise FluxDeployError(
             f"Cannot read the picture {path}: {error.strerror or error}. Name another file."
         ) from error
-    try:
-        picture = _decode(data, read)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
-    return picture, hashlib.sha256(data).hexdigest()
+    return _decode(data, str(path), read), hashlib.sha256(data).hexdigest()
 
 
-def _decode(data: bytes, read: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _decode(data: bytes, name: str, read: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         with warnings.catch_warnings():
             # Of sizes, which are checked here, and of transparency, which is dropped.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 return read(image)
-    except (UsageError, MemoryError):
-        raise
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from error
     except Image.DecompressionBombError:
-        raise UsageError(_too_large()) from None
+        raise UsageError(f"{name}: {_too_large()}") from None
+    except MemoryError:
+        raise
     except Exception as error:  # on broken files Pillow's decoders raise anything
         raise UsageError(
-            f"This is not a picture that can be read. Give one of {', '.join(_FORMATS)}."
+            f"{name} is not a picture that can be read. Give one of {', '.join(_FORMATS)}."
         ) from error
 
 

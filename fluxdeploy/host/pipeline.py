@@ -32,6 +32,7 @@ from fluxdeploy.host.pictures import to_pil
 from fluxdeploy.host.previews import Show
 from fluxdeploy.host.prompts import PromptEncoder
 from fluxdeploy.host.request import GenerationRequest, check_request, idle_arguments
+from fluxdeploy.host.stats import PipelineStats
 from fluxdeploy.host.tasks.image_to_image import ImageToImage
 from fluxdeploy.host.tasks.inpainting import Inpainting
 from fluxdeploy.host.tasks.task import Task, choose_task
@@ -155,6 +156,8 @@ class FluxPipeline:
         # Reentrant: a callback may make another picture, or close the pipeline before it raises.
         self._turns = Turns(_check_limits(limits), changing=not low_vram)
         self._told: set[str] = set()
+        # Of calls that have their turn, one at a time.
+        self._pictures = self._steps = 0
 
     @classmethod
     def from_bundle(
@@ -195,9 +198,16 @@ class FluxPipeline:
         return self._bundle
 
     @property
-    def queue(self) -> Turns:
-        """The calls that are here: how many wait, how many have begun."""
-        return self._turns
+    def stats(self) -> PipelineStats:
+        """What it has done since it was made, and what it has before it."""
+        return PipelineStats(
+            pictures=self._pictures,
+            steps=self._steps,
+            prompt_hits=self._encoder.hits,
+            prompt_misses=self._encoder.misses,
+            waiting=self._turns.waiting,
+            running=self._turns.running,
+        )
 
     def __call__(
         self,
@@ -345,10 +355,11 @@ class FluxPipeline:
                     task,
                     self._components,
                     self._encoder,
-                    None if callback is None else self._step_callback(callback),
+                    self._step_callback(callback),
                     self._previews(options, task),
                     turn,
                 )
+                self._pictures += len(pictures)
             except BaseException:
                 self._components.release_all()
                 raise
@@ -383,10 +394,15 @@ class FluxPipeline:
             *self._encoder.cuts(request.negative_prompts or (), length, "The negative prompt"),
         ]
 
-    def _step_callback(self, callback: PipelineCallback) -> LevelCallback:
+    def _step_callback(self, callback: PipelineCallback | None) -> LevelCallback:
+        """Counts the steps, and tells the caller's callback of them."""
+
         def on_step_end(
             step: int, sigma: np.float32, latents: NDArray[np.float32]
         ) -> NDArray[np.float32] | None:
+            self._steps += 1
+            if callback is None:
+                return None
             timestep = float(sigma * np.float32(1000))
             # A view: what a callback does to its flags and its shape stays with the callback.
             answer = callback(self, step, timestep, {"latents": latents.view()})

@@ -48,6 +48,8 @@ class PromptEncoder:
     What is kept belongs to the token ids of the prompts that were encoded together, not to each
     prompt alone: activations that are quantized by the whole batch's range make a prompt's numbers
     depend on the others, and equal calls must give equal pictures whatever came before.
+
+    hits, misses: how often an encoder's answer was kept already, and how often it ran.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class PromptEncoder:
         self._longest = {name: record.max_length for name, record in records.items()}
         self._capacity = capacity
         self._kept: OrderedDict[tuple[str, int, bytes], NDArray[np.float32]] = OrderedDict()
+        self.hits = 0
+        self.misses = 0
 
     def encode(
         self, prompts: Sequence[str], images_each: int, length: int, run: Run
@@ -102,8 +106,10 @@ class PromptEncoder:
     ) -> NDArray[np.float32]:
         key = (component, len(ids), ids.tobytes())
         if key in self._kept:
+            self.hits += 1
             self._kept.move_to_end(key)
             return self._kept[key]
+        self.misses += 1
         values = run(component, {"input_ids": ids})[output]
         self._kept[key] = values
         while sum(kept.nbytes for kept in self._kept.values()) > self._capacity:

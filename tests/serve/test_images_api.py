@@ -243,7 +243,7 @@ def test_the_openai_client_knows_the_errors(client: Any) -> None:
         client.images.generate(prompt=PROMPT, size="5000x16")
     with pytest.raises(openai.NotFoundError):
         client.images.generate(prompt=PROMPT, model="gpt-image-2")
-    with pytest.raises(openai.BadRequestError, match="not a picture that can be read"):
+    with pytest.raises(openai.BadRequestError, match="`image` is not a picture that can be read"):
         client.images.edit(image=("a.png", b"no picture"), prompt=PROMPT)
 
 
@@ -285,7 +285,7 @@ def test_a_client_that_leaves_ends_its_call_within_a_step(url: str) -> None:
 def test_a_full_queue_is_answered_with_when_to_come_again(
     url: str, pipeline: FluxPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.queue, "_limits", QueueLimits(waiting=1))
+    monkeypatch.setattr(pipeline._turns, "_limits", QueueLimits(waiting=1))
     body = {"prompt": PROMPT, "num_inference_steps": 60}
     with ThreadPoolExecutor(4) as pool:
         calls = [pool.submit(post, url, body) for _ in range(4)]

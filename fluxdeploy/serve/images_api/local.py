@@ -9,7 +9,15 @@ from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.host.asynchronous import AsyncFluxPipeline
 from fluxdeploy.serve.images_api.calls import Event
 
-__all__ = ["LocalBackend"]
+__all__ = ["FIGURES", "LocalBackend"]
+
+FIGURES = {
+    "waiting": "Calls that wait to begin.",
+    "running": "Calls that have begun and not ended.",
+    "prompt_hits_total": "Times that a text encoder's output was kept already.",
+    "prompt_misses_total": "Times that a text encoder ran.",
+}
+"""What a pipeline keeps for Prometheus."""
 
 
 class LocalBackend:
@@ -32,11 +40,11 @@ class LocalBackend:
         return True
 
     def figures(self) -> Mapping[str, tuple[str, float]]:
-        """The queue's lengths."""
-        queue = self._pipeline.pipeline.queue
+        """What the pipeline counts."""
+        stats = self._pipeline.pipeline.stats
+        values = (stats.waiting, stats.running, stats.prompt_hits, stats.prompt_misses)
         return {
-            "waiting": ("Calls that wait to begin.", queue.waiting),
-            "running": ("Calls that have begun and not ended.", queue.running),
+            name: (text, value) for (name, text), value in zip(FIGURES.items(), values, strict=True)
         }
 
     async def aclose(self) -> None:

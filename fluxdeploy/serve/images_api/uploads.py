@@ -107,10 +107,10 @@ async def read_files(form: FormData) -> tuple[dict[str, str], Image, Image | Non
     return fields, image, mask
 
 
-async def _decoded(kind: str, file: UploadFile, decode: Callable[[bytes], Image]) -> Image:
+async def _decoded(kind: str, file: UploadFile, decode: Callable[[bytes, str], Image]) -> Image:
     data = await file.read()
     try:
-        return await asyncio.to_thread(decode, data)
+        return await asyncio.to_thread(decode, data, f"`{kind}`")
     except FluxDeployError as error:
         answer = as_api_error(error)
         answer.param = kind

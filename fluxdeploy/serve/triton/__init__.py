@@ -1,0 +1,1 @@
+"""Triton Inference Server: a model repository of a bundle, the model in it, and its client."""

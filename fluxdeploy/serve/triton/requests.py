@@ -1,0 +1,128 @@
+"""What a request's tensors ask for, and what a call's pictures are as tensors."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from engines.base import Array
+from fluxdeploy.arguments import shown
+from fluxdeploy.errors import UsageError
+from fluxdeploy.host.input_images import decode_image
+from fluxdeploy.host.pipeline import FluxPipelineOutput
+from fluxdeploy.serve.triton.fields import INPUTS, STAGES, Field
+
+__all__ = ["Asked", "final_tensors", "picture_tensors", "read_request"]
+
+_FORMATS = {"tensor": "b64_json", "b64_json": "image"}
+"""What a `response_format` leaves out."""
+
+_IMAGES = ("image", "mask_image")
+
+_BASE64 = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\r\n")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request: the arguments of `FluxPipeline.__call__`, and what its responses hold.
+
+    left_out: outputs that are not sent, whoever asks for them.
+    """
+
+    arguments: Mapping[str, Any]
+    step_events: bool
+    left_out: frozenset[str]
+
+
+def read_request(tensors: Mapping[str, Array]) -> Asked:
+    """What the input tensors of a request ask for; strings are arrays of bytes.
+
+    Raises `UsageError`. What the arguments may be is for the pipeline to say.
+    """
+    arguments: dict[str, Any] = {}
+    values = {
+        field.name: _value(field, tensors[field.name]) for field in INPUTS if field.name in tensors
+    }
+    for field in INPUTS:
+        if field.argument is not None and field.name in values:
+            arguments[field.argument] = values[field.name]
+    for name in _IMAGES:
+        data = values.get(f"{name}_bytes")
+        if data is not None:
+            if name in arguments:
+                raise UsageError(f"`{name}` and `{name}_bytes` are both there. Give one of them.")
+            arguments[name] = decode_image(_unpacked(data), f"`{name}_bytes`")
+    chosen = values.get("response_format")
+    if chosen is not None and chosen not in _FORMATS:
+        raise UsageError(
+            f"The response_format {shown(chosen)} is unknown. Use {' or '.join(_FORMATS)}."
+        )
+    left_out = frozenset() if chosen is None else frozenset([_FORMATS[chosen]])
+    return Asked(arguments, bool(values.get("step_events", False)), left_out)
+
+
+def _value(field: Field, values: Array) -> Any:
+    if field.dims != (1,):
+        return [_text(field, each) for each in values.flat] if _is_text(field) else values.copy()
+    if values.size != 1:
+        raise UsageError(f"`{field.name}` has shape {list(values.shape)}; it is one value, [1].")
+    value = values.flat[0]
+    if field.name.endswith("_bytes"):
+        return bytes(value)
+    return _text(field, value) if _is_text(field) else value.item()
+
+
+def _is_text(field: Field) -> bool:
+    return field.dtype == "STRING"
+
+
+def _text(field: Field, value: Any) -> str:
+    try:
+        return value if isinstance(value, str) else bytes(value).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"`{field.name}` is not UTF-8 text.") from error
+
+
+def _unpacked(data: bytes) -> bytes:
+    """A file's bytes, which JSON can hold in base64 alone; no picture's file is text like that."""
+    if not data or not _BASE64.issuperset(data):
+        return data
+    try:
+        return base64.b64decode(data, validate=False)
+    except binascii.Error:
+        return data
+
+
+def picture_tensors(images: list[Any], wanted: Collection[str]) -> dict[str, Array]:
+    """The pictures of a response, PIL images of one size, as the outputs that are wanted."""
+    tensors: dict[str, Array] = {}
+    if "image" in wanted:
+        tensors["image"] = np.stack([np.asarray(image) for image in images])
+    if "b64_json" in wanted:
+        tensors["b64_json"] = np.array([_png(image) for image in images], np.object_)
+    return tensors
+
+
+def final_tensors(
+    output: FluxPipelineOutput, steps: int, wanted: Collection[str]
+) -> dict[str, Array]:
+    """What a call made, as the outputs that are wanted; `steps` is how many it took."""
+    assert isinstance(output.images, list)  # output_type is "pil"
+    tensors = picture_tensors(output.images, wanted)
+    if output.seed is not None:
+        tensors["seeds"] = np.full(len(output.images), output.seed, np.uint64)
+    tensors["step"] = np.array([steps], np.int32)
+    tensors["seconds"] = np.array([output.seconds.get(stage, 0.0) for stage in STAGES])
+    return tensors
+
+
+def _png(image: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return base64.b64encode(file.getvalue())
