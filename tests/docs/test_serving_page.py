@@ -54,7 +54,7 @@ def test_the_table_has_every_field_of_openais_client_and_of_the_server() -> None
 
 def options_of(arguments: list[str]) -> None:
     """Parse arguments of `fluxdeploy serve`; click raises where they are none."""
-    command.make_context("serve", list(arguments), info_name="serve")
+    command.make_context("serve", list(arguments))
 
 
 def test_the_unit_starts_the_server() -> None:

@@ -154,7 +154,7 @@ def test_cancelling_ends_the_call_on_the_server(page: Page, served: Served, way:
     page.fill("#prompt", "a purple square")
     page.click("#draw")
     page.wait("document.querySelector('#progress').value > 0")
-    assert served.pipeline.queue.running == 1
+    assert served.pipeline.stats.running == 1
     if way == "key":
         page.press("Escape")
     else:
@@ -163,9 +163,9 @@ def test_cancelling_ends_the_call_on_the_server(page: Page, served: Served, way:
     assert page.value("document.querySelector('#announcer').textContent") == "Cancelled."
     assert page.value(DRAWN.format(0))
     until = time.monotonic() + 1
-    while served.pipeline.queue.running and time.monotonic() < until:
+    while served.pipeline.stats.running and time.monotonic() < until:
         time.sleep(0.01)
-    assert served.pipeline.queue.running == 0
+    assert served.pipeline.stats.running == 0
 
 
 def test_the_history_outlives_the_page_brings_parameters_back_and_forgets(

@@ -20,12 +20,10 @@ __all__ = ["REFUSED", "EditBody", "GenerationBody", "read_fields", "read_json"]
 
 REFUSED = {
     "complexity": "it is for drawings in SVG",
-    "effort": "the model does not reason before it draws",
     "frame_count": "animations are not made",
     "frame_duration_ms": "animations are not made",
     "input_fidelity": "say with `strength` how much of the image may change",
     "markup": "say in the prompt what shall change, and where with `mask`",
-    "reasoning": "the model does not reason before it draws",
     "style": "say it in the prompt",
     "svg": "drawings in SVG are not made",
 }
