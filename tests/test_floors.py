@@ -26,6 +26,7 @@ _TOP = (
     "fluxdeploy.bench",
     "fluxdeploy.build",
     "fluxdeploy.demo",
+    "fluxdeploy.serve",
     "fluxdeploy.verify",
 )
 
@@ -40,6 +41,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     "engines.native.match": (*_CONTRACT, "engines", "engines.native.graph"),
     "engines.native.pack": (*_CONTRACT, "engines"),
     "fluxdeploy.host": _BELOW_HOST,
+    "fluxdeploy.serve": (*_BELOW_HOST, "fluxdeploy.host", "fluxdeploy"),
     "fluxdeploy": ("fluxdeploy.host",),
     "exporters": _CONTRACT,
     "exporters.training": (*_CONTRACT, "exporters", "fluxdeploy.demo"),

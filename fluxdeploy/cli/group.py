@@ -35,6 +35,7 @@ COMMANDS = {
     "triton": "Write a model repository for Triton.",
     "verify": "Compare a bundle with PyTorch.",
     "bench": "Time bundles, and other ways to run the model.",
+    "serve": "Serve pictures over HTTP, as OpenAI's images API.",
     "inspect": "Show what a bundle or a picture holds.",
     "doctor": "Show what this machine can run.",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +34,7 @@ from fluxdeploy.host.prompts import PromptEncoder
 from fluxdeploy.host.request import GenerationRequest, check_request, idle_arguments
 from fluxdeploy.host.stats import PipelineStats
 from fluxdeploy.host.tasks.image_to_image import ImageToImage
+from fluxdeploy.host.tasks.inpainting import Inpainting
 from fluxdeploy.host.tasks.task import Task, choose_task
 from fluxdeploy.host.tasks.text_to_image import TextToImage
 from fluxdeploy.host.turns import Priority, QueueLimits, Turns, check_priority
@@ -59,7 +60,7 @@ PreviewCallback = Callable[["FluxPipeline", int, Any], None]
 The images are of the call's `output_type`.
 """
 
-TASKS: tuple[type[Task], ...] = (TextToImage, ImageToImage)
+TASKS: tuple[type[Task], ...] = (TextToImage, ImageToImage, Inpainting)
 """The tasks that a call's arguments can ask for."""
 
 _KEPT_TEXT = 128 << 20
@@ -72,12 +73,14 @@ class FluxPipelineOutput:
 
     images: a list of `PIL.Image.Image`, or float32 [B, H, W, 3] in 0..1 with output_type="np".
     seed: the seed that makes these pictures again; None where the caller gave the latents.
+    notices: of arguments that did nothing and prompts that were cut, a sentence each.
     seconds: how long it was "queued", and how long its "encoding", "denoising" and "decoding" ran.
     """
 
     images: list[Image] | NDArray[np.float32]
     seed: int | None
     seconds: Mapping[str, float]
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,9 @@ class CallOptions:
         if check_integer("num_previews", self.num_previews, 0) and not self.callback_on_preview:
             raise UsageError("`num_previews` needs a `callback_on_preview` that takes them.")
 
-    def typed(self, pictures: NDArray[np.float32]) -> list[Image] | NDArray[np.float32]:
-        """Pictures, float32 [B, H, W, 3] in 0..1, as the call shall give them."""
-        return pictures if self.output_type == "np" else to_pil(pictures)
+    def typed(self, pictures: Iterable[NDArray[np.float32]]) -> list[Image] | NDArray[np.float32]:
+        """Pictures, each float32 [H, W, 3] in 0..1, as the call shall give them."""
+        return np.stack(list(pictures)) if self.output_type == "np" else to_pil(pictures)
 
 
 class FluxPipeline:
@@ -206,6 +209,11 @@ class FluxPipeline:
             running=self._turns.running,
         )
 
+    @property
+    def queue(self) -> Turns:
+        """The calls that are here: how many wait, how many have begun."""
+        return self._turns
+
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -221,6 +229,7 @@ class FluxPipeline:
         image: object | None = None,
         mask_image: object | None = None,
         strength: float | None = None,
+        padding_mask_crop: int | None = None,
         max_sequence_length: int | None = None,
         callback_on_step_end: PipelineCallback | None = None,
         num_previews: int = 0,
@@ -246,7 +255,13 @@ class FluxPipeline:
             [H, W, 3] or [B, H, W, 3] of uint8 or of floats in 0..1, or a list of these.
         strength: how much of the image becomes noise, 0 to 1: that share of the steps is made. The
             bundle's default where None.
-        mask_image: inpainting, which this version refuses.
+        mask_image: what of the image to redraw, where it is white; the rest stays as it was. A mask
+            that is not wholly opaque is read as OpenAI's: what is transparent is redrawn. A PIL
+            image, an array [H, W] or [B, H, W] of bool, uint8 or of floats in 0..1, or a list of
+            these; resized like the image.
+        padding_mask_crop: draw only the part of the image around the mask, with so many pixels more
+            on each side, in height x width, and lay it over the image, whose size the pictures have
+            then. Image and mask are one PIL image each, of one size.
         max_sequence_length: the number of T5 tokens that a prompt is padded or cut to.
         callback_on_step_end: see `PipelineCallback`.
         num_previews, callback_on_preview: how many pictures to show on the way, evenly from a fifth
@@ -276,7 +291,12 @@ class FluxPipeline:
                 "latents": latents,
                 "max_sequence_length": max_sequence_length,
             },
-            {"image": image, "mask_image": mask_image, "strength": strength},
+            {
+                "image": image,
+                "mask_image": mask_image,
+                "strength": strength,
+                "padding_mask_crop": padding_mask_crop,
+            },
             CallOptions(
                 callback_on_step_end,
                 num_previews,
@@ -327,8 +347,10 @@ class FluxPipeline:
                     f"one, or leave out {' and '.join(f'`{name}`' for name in kind.chosen_by)}."
                 )
         task = kind.read(request, manifest, of_tasks)
-        self._tell((*unused, *idle_arguments(manifest, arguments), *task.notices()))
-        for notice in self._cuts(request):
+        idle = (*unused, *idle_arguments(manifest, arguments), *task.notices())
+        cuts = self._cuts(request)
+        self._tell(idle)
+        for notice in cuts:
             warnings.warn(notice, CutPromptWarning, stacklevel=3)
         token = CancelToken() if options.cancel is None else options.cancel
         callback = options.callback_on_step_end
@@ -339,23 +361,26 @@ class FluxPipeline:
                     self._components,
                     self._encoder,
                     self._step_callback(callback),
-                    self._previews(options),
+                    self._previews(options, task),
                     turn,
                 )
                 self._pictures += len(pictures)
             except BaseException:
                 self._components.release_all()
                 raise
-        return FluxPipelineOutput(options.typed(pictures), request.seed, turn.seconds)
+        finished = map(task.finish, pictures)
+        return FluxPipelineOutput(
+            options.typed(finished), request.seed, turn.seconds, (*idle, *cuts)
+        )
 
-    def _previews(self, options: CallOptions) -> tuple[int, Show] | None:
+    def _previews(self, options: CallOptions, task: Task) -> tuple[int, Show] | None:
         """How many previews to make, and what to do with them."""
         callback = options.callback_on_preview
         if callback is None or options.num_previews == 0:
             return None
 
         def show(steps: int, pictures: NDArray[np.float32]) -> None:
-            callback(self, steps, options.typed(pictures))
+            callback(self, steps, options.typed(map(task.finish, pictures)))
 
         return options.num_previews, show
 

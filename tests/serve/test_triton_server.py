@@ -113,6 +113,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> float:
 
 
 GRADIENT = np.linspace(0, 255, 32 * 40 * 3).astype(np.uint8).reshape(32, 40, 3)
+MASK = np.repeat(np.repeat(np.array([[0, 255], [255, 0]], np.uint8), 16, 0), 20, 1)
 LATENTS = np.random.default_rng(3).standard_normal((1, 12, 64)).astype(np.float32)
 
 
@@ -123,6 +124,7 @@ LATENTS = np.random.default_rng(3).standard_normal((1, 12, 64)).astype(np.float3
         {"seed": 7, "negative_prompt": "a blue ring", "true_cfg_scale": 1.7},
         {"seed": 7, "num_images_per_prompt": 2, "guidance_scale": 4.1, "max_sequence_length": 12},
         {"seed": 7, "image": GRADIENT, "strength": 0.7, "num_inference_steps": 10},
+        {"seed": 7, "image": GRADIENT, "mask_image": MASK, "num_inference_steps": 4},
         {"latents": LATENTS},
     ],
     ids=lambda arguments: "-".join(arguments),
@@ -218,8 +220,8 @@ def test_twenty_clients_of_mixed_sizes_each_get_their_own_picture(
         ({"height": 50}, "multiples of 16"),
         ({"priority": "urgent"}, "'high', 'normal', 'low'"),
         ({"num_inference_steps": 0}, "num_inference_steps"),
-        ({"image_bytes": "bm8gcGljdHVyZQ=="}, "`image_bytes` is not a picture"),
-        ({"mask_image_bytes": "x"}, "`mask_image_bytes` is not a picture"),
+        ({"image_bytes": "bm8gcGljdHVyZQ=="}, "`image_bytes`: This is not a picture"),
+        ({"mask_image_bytes": "x"}, "`mask_image_bytes`: This is not a picture"),
         ({"response_format": "url"}, "tensor or b64_json"),
         ({"prompt": []}, "prompt"),
         ({"n": 5000}, "1000"),

@@ -1,0 +1,150 @@
+"""From a request's body to a call of the pipeline, and back to what the reply says of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL.Image import Image
+
+from fluxdeploy.bundle.manifest import Manifest
+from fluxdeploy.serve.images_api.bodies import EditBody, GenerationBody
+from fluxdeploy.serve.images_api.errors import ApiError
+from fluxdeploy.serve.images_api.settings import Settings
+
+__all__ = ["Drawing", "limits_of", "read_drawing"]
+
+_PASSED = (
+    *("seed", "num_inference_steps", "guidance_scale", "negative_prompt", "true_cfg_scale"),
+    *("max_sequence_length", "strength"),
+)
+"""Fields that are arguments of the pipeline under the same names."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A request that was read and checked as far as the server can.
+
+    arguments: for `AsyncFluxPipeline.stream`, but the prompt. echo: what the reply repeats.
+    """
+
+    body: GenerationBody | EditBody
+    width: int
+    height: int
+    arguments: Mapping[str, Any]
+    echo: Mapping[str, Any]
+    created: int
+
+
+def read_drawing(
+    body: GenerationBody | EditBody,
+    manifest: Manifest,
+    settings: Settings,
+    image: Image | None = None,
+    mask: Image | None = None,
+) -> Drawing:
+    """What a body asks for, with the bundle's defaults. Raises `ApiError`."""
+    if body.model not in (None, settings.model):
+        raise ApiError(
+            404, f"There is no model {body.model!r} here; there is {settings.model!r}.", "model"
+        )
+    width, height = body.width_and_height or _own_size(manifest, image)
+    _check_range(width, height, manifest)
+    if width * height * body.n > settings.max_pixels:
+        raise ApiError(
+            400,
+            f"{body.n} x {width}x{height} are {width * height * body.n} pixels, and this server "
+            f"draws {settings.max_pixels} a request. Ask for less.",
+            "size",
+        )
+    defaults = manifest.defaults
+    steps = body.num_inference_steps or defaults.num_inference_steps
+    if steps > settings.max_steps:
+        raise ApiError(
+            400,
+            f"{steps} steps are more than the {settings.max_steps} that this server makes.",
+            "num_inference_steps",
+        )
+    arguments: dict[str, Any] = {
+        name: value for name in _PASSED if (value := getattr(body, name, None)) is not None
+    }
+    arguments |= {"width": width, "height": height, "num_images_per_prompt": body.n}
+    arguments |= {"num_inference_steps": steps, "priority": body.priority}
+    arguments |= {"num_previews": body.partial_images}
+    if image is not None:
+        arguments["image"] = image
+    if mask is not None:
+        arguments["mask_image"] = mask
+    guidance = defaults.guidance_scale if body.guidance_scale is None else body.guidance_scale
+    echo = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance if manifest.guidance_embedding else None,
+        "negative_prompt": body.negative_prompt,
+        "true_cfg_scale": 1.0 if body.true_cfg_scale is None else body.true_cfg_scale,
+    }
+    return Drawing(body, width, height, arguments, echo, int(time.time()))
+
+
+def limits_of(manifest: Manifest, settings: Settings) -> dict[str, Any]:
+    """What a bundle draws, for whoever asks for the model."""
+    heights, widths = (_range(manifest, axis) for axis in "HW")
+    defaults = manifest.defaults
+    editing = "vae_encoder" in manifest.components
+    return {
+        "width": {**widths, "default": defaults.width},
+        "height": {**heights, "default": defaults.height},
+        "multiple_of": manifest.latents.spatial_factor * manifest.latents.patch_size,
+        "max_pixels": settings.max_pixels,
+        "num_inference_steps": {"max": settings.max_steps, "default": defaults.num_inference_steps},
+        "guidance_scale": defaults.guidance_scale if manifest.guidance_embedding else None,
+        "strength": defaults.strength if editing else None,
+        "tasks": ["generations", "edits"] if editing else ["generations"],
+    }
+
+
+def _range(manifest: Manifest, axis: str) -> dict[str, int]:
+    ranges = [
+        engine.dimensions[axis]
+        for engine in manifest.components["vae_decoder"].engines
+        if axis in engine.dimensions
+    ]
+    return {"min": min(each.min for each in ranges), "max": max(each.max for each in ranges)}
+
+
+def _check_range(width: int, height: int, manifest: Manifest) -> None:
+    """Raise `ApiError` for a size that no engine of the bundle takes, with those that one does."""
+    heights, widths = (_range(manifest, axis) for axis in "HW")
+    multiple = manifest.latents.spatial_factor * manifest.latents.patch_size
+    fits = (
+        widths["min"] <= width <= widths["max"]
+        and heights["min"] <= height <= heights["max"]
+        and width % multiple == 0
+        and height % multiple == 0
+    )
+    if not fits:
+        raise ApiError(
+            400,
+            f"The size {width}x{height} is out of range: widths go from {widths['min']} to "
+            f"{widths['max']} and heights from {heights['min']} to {heights['max']}, both in "
+            f"multiples of {multiple}.",
+            "size",
+        )
+
+
+def _own_size(manifest: Manifest, image: Image | None) -> tuple[int, int]:
+    """Width and height for `auto`: the bundle's, in the proportions of the image where one is."""
+    defaults = manifest.defaults
+    if image is None:
+        return defaults.width, defaults.height
+    multiple = manifest.latents.spatial_factor * manifest.latents.patch_size
+    heights, widths = (_range(manifest, axis) for axis in "HW")
+    scale = math.sqrt(defaults.width * defaults.height / (image.width * image.height))
+
+    def fitted(side: int, allowed: Mapping[str, int]) -> int:
+        wanted = max(round(side * scale / multiple), 1) * multiple
+        return min(max(wanted, allowed["min"]), allowed["max"])
+
+    return fitted(image.width, widths), fitted(image.height, heights)

@@ -1,0 +1,36 @@
+"""What the operator of a server decides."""
+
+from __future__ import annotations
+
+import hmac
+from dataclasses import dataclass
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the server is called, whom it serves, and how much of it one request may have.
+
+    model: the name under which requests ask for the bundle.
+    keys: of which a request shows one; none is asked for where there are none.
+    origins: pages of these origins may use the API from a browser.
+    max_body: bytes of a request's body.
+    max_pixels: of all pictures of a request together.
+    max_steps: of a request.
+    kept_bytes: of the pictures that are kept for their URLs, for `kept_seconds`.
+    """
+
+    model: str
+    keys: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    max_body: int = 64 << 20
+    max_pixels: int = 16 << 20
+    max_steps: int = 200
+    kept_bytes: int = 256 << 20
+    kept_seconds: float = 3600.0
+
+    def knows(self, key: str) -> bool:
+        """Whether a key is one of ours. It takes as long whichever it is, and however much fits."""
+        given = key.encode()
+        return sum(hmac.compare_digest(given, each.encode()) for each in self.keys) > 0
