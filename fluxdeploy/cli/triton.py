@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     "--form",
     type=click.Choice(["pipeline", "bls"]),
     default="pipeline",
-    help="pipeline: one model, with the engines in it. bls: the host in a model, and each engine in "
-    "one of Triton's own backends.",
+    help="pipeline: one model, with the engines in it. bls: the host in a model, and each engine "
+    "in one of Triton's own backends.",
 )
 @RUNTIME
 @DEVICE
@@ -73,9 +73,7 @@ def command(
     from fluxdeploy.serve.triton.config import Settings
     from fluxdeploy.serve.triton.repository import write_repository
 
-    settings = Settings(
-        runtime, device, threads, max_waiting, default_timeout_seconds=timeout
-    )
+    settings = Settings(runtime, device, threads, max_waiting, default_timeout_seconds=timeout)
     models = write_repository(open_bundle(bundle), out, cast("Form", form), settings)
     if as_json:
         say_json({"repository": str(out), "form": form, "models": models})

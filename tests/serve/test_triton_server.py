@@ -22,7 +22,6 @@ from PIL import Image
 from fluxdeploy import FluxPipeline
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.errors import (
-    Cancelled,
     EngineError,
     QueueFullError,
     UsageError,
@@ -125,6 +124,12 @@ LATENTS = np.random.default_rng(3).standard_normal((1, 12, 64)).astype(np.float3
         {"seed": 7, "num_images_per_prompt": 2, "guidance_scale": 4.1, "max_sequence_length": 12},
         {"seed": 7, "image": GRADIENT, "strength": 0.7, "num_inference_steps": 10},
         {"seed": 7, "image": GRADIENT, "mask_image": MASK, "num_inference_steps": 4},
+        {
+            "seed": 7,
+            "image": Image.fromarray(GRADIENT),
+            "mask_image": Image.fromarray(MASK),
+            "padding_mask_crop": 4,
+        },
         {"latents": LATENTS},
     ],
     ids=lambda arguments: "-".join(arguments),
@@ -390,7 +395,7 @@ def test_the_repositorys_client_draws(
         assert pixels([drawn]) == pixels(expected.images)
 
 
-STAND_IN = '''\
+STAND_IN = """\
 import onnxruntime
 import triton_python_backend_utils as pb
 
@@ -409,7 +414,7 @@ class TritonPythonModel:
             tensors = [pb.Tensor(*each) for each in zip(names, found)]
             answers.append(pb.InferenceResponse(tensors))
         return answers
-'''
+"""
 
 
 def test_bls_draws_the_same_with_a_model_for_each_component(

@@ -141,7 +141,11 @@ class _Call:
             self.token.cancel()
 
     def why_cancelled(self, error: Cancelled) -> str:
-        return f"The request's timeout of {self._timeout:g} s is over. {error}" if self._late else str(error)
+        return (
+            f"The request's timeout of {self._timeout:g} s is over. {error}"
+            if self._late
+            else str(error)
+        )
 
     def run(self, pipeline: FluxPipeline) -> tuple[dict[str, Array], Mapping[str, float]]:
         """The outputs of the last response, and the seconds by stage. Raises what the call does."""
@@ -158,7 +162,9 @@ class _Call:
             self._steps = step + 1
             if asked.step_events:
                 made = np.array([step + 1], np.int32)
-                self._send(self._event("step", {"step": made, "sigma": np.array([timestep / 1000])}))
+                self._send(
+                    self._event("step", {"step": made, "sigma": np.array([timestep / 1000])})
+                )
 
         def on_preview(pipe: object, steps: int, images: Any) -> None:
             made = {"step": np.array([steps], np.int32)}
@@ -192,7 +198,9 @@ class _Call:
             response = self._response(answer)
         else:
             code, message = error
-            response = pb.InferenceResponse(error=pb.TritonError(message, getattr(pb.TritonError, code)))
+            response = pb.InferenceResponse(
+                error=pb.TritonError(message, getattr(pb.TritonError, code))
+            )
         try:
             self._sender.send(response, flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         except Exception as failure:  # noqa: BLE001 - memory that is shared with the server may be short

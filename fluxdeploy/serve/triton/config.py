@@ -176,7 +176,9 @@ def triton_engines(component: str, record: ComponentRecord) -> TritonEngines:
     graphs = [each for each in record.engines if each.runtime == "onnxruntime"]
     if graphs:
         # One file, whatever the device: the GPU's record comes first, if there is one.
-        return TritonEngines("onnxruntime", tuple(sorted(graphs, key=lambda e: e.target == "cpu")[:1]))
+        return TritonEngines(
+            "onnxruntime", tuple(sorted(graphs, key=lambda e: e.target == "cpu")[:1])
+        )
     built = ", ".join(sorted({each.runtime for each in record.engines})) or "nothing"
     raise BundleError(
         f"The bundle's {component} has engines for {built}, and Triton has backends for "
@@ -213,8 +215,7 @@ def component_config(component: str, record: ComponentRecord, engines: TritonEng
         spec.name: {
             "data_type": Enum(f"TYPE_{_DTYPES[spec.dtype]}"),
             "dims": tuple(
-                first.dimensions[size].opt if isinstance(size, str) else size
-                for size in spec.shape
+                first.dimensions[size].opt if isinstance(size, str) else size for size in spec.shape
             ),
             "zero_data": True,
         }

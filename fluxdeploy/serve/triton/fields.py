@@ -40,9 +40,7 @@ def _argument(
 # Numbers with a fraction are FP64: 0.7 of 10 steps are 7, and of a float32 they would be 6.
 INPUTS: tuple[Field, ...] = (
     _argument("prompt", "STRING", (-1,), "one, or several; the only field that must be there"),
-    _argument(
-        "negative_prompt", "STRING", (-1,), "what to steer away from: one, or one a prompt"
-    ),
+    _argument("negative_prompt", "STRING", (-1,), "what to steer away from: one, or one a prompt"),
     _argument("true_cfg_scale", "FP64", (1,), "strength of the negative prompt"),
     _argument("height", "INT32", (1,), "pixels"),
     _argument("width", "INT32", (1,), "pixels"),
@@ -56,7 +54,9 @@ INPUTS: tuple[Field, ...] = (
     _argument("mask_image", "UINT8", (-1, -1), "inpainting: what to draw anew is white, [H, W]"),
     Field("mask_image_bytes", "STRING", (1,), "the same as the bytes of its file, or in base64"),
     _argument("strength", "FP64", (1,), "how much of the image becomes noise, 0 to 1"),
-    _argument("padding_mask_crop", "INT32", (1,), "pixels kept around the mask's part, drawn alone"),
+    _argument(
+        "padding_mask_crop", "INT32", (1,), "pixels kept around the mask's part, drawn alone"
+    ),
     _argument("max_sequence_length", "INT32", (1,), "T5 tokens of a prompt"),
     _argument("num_previews", "INT32", (1,), "pictures on the way, each a response of its own"),
     _argument("priority", "STRING", (1,), "`high`, `normal` or `low`"),
