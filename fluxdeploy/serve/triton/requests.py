@@ -78,7 +78,7 @@ def _value(field: Field, values: Array) -> Any:
         raise UsageError(f"`{field.name}` has shape {list(values.shape)}; it is one value, [1].")
     value = values.flat[0]
     if field.name.endswith("_bytes"):
-        return bytes(value)
+        return _bytes(value)
     return _text(field, value) if _is_text(field) else value.item()
 
 
@@ -88,9 +88,13 @@ def _is_text(field: Field) -> bool:
 
 def _text(field: Field, value: Any) -> str:
     try:
-        return value if isinstance(value, str) else bytes(value).decode("utf-8")
+        return value if isinstance(value, str) else _bytes(value).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"`{field.name}` is not UTF-8 text.") from error
+
+
+def _bytes(value: Any) -> bytes:
+    return value.encode("utf-8") if isinstance(value, str) else bytes(value)
 
 
 def _unpacked(data: bytes) -> bytes:
