@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     "--form",
     type=click.Choice(["pipeline", "bls"]),
     default="pipeline",
-    help="pipeline: one model, with the engines in it. bls: the host in a model, and each engine in "
-    "one of Triton's own backends.",
+    help="pipeline: one model, with the engines in it. bls: the host in a model, and each engine "
+    "in one of Triton's own backends.",
 )
 @RUNTIME
 @DEVICE

@@ -1,8 +1,9 @@
-"""A Triton server's model `flux` as an asynchronous pipeline: what a gateway before it stands on."""
+"""A Triton server's model `flux` as an asynchronous pipeline, for a gateway before it."""
 
 from __future__ import annotations
 
 import asyncio
+import io
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
@@ -10,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from engines.base import Array
 from fluxdeploy.arguments import shown
@@ -23,6 +25,7 @@ from fluxdeploy.errors import (
     UsageError,
 )
 from fluxdeploy.host.asynchronous import Preview, StepEnd
+from fluxdeploy.host.input_images import upright_mask, upright_picture
 from fluxdeploy.host.pipeline import FluxPipelineOutput
 from fluxdeploy.install import install_command
 from fluxdeploy.serve.triton.fields import INPUTS, MODEL, STAGES, Field
@@ -179,6 +182,10 @@ class TritonBackend:
                 answers.cancel()
             ended.set()
 
+    def figures(self) -> Mapping[str, tuple[str, float]]:
+        """Nothing: the server has metrics of its own."""
+        return {}
+
     async def aclose(self) -> None:
         """Leave the server, which goes on."""
         await self._client.close()
@@ -212,10 +219,25 @@ def _tensors(arguments: Mapping[str, Any]) -> list[tuple[str, str, Array]]:
     for name, value in arguments.items():
         if name not in _FIELDS:
             raise UsageError(f"A Triton server takes no `{name}`. Leave it out.")
-        if value is not None:
-            field = _FIELDS[name]
+        if value is None:
+            continue
+        field = _FIELDS[name]
+        if field.dtype == "UINT8" and isinstance(value, Image.Image):
+            tensors.append((f"{field.name}_bytes", "STRING", _file(name, value)))
+        else:
             tensors.append((field.name, field.dtype, _values(name, field, value)))
     return tensors
+
+
+def _file(name: str, picture: Image.Image) -> Array:
+    """A PNG, which is without loss; [1]."""
+    if name == "mask_image":
+        upright = upright_mask(picture)
+    else:
+        upright = upright_picture(picture)
+    file = io.BytesIO()
+    upright.save(file, format="PNG", compress_level=1)
+    return np.array([file.getvalue()], np.object_)
 
 
 def _values(name: str, field: Field, value: Any) -> Array:
@@ -237,11 +259,6 @@ def _values(name: str, field: Field, value: Any) -> Array:
 
 def _pixels(name: str, field: Field, value: Any) -> Array:
     """A picture as uint8 [H, W, 3], or [H, W] of a mask."""
-    from PIL import Image, ImageOps
-
-    if isinstance(value, Image.Image):
-        mode = "RGB" if len(field.dims) == 3 else "L"
-        return np.asarray(ImageOps.exif_transpose(value).convert(mode))
     if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == len(field.dims):
         return value
     shape = "[H, W, 3]" if len(field.dims) == 3 else "[H, W]"
@@ -262,8 +279,6 @@ def _event(result: Any) -> StepEnd | Preview | FluxPipelineOutput:
     step = int(result.as_numpy("step")[0])
     if kind == "step":
         return StepEnd(step, float(result.as_numpy("sigma")[0]))
-    from PIL import Image
-
     images = [Image.fromarray(np.array(pixels)) for pixels in result.as_numpy("image")]
     if kind == "preview":
         return Preview(step, images)

@@ -1,4 +1,4 @@
-"""The requests that a model has taken: each is a call in a thread of its own, watched by another."""
+"""The requests that a model has taken: each is a call in a thread of its own."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ class Calls:
         self._watcher.join()
 
     def _run(self, call: _Call) -> None:
-        outcome, seconds, answer = "failed", {}, {}
+        outcome = "failed"
+        seconds: Mapping[str, float] = {}
+        answer: Mapping[str, Array] = {}
         error: tuple[str, str] | None = None
         try:
             answer, seconds = call.run(self._pipeline)
@@ -125,6 +127,7 @@ class _Call:
         self._deadline = time.monotonic() + timeout if timeout else None
         self._late = False
         self._steps = 0
+        self._wanted: set[str] = set()
         # An ended request must not be asked whether it is cancelled: Triton has freed it.
         self._lock = threading.Lock()
         self._ended = False
@@ -141,11 +144,9 @@ class _Call:
             self.token.cancel()
 
     def why_cancelled(self, error: Cancelled) -> str:
-        return (
-            f"The request's timeout of {self._timeout:g} s is over. {error}"
-            if self._late
-            else str(error)
-        )
+        """What to tell the client."""
+        over = f"The request's timeout of {self._timeout:g} s is over. "
+        return f"{over if self._late else ''}{error}"
 
     def run(self, pipeline: FluxPipeline) -> tuple[dict[str, Array], Mapping[str, float]]:
         """The outputs of the last response, and the seconds by stage. Raises what the call does."""

@@ -35,7 +35,8 @@ HEADER = "Written by `fluxdeploy triton`"
 """How the configuration of `flux` begins."""
 
 _ABOUT = f"""\
-{HEADER}: FLUX.1 with its host in Python. README.md beside this folder tells how to use it.
+{HEADER}: FLUX.1 with its host in Python.
+README.md beside this folder tells how to use it.
 
 Each request is a call of its own, with its own size: there is no common batch axis, and so no
 max_batch_size. Responses come one by one: previews, steps, and the pictures."""
@@ -51,15 +52,17 @@ max_memory is what begun calls may hold together, in bytes; empty for no limit.
 One instance: engines and prompts are shared by all calls, and a second copy would double them."""
 
 _ENGINES = """\
-What runs the engines: as `fluxdeploy generate --runtime --device --threads`, empty for its choice."""
+What runs the engines, as `fluxdeploy generate --runtime --device --threads`; empty for a choice of
+its own."""
 
 _BUNDLE = """\
 The manifest of the bundle, for clients that have no bundle, such as `fluxdeploy serve`. The model
 itself reads the bundle in its version's folder."""
 
 _COMPONENT = f"""\
-{HEADER}: a component of FLUX.1, which `{MODEL}` calls. All axes are in the shapes, and so
-there is no max_batch_size. One instance: an engine's calls take turns, and memory holds it once."""
+{HEADER}: a component of FLUX.1, which `{MODEL}` calls. All axes are in
+the shapes, and so there is no max_batch_size. One instance: an engine's calls take turns, and
+memory holds it once."""
 
 _DTYPES = {"float32": "FP32", "int32": "INT32"}
 
@@ -153,7 +156,8 @@ def pipeline_config(manifest: Manifest, bundle_hash: str, form: Form, settings: 
 
 
 def _field(field: Field, optional: bool = False) -> Mapping[str, Value]:
-    shape = {"name": field.name, "data_type": Enum(f"TYPE_{field.dtype}"), "dims": field.dims}
+    kind = Enum(f"TYPE_{field.dtype}")
+    shape: dict[str, Value] = {"name": field.name, "data_type": kind, "dims": field.dims}
     return {**shape, "optional": True} if optional else shape
 
 
@@ -211,7 +215,7 @@ def component_config(component: str, record: ComponentRecord, engines: TritonEng
         )
         # Where a plan has several profiles, scratch memory is that of the one in use.
         fields |= _parameters({"execution_context_allocation_strategy": "ON_PROFILE_CHANGE"})
-    warmup = {
+    warmup: dict[str, Value] = {
         spec.name: {
             "data_type": Enum(f"TYPE_{_DTYPES[spec.dtype]}"),
             "dims": tuple(

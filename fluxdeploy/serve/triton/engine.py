@@ -77,7 +77,7 @@ class TritonEngine(Engine):
 
 
 class _Binding(Binding):
-    """Sends the inputs that stay with every call: between models of a server there is no other way."""
+    """Sends the inputs that stay with every call: models of a server have no other way."""
 
     def __init__(self, engine: TritonEngine, resident: Mapping[str, Array]) -> None:
         self._engine = engine

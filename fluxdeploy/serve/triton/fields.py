@@ -54,6 +54,9 @@ INPUTS: tuple[Field, ...] = (
     _argument("mask_image", "UINT8", (-1, -1), "inpainting: what to draw anew is white, [H, W]"),
     Field("mask_image_bytes", "STRING", (1,), "the same as the bytes of its file, or in base64"),
     _argument("strength", "FP64", (1,), "how much of the image becomes noise, 0 to 1"),
+    _argument(
+        "padding_mask_crop", "INT32", (1,), "pixels kept around the mask's part, drawn alone"
+    ),
     _argument("max_sequence_length", "INT32", (1,), "T5 tokens of a prompt"),
     _argument("num_previews", "INT32", (1,), "pictures on the way, each a response of its own"),
     _argument("priority", "STRING", (1,), "`high`, `normal` or `low`"),

@@ -57,8 +57,8 @@ def write_repository(
 
     Files of the bundle are hard-linked where the disk allows it, else copied: nothing leads out of
     the repository. One that was there stays until the new one is whole. Raises `UsageError` for a
-    form or a runtime that is none, and `BundleError` for a bundle that cannot be served in it, for a destination
-    that holds something else, and where the disk refuses.
+    form or a runtime that is none, and `BundleError` for a bundle that cannot be served in it, for
+    a destination that holds something else, and where the disk refuses.
     """
     if form not in FORMS:
         raise UsageError(f"There is no form {form!r}; the forms are {', '.join(FORMS)}.")

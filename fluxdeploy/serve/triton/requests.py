@@ -14,7 +14,7 @@ import numpy as np
 from engines.base import Array
 from fluxdeploy.arguments import shown
 from fluxdeploy.errors import UsageError
-from fluxdeploy.host.input_images import decode_image
+from fluxdeploy.host.input_images import decode_image, decode_mask
 from fluxdeploy.host.pipeline import FluxPipelineOutput
 from fluxdeploy.serve.triton.fields import INPUTS, STAGES, Field
 
@@ -23,7 +23,8 @@ __all__ = ["Asked", "final_tensors", "picture_tensors", "read_request"]
 _FORMATS = {"tensor": "b64_json", "b64_json": "image"}
 """What a `response_format` leaves out."""
 
-_IMAGES = ("image", "mask_image")
+_IMAGES = {"image": decode_image, "mask_image": decode_mask}
+"""What may come as a file's bytes, and how that is read."""
 
 _BASE64 = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\r\n")
 
@@ -52,12 +53,15 @@ def read_request(tensors: Mapping[str, Array]) -> Asked:
     for field in INPUTS:
         if field.argument is not None and field.name in values:
             arguments[field.argument] = values[field.name]
-    for name in _IMAGES:
+    for name, decode in _IMAGES.items():
         data = values.get(f"{name}_bytes")
         if data is not None:
             if name in arguments:
                 raise UsageError(f"`{name}` and `{name}_bytes` are both there. Give one of them.")
-            arguments[name] = decode_image(_unpacked(data), f"`{name}_bytes`")
+            try:
+                arguments[name] = decode(_unpacked(data))
+            except UsageError as error:
+                raise UsageError(f"`{name}_bytes`: {error}") from error
     chosen = values.get("response_format")
     if chosen is not None and chosen not in _FORMATS:
         raise UsageError(
@@ -74,7 +78,7 @@ def _value(field: Field, values: Array) -> Any:
         raise UsageError(f"`{field.name}` has shape {list(values.shape)}; it is one value, [1].")
     value = values.flat[0]
     if field.name.endswith("_bytes"):
-        return bytes(value)
+        return _bytes(value)
     return _text(field, value) if _is_text(field) else value.item()
 
 
@@ -84,9 +88,13 @@ def _is_text(field: Field) -> bool:
 
 def _text(field: Field, value: Any) -> str:
     try:
-        return value if isinstance(value, str) else bytes(value).decode("utf-8")
+        return value if isinstance(value, str) else _bytes(value).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"`{field.name}` is not UTF-8 text.") from error
+
+
+def _bytes(value: Any) -> bytes:
+    return value.encode("utf-8") if isinstance(value, str) else bytes(value)
 
 
 def _unpacked(data: bytes) -> bytes:

@@ -12,6 +12,7 @@ import argparse
 import queue
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tritonclient.grpc as grpc
@@ -42,7 +43,7 @@ def request_input(name: str, value: object) -> grpc.InferInput:
     """A field of a request as the tensor that it is."""
     if isinstance(value, str):
         value = value.encode()
-    values = np.array([value], TYPES[name])
+    values: Any = np.array([value], TYPES[name])
     tensor = grpc.InferInput(name, list(values.shape), np_to_triton_dtype(values.dtype))
     tensor.set_data_from_numpy(values)
     return tensor
@@ -50,7 +51,7 @@ def request_input(name: str, value: object) -> grpc.InferInput:
 
 def draw(url: str, fields: dict[str, object], out: Path, timeout: float | None = None) -> None:
     """Write the pictures, and those on the way, beside `out`."""
-    answers: queue.Queue[tuple[grpc.InferResult | None, Exception | None]] = queue.Queue()
+    answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
     with grpc.InferenceServerClient(url) as client:
         client.start_stream(lambda result, error: answers.put((result, error)))
         client.async_stream_infer(
