@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import click
@@ -14,6 +16,7 @@ from tests.docs.pages import PAGES, ROOT, code_blocks, name_of
 
 README = ROOT / "README.md"
 RUN = ROOT / "docs" / "run.md"
+SERVING = ROOT / "docs" / "serving.md"
 
 CHECKPOINTS = {
     "./FLUX.1-dev": "demo:dev",
@@ -40,8 +43,11 @@ SMALL = {
 }
 """Options added to a command, so that it takes seconds; the last one of a kind counts."""
 
-NOT_RUN = ("build",)
-"""Only parsed: the fixture of the default bundle is a build, and tests/parity builds others."""
+_ADDRESS = "http://localhost:8000"
+
+NOT_RUN = ("build", "serve")
+"""Only parsed: the fixture of the default bundle is a build, and tests/parity builds others; a
+server goes on, and tests/serve has its own."""
 
 
 def command_lines(page: Path) -> list[list[str]]:
@@ -52,7 +58,9 @@ def command_lines(page: Path) -> list[list[str]]:
 
 LINES = [(page, line) for page in PAGES for line in command_lines(page)]
 PYTHON = [
-    (page, number) for page in (README, RUN) for number in range(len(code_blocks(page, "python")))
+    (page, number)
+    for page in (README, RUN, SERVING)
+    for number in range(len(code_blocks(page, "python")))
 ]
 
 
@@ -101,7 +109,9 @@ def test_the_command_lines_run(workplace: Path, page: str, written: list[str]) -
 
 
 def test_the_pages_whose_command_lines_run_are_all_that_have_some() -> None:
-    assert {name_of(page) for page, _ in LINES} == {"README.md", "docs/run.md", "docs/build.md"}
+    assert {name_of(page) for page, _ in LINES} == {
+        *("README.md", "docs/run.md", "docs/build.md", "docs/serving.md", "docs/triton.md"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -110,24 +120,47 @@ def test_the_pages_whose_command_lines_run_are_all_that_have_some() -> None:
 def test_the_python_examples_run(
     page: Path, number: int, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exec(compile(code_blocks(page, "python")[number], f"{name_of(page)}[{number}]", "exec"), {})
+    code = code_blocks(page, "python")[number]
+    with _server(workplace) if _ADDRESS in code else nullcontext(_ADDRESS) as address:
+        code = code.replace(_ADDRESS, address)
+        exec(compile(code, f"{name_of(page)}[{number}]", "exec"), {})
     shown = capsys.readouterr().out
     there = {path.name for path in workplace.glob("*.png")}
     stopped = "step 3" in shown and "step 4" not in shown and "no picture was made" in shown
     expected = {
         ("README.md", 0): there == {"picture.png", "again.png"},
         ("README.md", 1): stopped,
+        ("README.md", 2): shown == "",
         ("docs/run.md", 0): there == {f"picture-{index}.png" for index in range(4)},
         ("docs/run.md", 1): there == {"heart.png"},
-        ("docs/run.md", 2): shown.strip() == "(1, 128, 128, 3) float32",
-        ("docs/run.md", 3): shown.strip()
+        ("docs/run.md", 2): there == {"star.png"},
+        ("docs/run.md", 3): there == {"wide.png"},
+        ("docs/run.md", 4): shown.strip() == "(1, 128, 128, 3) float32",
+        ("docs/run.md", 5): shown.strip()
         in (
             "{'a green ring': 'drawn', 'a red star': 'cancelled'}",
             "{'a red star': 'cancelled', 'a green ring': 'drawn'}",
         ),
-        ("docs/run.md", 4): shown.strip() == "4 steps",
+        ("docs/run.md", 6): shown.strip() == "4 steps",
+        ("docs/serving.md", 0): shown.startswith("iVBORw0KGgo"),
+        ("docs/serving.md", 1): there == {"after-5.png", "after-14.png", "ring.png"},
     }
     assert expected[name_of(page), number], shown
+
+
+@contextmanager
+def _server(workplace: Path) -> Iterator[str]:
+    """A server over the default bundle."""
+    pytest.importorskip("openai")
+    from fluxdeploy import FluxPipeline
+    from fluxdeploy.serve.images_api.server import local_backend
+    from fluxdeploy.serve.images_api.settings import Settings
+    from tests.serve.conftest import running
+
+    with FluxPipeline.from_bundle(workplace / "bundle") as pipe:
+        backend = local_backend(pipe)
+        with running(backend, Settings("demo")) as address:
+            yield address
 
 
 def test_the_errors_are_those_of_the_code() -> None:
