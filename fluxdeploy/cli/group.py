@@ -32,10 +32,10 @@ COMMANDS = {
     "plan": "Tell what a build will take.",
     "export": "Write only the ONNX files of a checkpoint.",
     "generate": "Make pictures from prompts.",
-    "triton": "Write a model repository for Triton.",
     "verify": "Compare a bundle with PyTorch.",
     "bench": "Time bundles, and other ways to run the model.",
     "serve": "Serve pictures over HTTP, as OpenAI's images API.",
+    "triton": "Write a model repository for Triton.",
     "inspect": "Show what a bundle or a picture holds.",
     "doctor": "Show what this machine can run.",
 }

@@ -95,6 +95,7 @@ def test_every_command_line_is_one_that_the_command_takes(page: Path, line: list
         ("README.md", ["sheet.png", "image-1.png", "star.png", "flux-onnx/transformer.onnx"]),
         ("docs/run.md", ["sheet.png", "fox-1.png", "ring.png", "green.png"]),
         ("docs/build.md", ["flux-onnx/transformer.onnx"]),
+        ("docs/triton.md", ["model_repository/run.sh"]),
     ],
 )
 def test_the_command_lines_run(workplace: Path, page: str, written: list[str]) -> None:
@@ -110,7 +111,8 @@ def test_the_command_lines_run(workplace: Path, page: str, written: list[str]) -
 
 def test_the_pages_whose_command_lines_run_are_all_that_have_some() -> None:
     assert {name_of(page) for page, _ in LINES} == {
-        *("README.md", "docs/run.md", "docs/build.md", "docs/serving.md", "docs/triton.md"),
+        "README.md",
+        *(f"docs/{name}.md" for name in ("build", "run", "serving", "triton")),
     }
 
 

@@ -14,6 +14,7 @@ from engines.base import Array
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, Manifest
 from fluxdeploy.errors import NumericError
 from fluxdeploy.host.pipeline import FluxPipeline
+from fluxdeploy.host.stats import PipelineStats
 from tests.host.conftest import COMPONENTS, POOLED, TEXT, CharacterTokenizers, MemoryEngine
 
 S = 16
@@ -50,6 +51,17 @@ def test_a_known_prompt_is_not_encoded_again(pipe: FluxPipeline, engines: Engine
     np.testing.assert_array_equal(picture(pipe), first)
     picture(pipe, seed=4, guidance_scale=1.0, num_inference_steps=2, num_images_per_prompt=2)
     assert runs(engines) == (1, 1, 3)
+
+
+def test_what_a_pipeline_has_done_is_counted(pipe: FluxPipeline) -> None:
+    picture(pipe)
+    picture(pipe, num_inference_steps=2, num_images_per_prompt=2)
+    seen: list[PipelineStats] = []
+    picture(pipe, "a hen", callback_on_step_end=lambda *_: seen.append(pipe.stats))
+    assert seen[0] == PipelineStats(
+        pictures=3, steps=6, prompt_hits=2, prompt_misses=4, waiting=0, running=1
+    )
+    assert pipe.stats == PipelineStats(4, 8, 2, 4, 0, 0)
 
 
 def test_prompts_are_told_apart_by_their_tokens(pipe: FluxPipeline, engines: Engines) -> None:

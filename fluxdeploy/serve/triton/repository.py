@@ -38,8 +38,11 @@ BUNDLE = "bundle"
 
 _FILES = Path(__file__).parent / "files"
 
-_BASE = ("click", "numpy", "onnxruntime", "pillow", "rich", "tokenizers")
-"""What the host needs."""
+_BASE = ("click", "onnxruntime", "pillow", "rich", "tokenizers")
+"""What the host needs, but NumPy."""
+
+_NUMPY = "numpy==1.26.4"
+"""The latest that every Triton's Python backend reads."""
 
 _MODEL = '''\
 """The model `flux`. What it does is in fluxdeploy, which must be installed beside Triton."""
@@ -192,7 +195,7 @@ def _write_texts(root: Path, form: Form) -> None:
     """What goes with the models: how to run them, and a client."""
     own = importlib.metadata.version("fluxdeploy")
     pins = [f"{name}=={importlib.metadata.version(name)}" for name in _BASE]
-    write_atomic(root / "requirements.txt", "\n".join([f"fluxdeploy=={own}", *pins]) + "\n")
+    write_atomic(root / "requirements.txt", "\n".join([f"fluxdeploy=={own}", _NUMPY, *pins]) + "\n")
     for name in ("client.py", "run.sh"):
         write_atomic(root / name, (_FILES / name).read_text(encoding="utf-8"))
     page = Template((_FILES / "README.md").read_text(encoding="utf-8"))

@@ -58,10 +58,7 @@ def read_request(tensors: Mapping[str, Array]) -> Asked:
         if data is not None:
             if name in arguments:
                 raise UsageError(f"`{name}` and `{name}_bytes` are both there. Give one of them.")
-            try:
-                arguments[name] = decode(_unpacked(data))
-            except UsageError as error:
-                raise UsageError(f"`{name}_bytes`: {error}") from error
+            arguments[name] = decode(_unpacked(data), f"`{name}_bytes`")
     chosen = values.get("response_format")
     if chosen is not None and chosen not in _FORMATS:
         raise UsageError(
