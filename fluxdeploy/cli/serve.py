@@ -26,6 +26,12 @@ _MAX_KEYS = 1 << 20
     is_flag=True,
     help="Open each engine only while it is needed; each picture ends before the next begins.",
 )
+@click.option(
+    "--triton",
+    metavar="HOST:PORT",
+    help="Draw on a Triton server with a repository of `fluxdeploy triton`, whose gRPC port this "
+    "is, instead of a bundle; it has its own runtime, device and queue.",
+)
 @click.option("--host", default="127.0.0.1", help="The address to listen at; 0.0.0.0 for all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0 takes a free one.")
 @click.option(
@@ -78,6 +84,7 @@ def command(
     device: int,
     threads: int | None,
     low_vram: bool,
+    triton: str | None,
     host: str,
     port: int,
     model_name: str | None,
@@ -99,6 +106,7 @@ def command(
     Examples:
       fluxdeploy serve
       fluxdeploy serve --bundle flux-dev --host 0.0.0.0 --api-keys keys.txt
+      fluxdeploy serve --triton localhost:8001
       curl localhost:8000/v1/images/generations -H 'Content-Type: application/json' \\
         -d '{"prompt": "a red circle above a blue square", "response_format": "url"}'
     """
@@ -106,6 +114,7 @@ def command(
 
     keys = _read_keys(api_keys)
     try:
+        from fluxdeploy.serve.images_api.calls import Backend
         from fluxdeploy.serve.images_api.server import listen, local_backend, run
         from fluxdeploy.serve.images_api.settings import Settings
     except ImportError as error:
@@ -116,42 +125,31 @@ def command(
     from engines.base import EngineOptions
     from fluxdeploy.host.pipeline import FluxPipeline
     from fluxdeploy.host.turns import QueueLimits
+    from fluxdeploy.serve.triton.backend import TritonBackend
 
+    settings = Settings(
+        model=model_name,
+        keys=keys,
+        origins=origins,
+        max_body=max_body << 20,
+        max_pixels=max_pixels,
+        max_steps=max_steps,
+    )
     free = read_memory().available
     memory = max_memory << 20 if max_memory else None if free is None else max(free // 4, 1)
-    options = EngineOptions(threads, device)
-    limits = QueueLimits(max_waiting, memory)
-    with (
-        listen(host, port) as opened,
-        FluxPipeline.from_bundle(bundle, runtime, options, low_vram, limits) as pipe,
-    ):
-        settings = Settings(
-            model=model_name or _name(pipe),
-            keys=keys,
-            origins=origins,
-            max_body=max_body << 20,
-            max_pixels=max_pixels,
-            max_steps=max_steps,
-        )
-        say(f"Warming up {settings.model} ...", err=True)
-        backend = local_backend(pipe)
+
+    async def connect() -> Backend:
+        if triton is not None:
+            return await TritonBackend.connect(triton)
+        say(f"Warming up {bundle} ...", err=True)
+        options, limits = EngineOptions(threads, device), QueueLimits(max_waiting, memory)
+        pipeline = FluxPipeline.from_bundle(bundle, runtime, options, low_vram, limits)
+        return local_backend(pipeline)
+
+    with listen(host, port) as opened:
         address = f"[{host}]" if ":" in host else host
-        run(
-            backend,
-            settings,
-            opened,
-            lambda: say(f"Serving at http://{address}:{opened.getsockname()[1]}", err=True),
-        )
-
-
-def _name(pipe: object) -> str:
-    """What the bundle's checkpoint was called."""
-    from fluxdeploy.host.pipeline import FluxPipeline
-
-    assert isinstance(pipe, FluxPipeline)
-    checkpoint = pipe.bundle.manifest.provenance.get("checkpoint")
-    name = checkpoint.get("name") if isinstance(checkpoint, dict) else None
-    return name if isinstance(name, str) and name else pipe.bundle.root.resolve().name
+        where = f"http://{address}:{opened.getsockname()[1]}"
+        run(connect, settings, opened, lambda: say(f"Serving at {where}", err=True))
 
 
 def _read_keys(path: Path | None) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from fluxdeploy.serve.images_api.calls import (
     finish,
     stream_events,
 )
-from fluxdeploy.serve.images_api.drawing import Drawing, limits_of, read_drawing
+from fluxdeploy.serve.images_api.drawing import Drawing, limits_of, model_name, read_drawing
 from fluxdeploy.serve.images_api.errors import ApiError
 from fluxdeploy.serve.images_api.kept import KeptPictures
 from fluxdeploy.serve.images_api.metrics import CountedRequests, Metrics
@@ -104,6 +104,7 @@ class _Server:
         for name, (text, _) in backend.figures().items():
             self.metrics.watch(name, text, functools.partial(_figure, backend, name))
         self.limits = limits_of(backend.manifest, settings)
+        self._name = model_name(backend.manifest, settings)
 
     async def check_key(self, request: Request) -> None:
         """Refuse a request without a key, where keys are asked for."""
@@ -166,12 +167,12 @@ class _Server:
 
     async def model(self, model: str) -> dict[str, Any]:
         """The model that is served, by its name."""
-        if model != self._settings.model:
-            raise ApiError(404, f"There is no such model here; there is {self._settings.model!r}.")
+        if model != self._name:
+            raise ApiError(404, f"There is no such model here; there is {self._name!r}.")
         return self._model()
 
     def _model(self) -> dict[str, Any]:
-        model = {"id": self._settings.model, "object": "model", "created": 0}
+        model = {"id": self._name, "object": "model", "created": 0}
         return {**model, "owned_by": "fluxdeploy", "limits": self.limits}
 
     async def health(self) -> dict[str, str]:

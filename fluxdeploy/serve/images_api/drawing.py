@@ -15,7 +15,7 @@ from fluxdeploy.serve.images_api.bodies import EditBody, GenerationBody
 from fluxdeploy.serve.images_api.errors import ApiError
 from fluxdeploy.serve.images_api.settings import Settings
 
-__all__ = ["Drawing", "limits_of", "read_drawing"]
+__all__ = ["Drawing", "limits_of", "model_name", "read_drawing"]
 
 _PASSED = (
     *("seed", "num_inference_steps", "guidance_scale", "negative_prompt", "true_cfg_scale"),
@@ -47,10 +47,8 @@ def read_drawing(
     mask: Image | None = None,
 ) -> Drawing:
     """What a body asks for, with the bundle's defaults. Raises `ApiError`."""
-    if body.model not in (None, settings.model):
-        raise ApiError(
-            404, f"There is no model {body.model!r} here; there is {settings.model!r}.", "model"
-        )
+    if body.model not in (None, served := model_name(manifest, settings)):
+        raise ApiError(404, f"There is no model {body.model!r} here; there is {served!r}.", "model")
     width, height = body.width_and_height or _own_size(manifest, image)
     _check_range(width, height, manifest)
     if width * height * body.n > settings.max_pixels:
@@ -86,6 +84,13 @@ def read_drawing(
         "true_cfg_scale": 1.0 if body.true_cfg_scale is None else body.true_cfg_scale,
     }
     return Drawing(body, width, height, arguments, echo, int(time.time()))
+
+
+def model_name(manifest: Manifest, settings: Settings) -> str:
+    """What requests call the bundle."""
+    checkpoint = manifest.provenance.get("checkpoint")
+    name = checkpoint.get("name") if isinstance(checkpoint, Mapping) else None
+    return settings.model or (name if isinstance(name, str) and name else "flux")
 
 
 def limits_of(manifest: Manifest, settings: Settings) -> dict[str, Any]:

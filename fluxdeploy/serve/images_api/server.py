@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import uvicorn
 
@@ -48,26 +49,34 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run(
-    backend: Backend, settings: Settings, opened: socket.socket, ready: Callable[[], None]
+    connect: Callable[[], Awaitable[Backend]],
+    settings: Settings,
+    opened: socket.socket,
+    ready: Callable[[], None],
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, and then until the running requests have ended.
 
-    ready: called once requests are taken.
+    connect: makes the backend, in the loop that it is used in. ready: called once requests are
+    taken. Raises what `connect` raises.
     """
-    config = uvicorn.Config(
-        create_app(backend, settings),
-        log_level="warning",
-        server_header=False,
-        timeout_graceful_shutdown=_PATIENCE,
-        h11_max_incomplete_event_size=32 << 10,
-    )
+
+    async def serve() -> None:
+        config = uvicorn.Config(
+            create_app(await connect(), settings),
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=_PATIENCE,
+            h11_max_incomplete_event_size=32 << 10,
+        )
+        await _Server(config, ready).serve([opened])
+
     # They are told to the request that they are of, as its notices.
     for kind in (CutPromptWarning, UnusedArgumentWarning):
         warnings.simplefilter("ignore", kind)
     # uvicorn raises the signal once more when all is over; by then it has been obeyed.
     before = signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
-        _Server(config, ready).run([opened])
+        asyncio.run(serve())
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -12,7 +12,7 @@ __all__ = ["Settings"]
 class Settings:
     """What the server is called, whom it serves, and how much of it one request may have.
 
-    model: the name under which requests ask for the bundle.
+    model: the name under which requests ask for the bundle; that of its checkpoint where None.
     keys: of which a request shows one; none is asked for where there are none.
     origins: pages of these origins may use the API from a browser.
     max_body: bytes of a request's body.
@@ -21,7 +21,7 @@ class Settings:
     kept_bytes: of the pictures that are kept for their URLs, for `kept_seconds`.
     """
 
-    model: str
+    model: str | None = None
     keys: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     max_body: int = 64 << 20
