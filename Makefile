@@ -45,7 +45,6 @@ demo: $(READY)
 
 $(TRITON): $(READY) tests/support/triton_server.py
 	$(BIN)/python -m tests.support.triton_server $(TRITON)
-	@mkdir -p $(TRITON) && touch $(TRITON)
 
 test: $(READY) $(TRITON)
 	$(BIN)/python -m pytest -q -n auto --dist worksteal --durations=10

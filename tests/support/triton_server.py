@@ -182,10 +182,13 @@ def main() -> None:
     """Fetch the server into the folder that the command line names, where it can run."""
     (folder,) = map(Path, sys.argv[1:])
     reason = _impossible()
-    if reason is None:
+    if reason is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
         try:
             fetch(folder)
         except subprocess.CalledProcessError:
+            shutil.rmtree(folder, ignore_errors=True)  # make tries again
             reason = f"{WHEEL} or {NUMPY} could not be fetched"
     if reason is not None:
         print(f"The tests of the Triton server will be skipped: {reason}.")

@@ -15,7 +15,7 @@ from engines.base import EngineOptions
 from fluxdeploy.bundle import Bundle
 from fluxdeploy.bundle.files import disk_errors, read_whole
 from fluxdeploy.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST, from_json
-from fluxdeploy.errors import FluxDeployError, MissingDependencyError
+from fluxdeploy.errors import FluxDeployError
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.host.turns import QueueLimits
 from fluxdeploy.serve.triton.calls import Calls
@@ -40,7 +40,6 @@ class TritonPythonModel:
             raise pb.TritonModelException(str(error)) from error
 
     def _open(self, pb: Any, args: Mapping[str, str]) -> None:
-        _check_arrays(pb)
         given = json.loads(args["model_config"])["parameters"]
         parameters = {name: each["string_value"] for name, each in given.items()}
         settings = Settings.read(parameters)
@@ -67,23 +66,6 @@ class TritonPythonModel:
         """End what is left, and free the engines."""
         self._calls.close()
         self._pipeline.close()
-
-
-def _check_arrays(pb: Any) -> None:
-    """Raise `MissingDependencyError` where the Python backend reads NumPy's arrays wrongly.
-
-    Those that were built before NumPy 2 do so without a word.
-    """
-    probe = np.arange(6, dtype=np.int32).reshape(2, 3)
-    try:
-        read = np.array_equal(pb.Tensor("probe", probe).as_numpy(), probe)
-    except Exception:  # noqa: BLE001 - it may say so after all
-        read = False
-    if not read:
-        raise MissingDependencyError(
-            f"Triton's Python backend is older than NumPy {np.__version__}, and reads its arrays "
-            "wrongly. Install numpy 1.26 beside it, as in the repository's requirements.txt."
-        )
 
 
 def _on_models(pb: Any, root: Path, limits: QueueLimits) -> FluxPipeline:
