@@ -31,6 +31,7 @@ from fluxdeploy.host.pipeline import FluxPipelineOutput
 from fluxdeploy.serve.triton.backend import TritonBackend
 from fluxdeploy.serve.triton.config import Settings
 from fluxdeploy.serve.triton.repository import write_repository
+from tests.serve.test_images_api import post as ask
 from tests.support.triton_server import TritonServer, missing, serve
 
 pytest.importorskip("tritonclient.grpc")
@@ -224,8 +225,8 @@ def test_twenty_clients_of_mixed_sizes_each_get_their_own_picture(
         ({"height": 50}, "multiples of 16"),
         ({"priority": "urgent"}, "'high', 'normal', 'low'"),
         ({"num_inference_steps": 0}, "num_inference_steps"),
-        ({"image_bytes": "bm8gcGljdHVyZQ=="}, "`image_bytes`: This is not a picture"),
-        ({"mask_image_bytes": "x"}, "`mask_image_bytes`: This is not a picture"),
+        ({"image_bytes": "bm8gcGljdHVyZQ=="}, "`image_bytes` is not a picture"),
+        ({"mask_image_bytes": "x"}, "`mask_image_bytes` is not a picture"),
         ({"response_format": "url"}, "tensor or b64_json"),
         ({"prompt": []}, "prompt"),
         ({"n": 5000}, "1000"),
@@ -431,3 +432,30 @@ def test_bls_draws_the_same_with_a_model_for_each_component(
     with serve(root, tmp_path / "server.log") as server:
         found = run(server, lambda backend: backend("a ring", **arguments))
         assert pixels(found.images) == pixels(pipe("a ring", **arguments).images)
+
+
+def test_the_images_api_is_a_gateway_before_the_server(
+    server: TritonServer, pipe: FluxPipeline, tmp_path: Path
+) -> None:
+    """`fluxdeploy serve --triton`: the same pictures and refusals."""
+    command = [sys.executable, "-m", "fluxdeploy", "serve", "--port", "0", "--triton", server.grpc]
+    log = tmp_path / "gateway.log"
+    with open(log, "wb") as errors, subprocess.Popen(command, stderr=errors) as gateway:
+        try:
+            end = time.monotonic() + 60
+            while "Serving at " not in log.read_text():
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            url = log.read_text().split("Serving at ")[1].split()[0]
+            body = {"prompt": "a red ring", "seed": 3, "size": "64x48", "num_inference_steps": 2}
+            status, answer, _ = ask(url, body)
+            assert status == 200
+            expected = pipe("a red ring", seed=3, **SMALL).images
+            found = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+            np.testing.assert_array_equal(np.asarray(found), np.asarray(expected[0]))
+            status, answer, _ = ask(url, {"prompt": "a", "max_sequence_length": 10**6})
+            assert status == 400
+            assert "max_sequence_length" in answer["error"]["message"]
+        finally:
+            gateway.terminate()
+        assert gateway.wait(60) == 0
