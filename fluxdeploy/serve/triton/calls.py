@@ -109,9 +109,12 @@ class Calls:
                 live, self._news = list(self._live), False
                 if self._closed and not live:
                     return
-            for call in live:
-                call.look()
-            self._metrics.tell(self._pipeline.stats)
+            try:
+                for call in live:
+                    call.look()
+                self._metrics.tell(self._pipeline.stats)
+            except Exception:  # noqa: BLE001 - without it no request could be cancelled any more
+                self._pb.Logger.log_error(traceback.format_exc())
             time.sleep(_INTERVAL)
 
 
