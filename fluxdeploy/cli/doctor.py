@@ -28,7 +28,11 @@ __all__ = ["BASE", "command", "packages_by_extra"]
 
 BASE = "base"
 
-_COMMANDS = {BASE: "generate, inspect, doctor", "export": "build, export, verify"}
+_COMMANDS = {
+    BASE: "generate, triton, inspect, doctor",
+    "export": "build, export, verify",
+    "serve": "serve",
+}
 """What the packages that every runtime needs are for; the others are the runtimes' own."""
 
 _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)[^;]*(?:;.*\bextra == .(?P<extra>[\w-]+))?")

@@ -17,6 +17,7 @@ from tests.docs.pages import ROOT
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
+from fluxdeploy.cli import main  # noqa: E402
 from fluxdeploy.cli.serve import command  # noqa: E402
 from fluxdeploy.serve.images_api.bodies import REFUSED, EditBody, GenerationBody  # noqa: E402
 
@@ -54,7 +55,9 @@ def test_the_table_has_every_field_of_openais_client_and_of_the_server() -> None
 
 def options_of(arguments: list[str]) -> None:
     """Parse arguments of `fluxdeploy serve`; click raises where they are none."""
-    command.make_context("serve", list(arguments))
+    # A command keeps the help option that its first context gives it.
+    group = click.Context(main, info_name="fluxdeploy", **main.context_settings)
+    command.make_context("serve", list(arguments), parent=group)
 
 
 def test_the_unit_starts_the_server() -> None:
