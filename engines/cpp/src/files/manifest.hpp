@@ -150,6 +150,10 @@ Manifest parse_manifest(const std::string& text, const std::string& source);
 // `parse_manifest` does. No other file is looked at: see `open_bundle`.
 Manifest read_manifest(const std::filesystem::path& bundle);
 
+// The text of that manifest, as `parse_manifest` takes it. Raises `Error` (bundle) where there is
+// none.
+std::string read_manifest_text(const std::filesystem::path& bundle);
+
 // The first component that a picture takes and the bundle has not, if any.
 std::optional<std::string> missing_component(const Manifest& manifest);
 
