@@ -115,7 +115,7 @@ private:
 };
 
 void append_escaped(std::string& result, char32_t unit) {
-    char escaped[7];
+    char escaped[12];
     std::snprintf(escaped, sizeof escaped, "\\u%04x", static_cast<unsigned>(unit));
     result += escaped;
 }
