@@ -1,4 +1,4 @@
-// Written by make_unicode_tables.py from tokenizers 0.23.3.
+// Written by tests/engines/cpp/make_unicode_tables.py from tokenizers 0.23.3.
 #include "text/unicode_tables.hpp"
 
 namespace fluxdeploy::unicode {

@@ -4,7 +4,7 @@ Its parts have Unicode of different years: Oniguruma's letters, Rust's lower cas
 compositions. A library of the system would differ from each. So the package itself is asked, for
 every character; only the names of grapheme classes come from the `regex` package, and those are
 held against what the package does. Run it again where the tests say that a newer `tokenizers` gives
-other ids: `python make_unicode_tables.py > unicode_tables.cpp`.
+other ids: `python make_unicode_tables.py` prints engines/cpp/src/text/unicode_tables.cpp.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MARK, ZWJ, LETTER = "\u0301", "\u200d", "a"
 
 
 def main() -> None:
-    print(f"// Written by make_unicode_tables.py from tokenizers {tokenizers.__version__}.")
+    print(f"// Written by tests/engines/cpp/make_unicode_tables.py from tokenizers {tokenizers.__version__}.")
     print('#include "text/unicode_tables.hpp"\n\nnamespace fluxdeploy::unicode {\n')
     table("CharRange", "kLetters", ranges(remaining(r"[^\p{L}]")))
     table("CharRange", "kNumbers", ranges(remaining(r"[^\p{N}]")))
