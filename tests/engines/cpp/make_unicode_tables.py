@@ -4,7 +4,7 @@ Its parts have Unicode of different years: Oniguruma's letters, Rust's lower cas
 compositions. A library of the system would differ from each. So the package itself is asked, for
 every character; only the names of grapheme classes come from the `regex` package, and those are
 held against what the package does. Run it again where the tests say that a newer `tokenizers` gives
-other ids: `python make_unicode_tables.py > unicode_tables.cpp`.
+other ids: `python make_unicode_tables.py` prints engines/cpp/src/text/unicode_tables.cpp.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MARK, ZWJ, LETTER = "\u0301", "\u200d", "a"
 
 
 def main() -> None:
-    print(f"// Written by make_unicode_tables.py from tokenizers {tokenizers.__version__}.")
+    print(f"// Written by tests/engines/cpp/make_unicode_tables.py from tokenizers {tokenizers.__version__}.")
     print('#include "text/unicode_tables.hpp"\n\nnamespace fluxdeploy::unicode {\n')
     table("CharRange", "kLetters", ranges(remaining(r"[^\p{L}]")))
     table("CharRange", "kNumbers", ranges(remaining(r"[^\p{N}]")))
@@ -87,19 +87,20 @@ def lowercase_runs() -> Iterator[tuple[int, int, int, int]]:
     pairs = [(code, text) for code, text in changed.items() if text != chr(code)]
     run: tuple[int, int, int, int] | None = None
     for code, text in pairs:
-        target = ord(text[0])
-        if len(text) > 1:
-            assert text[1:] == "\u0307"
-            yield code, code, 0, target
-            continue
-        if run is not None:
-            first, last, step, start = run
-            gap = code - last
-            if target - start == code - first and gap in ((1, 2) if step == 0 else (step,)):
+        target, gap = ord(text[0]), 0 if run is None else code - run[1]
+        if run is not None and len(text) == 1 and gap in (1, 2) and run[2] in (0, gap):
+            first, _, _, start = run
+            if target - start == code - first:
                 run = (first, code, gap, start)
                 continue
-            yield first, last, step or 1, start
-        run = (code, code, 0, target)
+        if run is not None:
+            yield run[0], run[1], run[2] or 1, run[3]
+        if len(text) == 1:
+            run = (code, code, 0, target)
+        else:
+            assert text[1:] == "\u0307"
+            yield code, code, 0, target
+            run = None
     if run is not None:
         yield run[0], run[1], run[2] or 1, run[3]
 
