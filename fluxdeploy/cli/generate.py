@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -27,6 +28,20 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from fluxdeploy.host.pipeline import FluxPipeline
+
+
+class _Margins(click.ParamType):  # type: ignore[type-arg]
+    """Pixels on four sides: left, top, right, bottom."""
+
+    name = "margins"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if re.fullmatch(r"\d{1,5}(\s*,\s*\d{1,5}){3}", value.strip()) is None:
+            self.fail(
+                f"{value!r} is not LEFT,TOP,RIGHT,BOTTOM in pixels, such as 64,0,64,0.", param, ctx
+            )
+        return tuple(int(number) for number in value.split(","))
+
 
 _KINDS = (CutPromptWarning, UnusedArgumentWarning)
 
@@ -67,6 +82,26 @@ _KINDS = (CutPromptWarning, UnusedArgumentWarning)
     "[default: the bundle's]",
 )
 @click.option(
+    "--mask",
+    type=PathType(),
+    help="What of --image to redraw, where it is white; where a mask has transparency, what is "
+    "transparent instead.",
+)
+@click.option(
+    "--mask-crop",
+    type=click.IntRange(min=0),
+    metavar="PIXELS",
+    help="Draw only the part of --image around --mask, with so many pixels more on each side, and "
+    "lay it over --image.",
+)
+@click.option(
+    "--outpaint",
+    type=_Margins(),
+    metavar="LEFT,TOP,RIGHT,BOTTOM",
+    help="Draw so many pixels more on the sides of --image. Width and height are then those of the "
+    "whole, in multiples of 16.",
+)
+@click.option(
     "--max-sequence-length",
     type=int,
     help="T5 tokens that the prompt is padded or cut to.  [default: the bundle's]",
@@ -104,6 +139,9 @@ def command(
     num_images: int,
     image: Path | None,
     strength: float | None,
+    mask: Path | None,
+    mask_crop: int | None,
+    outpaint: tuple[int, ...] | None,
     max_sequence_length: int | None,
     runtime: str,
     device: int,
@@ -127,6 +165,8 @@ def command(
       fluxdeploy generate "a fox" --seed 7 --num-images 4 --out fox.png --json
       fluxdeploy generate "a green star" "a pink heart" --sheet sheet.png
       fluxdeploy generate "a fox, oil on canvas" --image fox.png --strength 0.7
+      fluxdeploy generate "a blue heart" --image ring.png --mask hole.png --strength 0.9
+      fluxdeploy generate "a red ring" --image ring.png --outpaint 64,0,64,0 --strength 1
     """
     from fluxdeploy.host.pictures import PictureMetadata, picture_paths, save_picture, write_png
     from fluxdeploy.host.sheet import contact_sheet
@@ -137,9 +177,17 @@ def command(
     if sheet is not None:
         _check_sheet(sheet, paths)
 
-    from fluxdeploy.host.input_images import open_image
+    from fluxdeploy.host.input_images import open_image, open_mask
+    from fluxdeploy.host.outpainting import outpaint_canvas
 
     given, image_sha256 = (None, None) if image is None else open_image(image)
+    marked, mask_sha256 = (None, None) if mask is None else open_mask(mask)
+    if outpaint is not None:
+        if given is None or marked is not None:
+            raise UsageError("--outpaint needs --image, and makes the mask: leave out --mask.")
+        given, marked = outpaint_canvas(given, *outpaint)
+        width = given.width if width is None else width
+        height = given.height if height is None else height
 
     from engines.base import EngineOptions
     from fluxdeploy.host.pipeline import FluxPipeline
@@ -180,7 +228,9 @@ def command(
                 num_images_per_prompt=num_images,
                 seed=seed,
                 image=given,
+                mask_image=marked,
                 strength=strength,
+                padding_mask_crop=mask_crop,
                 max_sequence_length=max_sequence_length,
                 callback_on_step_end=on_step_end,
             )
@@ -200,10 +250,13 @@ def command(
             num_inference_steps=steps,
             guidance_scale=defaults.guidance_scale if guidance is None else guidance,
             max_sequence_length=max_sequence_length,
-            height=picture.height,
-            width=picture.width,
+            height=defaults.height if height is None else height,
+            width=defaults.width if width is None else width,
             strength=None if given is None else share,
             image_sha256=image_sha256,
+            mask_sha256=mask_sha256,
+            padding_mask_crop=None if marked is None else mask_crop,
+            outpaint=None if outpaint is None else ",".join(map(str, outpaint)),
             bundle_hash=bundle_hash,
             fluxdeploy_version=__version__,
         )

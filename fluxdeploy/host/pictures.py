@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -36,9 +37,11 @@ _MAX_DIGITS = 32
 class PictureMetadata:
     """How a picture was made: enough to make it again with the same bundle.
 
-    `index` tells the pictures of one call apart: they share a seed. `strength` and the SHA-256 of
-    the image's file are those of image to image, else None. Each field is a text chunk of the PNG
-    under its own name; a field that is None has no chunk.
+    `index` tells the pictures of one call apart: they share a seed. `height` and `width` are what
+    was asked for; with `padding_mask_crop` the picture has the image's own size. `strength`, the
+    SHA-256 of the files and what follows them are those of tasks that take them, else None;
+    `outpaint` has the pixels that were added on the left, top, right and bottom. Each field is a
+    text chunk of the PNG under its own name; a field that is None has no chunk.
     """
 
     prompt: str
@@ -53,12 +56,15 @@ class PictureMetadata:
     width: int
     strength: float | None
     image_sha256: str | None
+    mask_sha256: str | None
+    padding_mask_crop: int | None
+    outpaint: str | None
     bundle_hash: str
     fluxdeploy_version: str
 
 
-def to_pil(pictures: NDArray[np.float32]) -> list[Image]:
-    """8-bit pictures of float32 [B, H, W, 3] in 0..1: 255x, rounded half to even."""
+def to_pil(pictures: Iterable[NDArray[np.float32]]) -> list[Image]:
+    """8-bit pictures of float32 [H, W, 3] in 0..1: 255x, rounded half to even."""
     from PIL import Image
 
     return [Image.fromarray(np.rint(picture * 255).astype(np.uint8)) for picture in pictures]
@@ -146,6 +152,11 @@ def read_metadata(path: Path) -> PictureMetadata:
             width=_number(int, text["width"]),
             strength=_number(float, text["strength"]) if "strength" in text else None,
             image_sha256=text.get("image_sha256"),
+            mask_sha256=text.get("mask_sha256"),
+            padding_mask_crop=(
+                _number(int, text["padding_mask_crop"]) if "padding_mask_crop" in text else None
+            ),
+            outpaint=text.get("outpaint"),
             bundle_hash=text["bundle_hash"],
             fluxdeploy_version=text["fluxdeploy_version"],
         )

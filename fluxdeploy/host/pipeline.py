@@ -31,6 +31,7 @@ from fluxdeploy.host.pictures import to_pil
 from fluxdeploy.host.prompts import PromptEncoder
 from fluxdeploy.host.request import GenerationRequest, check_request, idle_arguments
 from fluxdeploy.host.tasks.image_to_image import ImageToImage
+from fluxdeploy.host.tasks.inpainting import Inpainting
 from fluxdeploy.host.tasks.task import Task, choose_task
 from fluxdeploy.host.tasks.text_to_image import TextToImage
 from fluxdeploy.text import Tokenizers, load_tokenizers
@@ -49,7 +50,7 @@ PipelineCallback = Callable[
 float32 [B, L, C], packed: copy it to keep it. A returned `{"latents": x}` replaces it.
 """
 
-TASKS: tuple[type[Task], ...] = (TextToImage, ImageToImage)
+TASKS: tuple[type[Task], ...] = (TextToImage, ImageToImage, Inpainting)
 """The tasks that a call's arguments can ask for."""
 
 _KEPT_TEXT = 128 << 20
@@ -157,6 +158,7 @@ class FluxPipeline:
         image: object | None = None,
         mask_image: object | None = None,
         strength: float | None = None,
+        padding_mask_crop: int | None = None,
         max_sequence_length: int | None = None,
         callback_on_step_end: PipelineCallback | None = None,
         cancel: CancelToken | None = None,
@@ -179,7 +181,13 @@ class FluxPipeline:
             [H, W, 3] or [B, H, W, 3] of uint8 or of floats in 0..1, or a list of these.
         strength: how much of the image becomes noise, 0 to 1: that share of the steps is made. The
             bundle's default where None.
-        mask_image: inpainting, which this version refuses.
+        mask_image: what of the image to redraw, where it is white; the rest stays as it was. A mask
+            that is not wholly opaque is read as OpenAI's: what is transparent is redrawn. A PIL
+            image, an array [H, W] or [B, H, W] of bool, uint8 or of floats in 0..1, or a list of
+            these; resized like the image.
+        padding_mask_crop: draw only the part of the image around the mask, with so many pixels more
+            on each side, in height x width, and lay it over the image, whose size the pictures have
+            then. Image and mask are one PIL image each, of one size.
         max_sequence_length: the number of T5 tokens that a prompt is padded or cut to.
         callback_on_step_end: see `PipelineCallback`.
         cancel: ends this call wherever it is, even while it waits for its turn.
@@ -205,7 +213,12 @@ class FluxPipeline:
                 "latents": latents,
                 "max_sequence_length": max_sequence_length,
             },
-            {"image": image, "mask_image": mask_image, "strength": strength},
+            {
+                "image": image,
+                "mask_image": mask_image,
+                "strength": strength,
+                "padding_mask_crop": padding_mask_crop,
+            },
             callback_on_step_end,
             cancel,
             output_type,
@@ -271,8 +284,9 @@ class FluxPipeline:
             except BaseException:
                 self._components.release_all()
                 raise
+        finished = map(task.finish, pictures)
         return FluxPipelineOutput(
-            pictures if output_type == "np" else to_pil(pictures), request.seed
+            np.stack(list(finished)) if output_type == "np" else to_pil(finished), request.seed
         )
 
     def _tell(self, notices: Sequence[str]) -> None:

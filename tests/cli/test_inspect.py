@@ -37,6 +37,9 @@ def picture(tmp_path: Path) -> tuple[Path, PictureMetadata]:
         width=32,
         strength=0.7,
         image_sha256="cd" * 32,
+        mask_sha256="ef" * 32,
+        padding_mask_crop=32,
+        outpaint=None,
         bundle_hash="ab" * 32,
         fluxdeploy_version="0.1.0",
     )

@@ -125,6 +125,7 @@ class Call:
     true_cfg_scale: float = 1.0
     count: int = 1
     images: int = 0
+    masks: int = 0
     strength: float = 0.6
     text: int = 20
 
@@ -133,6 +134,13 @@ def drawing(seed: int, height: int, width: int) -> Image.Image:
     """A smooth picture with colours, of a size that no call has."""
     small = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width + 9, height + 30), Image.Resampling.BICUBIC)
+
+
+def mask(seed: int, height: int, width: int) -> Image.Image:
+    """A mask with soft edges, of a size that no call has; every second one is transparent."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 6), dtype=np.uint8)
+    grey = Image.fromarray(small).resize((width + 40, height + 3), Image.Resampling.BICUBIC)
+    return Image.merge("LA", (grey, grey)) if seed % 2 else grey
 
 
 ONE = "a red circle above a blue square"
@@ -149,6 +157,8 @@ CALLS = {
     "image to image, all steps": Call((ONE,), 48, 48, 3, images=1, strength=1.0),
     "image to image, guided": Call(TWO, 48, 64, 7, TWO[::-1], 2.0, 2, images=1, strength=0.35),
     "images in turn": Call(TWO, 32, 64, 3, count=2, images=2, strength=0.5),
+    "inpainting": Call((ONE,), 64, 96, 5, images=1, masks=1, strength=0.8),
+    "inpainting, guided": Call(TWO, 48, 64, 3, TWO[::-1], 2.0, images=1, masks=2, strength=1.0),
 }
 
 
@@ -169,6 +179,7 @@ def test_a_picture_from_the_manifest_alone_is_the_pipeline_s(
         return tokenizers.clip(prompts), tokenizers.t5(prompts, call.text)
 
     images = [drawing(index, call.height, call.width) for index in range(call.images)]
+    masks = [mask(index, call.height, call.width) for index in range(call.masks)]
     made = host["pictures"](
         demo_bundle,
         *ids(call.prompts),
@@ -181,9 +192,12 @@ def test_a_picture_from_the_manifest_alone_is_the_pipeline_s(
         negative=None if call.negative is None else ids(call.negative),
         true_cfg_scale=call.true_cfg_scale,
         images=images,
+        masks=masks,
         strength=call.strength,
     )
     task = {"image": images, "strength": call.strength} if images else {}
+    if masks:
+        task["mask_image"] = masks
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is off
         expected = pipe(
@@ -239,7 +253,7 @@ def test_the_page_s_random_numbers_are_the_host_s(host: dict[str, Any]) -> None:
 def test_the_defaults_are_those_of_the_pipeline() -> None:
     (table,) = tables(section(PAGE, "### Arguments and their defaults"))
     parameters = inspect.signature(FluxPipeline.__call__).parameters
-    how = {"self", "mask_image", "callback_on_step_end", "cancel", "output_type"}
+    how = {"self", "callback_on_step_end", "cancel", "output_type"}
     assert {row[0] for row in table} == set(parameters) - how
     for name, said, _ in table:
         default = parameters[name].default

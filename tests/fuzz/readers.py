@@ -175,7 +175,7 @@ def picture_metadata(folder: Path) -> Reader:
     (image,) = to_pil(np.zeros((1, 16, 16, 3), np.float32))
     seeds = []
     for prompt in ("a fox", "Ω" * 400):
-        numbers = (1.0, 3, 0, 4, 3.5, 77, 16, 16, None, None)
+        numbers = (1.0, 3, 0, 4, 3.5, 77, 16, 16, *(None,) * 5)
         made = PictureMetadata(prompt, None, *numbers, "0" * 64, "1")
         save_picture(image, folder / "seed.png", made)
         seeds.append((folder / "seed.png").read_bytes())
@@ -186,12 +186,12 @@ def pictures(folder: Path) -> Reader:
     import numpy as np
     from PIL import Image
 
-    from fluxdeploy.host.input_images import open_image, to_pixels
+    from fluxdeploy.host.input_images import open_image, open_mask, to_masks, to_pixels
 
     pixels = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
     image, seeds = Image.fromarray(pixels), []
-    for kind, mode in (("PNG", "RGB"), ("PNG", "P"), ("PNG", "I;16"), ("JPEG", "RGB"),
-                       ("JPEG", "L"),
+    for kind, mode in (("PNG", "RGB"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "I;16"),
+                       ("JPEG", "RGB"), ("JPEG", "L"),
                        ("WEBP", "RGB"), ("GIF", "P"), ("TIFF", "RGB"), ("TIFF", "CMYK"),
                        ("BMP", "RGB"), ("PPM", "RGB"), ("PPM", "1")):  # fmt: skip
         stream, converted = io.BytesIO(), image.convert("L" if mode == "I;16" else mode)
@@ -206,6 +206,8 @@ def pictures(folder: Path) -> Reader:
     def read(path: Path) -> None:
         opened, _ = open_image(path)
         to_pixels(opened, 16, 16)
+        mask, _ = open_mask(path)
+        to_masks(mask, 16, 16)
 
     return _of_file(folder / "x.png", seeds, read)
 

@@ -133,7 +133,8 @@ VALUES: dict[str, Any] = {
 PARAMETERS = [
     *("prompt", "negative_prompt", "true_cfg_scale", "height", "width", "num_inference_steps"),
     *("guidance_scale", "num_images_per_prompt", "seed", "latents", "image", "mask_image"),
-    *("strength", "max_sequence_length", "callback_on_step_end", "cancel", "output_type"),
+    *("strength", "padding_mask_crop", "max_sequence_length", "callback_on_step_end", "cancel"),
+    "output_type",
 ]
 
 

@@ -31,6 +31,9 @@ METADATA = PictureMetadata(
     width=32,
     strength=None,
     image_sha256=None,
+    mask_sha256=None,
+    padding_mask_crop=None,
+    outpaint=None,
     bundle_hash="ab" * 32,
     fluxdeploy_version="0.1.0",
 )

@@ -355,9 +355,7 @@ def test_the_arguments_that_are_given_choose_the_task() -> None:
 
 
 def test_an_option_of_another_task_is_told() -> None:
-    assert choose(strength=0.5)[1] == (
-        "`strength` does nothing without `image` or `image` and `mask`.",
-    )
+    assert choose(strength=0.5)[1] == ("`strength` does nothing without `image`.",)
     assert choose(image=1, blur=2)[1] == ("`blur` does nothing without `image` and `mask`.",)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxdeploy.arguments import check_number
-from fluxdeploy.bundle.manifest import Manifest
+from fluxdeploy.bundle.manifest import LatentSpec, Manifest
 from fluxdeploy.errors import EngineError, UsageError
 from fluxdeploy.host.components import Run
 from fluxdeploy.host.input_images import to_pixels
@@ -24,7 +24,7 @@ from fluxdeploy.sampling.latents import latent_shape, pack, sample_posterior, sc
 from fluxdeploy.sampling.noise import TorchGenerator
 from fluxdeploy.sampling.noising import first_step, scale_noise
 
-__all__ = ["ImageToImage"]
+__all__ = ["ImageToImage", "known_latents", "read_images"]
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,7 @@ class ImageToImage(Task):
         cls, request: GenerationRequest, manifest: Manifest, arguments: Mapping[str, Any]
     ) -> ImageToImage:
         """The task of a request with `image` and `strength`."""
-        given = arguments["strength"]
-        strength = manifest.defaults.strength if given is None else given
-        strength = check_number("strength", strength, 0, 1)
-        images = to_pixels(arguments["image"], request.height, request.width)
-        if request.batch % len(images) != 0:
-            raise UsageError(
-                f"There are {len(images)} images for {request.batch} pictures. Give one for all, "
-                "or as many as divide that number."
-            )
-        task = cls(request, manifest, images, strength)
-        if task.steps < 1:
-            raise UsageError(
-                f"At strength {strength:g} none of {request.num_inference_steps} steps is left. "
-                "Raise `strength` or `num_inference_steps`."
-            )
-        return task
+        return cls(request, manifest, *read_images(request, manifest, arguments))
 
     @property
     def steps(self) -> int:
@@ -96,16 +81,55 @@ class ImageToImage(Task):
             return Start(request.latents.copy(), sigmas)
         assert request.seed is not None  # without latents there is one
         generator = TorchGenerator(request.seed)
-        height, width = request.height, request.width
-        epsilon = generator.normal(latent_shape(len(self.images), height, width, spec))
-        encoded = [run("vae_encoder", {"images": image[None]}) for image in self.images]
-        mean, logvar = (np.concatenate([each[n] for each in encoded]) for n in ("mean", "logvar"))
-        if not mean.shape == logvar.shape == epsilon.shape:
-            raise EngineError(
-                f"The vae_encoder gave {list(mean.shape)} and {list(logvar.shape)} where latents "
-                f"are {list(epsilon.shape)}. Build the bundle again with `fluxdeploy build`."
-            )
-        known = scale(sample_posterior(mean, logvar, epsilon), spec)
-        known = np.concatenate([known] * (request.batch // len(known)))
-        noise = generator.normal(latent_shape(request.batch, height, width, spec))
+        known = known_latents(self.images, request, spec, generator, run)
+        noise = generator.normal(latent_shape(request.batch, request.height, request.width, spec))
         return Start(pack(scale_noise(known, noise, sigmas[0]), spec), sigmas)
+
+
+def read_images(
+    request: GenerationRequest, manifest: Manifest, arguments: Mapping[str, Any]
+) -> tuple[NDArray[np.float32], float]:
+    """`image` as the VAE encoder takes it, and `strength`, of a task's arguments.
+
+    Raises `UsageError` for a value that cannot be.
+    """
+    given = arguments["strength"]
+    strength = manifest.defaults.strength if given is None else given
+    strength = check_number("strength", strength, 0, 1)
+    images = to_pixels(arguments["image"], request.height, request.width)
+    if request.batch % len(images) != 0:
+        raise UsageError(
+            f"There are {len(images)} images for {request.batch} pictures. Give one for all, "
+            "or as many as divide that number."
+        )
+    steps = request.num_inference_steps
+    if first_step(steps, strength) == steps:
+        raise UsageError(
+            f"At strength {strength:g} none of {steps} steps is left. "
+            "Raise `strength` or `num_inference_steps`."
+        )
+    return images, strength
+
+
+def known_latents(
+    images: NDArray[np.float32],
+    request: GenerationRequest,
+    spec: LatentSpec,
+    generator: TorchGenerator,
+    run: Run,
+) -> NDArray[np.float32]:
+    """The latents of the pictures of a call, float32 [B, C, h, w], at the transformer's scale.
+
+    images: float32 [Bi, 3, H, W]. The generator draws the noise of their posterior. Raises
+    `EngineError` where the encoder gives other shapes.
+    """
+    epsilon = generator.normal(latent_shape(len(images), request.height, request.width, spec))
+    encoded = [run("vae_encoder", {"images": image[None]}) for image in images]
+    mean, logvar = (np.concatenate([each[n] for each in encoded]) for n in ("mean", "logvar"))
+    if not mean.shape == logvar.shape == epsilon.shape:
+        raise EngineError(
+            f"The vae_encoder gave {list(mean.shape)} and {list(logvar.shape)} where latents "
+            f"are {list(epsilon.shape)}. Build the bundle again with `fluxdeploy build`."
+        )
+    known = scale(sample_posterior(mean, logvar, epsilon), spec)
+    return np.concatenate([known] * (request.batch // len(known)))

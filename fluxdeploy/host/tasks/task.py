@@ -89,6 +89,10 @@ class Task(ABC):
     def prepare(self, sigmas: NDArray[np.float32], run: Run) -> Start:
         """What the loop begins with; `sigmas` is the whole schedule, float32 [N + 1]."""
 
+    def finish(self, picture: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the caller gets of a decoded picture; both are float32 [H, W, 3] in 0..1."""
+        return picture
+
 
 def choose_task(
     tasks: Sequence[type[Task]], arguments: Mapping[str, object]
@@ -108,7 +112,13 @@ def choose_task(
         takers = [other for other in tasks if name in other.options]
         if not takers:
             raise UsageError(_refusal(tasks, task, name))
-        needed = " or ".join(f"`{'` and `'.join(other.chosen_by)}`" for other in takers)
+        # Where `image` will do, `image` and `mask_image` need not be said.
+        least = [set(other.chosen_by) for other in takers]
+        needed = " or ".join(
+            f"`{'` and `'.join(other.chosen_by)}`"
+            for other in takers
+            if not any(fewer < set(other.chosen_by) for fewer in least)
+        )
         notices.append(f"`{name}` does nothing without {needed}.")
     return task, tuple(notices)
 
