@@ -112,6 +112,22 @@ void check(const fluxdeploy::Pipeline& pipeline) {
     });
 }
 
+using Picture = fluxdeploy::detail::Handle<fluxdeploy_picture, fluxdeploy_picture_free>;
+
+Picture read_picture(const std::string& path) {
+    fluxdeploy_picture* read = nullptr;
+    fluxdeploy::detail::checked([&](fluxdeploy_error** error) {
+        return fluxdeploy_picture_read(path.c_str(), &read, error);
+    });
+    return Picture(read);
+}
+
+fluxdeploy::Image copied(const fluxdeploy_picture& picture, const std::uint8_t* rgb) {
+    const std::int64_t width = fluxdeploy_picture_width(&picture);
+    const std::int64_t height = fluxdeploy_picture_height(&picture);
+    return {width, height, {rgb, rgb + width * height * 3}};
+}
+
 void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
     const auto began = std::chrono::steady_clock::now();
     const std::size_t count =
@@ -119,18 +135,16 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
     const std::vector<std::string> paths = picture_paths(line.out, count);
 
     fluxdeploy::Request request;
-    std::string image_sha256;
+    std::string image_sha256, mask_sha256;
     if (line.image) {
-        fluxdeploy_picture* read = nullptr;
-        fluxdeploy::detail::checked([&](fluxdeploy_error** error) {
-            return fluxdeploy_picture_read(line.image->c_str(), &read, error);
-        });
-        image_sha256 = fluxdeploy_picture_sha256(read);
-        const std::int64_t width = fluxdeploy_picture_width(read);
-        const std::int64_t height = fluxdeploy_picture_height(read);
-        const std::uint8_t* rgb = fluxdeploy_picture_rgb(read);
-        request.images.push_back({width, height, {rgb, rgb + width * height * 3}});
-        fluxdeploy_picture_free(read);
+        const Picture image = read_picture(*line.image);
+        request.images.push_back(copied(*image, fluxdeploy_picture_rgb(image.get())));
+        image_sha256 = fluxdeploy_picture_sha256(image.get());
+    }
+    if (line.mask) {
+        const Picture mask = read_picture(*line.mask);
+        request.mask_images.push_back(copied(*mask, fluxdeploy_picture_mask(mask.get())));
+        mask_sha256 = fluxdeploy_picture_sha256(mask.get());
     }
     if (line.negative_prompt) request.negative_prompts = {*line.negative_prompt};
     request.true_cfg_scale = line.true_cfg_scale;
@@ -195,6 +209,7 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
         if (line.image) {
             text.add("strength", in_digits(line.strength.value_or(by_default("strength"))));
             text.add("image_sha256", image_sha256);
+            if (line.mask) text.add("mask_sha256", mask_sha256);
         }
         text.add("bundle_hash", pipeline.bundle_hash());
         text.add("fluxdeploy_version", fluxdeploy_version());

@@ -58,6 +58,8 @@ const std::vector<Option>& options() {
          [](auto& line, const auto& text) { line.num_images = integer("--num-images", text); }},
         {"--image", "PATH", "A PNG to start from, resized to width x height.",
          [](auto& line, const auto& text) { line.image = text; }},
+        {"--mask", "PATH", "A PNG: what of --image to redraw, where it is white or transparent.",
+         [](auto& line, const auto& text) { line.mask = text; }},
         {"--strength", "FLOAT", "How much of --image becomes noise, 0 to 1.",
          [](auto& line, const auto& text) { line.strength = decimal("--strength", text); }},
         {"--max-sequence-length", "INTEGER", "T5 tokens that the prompt is padded or cut to.",

@@ -24,6 +24,7 @@ struct CommandLine {
     std::optional<std::uint64_t> seed;
     std::int64_t num_images = 1;
     std::optional<std::string> image;
+    std::optional<std::string> mask;
     std::optional<double> strength;
     std::optional<std::int64_t> max_sequence_length;
     std::string runtime = "auto";

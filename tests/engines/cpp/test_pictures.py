@@ -33,6 +33,7 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("schnell", {"prompt": PROMPTS[1], "seed": 7, "height": 96, "width": 32}),
     ("schnell", {"prompt": [PROMPTS[0]] * 2, "seed": 8, "num_images_per_prompt": 2}),
     ("schnell", {"prompt": PROMPTS[0], "image": 1, "num_inference_steps": 3, "seed": 9}),
+    ("dev", {"prompt": PROMPTS[0], "image": 1, "mask_image": 1, "num_inference_steps": 3}),
     ("constant", {"prompt": PROMPTS[1], "seed": 10, "guidance_scale": 7.5}),
     (
         "constant",
@@ -43,6 +44,18 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
             "image": 2,
             "strength": 0.7,
             "seed": 11,
+        },
+    ),
+    (
+        "constant",
+        {
+            "prompt": list(PROMPTS[:2]),
+            "num_images_per_prompt": 2,
+            "negative_prompt": "x",
+            "true_cfg_scale": 3.0,
+            "image": 2,
+            "mask_image": 4,
+            "strength": 1.0,
         },
     ),
     ("constant", {"prompt": PROMPTS[0] * 40, "seed": 12, "max_sequence_length": 24}),
@@ -74,9 +87,14 @@ def test_a_picture_is_pythons(
     python, cpp = pair(name)
     call = {"height": 32, "width": 48, "num_inference_steps": 2, "seed": 1, **call}
     images = [picture(seed, 50 + 20 * seed, 64) for seed in range(call.pop("image", 0))]
-    given = {"image": [Image.fromarray(each) for each in images]} if images else {}
+    masks = [picture(9 + seed, 40, 30 + 9 * seed) for seed in range(call.pop("mask_image", 0))]
+    given = {
+        name: [Image.fromarray(each) for each in pictures]
+        for name, pictures in (("image", images), ("mask_image", masks))
+        if pictures
+    }
     wanted = python(**call, **given).images
-    found, _, seed = cpp(**call, image=images)
+    found, _, seed = cpp(**call, image=images, mask_image=masks)
     assert seed == call["seed"]
     difference = found.astype(int) - np.stack([np.asarray(each) for each in wanted])
     assert np.abs(difference).max() <= 1

@@ -184,6 +184,11 @@ FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_latents(fluxdeploy_request
 FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_add_image(fluxdeploy_request* request,
                                                             const uint8_t* rgb, int64_t width,
                                                             int64_t height);
+/* One more mask, of RGB as the image: inpainting. Where it is white, at least 128 of 255 in grey, the
+ * image is drawn again; the rest stays as it was. Resized as the image is. */
+FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_add_mask_image(fluxdeploy_request* request,
+                                                                 const uint8_t* rgb, int64_t width,
+                                                                 int64_t height);
 /* How much of the image becomes noise, 0 to 1: that share of the steps is made. */
 FLUXDEPLOY_API void fluxdeploy_request_set_strength(fluxdeploy_request* request, double strength);
 
@@ -253,6 +258,9 @@ FLUXDEPLOY_API void fluxdeploy_picture_free(fluxdeploy_picture* picture);
 FLUXDEPLOY_API int64_t fluxdeploy_picture_width(const fluxdeploy_picture* picture);
 FLUXDEPLOY_API int64_t fluxdeploy_picture_height(const fluxdeploy_picture* picture);
 FLUXDEPLOY_API const uint8_t* fluxdeploy_picture_rgb(const fluxdeploy_picture* picture);
+/* The file as a mask: where it is not wholly opaque, white for what is transparent, as OpenAI's
+ * images API has it; else its pixels. */
+FLUXDEPLOY_API const uint8_t* fluxdeploy_picture_mask(const fluxdeploy_picture* picture);
 /* SHA-256 of the file, as 64 hex digits. */
 FLUXDEPLOY_API const char* fluxdeploy_picture_sha256(const fluxdeploy_picture* picture);
 
@@ -377,6 +385,7 @@ struct Request {
     std::optional<std::uint64_t> seed;
     std::vector<float> latents;
     std::vector<Image> images;
+    std::vector<Image> mask_images;
     std::optional<double> strength;
     // Returns whether to go on. What it throws ends the call, and leaves `generate`.
     std::function<bool(const fluxdeploy_step&)> on_step_end;
@@ -511,6 +520,18 @@ private:
         }
     }
 
+    template <class Adder>
+    static void add(fluxdeploy_request* given, const Image& image, Adder adder) {
+        const bool whole = image.width > 0 && image.height > 0 && image.pixels.size() % 3 == 0 &&
+                           image.pixels.size() / 3 / static_cast<std::size_t>(image.width) ==
+                               static_cast<std::size_t>(image.height);
+        if (!whole) {
+            throw Error(FLUXDEPLOY_USAGE,
+                        "An image's pixels are not width * height * 3 bytes. Give RGB in 8 bits.");
+        }
+        detail::require(adder(given, image.pixels.data(), image.width, image.height));
+    }
+
     static void fill(fluxdeploy_request* given, const Request& request, Calling* calling) {
         using detail::require;
         for (const auto& text : request.prompts) {
@@ -544,15 +565,10 @@ private:
                                                    request.latents.size()));
         }
         for (const auto& image : request.images) {
-            const bool whole = image.width > 0 && image.height > 0 &&
-                               image.pixels.size() / 3 / static_cast<std::size_t>(image.width) ==
-                                   static_cast<std::size_t>(image.height);
-            if (!whole) {
-                throw Error(FLUXDEPLOY_USAGE,
-                            "`images` holds pixels that are not width * height * 3 bytes.");
-            }
-            require(fluxdeploy_request_add_image(given, image.pixels.data(), image.width,
-                                                 image.height));
+            add(given, image, fluxdeploy_request_add_image);
+        }
+        for (const auto& mask : request.mask_images) {
+            add(given, mask, fluxdeploy_request_add_mask_image);
         }
         if (request.on_step_end) {
             require(fluxdeploy_request_set_callback(given, &on_step_end, calling));

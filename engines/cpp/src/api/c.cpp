@@ -11,6 +11,7 @@
 #include "errors.hpp"
 #include "files/disk.hpp"
 #include "files/png.hpp"
+#include "host/input_images.hpp"
 #include "host/pipeline.hpp"
 #include "sampling/noise.hpp"
 
@@ -43,6 +44,7 @@ struct fluxdeploy_result {
 
 struct fluxdeploy_picture {
     fluxdeploy::Picture picture;
+    std::vector<std::uint8_t> mask;
     std::string sha256;
 };
 
@@ -332,6 +334,12 @@ fluxdeploy_code fluxdeploy_request_add_image(fluxdeploy_request* request, const 
         given(request, "request").arguments.images.push_back(picture_of(rgb, width, height));
     });
 }
+fluxdeploy_code fluxdeploy_request_add_mask_image(fluxdeploy_request* request, const uint8_t* rgb,
+                                                  int64_t width, int64_t height) {
+    return guarded(nullptr, [&] {
+        given(request, "request").arguments.mask_images.push_back(picture_of(rgb, width, height));
+    });
+}
 void fluxdeploy_request_set_strength(fluxdeploy_request* request, double strength) {
     request->arguments.strength = strength;
 }
@@ -406,6 +414,7 @@ fluxdeploy_code fluxdeploy_picture_read(const char* path, fluxdeploy_picture** p
         given(picture, "picture") = nullptr;
         auto read = std::make_unique<fluxdeploy_picture>();
         read->picture = fluxdeploy::read_png(&given(path, "path"));
+        read->mask = fluxdeploy::mask_of(read->picture);
         read->sha256 = fluxdeploy::sha256_file(path);
         *picture = read.release();
     });
@@ -419,6 +428,9 @@ int64_t fluxdeploy_picture_height(const fluxdeploy_picture* picture) {
 }
 const uint8_t* fluxdeploy_picture_rgb(const fluxdeploy_picture* picture) {
     return picture->picture.rgb.data();
+}
+const uint8_t* fluxdeploy_picture_mask(const fluxdeploy_picture* picture) {
+    return picture->mask.data();
 }
 const char* fluxdeploy_picture_sha256(const fluxdeploy_picture* picture) {
     return picture->sha256.c_str();

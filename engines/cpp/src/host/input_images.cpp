@@ -68,6 +68,20 @@ void weigh(const std::uint8_t* old, std::uint8_t* made, const std::vector<Taps>&
     }
 }
 
+// A picture of the caller's in another size.
+std::vector<std::uint8_t> resized_to(const Picture& image, std::int64_t height,
+                                     std::int64_t width) {
+    if (image.width < 1 || image.height < 1) {
+        throw Error(ErrorCode::usage,
+                    "A picture without pixels cannot be resized. Give another one.");
+    }
+    if (image.width > kMaxPixels / image.height) {
+        throw Error(ErrorCode::usage,
+                    "The picture has more than 8192 x 8192 pixels. Give a smaller one.");
+    }
+    return resize_lanczos(image.rgb, image.height, image.width, 3, height, width);
+}
+
 }  // namespace
 
 std::vector<std::uint8_t> resize_lanczos(const std::vector<std::uint8_t>& pixels,
@@ -93,16 +107,7 @@ Floats to_pixels(const std::vector<Picture>& images, std::int64_t height, std::i
     Floats pixels({static_cast<std::int64_t>(images.size()), 3, height, width});
     float* to = pixels.data();
     for (const Picture& image : images) {
-        if (image.width < 1 || image.height < 1) {
-            throw Error(ErrorCode::usage,
-                        "A picture without pixels cannot be resized. Give another one.");
-        }
-        if (image.width > kMaxPixels / image.height) {
-            throw Error(ErrorCode::usage,
-                        "The picture has more than 8192 x 8192 pixels. Give a smaller one.");
-        }
-        const auto resized =
-            resize_lanczos(image.rgb, image.height, image.width, 3, height, width);
+        const auto resized = resized_to(image, height, width);
         for (std::size_t c = 0; c < 3; ++c) {
             for (std::size_t at = c; at < resized.size(); at += 3) {
                 *to++ = 2.0f * (static_cast<float>(resized[at]) / 255.0f) - 1.0f;
@@ -110,6 +115,33 @@ Floats to_pixels(const std::vector<Picture>& images, std::int64_t height, std::i
         }
     }
     return pixels;
+}
+
+std::vector<bool> to_masks(const std::vector<Picture>& masks, std::int64_t height,
+                           std::int64_t width) {
+    std::vector<bool> marked;
+    for (const Picture& mask : masks) {
+        const auto resized = resized_to(mask, height, width);
+        for (std::size_t at = 0; at < resized.size(); at += 3) {
+            // ITU-R 601's luma in 16 bits after the point, rounded as Pillow does.
+            const std::uint32_t luma = 19595u * resized[at] + 38470u * resized[at + 1] +
+                                       7471u * resized[at + 2] + 0x8000u;
+            marked.push_back(luma >> 16 >= 128);
+        }
+    }
+    return marked;
+}
+
+std::vector<std::uint8_t> mask_of(const Picture& picture) {
+    const bool opaque = std::all_of(picture.alpha.begin(), picture.alpha.end(),
+                                    [](std::uint8_t alpha) { return alpha == 255; });
+    if (opaque) return picture.rgb;
+    std::vector<std::uint8_t> mask;
+    mask.reserve(picture.rgb.size());
+    for (const std::uint8_t alpha : picture.alpha) {
+        mask.insert(mask.end(), 3, static_cast<std::uint8_t>(255 - alpha));
+    }
+    return mask;
 }
 
 }  // namespace fluxdeploy

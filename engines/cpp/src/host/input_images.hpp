@@ -21,4 +21,13 @@ std::vector<std::uint8_t> resize_lanczos(const std::vector<std::uint8_t>& pixels
 // (usage) for a picture without pixels, and for one of more than 8192 x 8192.
 Floats to_pixels(const std::vector<Picture>& images, std::int64_t height, std::int64_t width);
 
+// Masks, [B * height * width], true where the picture is drawn again: white, at least 128 of 255 in
+// grey. Resized as pictures are, and raises as they do.
+std::vector<bool> to_masks(const std::vector<Picture>& masks, std::int64_t height,
+                           std::int64_t width);
+
+// What of a mask's file is to be drawn again, as RGB: where it is not wholly opaque, what is
+// transparent, as OpenAI's images API has it; else what is white.
+std::vector<std::uint8_t> mask_of(const Picture& picture);
+
 }  // namespace fluxdeploy

@@ -99,9 +99,9 @@ void FluxPipeline::load() {
 
 Result FluxPipeline::generate(const Arguments& arguments) {
     const Manifest& manifest = bundle().manifest;
+    std::vector<std::string> notices = unused_arguments(arguments);
     const Request request = check_request(manifest, arguments);
     const std::unique_ptr<Task> task = choose_task(manifest, request, arguments);
-    std::vector<std::string> notices = unused_arguments(arguments);
     append(notices, idle_arguments(manifest, arguments));
     append(notices, task->notices());
     const std::int64_t length = request.max_sequence_length;

@@ -43,6 +43,7 @@ struct Arguments {
     std::optional<std::uint64_t> seed;
     std::optional<std::vector<float>> latents;
     std::vector<Picture> images;
+    std::vector<Picture> mask_images;
     std::optional<double> strength;
     StepCallback on_step_end;
     CancelToken cancel;
