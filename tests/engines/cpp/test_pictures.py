@@ -27,7 +27,7 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dev", {"prompt": PROMPTS[1], "seed": 2**40 + 3, "height": 48, "width": 80}),
     ("dev", {"prompt": list(PROMPTS), "seed": 3, "num_images_per_prompt": 2}),
     ("dev", {"prompt": PROMPTS[0], "negative_prompt": "blue", "true_cfg_scale": 2.5, "seed": 4}),
-    ("dev", {"prompt": PROMPTS[0], "image": 2, "strength": 0.5, "num_inference_steps": 4}),
+    ("dev", {"prompt": PROMPTS[0], "image": 1, "strength": 0.5, "num_inference_steps": 4}),
     ("dev", {"prompt": PROMPTS[2], "seed": 5, "guidance_scale": 0.0, "max_sequence_length": 9}),
     ("schnell", {"prompt": PROMPTS[0], "seed": 6, "num_inference_steps": 1}),
     ("schnell", {"prompt": PROMPTS[1], "seed": 7, "height": 96, "width": 32}),

@@ -4,9 +4,7 @@
 
 #include "backends/graph_files.hpp"
 #include "backends/onnxruntime.hpp"
-#ifdef FLUXDEPLOY_WITH_TENSORRT
 #include "backends/tensorrt.hpp"
-#endif
 #include "errors.hpp"
 
 namespace fluxdeploy {
@@ -20,20 +18,18 @@ struct Row {
     std::unique_ptr<Runtime> (*load)(const EngineOptions& options);
 };
 
-#ifdef FLUXDEPLOY_WITH_TENSORRT
-const std::vector<std::string>& compute_capabilities() {
-    static const std::vector<std::string> all{"sm121", "sm120", "sm100", "sm90",
-                                              "sm89",  "sm86",  "sm80",  "sm75"};
-    return all;
-}
-#endif
+// Of engines that are built for a GPU: its compute capability.
+[[maybe_unused]] const std::vector<std::string> kCapabilities{"sm121", "sm120", "sm100", "sm90",
+                                                              "sm89",  "sm86",  "sm80",  "sm75"};
 
 // Best first: a runtime joins by a line here.
 const std::vector<Row>& rows() {
     static const std::vector<Row> all{
 #ifdef FLUXDEPLOY_WITH_TENSORRT
-        {"tensorrt", compute_capabilities(), true, load_tensorrt},
-        {"tensorrt-rtx", compute_capabilities(), true, load_tensorrt_rtx},
+        {"tensorrt", kCapabilities, true, load_tensorrt},
+#endif
+#ifdef FLUXDEPLOY_WITH_TENSORRT_RTX
+        {"tensorrt-rtx", kCapabilities, true, load_tensorrt_rtx},
 #endif
         {"onnxruntime", {"cuda", "cpu"}, false, load_onnxruntime},
     };
