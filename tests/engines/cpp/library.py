@@ -192,9 +192,7 @@ class Pipeline:
             for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
                 for text in [texts] if isinstance(texts, str) else texts:
                     data = text.encode("utf-8", "surrogatepass")
-                    getattr(c, f"fluxdeploy_request_add_{name}")(
-                        request, data, c_size_t(len(data))
-                    )
+                    getattr(c, f"fluxdeploy_request_add_{name}")(request, data, c_size_t(len(data)))
             for clip, t5 in ids:
                 rows = [np.asarray(row, np.int32) for row in (clip, t5)]
                 c.fluxdeploy_request_add_prompt_ids(

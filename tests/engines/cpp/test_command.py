@@ -94,9 +94,11 @@ def test_errors_have_pythons_words(
         if name in given
     }
     images = {name: [Image.fromarray(p) for p in all_] for name, all_ in pictures.items()}
-    with FluxPipeline.from_bundle(demo_bundle, "onnxruntime") as python:
-        with pytest.raises(UsageError) as wanted:
-            python(**given, **images)
+    with (
+        FluxPipeline.from_bundle(demo_bundle, "onnxruntime") as python,
+        pytest.raises(UsageError) as wanted,
+    ):
+        python(**given, **images)
     cpp = library.pipeline(demo_bundle)
     with pytest.raises(Failure) as found:
         cpp(**given, **pictures)

@@ -80,9 +80,7 @@ def test_position_tables_are_pythons(inside: Inside, demo_bundle: Path) -> None:
         ((33, 64), (32, 64)),
     ],
 )
-def test_resizing_is_pillows(
-    inside: Inside, old: tuple[int, int], new: tuple[int, int]
-) -> None:
+def test_resizing_is_pillows(inside: Inside, old: tuple[int, int], new: tuple[int, int]) -> None:
     given = picture(1, *old)
     wanted = Image.fromarray(given).resize(new[::-1], Image.Resampling.LANCZOS)
     found = np.frombuffer(inside("resize", *old, *new, given=given.tobytes()), np.uint8)

@@ -1,4 +1,4 @@
-"""Programs of others find the installed library, and the tree's packages say what the build does."""
+"""Others find the installed library; the tree's packages say what the build does."""
 
 from __future__ import annotations
 

@@ -81,9 +81,7 @@ def pair(library: Library, bundle: BundleFactory) -> Iterator[Callable[[str], Pa
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(("name", "call"), CALLS, ids=[str(n) for n in range(len(CALLS))])
-def test_a_picture_is_pythons(
-    pair: Callable[[str], Pair], name: str, call: dict[str, Any]
-) -> None:
+def test_a_picture_is_pythons(pair: Callable[[str], Pair], name: str, call: dict[str, Any]) -> None:
     python, cpp = pair(name)
     call = {"height": 32, "width": 48, "num_inference_steps": 2, "seed": 1, **call}
     images = [picture(seed, 50 + 20 * seed, 64) for seed in range(call.pop("image", 0))]

@@ -67,7 +67,5 @@ def test_the_backend_compiles(definition: str) -> None:
     command = ["c++", "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
     folders = ["-I", str(CPP / "src"), "-I", str(DECLARATIONS), "-D", definition]
     source = str(CPP / "src" / "backends" / "tensorrt.cpp")
-    done = subprocess.run(
-        [*command, *folders, source], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, *folders, source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
