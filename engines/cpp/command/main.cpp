@@ -170,8 +170,8 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
     const auto by_default = [&](const char* name) {
         return fluxdeploy_pipeline_default(pipeline.handle(), name);
     };
-    const std::int64_t steps = line.steps.value_or(
-        static_cast<std::int64_t>(by_default("num_inference_steps")));
+    const std::int64_t steps =
+        line.steps.value_or(static_cast<std::int64_t>(by_default("num_inference_steps")));
     std::vector<fluxdeploy::Image> images;
     std::vector<std::string> captions, warnings;
     std::set<std::string> told;
@@ -229,8 +229,8 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
         return;
     }
     for (const std::string& path : paths) std::printf("%s\n", path.c_str());
-    const std::string counted = line.image ? std::to_string(made) + " of " + std::to_string(steps)
-                                           : std::to_string(steps);
+    const std::string counted =
+        line.image ? std::to_string(made) + " of " + std::to_string(steps) : std::to_string(steps);
     std::fprintf(stderr, "%lldx%lld, seed %llu, %s steps, %.1f s\n",
                  static_cast<long long>(first.width), static_cast<long long>(first.height),
                  static_cast<unsigned long long>(*request.seed), counted.c_str(), seconds);

@@ -78,8 +78,7 @@ const std::vector<Option>& options() {
          [](auto& line, const auto&) { line.low_vram = true; }},
         {"--out", "PATH", "A PNG; several pictures become image-0.png, image-1.png, ...",
          [](auto& line, const auto& text) { line.out = text; }},
-        {"--json", "", "Print one JSON object.",
-         [](auto& line, const auto&) { line.json = true; }},
+        {"--json", "", "Print one JSON object.", [](auto& line, const auto&) { line.json = true; }},
         {"--check", "", "Make no picture: hold each engine against its golden tensors.",
          [](auto& line, const auto&) { line.check = true; }},
         {"--version", "", "Print the version.",
@@ -144,8 +143,8 @@ std::string help() {
         "  Make a picture of each PROMPT from the bundle in the folder BUNDLE, as `fluxdeploy\n"
         "  generate` does: the same seed and options give the same picture.\n\nOptions:\n";
     for (const Option& option : options()) {
-        std::string names = std::string("  ") +
-                            (std::string(option.name) == "--out" ? "-o, " : "") + option.name;
+        std::string names =
+            std::string("  ") + (std::string(option.name) == "--out" ? "-o, " : "") + option.name;
         if (*option.value != '\0') names += std::string(" ") + option.value;
         names.resize(std::max<std::size_t>(names.size() + 2, 32), ' ');
         text += names + option.help + "\n";

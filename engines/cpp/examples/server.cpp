@@ -1,5 +1,5 @@
-// A server's loop: two workers with a pipeline each, which share the weights; jobs come line by line
-// on standard input, `NUMBER PROMPT`, and `cancel NUMBER` ends one, whether it runs or waits.
+// A server's loop: two workers with a pipeline each, which share the weights; jobs come line by
+// line on standard input, `NUMBER PROMPT`, and `cancel NUMBER` ends one, whether it runs or waits.
 //
 //     server BUNDLE FOLDER
 #include <fluxdeploy/fluxdeploy.h>

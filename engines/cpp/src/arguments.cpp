@@ -25,9 +25,9 @@ std::string shown(double value) {
     const double size = std::fabs(value);
     const bool fraction = size == 0 || (size >= 1e-4 && size < 1e16);
     char digits[64];
-    const auto end = std::to_chars(digits, digits + sizeof digits, value,
-                                   fraction ? std::chars_format::fixed
-                                            : std::chars_format::scientific);
+    const auto end =
+        std::to_chars(digits, digits + sizeof digits, value,
+                      fraction ? std::chars_format::fixed : std::chars_format::scientific);
     std::string text(digits, end.ptr);
     if (fraction && text.find('.') == std::string::npos) text += ".0";
     return text;
@@ -52,12 +52,12 @@ std::int64_t check_integer(const std::string& name, std::int64_t value,
                            std::optional<std::int64_t> least, std::optional<std::int64_t> most,
                            const std::string& unit) {
     if ((least && value < *least) || (most && value > *most)) {
-        std::string allowed = most ? "from " + std::to_string(*least) + " to " +
-                                         std::to_string(*most)
-                                   : "at least " + std::to_string(*least);
+        std::string allowed =
+            most ? "from " + std::to_string(*least) + " to " + std::to_string(*most)
+                 : "at least " + std::to_string(*least);
         if (!unit.empty()) allowed += " " + unit;
-        throw Error(ErrorCode::usage, "`" + name + "` is " + std::to_string(value) +
-                                          "; it must be " + allowed + ".");
+        throw Error(ErrorCode::usage,
+                    "`" + name + "` is " + std::to_string(value) + "; it must be " + allowed + ".");
     }
     return value;
 }
@@ -68,9 +68,8 @@ double check_number(const std::string& name, double value, double least, double 
                     "`" + name + "` must be a finite number, not " + shown(value) + ".");
     }
     if (!(least <= value && value <= most)) {
-        throw Error(ErrorCode::usage, "`" + name + "` is " + shown(value) +
-                                          "; it must be from " + bound(least) + " to " +
-                                          bound(most) + ".");
+        throw Error(ErrorCode::usage, "`" + name + "` is " + shown(value) + "; it must be from " +
+                                          bound(least) + " to " + bound(most) + ".");
     }
     return value;
 }

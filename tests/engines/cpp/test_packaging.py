@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,10 +134,3 @@ def test_the_server_makes_what_it_is_asked_and_ends_what_is_cancelled(
 def test_versions_are_the_packages(path: str) -> None:
     pattern = r'(?:VERSION|"version":|version =) "?(\d+\.\d+\.\d+)"?'
     assert re.findall(pattern, (CPP / path).read_text()) == [__version__]
-
-
-def test_the_style_of_the_sources_is_one() -> None:
-    if shutil.which("clang-format") is None:
-        pytest.skip("there is no clang-format")
-    sources = [str(path) for path in CPP.rglob("*") if path.suffix in (".cpp", ".hpp")]
-    run("clang-format", "--dry-run", "-Werror", *sources)

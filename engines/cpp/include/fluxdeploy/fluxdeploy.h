@@ -1,20 +1,22 @@
 /* fluxdeploy: pictures from a FLUX.1 bundle, in C and in C++.
  *
- * The first half is a plain C interface: opaque handles, no structure whose size a program knows but
- * `fluxdeploy_step`. Below it, for C++17, the class `fluxdeploy::Pipeline` says the same.
+ * The first half is a plain C interface: opaque handles, no structure whose size a program knows
+ * but `fluxdeploy_step`. Below it, for C++17, the class `fluxdeploy::Pipeline` says the same.
  *
  * Rules for all of it:
  * - A function that can fail returns a `fluxdeploy_code`, and where `error` is not NULL it puts a
- *   `fluxdeploy_error` there, which the caller frees; on success it puts NULL. No exception leaves a
- *   function of C.
+ *   `fluxdeploy_error` there, which the caller frees; on success it puts NULL. No exception leaves
+ * a function of C.
  * - What a function `_new`, `_open`, `_clone` or `_generate` gave is freed with the `_free` of its
  *   type, which takes NULL too. Arrays that a function returns belong to the handle they came from.
- *   What is passed in is copied, and may be freed at once. Handles that are read or set are not NULL.
- * - Text is UTF-8. Sizes in pixels, latents are float32 [B, L, C], packed, as docs/bundle.md has it.
+ *   What is passed in is copied, and may be freed at once. Handles that are read or set are not
+ * NULL.
+ * - Text is UTF-8. Sizes in pixels, latents are float32 [B, L, C], packed, as docs/bundle.md has
+ * it.
  * - Threads: a pipeline may be used by several threads, whose calls take turns in the order of
  *   asking. Pipelines are independent of each other: `fluxdeploy_pipeline_clone` gives a second one
- *   that shares the weights, and both run at the same time. A `fluxdeploy_cancel` may be used by any
- *   thread at any time. Any other handle belongs to one thread at a time.
+ *   that shares the weights, and both run at the same time. A `fluxdeploy_cancel` may be used by
+ * any thread at any time. Any other handle belongs to one thread at a time.
  * - There is no global state, and nothing is written to the terminal.
  */
 #ifndef FLUXDEPLOY_FLUXDEPLOY_H
@@ -125,8 +127,8 @@ FLUXDEPLOY_API fluxdeploy_code fluxdeploy_pipeline_tokenize(const fluxdeploy_pip
                                                             size_t capacity, size_t* count,
                                                             fluxdeploy_error** error);
 
-/* What one component's engine makes of its golden inputs. `max_error` is max|x - r| / max|r| against
- * PyTorch's outputs r, `cosine` that of the flattened tensors. */
+/* What one component's engine makes of its golden inputs. `max_error` is max|x - r| / max|r|
+ * against PyTorch's outputs r, `cosine` that of the flattened tensors. */
 typedef void (*fluxdeploy_check_callback)(void* user, const char* component, double max_error,
                                           double cosine);
 
@@ -160,16 +162,18 @@ FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_add_prompt_ids(fluxdeploy_requ
                                                                  size_t clip_count,
                                                                  const int32_t* t5,
                                                                  size_t t5_count);
-FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_add_negative_prompt_ids(
-    fluxdeploy_request* request, const int32_t* clip, size_t clip_count, const int32_t* t5,
-    size_t t5_count);
-FLUXDEPLOY_API void fluxdeploy_request_set_true_cfg_scale(fluxdeploy_request* request, double scale);
+FLUXDEPLOY_API fluxdeploy_code
+fluxdeploy_request_add_negative_prompt_ids(fluxdeploy_request* request, const int32_t* clip,
+                                           size_t clip_count, const int32_t* t5, size_t t5_count);
+FLUXDEPLOY_API void fluxdeploy_request_set_true_cfg_scale(fluxdeploy_request* request,
+                                                          double scale);
 /* Pixels, multiples of 16. */
 FLUXDEPLOY_API void fluxdeploy_request_set_height(fluxdeploy_request* request, int64_t height);
 FLUXDEPLOY_API void fluxdeploy_request_set_width(fluxdeploy_request* request, int64_t width);
 FLUXDEPLOY_API void fluxdeploy_request_set_num_inference_steps(fluxdeploy_request* request,
                                                                int64_t steps);
-FLUXDEPLOY_API void fluxdeploy_request_set_guidance_scale(fluxdeploy_request* request, double scale);
+FLUXDEPLOY_API void fluxdeploy_request_set_guidance_scale(fluxdeploy_request* request,
+                                                          double scale);
 FLUXDEPLOY_API void fluxdeploy_request_set_num_images_per_prompt(fluxdeploy_request* request,
                                                                  int64_t count);
 FLUXDEPLOY_API void fluxdeploy_request_set_max_sequence_length(fluxdeploy_request* request,
@@ -184,8 +188,8 @@ FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_latents(fluxdeploy_request
 FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_add_image(fluxdeploy_request* request,
                                                             const uint8_t* rgb, int64_t width,
                                                             int64_t height);
-/* One more mask, of RGB as the image: inpainting. Where it is white, at least 128 of 255 in grey, the
- * image is drawn again; the rest stays as it was. Resized as the image is. */
+/* One more mask, of RGB as the image: inpainting. Where it is white, at least 128 of 255 in grey,
+ * the image is drawn again; the rest stays as it was. Resized as the image is. */
 FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_add_mask_image(fluxdeploy_request* request,
                                                                  const uint8_t* rgb, int64_t width,
                                                                  int64_t height);
@@ -226,7 +230,8 @@ FLUXDEPLOY_API void fluxdeploy_request_set_cancel(fluxdeploy_request* request,
 
 typedef struct fluxdeploy_result fluxdeploy_result;
 
-/* Make the pictures of a request, prompt by prompt: p0, p0, p1, p1. It returns when they are made. */
+/* Make the pictures of a request, prompt by prompt: p0, p0, p1, p1. It returns when they are made.
+ */
 FLUXDEPLOY_API fluxdeploy_code fluxdeploy_pipeline_generate(fluxdeploy_pipeline* pipeline,
                                                             const fluxdeploy_request* request,
                                                             fluxdeploy_result** result,
@@ -264,8 +269,8 @@ FLUXDEPLOY_API const uint8_t* fluxdeploy_picture_mask(const fluxdeploy_picture* 
 /* SHA-256 of the file, as 64 hex digits. */
 FLUXDEPLOY_API const char* fluxdeploy_picture_sha256(const fluxdeploy_picture* picture);
 
-/* Write RGB in 8 bits to a PNG with text chunks, of which `keys` and `values` have `text_count`. The
- * file is there whole or not at all. */
+/* Write RGB in 8 bits to a PNG with text chunks, of which `keys` and `values` have `text_count`.
+ * The file is there whole or not at all. */
 FLUXDEPLOY_API fluxdeploy_code fluxdeploy_write_png(const char* path, const uint8_t* rgb,
                                                     int64_t width, int64_t height,
                                                     const char* const* keys,
@@ -463,9 +468,9 @@ public:
         for (;;) {
             std::size_t count = 0;
             detail::checked([&](fluxdeploy_error** error) {
-                return fluxdeploy_pipeline_tokenize(handle_.get(), tokenizer.c_str(),
-                                                    prompt.data(), prompt.size(), length,
-                                                    ids.data(), ids.size(), &count, error);
+                return fluxdeploy_pipeline_tokenize(handle_.get(), tokenizer.c_str(), prompt.data(),
+                                                    prompt.size(), length, ids.data(), ids.size(),
+                                                    &count, error);
             });
             const bool whole = count <= ids.size();
             ids.resize(count);
@@ -599,8 +604,9 @@ private:
 // The picture in a PNG.
 inline Image read_png(const std::string& path) {
     fluxdeploy_picture* made = nullptr;
-    detail::checked(
-        [&](fluxdeploy_error** error) { return fluxdeploy_picture_read(path.c_str(), &made, error); });
+    detail::checked([&](fluxdeploy_error** error) {
+        return fluxdeploy_picture_read(path.c_str(), &made, error);
+    });
     const detail::Handle<fluxdeploy_picture, fluxdeploy_picture_free> owned(made);
     const std::int64_t width = fluxdeploy_picture_width(made);
     const std::int64_t height = fluxdeploy_picture_height(made);

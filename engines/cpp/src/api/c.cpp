@@ -1,7 +1,5 @@
 // The C interface over the host: handles are its objects, and exceptions become codes.
 #define FLUXDEPLOY_NO_CXX
-#include "fluxdeploy/fluxdeploy.h"
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -11,6 +9,7 @@
 #include "errors.hpp"
 #include "files/disk.hpp"
 #include "files/png.hpp"
+#include "fluxdeploy/fluxdeploy.h"
 #include "host/input_images.hpp"
 #include "host/pipeline.hpp"
 #include "sampling/noise.hpp"
@@ -186,8 +185,7 @@ fluxdeploy_code fluxdeploy_options_set_library(fluxdeploy_options* options, cons
 // ---- Pipelines
 
 fluxdeploy_code fluxdeploy_pipeline_open(const char* path, const fluxdeploy_options* options,
-                                         fluxdeploy_pipeline** pipeline,
-                                         fluxdeploy_error** error) {
+                                         fluxdeploy_pipeline** pipeline, fluxdeploy_error** error) {
     return guarded(error, [&] {
         given(pipeline, "pipeline") = nullptr;
         const fluxdeploy_options defaults;
@@ -379,8 +377,8 @@ fluxdeploy_code fluxdeploy_pipeline_generate(fluxdeploy_pipeline* pipeline,
     return guarded(error, [&] {
         given(result, "result") = nullptr;
         auto made = std::make_unique<fluxdeploy_result>();
-        made->result = given(pipeline, "pipeline")
-                           .pipeline->generate(given(request, "request").arguments);
+        made->result =
+            given(pipeline, "pipeline").pipeline->generate(given(request, "request").arguments);
         *result = made.release();
     });
 }

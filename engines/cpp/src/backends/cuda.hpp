@@ -52,7 +52,8 @@ private:
 class DeviceMemory {
 public:
     DeviceMemory() = default;
-    DeviceMemory(const Cuda& cuda, std::size_t size) : cuda_(&cuda), address_(cuda.allocate(size)) {}
+    DeviceMemory(const Cuda& cuda, std::size_t size)
+        : cuda_(&cuda), address_(cuda.allocate(size)) {}
     DeviceMemory(DeviceMemory&& other) noexcept { swap(other); }
     DeviceMemory& operator=(DeviceMemory&& other) noexcept {
         swap(other);

@@ -1,7 +1,7 @@
 // A graph names the files of its weights, and a runtime reads whatever it names. So the protocol
-// buffers are walked here, more strictly than any parser does: every occurrence of a field is looked
-// at where a parser keeps the last one, and what no tool writes (groups, numbers in more bytes than
-// they need) is refused. So a parser cannot see a file that was not seen here. See
+// buffers are walked here, more strictly than any parser does: every occurrence of a field is
+// looked at where a parser keeps the last one, and what no tool writes (groups, numbers in more
+// bytes than they need) is refused. So a parser cannot see a file that was not seen here. See
 // https://protobuf.dev/programming-guides/encoding/ and onnx.proto.
 #include "backends/graph_files.hpp"
 
@@ -18,8 +18,8 @@
 namespace fluxdeploy {
 namespace {
 
-constexpr int kMaxDepth = 64;           // a graph within an If within a Loop takes 12
-constexpr int kMaxFields = 1'000'000;   // FLUX.1's largest graph has less than half
+constexpr int kMaxDepth = 64;                  // a graph within an If within a Loop takes 12
+constexpr int kMaxFields = 1'000'000;          // FLUX.1's largest graph has less than half
 constexpr const char* kLoading = "EPContext";  // an operator that reads files of its own
 
 enum class Message { model, training, function, graph, node, attribute, sparse, tensor, entry };
@@ -32,16 +32,16 @@ const Message* inner(Message message, std::uint64_t number) {
         Message inner;
     };
     static constexpr Row rows[] = {
-        {Message::model, 7, Message::graph},        {Message::model, 20, Message::training},
-        {Message::model, 25, Message::function},    {Message::training, 1, Message::graph},
-        {Message::training, 2, Message::graph},     {Message::function, 7, Message::node},
+        {Message::model, 7, Message::graph},         {Message::model, 20, Message::training},
+        {Message::model, 25, Message::function},     {Message::training, 1, Message::graph},
+        {Message::training, 2, Message::graph},      {Message::function, 7, Message::node},
         {Message::function, 11, Message::attribute}, {Message::graph, 1, Message::node},
-        {Message::graph, 5, Message::tensor},       {Message::graph, 15, Message::sparse},
-        {Message::node, 5, Message::attribute},     {Message::attribute, 5, Message::tensor},
-        {Message::attribute, 6, Message::graph},    {Message::attribute, 10, Message::tensor},
-        {Message::attribute, 11, Message::graph},   {Message::attribute, 22, Message::sparse},
-        {Message::attribute, 23, Message::sparse},  {Message::sparse, 1, Message::tensor},
-        {Message::sparse, 2, Message::tensor},      {Message::tensor, 13, Message::entry},
+        {Message::graph, 5, Message::tensor},        {Message::graph, 15, Message::sparse},
+        {Message::node, 5, Message::attribute},      {Message::attribute, 5, Message::tensor},
+        {Message::attribute, 6, Message::graph},     {Message::attribute, 10, Message::tensor},
+        {Message::attribute, 11, Message::graph},    {Message::attribute, 22, Message::sparse},
+        {Message::attribute, 23, Message::sparse},   {Message::sparse, 1, Message::tensor},
+        {Message::sparse, 2, Message::tensor},       {Message::tensor, 13, Message::entry},
     };
     for (const Row& row : rows) {
         if (row.message == message && row.number == number) return &row.inner;
@@ -78,11 +78,20 @@ std::pair<std::uint64_t, std::string_view> field(std::string_view& bytes) {
     if (number == 0 || tag >> 32 != 0) throw Broken("it has a field without a number");
     std::uint64_t size = 0;
     switch (tag & 7u) {
-        case 0: varint(bytes); break;
-        case 1: size = 8; break;
-        case 2: size = varint(bytes); break;
-        case 5: size = 4; break;
-        default: throw Broken("it has a field of an unknown kind, or is no ONNX model");
+        case 0:
+            varint(bytes);
+            break;
+        case 1:
+            size = 8;
+            break;
+        case 2:
+            size = varint(bytes);
+            break;
+        case 5:
+            size = 4;
+            break;
+        default:
+            throw Broken("it has a field of an unknown kind, or is no ONNX model");
     }
     if (size > bytes.size()) throw Broken("it is cut off, or no ONNX model");
     const std::string_view value = bytes.substr(0, static_cast<std::size_t>(size));

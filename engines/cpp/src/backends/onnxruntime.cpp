@@ -80,8 +80,7 @@ bool overflows() {
 #if defined(__x86_64__)
     unsigned a = 0, b = 0, c = 0, d = 0;
     const bool avx_vnni = __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 4)) != 0;
-    return __builtin_cpu_supports("avx2") && !avx_vnni &&
-           !__builtin_cpu_supports("avx512vnni");
+    return __builtin_cpu_supports("avx2") && !avx_vnni && !__builtin_cpu_supports("avx512vnni");
 #else
     return false;
 #endif
@@ -171,8 +170,8 @@ private:
             const char* const keys[] = {"device_id", "cudnn_conv_algo_search"};
             const char* const values[] = {device.c_str(), "HEURISTIC"};
             ort.require(ort->UpdateCUDAProviderOptions(cuda.get(), keys, values, 2), what);
-            ort.require(
-                ort->SessionOptionsAppendExecutionProvider_CUDA_V2(&settings, cuda.get()), what);
+            ort.require(ort->SessionOptionsAppendExecutionProvider_CUDA_V2(&settings, cuda.get()),
+                        what);
         }
     }
 
@@ -235,10 +234,10 @@ OnnxRuntimeBinding::OnnxRuntimeBinding(OnnxRuntimeEngine& engine, const Inputs& 
         auto& copy = resident_[name];
         const auto* bytes = static_cast<const std::uint8_t*>(view.data());
         copy.assign(bytes, bytes + view.bytes());
-        bind_input(name, view.floats() != nullptr
-                             ? View(view.shape(), reinterpret_cast<const float*>(copy.data()))
-                             : View(view.shape(),
-                                    reinterpret_cast<const std::int32_t*>(copy.data())));
+        bind_input(name,
+                   view.floats() != nullptr
+                       ? View(view.shape(), reinterpret_cast<const float*>(copy.data()))
+                       : View(view.shape(), reinterpret_cast<const std::int32_t*>(copy.data())));
     }
 }
 
@@ -263,22 +262,21 @@ void OnnxRuntimeBinding::bind_outputs(const Sizes& sizes) {
     const std::string what = engine_.component + " failed in ONNX Runtime";
     ort->ClearBoundOutputs(binding_.get());
     sizes_ = sizes;
-    in_place_ = std::all_of(
-        engine_.outputs.begin(), engine_.outputs.end(),
-        [&](const TensorSpec& spec) { return output_shape(spec, sizes).has_value(); });
+    in_place_ =
+        std::all_of(engine_.outputs.begin(), engine_.outputs.end(),
+                    [&](const TensorSpec& spec) { return output_shape(spec, sizes).has_value(); });
     for (const TensorSpec& spec : engine_.outputs) {
         if (!in_place_) {
-            ort.require(ort->BindOutputToDevice(binding_.get(), spec.name.c_str(),
-                                                engine_.memory()),
-                        what);
+            ort.require(
+                ort->BindOutputToDevice(binding_.get(), spec.name.c_str(), engine_.memory()), what);
             continue;
         }
         Floats& array = outputs_[spec.name] = Floats(*output_shape(spec, sizes));
         OrtValue* value = nullptr;
         ort.require(ort->CreateTensorWithDataAsOrtValue(
                         engine_.memory(), array.data(), array.values.size() * sizeof(float),
-                        array.shape.data(), array.shape.size(),
-                        ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, &value),
+                        array.shape.data(), array.shape.size(), ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
+                        &value),
                     what);
         output_values_[spec.name] = Library::own(value, ort->ReleaseValue);
         ort.require(ort->BindOutput(binding_.get(), spec.name.c_str(), value), what);
@@ -344,9 +342,9 @@ public:
         });
         ort.require(ort->ReleaseAvailableProviders(names, number), "ONNX Runtime fails");
         if (!there) return "this onnxruntime has no CUDA provider";
-        return has_nvidia_driver() ? std::nullopt
-                                   : std::optional<std::string>(
-                                         "the CUDA provider is there, but no NVIDIA driver");
+        return has_nvidia_driver()
+                   ? std::nullopt
+                   : std::optional<std::string>("the CUDA provider is there, but no NVIDIA driver");
     }
 
     std::shared_ptr<Engine> open(const std::string& component, const ComponentRecord& record,

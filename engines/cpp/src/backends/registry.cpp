@@ -41,9 +41,8 @@ const std::vector<Row>& rows() {
 void check_runtime(const std::string& name) {
     std::string known = "auto";
     for (const Row& row : rows()) known += std::string(", ") + row.name;
-    const bool right = name == "auto" || std::any_of(rows().begin(), rows().end(), [&](auto& row) {
-                           return row.name == name;
-                       });
+    const bool right = name == "auto" || std::any_of(rows().begin(), rows().end(),
+                                                     [&](auto& row) { return row.name == name; });
     if (!right) {
         throw Error(ErrorCode::usage,
                     "There is no runtime '" + name + "'; the runtimes are " + known + ".");

@@ -198,9 +198,8 @@ public:
             for (const auto& [name, shape] : shapes) {
                 asked += (asked.empty() ? "" : ", ") + name + " " + shown(shape);
             }
-            throw Error(ErrorCode::engine, component +
-                                               ": no resolution bucket of this engine takes " +
-                                               asked + ".");
+            throw Error(ErrorCode::engine,
+                        component + ": no resolution bucket of this engine takes " + asked + ".");
         }
         return best;
     }
@@ -304,8 +303,7 @@ private:
         for (const TensorSpec& spec : engine_.outputs) {
             Floats values(shape_of(context_->getTensorShape(spec.name.c_str())));
             buffers_.erase(spec.name);
-            buffers_.emplace(spec.name,
-                             DeviceMemory(cuda, values.values.size() * sizeof(float)));
+            buffers_.emplace(spec.name, DeviceMemory(cuda, values.values.size() * sizeof(float)));
             outputs_[spec.name] = std::move(values);
         }
         for (const auto& [name, buffer] : buffers_) {

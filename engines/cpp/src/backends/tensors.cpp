@@ -60,8 +60,8 @@ std::string free_or_sizes(const Shape& shape) {
     return text + "]";
 }
 
-void check_side(const Engine& engine, const std::string& side,
-                const std::vector<TensorSpec>& specs, const std::vector<Found>& found) {
+void check_side(const Engine& engine, const std::string& side, const std::vector<TensorSpec>& specs,
+                const std::vector<Found>& found) {
     const auto find = [&](const std::string& name) {
         return std::find_if(found.begin(), found.end(),
                             [&](const Found& each) { return each.name == name; });
@@ -119,9 +119,9 @@ void check_inputs(const Engine& engine, const std::vector<const TensorSpec*>& sp
             }
         }
         if (!right) {
-            refuse(engine.component + ": " + spec->name + " has shape " + fluxdeploy::shown(view.shape()) +
-                   "; " + in_words(spec->shape, sizes) + " is needed (that is " +
-                   in_words(spec->shape) + ").");
+            refuse(engine.component + ": " + spec->name + " has shape " +
+                   fluxdeploy::shown(view.shape()) + "; " + in_words(spec->shape, sizes) +
+                   " is needed (that is " + in_words(spec->shape) + ").");
         }
     }
     for (const auto& [symbol, allowed] : engine.dimensions) {

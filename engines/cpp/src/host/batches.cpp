@@ -98,8 +98,9 @@ Outputs run_in_parts(Engine& engine, const Inputs& inputs, const std::function<v
             }
         }
         for (auto& [name, values] : engine.run(taken)) {
-            const auto spec = std::find_if(engine.outputs.begin(), engine.outputs.end(),
-                                           [&](const TensorSpec& each) { return each.name == name; });
+            const auto spec =
+                std::find_if(engine.outputs.begin(), engine.outputs.end(),
+                             [&](const TensorSpec& each) { return each.name == name; });
             const std::size_t axis = batch_axis(*spec).value_or(0);
             if (whole.count(name) == 0) {
                 Shape shape = values.shape;

@@ -50,10 +50,11 @@ void check_finite(const Floats& values, const std::string& component, std::int64
     if (all_finite(values.data(), values.size())) return;
     const std::string where =
         step < 0 ? "" : " at step " + std::to_string(step + 1) + " of " + std::to_string(steps);
-    throw Error(ErrorCode::numeric,
-                "The " + component + " gave NaN or infinity" + where +
-                    ". Use a bundle in a wider precision (bf16 or fp32), or run `fluxdeploy verify` "
-                    "to see which component is off.");
+    throw Error(
+        ErrorCode::numeric,
+        "The " + component + " gave NaN or infinity" + where +
+            ". Use a bundle in a wider precision (bf16 or fp32), or run `fluxdeploy verify` "
+            "to see which component is off.");
 }
 
 Components::Components(std::shared_ptr<EnginePool> pool, bool low_vram)

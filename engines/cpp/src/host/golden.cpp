@@ -66,9 +66,8 @@ Deviation measure_component(Engine& engine, const std::string& golden) {
     }
     const Outputs made = engine.run(inputs);
     const bool same = made.size() == outputs.size() &&
-                      std::all_of(made.begin(), made.end(), [&](const auto& each) {
-                          return outputs.count(each.first) != 0;
-                      });
+                      std::all_of(made.begin(), made.end(),
+                                  [&](const auto& each) { return outputs.count(each.first) != 0; });
     if (!same) {
         refuse(golden, "holds other outputs than " + engine.component + " has. Rebuild it.");
     }

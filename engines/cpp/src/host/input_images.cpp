@@ -38,8 +38,7 @@ std::vector<Taps> taps_for(std::int64_t old_size, std::int64_t new_size) {
         std::vector<double> exact;
         double sum = 0;
         for (std::int64_t at = own.first; at < end; ++at) {
-            exact.push_back(
-                lanczos((static_cast<double>(at) - center + 0.5) * (1.0 / stretch)));
+            exact.push_back(lanczos((static_cast<double>(at) - center + 0.5) * (1.0 / stretch)));
             sum += exact.back();
         }
         for (const double weight : exact) {
@@ -93,8 +92,8 @@ std::vector<std::uint8_t> resize_lanczos(const std::vector<std::uint8_t>& pixels
         wide.resize(static_cast<std::size_t>(height * new_width * channels));
         const auto taps = taps_for(width, new_width);
         for (std::int64_t row = 0; row < height; ++row) {
-            weigh(pixels.data() + row * width * channels,
-                  wide.data() + row * new_width * channels, taps, channels);
+            weigh(pixels.data() + row * width * channels, wide.data() + row * new_width * channels,
+                  taps, channels);
         }
     }
     if (new_height == height) return wide;
@@ -124,8 +123,8 @@ std::vector<bool> to_masks(const std::vector<Picture>& masks, std::int64_t heigh
         const auto resized = resized_to(mask, height, width);
         for (std::size_t at = 0; at < resized.size(); at += 3) {
             // ITU-R 601's luma in 16 bits after the point, rounded as Pillow does.
-            const std::uint32_t luma = 19595u * resized[at] + 38470u * resized[at + 1] +
-                                       7471u * resized[at + 2] + 0x8000u;
+            const std::uint32_t luma =
+                19595u * resized[at] + 38470u * resized[at + 1] + 7471u * resized[at + 2] + 0x8000u;
             marked.push_back(luma >> 16 >= 128);
         }
     }

@@ -28,9 +28,9 @@ void denoise(Floats& latents, const std::vector<float>& sigmas, const Velocity& 
         if (!on_step_end) continue;
         if (!on_step_end(index, steps, sigmas[static_cast<std::size_t>(index)], latents)) {
             // This call alone: others may share the token.
-            throw Error(ErrorCode::cancelled,
-                        "Cancelled after " + std::to_string(index + 1) + " of " +
-                            std::to_string(steps) + " steps; no picture was made.");
+            throw Error(ErrorCode::cancelled, "Cancelled after " + std::to_string(index + 1) +
+                                                  " of " + std::to_string(steps) +
+                                                  " steps; no picture was made.");
         }
         if (!all_finite(latents.data(), latents.size())) {
             throw Error(ErrorCode::numeric,

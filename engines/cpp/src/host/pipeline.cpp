@@ -94,7 +94,8 @@ void FluxPipeline::load() {
     const CancelToken token;
     const Turns::Taken turn(turns_, token);
     components_.check_sizes(
-        token, {{"vae_decoder", {}}, {"transformer", {}}, {"conditioner", {}}, {"t5", {}}, {"clip", {}}});
+        token,
+        {{"vae_decoder", {}}, {"transformer", {}}, {"conditioner", {}}, {"t5", {}}, {"clip", {}}});
 }
 
 Result FluxPipeline::generate(const Arguments& arguments) {
@@ -144,8 +145,8 @@ Result FluxPipeline::make(const Request& request, const Task& task, const Argume
     // Before the largest component is opened.
     cancel.check("before the first step");
     {
-        const RopeTables positions = rope_tables(manifest.rope, towards.context.shape[1],
-                                                 grid.rows, grid.columns);
+        const RopeTables positions =
+            rope_tables(manifest.rope, towards.context.shape[1], grid.rows, grid.columns);
         Engine& transformer = components_.engine("transformer");
         ModulatedTransformer velocity(transformer, towards, positions, cancel);
         std::optional<ModulatedTransformer> negative;
@@ -180,9 +181,8 @@ void FluxPipeline::decode(const Floats& tokens, const Request& request, const Ca
     for (std::int64_t picture = 0; picture < request.batch(); ++picture) {
         cancel.check("before decoding picture " + std::to_string(picture + 1) + " of " +
                      std::to_string(request.batch()));
-        const Outputs outputs =
-            components_.run(cancel, "vae_decoder",
-                            {{"latents", View(one, latents.data() + picture * count(one))}});
+        const Outputs outputs = components_.run(
+            cancel, "vae_decoder", {{"latents", View(one, latents.data() + picture * count(one))}});
         const Floats& decoded = outputs.at("images");
         if (decoded.shape != wanted) {
             throw Error(ErrorCode::engine, "The vae_decoder gave " + shown(decoded.shape) +
@@ -209,8 +209,8 @@ void FluxPipeline::check(const std::function<void(const std::string&, const Devi
     const ReleaseAll on_exit(components_);
     for (const auto& [component, record] : bundle().manifest.components) {
         if (!record.golden) continue;
-        const Deviation deviation = measure_component(
-            components_.engine(component), bundle().path(record.golden->path).string());
+        const Deviation deviation = measure_component(components_.engine(component),
+                                                      bundle().path(record.golden->path).string());
         components_.release(component);
         if (each) each(component, deviation);
         if (deviation.max_error > record.golden->max_error ||
@@ -220,8 +220,7 @@ void FluxPipeline::check(const std::function<void(const std::string&, const Devi
                             short_number(deviation.max_error, "%.2g") + " of its range (cosine " +
                             short_number(deviation.cosine, "%.6f") + "); allowed are " +
                             general(record.golden->max_error) + " and " +
-                            general(record.golden->min_cosine) +
-                            ". Use a wider precision for it.");
+                            general(record.golden->min_cosine) + ". Use a wider precision for it.");
         }
     }
 }

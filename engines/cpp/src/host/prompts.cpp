@@ -22,8 +22,8 @@ Condition PromptEncoder::encode(const std::vector<Prompt>& prompts, std::int64_t
                                         [&](const Prompt* each) { return *each == prompt; });
         const std::int64_t number = known - distinct.begin();
         if (known == distinct.end()) distinct.push_back(&prompt);
-        condition.pictures.insert(condition.pictures.end(),
-                                  static_cast<std::size_t>(images_each), number);
+        condition.pictures.insert(condition.pictures.end(), static_cast<std::size_t>(images_each),
+                                  number);
     }
     const auto number = static_cast<std::int64_t>(distinct.size());
     Ints clip({number, tokenizers_->clip.record().max_length}, {});
@@ -40,8 +40,7 @@ Condition PromptEncoder::encode(const std::vector<Prompt>& prompts, std::int64_t
     const Floats text = encoded("t5", "text_embeddings", std::move(t5), run);
     const Floats timestep({static_cast<std::int64_t>(levels.size())}, levels);
     Floats scale({number});
-    Inputs inputs{
-        {"text_embeddings", text}, {"pooled_embeddings", pooled}, {"timestep", timestep}};
+    Inputs inputs{{"text_embeddings", text}, {"pooled_embeddings", pooled}, {"timestep", timestep}};
     if (guidance) {
         std::fill(scale.values.begin(), scale.values.end(), static_cast<float>(*guidance));
         inputs.emplace("guidance", scale);
@@ -71,10 +70,9 @@ std::vector<std::string> PromptEncoder::cuts(const std::vector<Prompt>& prompts,
         note("T5", t5, length);
         note("CLIP", clip, longest_clip);
         if (cut.empty()) continue;
-        const std::string which =
-            prompts.size() > 1 ? what + " " + std::to_string(number + 1) + " of " +
-                                     std::to_string(prompts.size())
-                               : what;
+        const std::string which = prompts.size() > 1 ? what + " " + std::to_string(number + 1) +
+                                                           " of " + std::to_string(prompts.size())
+                                                     : what;
         const bool more = t5 > length && length < longest_t5;
         sentences.push_back(which + " is cut: " + cut + "." +
                             (more ? " Raise `max_sequence_length`, or shorten it." : ""));

@@ -10,7 +10,7 @@
 namespace fluxdeploy {
 namespace {
 
-constexpr double kMaxScale = 1e6;  // of guidance, either way: it is a number around 3
+constexpr double kMaxScale = 1e6;            // of guidance, either way: it is a number around 3
 constexpr std::int64_t kMaxPictures = 1000;  // their pixels are in memory until the call ends
 // Characters: 512 tokens are some 3,000, and reading a million takes seconds.
 constexpr std::int64_t kMaxPrompt = 100000;

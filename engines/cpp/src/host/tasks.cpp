@@ -20,8 +20,7 @@ Floats draw(TorchGenerator& generator, Shape shape) {
 
 // The latents of pictures, at the transformer's scale: [Bi, C, h, w], given `epsilon` of that
 // shape. One picture at a time.
-Floats encode(const Floats& images, const Floats& epsilon, const LatentSpec& spec,
-              const Run& run) {
+Floats encode(const Floats& images, const Floats& epsilon, const LatentSpec& spec, const Run& run) {
     Floats mean({0, epsilon.shape[1], epsilon.shape[2], epsilon.shape[3]}, {});
     Floats logvar = mean;
     const Shape one{1, images.shape[1], images.shape[2], images.shape[3]};
@@ -75,9 +74,8 @@ public:
         if (request_.latents) return {*request_.latents, sigmas, {}};
         const LatentSpec& spec = manifest_.latents;
         TorchGenerator generator(request_.seed.value());
-        const Floats noise = draw(
-            generator,
-            latent_shape(request_.batch(), request_.height, request_.width, spec));
+        const Floats noise =
+            draw(generator, latent_shape(request_.batch(), request_.height, request_.width, spec));
         return {pack(noise, spec), sigmas, {}};
     }
 
@@ -99,8 +97,8 @@ class ImageToImage : public Task {
 public:
     ImageToImage(const Manifest& manifest, const Request& request, const Arguments& arguments)
         : manifest_(manifest), request_(request) {
-        strength_ = check_number("strength",
-                                 arguments.strength.value_or(manifest.defaults.strength), 0, 1);
+        strength_ =
+            check_number("strength", arguments.strength.value_or(manifest.defaults.strength), 0, 1);
         images_ = to_pixels(arguments.images, request.height, request.width);
         check_divides(arguments.images.size(), request, "images");
         if (steps() < 1) {
@@ -127,8 +125,7 @@ public:
 
     std::vector<std::string> notices() const override {
         if (request_.latents) {
-            return {
-                "`image` does nothing beside `latents`, which are taken for the noised image."};
+            return {"`image` does nothing beside `latents`, which are taken for the noised image."};
         }
         if (steps() == request_.num_inference_steps) {
             return {"`image` does nothing: at strength " + general(strength_) + " all of the " +

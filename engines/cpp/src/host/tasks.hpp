@@ -42,8 +42,8 @@ public:
 std::unique_ptr<Task> choose_task(const Manifest& manifest, const Request& request,
                                   const Arguments& arguments);
 
-// A sentence for each argument that does nothing in the task that the others ask for. Raises `Error`
-// (usage) for one that asks for another task.
+// A sentence for each argument that does nothing in the task that the others ask for. Raises
+// `Error` (usage) for one that asks for another task.
 std::vector<std::string> unused_arguments(const Arguments& arguments);
 
 }  // namespace fluxdeploy

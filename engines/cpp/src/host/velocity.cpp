@@ -37,8 +37,8 @@ ModulatedTransformer::ModulatedTransformer(Engine& engine, const Condition& cond
         });
         Inputs resident{{"rope_cos", positions.cos}, {"rope_sin", positions.sin}};
         if (same) {
-            take(condition.context.data(), width, condition.pictures, part,
-                 condition.context.shape, context_);
+            take(condition.context.data(), width, condition.pictures, part, condition.context.shape,
+                 context_);
             resident.emplace("context", context_);
         }
         bindings_[part.size()] = {engine.bind(resident), same};

@@ -71,8 +71,8 @@ Shape latent_shape(std::int64_t batch, std::int64_t height, std::int64_t width,
 Floats pack(const Floats& latents, const LatentSpec& spec) {
     const std::int64_t rows = latents.shape[2] / spec.patch_size;
     const std::int64_t columns = latents.shape[3] / spec.patch_size;
-    Floats tokens({latents.shape[0], rows * columns,
-                   spec.channels * spec.patch_size * spec.patch_size});
+    Floats tokens(
+        {latents.shape[0], rows * columns, spec.channels * spec.patch_size * spec.patch_size});
     for_each_number(latents.shape[0], rows, columns, spec, [&](std::size_t token, std::size_t at) {
         tokens.values[token] = latents.values[at];
     });
@@ -83,10 +83,9 @@ Floats unpack(const Floats& tokens, std::int64_t height, std::int64_t width,
               const LatentSpec& spec) {
     const TokenGrid grid = token_grid(height, width, spec);
     Floats latents(latent_shape(tokens.shape[0], height, width, spec));
-    for_each_number(tokens.shape[0], grid.rows, grid.columns, spec,
-                    [&](std::size_t token, std::size_t at) {
-                        latents.values[at] = tokens.values[token];
-                    });
+    for_each_number(
+        tokens.shape[0], grid.rows, grid.columns, spec,
+        [&](std::size_t token, std::size_t at) { latents.values[at] = tokens.values[token]; });
     return latents;
 }
 

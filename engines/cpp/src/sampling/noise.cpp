@@ -27,8 +27,8 @@ void TorchGenerator::twist() {
     for (std::size_t i = 0; i < size; ++i) {
         const std::uint32_t joined =
             (state_[i] & 0x80000000u) | (state_[(i + 1) % size] & 0x7fffffffu);
-        state_[i] = state_[(i + kShift) % size] ^ (joined >> 1) ^
-                    ((joined & 1u) != 0 ? 0x9908b0dfu : 0u);
+        state_[i] =
+            state_[(i + kShift) % size] ^ (joined >> 1) ^ ((joined & 1u) != 0 ? 0x9908b0dfu : 0u);
     }
     place_ = 0;
 }

@@ -10,9 +10,8 @@ RopeTables rope_tables(const RopeSpec& spec, std::int64_t text_tokens, std::int6
                        std::int64_t columns) {
     const std::size_t axes = spec.axes_dims.size();
     if (axes < 2) {
-        throw Error(ErrorCode::bundle,
-                    "The manifest gives RoPE " + std::to_string(axes) +
-                        " axes. Rows and columns take two; rebuild the bundle.");
+        throw Error(ErrorCode::bundle, "The manifest gives RoPE " + std::to_string(axes) +
+                                           " axes. Rows and columns take two; rebuild the bundle.");
     }
     std::int64_t channels = 0;
     for (const std::int64_t dim : spec.axes_dims) channels += dim;

@@ -23,8 +23,7 @@ double shift_exponent(const ScheduleSpec& spec, std::int64_t image_tokens) {
 
 void shift_by_size(std::vector<float>& levels, const std::string& kind, double mu) {
     const bool exponential = kind == "exponential";
-    const bool possible =
-        exponential ? std::fabs(mu) <= kMaxExponent : 0 < mu && mu <= kMaxShift;
+    const bool possible = exponential ? std::fabs(mu) <= kMaxExponent : 0 < mu && mu <= kMaxShift;
     if (!possible) {
         throw Error(ErrorCode::usage,
                     "This bundle's schedule makes no noise levels for a picture of this size: its "

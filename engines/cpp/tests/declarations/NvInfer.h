@@ -1,5 +1,5 @@
-// What src/backends/tensorrt.cpp uses of TensorRT 11's header, to compile it where that is not to be
-// had: no program can be linked or run with these. A test holds the names against the bindings.
+// What src/backends/tensorrt.cpp uses of TensorRT 11's header, to compile it where that is not to
+// be had: no program can be linked or run with these. A test holds the names against the bindings.
 #pragma once
 
 #include <cstddef>
