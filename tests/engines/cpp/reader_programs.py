@@ -45,10 +45,10 @@ class Readers:
         path: Path,
         name: str,
         record: TokenizerRecord,
-        length: int,
+        length: int | str,
         prompts: Sequence[bytes],
     ) -> list[str]:
-        """For each prompt the count before cutting and the ids, or "error" and the message."""
+        """For each prompt its ids, or "error" and the message. A `length` of "all" cuts nothing."""
         around = [",".join(map(str, ids)) for ids in (record.prefix, record.suffix)]
         given = (record.max_length, record.pad_id, *around, record.padding_side)
         data = b"".join(struct.pack("<I", len(prompt)) + prompt for prompt in prompts)
