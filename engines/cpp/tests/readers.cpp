@@ -89,7 +89,8 @@ std::string read_one(const std::string& kind, const std::string& path) {
 void read(const Arguments& given) {
     for (std::size_t i = 1; i < given.size(); ++i) {
         try {
-            std::cout << "ok " << read_one(given[0], given[i]) << '\n';
+            const std::string found = read_one(given[0], given[i]);
+            std::cout << "ok " << found << '\n';
         } catch (const Error& error) {
             std::string words = error.what();
             for (char& letter : words) letter = letter == '\n' ? ' ' : letter;

@@ -20,7 +20,7 @@ __all__ = ["fuzz_program", "programs"]
 def test_damaged_files_are_read_or_refused(
     fuzz_program: Path, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    inputs = pytestconfig.getoption("fuzz_examples") or 2000
+    inputs = pytestconfig.getoption("fuzz_examples") or 400
     seeds = write_seeds(tmp_path / "seeds")
     done = subprocess.run(
         [fuzz_program, seeds, tmp_path / "scratch", str(inputs)],

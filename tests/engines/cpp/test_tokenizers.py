@@ -224,8 +224,15 @@ def token(content: str, **changes: Any) -> dict[str, Any]:
 def test_added_tokens_are_found_as_in_the_package(
     readers: Readers, write: Callable[..., Path]
 ) -> None:
-    added = [token("<a>"), token("<a><a>"), token("Bb", normalized=True), token("Y", id=1),
-             token("<l>", lstrip=True), token("<r>", rstrip=True), token(" ", special=False)]  # fmt: skip
+    added = [
+        token("<a>"),
+        token("<a><a>"),
+        token("Bb", normalized=True),
+        token("Y", id=1),
+        token("<l>", lstrip=True),
+        token("<r>", rstrip=True),
+        token(" ", special=False),
+    ]
     generator = random.Random(4)
     parts = ["<a>", "<a", "bb", "BB", "<l>", "<r>", " ", "  ", "\u3000", "Y", "x"]
     texts = ["".join(generator.choices(parts, k=8)) for _ in range(1000)]
