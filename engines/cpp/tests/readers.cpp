@@ -2,7 +2,8 @@
 //
 //   readers tokenize FILE NAME MAX PAD PREFIX SUFFIX PADDING_SIDE TRUNCATION_SIDE LENGTH
 //       Each prompt of the standard input, 4 bytes of its size (little-endian) and its bytes, as a
-//       line: the count before cutting and the ids. PREFIX and SUFFIX are ids between commas.
+//       line: the ids. PREFIX and SUFFIX are ids between commas. A LENGTH of "all" is what the
+//       prompt takes.
 //   readers read KIND PATH...      KIND: manifest (a file), bundle (a folder), safetensors or png
 //       A line each: "ok" and what was read, or "error" and the message.
 //   readers tensor PATH NAME       the tensor's values as float32, on the standard output
@@ -58,12 +59,13 @@ void tokenize(const Arguments& given) {
     record.padding_side = given.at(6);
     record.truncation_side = given.at(7);
     const auto tokenizer = Tokenizer::parse(given.at(1), contents(given.at(0)), given.at(0), record);
-    const std::int64_t length = std::stoll(given.at(8));
+    const bool all = given.at(8) == "all";
     for (std::string prompt; next_prompt(prompt);) {
         try {
-            std::cout << tokenizer.count(prompt);
-            for (const auto id : tokenizer.encode(prompt, length)) std::cout << ' ' << id;
-            std::cout << '\n';
+            const std::int64_t length = all ? tokenizer.count(prompt) : std::stoll(given[8]);
+            std::string line;
+            for (const auto id : tokenizer.encode(prompt, length)) line += ' ' + std::to_string(id);
+            std::cout << line.substr(line.empty() ? 0 : 1) << '\n';
         } catch (const Error& error) {
             std::cout << "error " << error.what() << '\n';
         }
@@ -87,7 +89,8 @@ std::string read_one(const std::string& kind, const std::string& path) {
 void read(const Arguments& given) {
     for (std::size_t i = 1; i < given.size(); ++i) {
         try {
-            std::cout << "ok " << read_one(given[0], given[i]) << '\n';
+            const std::string found = read_one(given[0], given[i]);
+            std::cout << "ok " << found << '\n';
         } catch (const Error& error) {
             std::string words = error.what();
             for (char& letter : words) letter = letter == '\n' ? ' ' : letter;

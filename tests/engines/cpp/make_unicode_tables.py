@@ -13,7 +13,7 @@ import struct
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-import regex
+import regex  # type: ignore[import-untyped]
 import tokenizers
 from tokenizers import Regex, normalizers
 
@@ -23,7 +23,8 @@ MARK, ZWJ, LETTER = "\u0301", "\u200d", "a"
 
 
 def main() -> None:
-    print(f"// Written by tests/engines/cpp/make_unicode_tables.py from tokenizers {tokenizers.__version__}.")
+    version = tokenizers.__version__
+    print(f"// Written by tests/engines/cpp/make_unicode_tables.py from tokenizers {version}.")
     print('#include "text/unicode_tables.hpp"\n\nnamespace fluxdeploy::unicode {\n')
     table("CharRange", "kLetters", ranges(remaining(r"[^\p{L}]")))
     table("CharRange", "kNumbers", ranges(remaining(r"[^\p{N}]")))

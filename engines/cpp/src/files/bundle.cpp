@@ -18,10 +18,12 @@ constexpr const char* kRebuild = " Build the bundle again with `fluxdeploy build
 
 [[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::bundle, message); }
 
-// `path` with all links followed; what does not exist stays as it is.
+// `path` with all links followed, also one that leads to nothing.
 fs::path real(const fs::path& path) {
     std::error_code error;
-    fs::path result = fs::weakly_canonical(path, error);
+    const bool dangling = fs::is_symlink(path, error) && !fs::exists(path, error) && !error;
+    fs::path result = fs::weakly_canonical(
+        dangling ? path.parent_path() / fs::read_symlink(path, error) : path, error);
     if (error) cannot_read(path, DiskError(error.value()));
     return result;
 }

@@ -1,7 +1,6 @@
 #include "files/json.hpp"
 
 #include <algorithm>
-#include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string_view>
@@ -115,9 +114,8 @@ private:
 };
 
 void append_escaped(std::string& result, char32_t unit) {
-    char escaped[12];
-    std::snprintf(escaped, sizeof escaped, "\\u%04x", static_cast<unsigned>(unit));
-    result += escaped;
+    result += "\\u";
+    for (int shift = 12; shift >= 0; shift -= 4) result += "0123456789abcdef"[unit >> shift & 15];
 }
 
 void append_string(std::string& result, const std::string& text) {

@@ -65,6 +65,12 @@ std::string listed(const Names& names) {
     return result.empty() ? "none" : result;
 }
 
+std::string listed_sizes(const std::vector<std::int64_t>& sizes) {
+    std::string result = "[";
+    for (const std::int64_t size : sizes) result += (result.size() > 1 ? ", " : "") + text(size);
+    return result + "]";
+}
+
 void check_range(const std::string& where, double value, double least, double most) {
     require(least <= value && value <= most, where,
             "is " + rounded(value) + "; it must be from " + rounded(least) + " to " +
@@ -277,7 +283,9 @@ void check_constants(const Manifest& manifest) {
     const auto& axes = manifest.rope.axes_dims;
     const auto is_even = [](std::int64_t size) { return size > 0 && size % 2 == 0; };
     require(axes.size() >= 2 && std::all_of(axes.begin(), axes.end(), is_even), "rope.axes_dims",
-            "rows and columns take two axes, and each axis an even, positive number of channels");
+            "is " + listed_sizes(axes) +
+                "; rows and columns take two axes, and each axis an even, positive number of "
+                "channels");
     for (std::size_t i = 0; i < axes.size(); ++i) {
         require(axes[i] <= kMaxAxis, at("rope.axes_dims", i),
                 "is " + text(axes[i]) + "; it is at most " + text(kMaxAxis));
@@ -437,8 +445,10 @@ void check_text(const Json& json, const std::string& where, int depth) {
     const auto check = [&](const std::string& given, int deep) {
         require(deep <= kMaxDepth, where,
                 "is nested more than " + std::to_string(kMaxDepth) + " deep");
+        std::string shown = Json{given}.text();
+        shown.front() = shown.back() = '\'';
         require(free || !has_hidden(given), where,
-                "is " + Json{given}.text() + ", which holds a control character");
+                "is " + shown + ", which holds a control character");
     };
     if (const auto* given = json.as<std::string>()) {
         check(*given, depth);

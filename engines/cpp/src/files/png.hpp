@@ -22,7 +22,8 @@ struct Picture {
 using PngText = std::vector<std::pair<std::string, std::string>>;
 
 // The picture in a PNG. Of 16 bits the high 8 stay, of fewer they are spread over the range; grey
-// and palettes become RGB; no gamma or colour profile is applied. As Pillow's `convert("RGB")`.
+// and palettes become RGB; no gamma, colour profile or EXIF orientation is applied. As Pillow's
+// `convert("RGB")`.
 // Raises `Error` (usage) for bytes that hold no whole picture, or more than 8192 x 8192 pixels;
 // `name` is the file's, for errors.
 Picture decode_png(const std::string& bytes, const std::string& name);

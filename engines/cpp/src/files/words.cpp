@@ -2,7 +2,6 @@
 
 #include <charconv>
 #include <cmath>
-#include <cstdio>
 
 namespace fluxdeploy {
 namespace {
@@ -39,9 +38,9 @@ std::string in_quotes(std::string_view text) {
         } else if (byte == '\t') {
             result += "\\t";
         } else if (code < 0x20 || code == 0x7F) {
-            char escaped[5];
-            std::snprintf(escaped, sizeof escaped, "\\x%02x", code);
-            result += escaped;
+            result += "\\x";
+            result += "0123456789abcdef"[code >> 4];
+            result += "0123456789abcdef"[code & 15];
         } else {
             result += byte;
         }
