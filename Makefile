@@ -18,7 +18,7 @@ DEMO_PROMPTS := \
 	"an orange star on the right on a gray background"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint audit docs bench clean
+.PHONY: help demo test lint audit docs bench cpp clean
 
 help:
 	@echo "make demo   set up, build the default bundle, draw eight prompts into demo.png"
@@ -27,6 +27,7 @@ help:
 	@echo "make audit  the dependencies' licences and known vulnerabilities"
 	@echo "make docs   regenerate what docs/ has of commands, figures and imports"
 	@echo "make bench  export a full-size model: time, memory, bytes written"
+	@echo "make cpp    build the C++ library and its command into build/cpp"
 	@echo "make clean  remove .venv, caches and build leftovers"
 
 $(READY): pyproject.toml constraints.txt
@@ -64,6 +65,15 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/export_scale.py
+
+# Debian's packages, the headers of ONNX Runtime among them; its library is that of .venv.
+cpp: $(READY)
+	engines/cpp/packages.sh $(CURDIR)/build/onnxruntime
+	cmake -S engines/cpp -B build/cpp -G Ninja -Wno-dev \
+	  -D FLUXDEPLOY_WERROR=ON -D FLUXDEPLOY_EXAMPLES=ON -D FLUXDEPLOY_TESTS=ON \
+	  -D FLUXDEPLOY_ONNXRUNTIME_INCLUDE=$(CURDIR)/build/onnxruntime \
+	  -D FLUXDEPLOY_ONNXRUNTIME=$$(ls $(CURDIR)/$(VENV)/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so.*)
+	cmake --build build/cpp
 
 clean:
 	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -89,9 +89,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 @pytest.fixture(scope="session")
 def prompts() -> list[str]:
     """3000 strings: the fixed cases first, then seeded mixtures from across Unicode."""
+    return mixed_strings(3000)
+
+
+def mixed_strings(count: int) -> list[str]:
+    """As the fixture `prompts`, so many of them."""
     generator = random.Random(0)
     strings = list(_FIXED)
-    while len(strings) < 3000:
+    while len(strings) < count:
         pieces = 400 if generator.random() < 0.01 else generator.randint(1, 30)
         strings.append("".join(_piece(generator) for _ in range(pieces)))
     return strings

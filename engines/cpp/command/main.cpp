@@ -1,0 +1,274 @@
+// fluxdeploy-cpp: pictures from prompts, by the library's public header alone.
+#include <fluxdeploy/fluxdeploy.h>
+#include <unistd.h>
+
+#include <charconv>
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <set>
+
+#include "options.hpp"
+
+namespace {
+
+namespace fs = std::filesystem;
+using fluxdeploy::Error;
+
+fluxdeploy_cancel* interrupted = nullptr;
+
+extern "C" void on_interrupt(int) { fluxdeploy_cancel_now(interrupted); }
+
+// A number as Python writes it: 3.0.
+std::string in_digits(double value) {
+    char digits[64];
+    std::string text(digits, std::to_chars(digits, digits + sizeof digits, value).ptr);
+    return text.find_first_not_of("-0123456789") == std::string::npos ? text + ".0" : text;
+}
+
+std::string json_text(const std::string& text) {
+    std::string quoted = "\"";
+    for (const char c : text) {
+        if (c == '"' || c == '\\') {
+            quoted += std::string("\\") + c;
+        } else if (static_cast<unsigned char>(c) < 0x20) {
+            char escaped[8];
+            std::snprintf(escaped, sizeof escaped, "\\u%04x", static_cast<unsigned>(c));
+            quoted += escaped;
+        } else {
+            quoted += c;
+        }
+    }
+    return quoted + "\"";
+}
+
+std::string json_list(const std::vector<std::string>& texts) {
+    std::string list = "[";
+    for (const auto& text : texts) list += (list.size() > 1 ? ", " : "") + json_text(text);
+    return list + "]";
+}
+
+// image.png itself for one picture, else image-0.png, image-1.png, ...
+std::vector<std::string> picture_paths(const std::string& out, std::size_t count) {
+    const fs::path path(out);
+    std::string suffix = path.extension().string();
+    for (char& c : suffix) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+    if (suffix != ".png") {
+        throw UsageError(out +
+                         " is no name for a picture: only PNG files are written, since they carry "
+                         "the prompt and the seed. End the name in .png.");
+    }
+    const fs::path folder = path.has_parent_path() ? path.parent_path() : fs::path(".");
+    if (!fs::is_directory(folder)) {
+        throw UsageError("--out is in " + folder.string() +
+                         ", which is not a folder. Make it first.");
+    }
+    if (::access(folder.c_str(), W_OK | X_OK) != 0) {
+        throw Error(FLUXDEPLOY_INTERNAL, "Cannot write into " + folder.string() +
+                                             ": permission is denied. Choose another folder.");
+    }
+    std::vector<std::string> paths;
+    for (std::size_t index = 0; index < count; ++index) {
+        fs::path own = path;
+        if (count > 1) {
+            own.replace_filename(path.stem().string() + "-" + std::to_string(index) +
+                                 path.extension().string());
+        }
+        if (fs::is_directory(own)) {
+            throw UsageError("--out " + own.string() + " is a folder. Name a PNG file in it.");
+        }
+        paths.push_back(own.string());
+    }
+    return paths;
+}
+
+fluxdeploy::Options pipeline_options(const CommandLine& line) {
+    fluxdeploy::Options options;
+    options.runtime = line.runtime;
+    options.threads = line.threads;
+    options.device = line.device;
+    options.low_vram = line.low_vram;
+    if (line.library) {
+        options.libraries.emplace_back(line.runtime == "auto" ? "onnxruntime" : line.runtime,
+                                       *line.library);
+    }
+    return options;
+}
+
+// What is written into each PNG, under the names of docs/bundle.md.
+struct Written {
+    std::vector<std::pair<std::string, std::string>> chunks;
+    void add(const char* keyword, const std::string& text) { chunks.emplace_back(keyword, text); }
+};
+
+void check(const fluxdeploy::Pipeline& pipeline) {
+    const auto print = [](void*, const char* component, double max_error, double cosine) {
+        std::printf("%s: off by %.2g of its range, cosine %.6f\n", component, max_error, cosine);
+    };
+    fluxdeploy::detail::checked([&](fluxdeploy_error** error) {
+        return fluxdeploy_pipeline_check(pipeline.handle(), print, nullptr, error);
+    });
+}
+
+using Picture = fluxdeploy::detail::Handle<fluxdeploy_picture, fluxdeploy_picture_free>;
+
+Picture read_picture(const std::string& path) {
+    fluxdeploy_picture* read = nullptr;
+    fluxdeploy::detail::checked([&](fluxdeploy_error** error) {
+        return fluxdeploy_picture_read(path.c_str(), &read, error);
+    });
+    return Picture(read);
+}
+
+fluxdeploy::Image copied(const fluxdeploy_picture& picture, const std::uint8_t* rgb) {
+    const std::int64_t width = fluxdeploy_picture_width(&picture);
+    const std::int64_t height = fluxdeploy_picture_height(&picture);
+    return {width, height, {rgb, rgb + width * height * 3}};
+}
+
+void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
+    const auto began = std::chrono::steady_clock::now();
+    const std::size_t count =
+        line.prompts.size() * static_cast<std::size_t>(std::max<std::int64_t>(line.num_images, 1));
+    const std::vector<std::string> paths = picture_paths(line.out, count);
+
+    fluxdeploy::Request request;
+    std::string image_sha256, mask_sha256;
+    if (line.image) {
+        const Picture image = read_picture(*line.image);
+        request.images.push_back(copied(*image, fluxdeploy_picture_rgb(image.get())));
+        image_sha256 = fluxdeploy_picture_sha256(image.get());
+    }
+    if (line.mask) {
+        const Picture mask = read_picture(*line.mask);
+        request.mask_images.push_back(copied(*mask, fluxdeploy_picture_mask(mask.get())));
+        mask_sha256 = fluxdeploy_picture_sha256(mask.get());
+    }
+    if (line.negative_prompt) request.negative_prompts = {*line.negative_prompt};
+    request.true_cfg_scale = line.true_cfg_scale;
+    request.width = line.width;
+    request.height = line.height;
+    request.num_inference_steps = line.steps;
+    request.guidance_scale = line.guidance;
+    request.num_images_per_prompt = line.num_images;
+    request.seed = line.seed;
+    request.strength = line.strength;
+    request.max_sequence_length = line.max_sequence_length;
+    request.cancel = cancel;
+    const bool shown = !line.json && ::isatty(2) != 0;
+    request.on_step_end = [shown](const fluxdeploy_step& step) {
+        if (shown) {
+            std::fprintf(stderr, "\rGenerating: step %lld of %lld ",
+                         static_cast<long long>(step.step), static_cast<long long>(step.total));
+        }
+        return true;
+    };
+
+    fluxdeploy::Pipeline pipeline(line.bundle, pipeline_options(line));
+    const auto by_default = [&](const char* name) {
+        return fluxdeploy_pipeline_default(pipeline.handle(), name);
+    };
+    const std::int64_t steps =
+        line.steps.value_or(static_cast<std::int64_t>(by_default("num_inference_steps")));
+    std::vector<fluxdeploy::Image> images;
+    std::vector<std::string> captions, warnings;
+    std::set<std::string> told;
+    std::int64_t made = 0;
+    for (const std::string& prompt : line.prompts) {
+        request.prompts = {prompt};
+        fluxdeploy::Result result = pipeline.generate(request);
+        request.seed = result.seed;
+        made = result.steps;
+        for (auto& image : result.images) {
+            images.push_back(std::move(image));
+            captions.push_back(prompt);
+        }
+        for (const std::string& notice : result.notices) {
+            if (!told.insert(notice).second) continue;
+            warnings.push_back(notice);
+            std::fprintf(stderr, "%sWarning: %s\n", shown ? "\r\033[K" : "", notice.c_str());
+        }
+    }
+    if (shown) std::fprintf(stderr, "\r\033[K");
+    for (std::size_t number = 0; number < images.size(); ++number) {
+        Written text;
+        text.add("prompt", captions[number]);
+        if (line.negative_prompt) text.add("negative_prompt", *line.negative_prompt);
+        text.add("true_cfg_scale", in_digits(line.true_cfg_scale));
+        text.add("seed", std::to_string(*request.seed));
+        text.add("index", std::to_string(number % static_cast<std::size_t>(line.num_images)));
+        text.add("num_inference_steps", std::to_string(steps));
+        text.add("guidance_scale", in_digits(line.guidance.value_or(by_default("guidance_scale"))));
+        text.add("max_sequence_length",
+                 std::to_string(line.max_sequence_length.value_or(
+                     static_cast<std::int64_t>(by_default("max_sequence_length")))));
+        text.add("height", std::to_string(images[number].height));
+        text.add("width", std::to_string(images[number].width));
+        if (line.image) {
+            text.add("strength", in_digits(line.strength.value_or(by_default("strength"))));
+            text.add("image_sha256", image_sha256);
+            if (line.mask) text.add("mask_sha256", mask_sha256);
+        }
+        text.add("bundle_hash", pipeline.bundle_hash());
+        text.add("fluxdeploy_version", fluxdeploy_version());
+        fluxdeploy::write_png(paths[number], images[number], text.chunks);
+    }
+    const double seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+    const auto& first = images.front();
+    if (line.json) {
+        std::printf(
+            "{\"paths\": %s, \"prompts\": %s, \"sheet\": null, \"seed\": %llu, \"width\": %lld, "
+            "\"height\": %lld, \"steps\": %lld, \"seconds\": %.3f, \"warnings\": %s}\n",
+            json_list(paths).c_str(), json_list(captions).c_str(),
+            static_cast<unsigned long long>(*request.seed), static_cast<long long>(first.width),
+            static_cast<long long>(first.height), static_cast<long long>(steps), seconds,
+            json_list(warnings).c_str());
+        return;
+    }
+    for (const std::string& path : paths) std::printf("%s\n", path.c_str());
+    const std::string counted =
+        line.image ? std::to_string(made) + " of " + std::to_string(steps) : std::to_string(steps);
+    std::fprintf(stderr, "%lldx%lld, seed %llu, %s steps, %.1f s\n",
+                 static_cast<long long>(first.width), static_cast<long long>(first.height),
+                 static_cast<unsigned long long>(*request.seed), counted.c_str(), seconds);
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+    // Before ONNX Runtime is loaded, which sends and keeps telemetry unless it is told not to.
+    ::setenv("ORT_DISABLE_TELEMETRY", "1", 0);
+    try {
+        const CommandLine line = parse(count, words);
+        if (line.help) {
+            std::fputs(help().c_str(), stdout);
+            return 0;
+        }
+        if (line.version) {
+            std::printf("fluxdeploy-cpp %s\n", fluxdeploy_version());
+            return 0;
+        }
+        const fluxdeploy::CancelToken cancel;
+        interrupted = cancel.handle();
+        std::signal(SIGINT, on_interrupt);
+        if (line.check) {
+            check(fluxdeploy::Pipeline(line.bundle, pipeline_options(line)));
+        } else {
+            generate(line, cancel);
+        }
+        return 0;
+    } catch (const UsageError& error) {
+        std::fprintf(stderr, "Error: %s\n", error.what());
+        return 2;
+    } catch (const Error& error) {
+        std::fprintf(stderr, "Error: %s\n", error.what());
+        if (error.code() == FLUXDEPLOY_CANCELLED) return 130;
+        return error.code() == FLUXDEPLOY_USAGE ? 2 : 1;
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "Error: %s\n", error.what());
+        return 1;
+    }
+}

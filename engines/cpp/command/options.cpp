@@ -1,0 +1,153 @@
+#include "options.hpp"
+
+#include <charconv>
+#include <functional>
+
+namespace {
+
+// An option: what its value is called, empty where it has none.
+struct Option {
+    const char* name;
+    const char* value;
+    const char* help;
+    std::function<void(CommandLine&, const std::string&)> set;
+};
+
+// All of a text as a number.
+template <class Number>
+Number number(const std::string& name, const std::string& text, const char* kind) {
+    Number value{};
+    const auto end = std::from_chars(text.data(), text.data() + text.size(), value);
+    if (end.ec != std::errc() || end.ptr != text.data() + text.size()) {
+        throw UsageError("Invalid value for '" + name + "': '" + text + "' is not a valid " + kind +
+                         ".");
+    }
+    return value;
+}
+
+std::int64_t integer(const std::string& name, const std::string& text) {
+    return number<std::int64_t>(name, text, "integer");
+}
+
+double decimal(const std::string& name, const std::string& text) {
+    return number<double>(name, text, "float");
+}
+
+const std::vector<Option>& options() {
+    static const std::vector<Option> all{
+        {"--negative-prompt", "TEXT", "What to steer away from; needs --true-cfg-scale.",
+         [](auto& line, const auto& text) { line.negative_prompt = text; }},
+        {"--true-cfg-scale", "FLOAT",
+         "Strength of the negative prompt; above 1 each step costs twice.",
+         [](auto& line, const auto& text) {
+             line.true_cfg_scale = decimal("--true-cfg-scale", text);
+         }},
+        {"--width", "INTEGER", "Pixels, a multiple of 16.  [default: the bundle's]",
+         [](auto& line, const auto& text) { line.width = integer("--width", text); }},
+        {"--height", "INTEGER", "Pixels, a multiple of 16.  [default: the bundle's]",
+         [](auto& line, const auto& text) { line.height = integer("--height", text); }},
+        {"--steps", "INTEGER", "Denoising steps.  [default: the bundle's]",
+         [](auto& line, const auto& text) { line.steps = integer("--steps", text); }},
+        {"--guidance", "FLOAT", "Guidance scale of models with a guidance embedding.",
+         [](auto& line, const auto& text) { line.guidance = decimal("--guidance", text); }},
+        {"--seed", "INTEGER", "The same seed gives the same picture.  [default: a random one]",
+         [](auto& line, const auto& text) {
+             line.seed = number<std::uint64_t>("--seed", text, "integer from 0 to 2^64 - 1");
+         }},
+        {"--num-images", "INTEGER", "Pictures of each prompt.",
+         [](auto& line, const auto& text) { line.num_images = integer("--num-images", text); }},
+        {"--image", "PATH", "A PNG to start from, resized to width x height.",
+         [](auto& line, const auto& text) { line.image = text; }},
+        {"--mask", "PATH", "A PNG: what of --image to redraw, where it is white or transparent.",
+         [](auto& line, const auto& text) { line.mask = text; }},
+        {"--strength", "FLOAT", "How much of --image becomes noise, 0 to 1.",
+         [](auto& line, const auto& text) { line.strength = decimal("--strength", text); }},
+        {"--max-sequence-length", "INTEGER", "T5 tokens that the prompt is padded or cut to.",
+         [](auto& line, const auto& text) {
+             line.max_sequence_length = integer("--max-sequence-length", text);
+         }},
+        {"--runtime", "NAME", "What runs the engines.  [default: auto]",
+         [](auto& line, const auto& text) { line.runtime = text; }},
+        {"--library", "PATH", "The shared library of --runtime, or of ONNX Runtime.",
+         [](auto& line, const auto& text) { line.library = text; }},
+        {"--device", "INTEGER", "The GPU, by its index.",
+         [](auto& line, const auto& text) { line.device = integer("--device", text); }},
+        {"--threads", "INTEGER", "CPU threads.  [default: the runtime's choice]",
+         [](auto& line, const auto& text) { line.threads = integer("--threads", text); }},
+        {"--low-vram", "", "Open each engine only while it is needed.",
+         [](auto& line, const auto&) { line.low_vram = true; }},
+        {"--out", "PATH", "A PNG; several pictures become image-0.png, image-1.png, ...",
+         [](auto& line, const auto& text) { line.out = text; }},
+        {"--json", "", "Print one JSON object.", [](auto& line, const auto&) { line.json = true; }},
+        {"--check", "", "Make no picture: hold each engine against its golden tensors.",
+         [](auto& line, const auto&) { line.check = true; }},
+        {"--version", "", "Print the version.",
+         [](auto& line, const auto&) { line.version = true; }},
+        {"--help", "", "Print this.", [](auto& line, const auto&) { line.help = true; }},
+    };
+    return all;
+}
+
+const Option& find(const std::string& name) {
+    for (const Option& option : options()) {
+        if (name == option.name || (name == "-o" && std::string(option.name) == "--out")) {
+            return option;
+        }
+    }
+    throw UsageError("No such option: " + name);
+}
+
+}  // namespace
+
+CommandLine parse(int count, char** words) {
+    CommandLine line;
+    std::vector<std::string> rest;
+    bool only_words = false;
+    for (int i = 1; i < count; ++i) {
+        const std::string word = words[i];
+        if (only_words || word.size() < 2 || word[0] != '-') {
+            rest.push_back(word);
+            continue;
+        }
+        if (word == "--") {
+            only_words = true;
+            continue;
+        }
+        const auto equals = word.rfind("--", 0) == 0 ? word.find('=') : std::string::npos;
+        const Option& option = find(word.substr(0, equals));
+        std::string value;
+        if (*option.value != '\0') {
+            if (equals != std::string::npos) {
+                value = word.substr(equals + 1);
+            } else if (++i < count) {
+                value = words[i];
+            } else {
+                throw UsageError("Option '" + word + "' requires an argument.");
+            }
+        } else if (equals != std::string::npos) {
+            throw UsageError("Option '" + word.substr(0, equals) + "' does not take a value.");
+        }
+        option.set(line, value);
+    }
+    if (line.help || line.version) return line;
+    if (rest.empty()) throw UsageError("Missing argument 'BUNDLE'.");
+    line.bundle = rest.front();
+    line.prompts.assign(rest.begin() + 1, rest.end());
+    if (line.prompts.empty() && !line.check) throw UsageError("Missing argument 'PROMPT...'.");
+    return line;
+}
+
+std::string help() {
+    std::string text =
+        "Usage: fluxdeploy-cpp [OPTIONS] BUNDLE PROMPT...\n\n"
+        "  Make a picture of each PROMPT from the bundle in the folder BUNDLE, as `fluxdeploy\n"
+        "  generate` does: the same seed and options give the same picture.\n\nOptions:\n";
+    for (const Option& option : options()) {
+        std::string names =
+            std::string("  ") + (std::string(option.name) == "--out" ? "-o, " : "") + option.name;
+        if (*option.value != '\0') names += std::string(" ") + option.value;
+        names.resize(std::max<std::size_t>(names.size() + 2, 32), ' ');
+        text += names + option.help + "\n";
+    }
+    return text;
+}

@@ -1,0 +1,46 @@
+// What the command line says, by the names of `fluxdeploy generate`.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+// A command line that cannot be: `what()` says why.
+struct UsageError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+struct CommandLine {
+    std::string bundle;
+    std::vector<std::string> prompts;
+    std::optional<std::string> negative_prompt;
+    double true_cfg_scale = 1.0;
+    std::optional<std::int64_t> width;
+    std::optional<std::int64_t> height;
+    std::optional<std::int64_t> steps;
+    std::optional<double> guidance;
+    std::optional<std::uint64_t> seed;
+    std::int64_t num_images = 1;
+    std::optional<std::string> image;
+    std::optional<std::string> mask;
+    std::optional<double> strength;
+    std::optional<std::int64_t> max_sequence_length;
+    std::string runtime = "auto";
+    std::optional<std::string> library;
+    std::int64_t device = 0;
+    std::optional<std::int64_t> threads;
+    bool low_vram = false;
+    std::string out = "image.png";
+    bool json = false;
+    bool check = false;
+    bool help = false;
+    bool version = false;
+};
+
+// Raises `UsageError`.
+CommandLine parse(int count, char** words);
+
+// What `--help` prints.
+std::string help();

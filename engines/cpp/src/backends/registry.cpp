@@ -1,0 +1,138 @@
+#include "backends/registry.hpp"
+
+#include <algorithm>
+
+#include "backends/graph_files.hpp"
+#include "backends/onnxruntime.hpp"
+#include "backends/tensorrt.hpp"
+#include "errors.hpp"
+
+namespace fluxdeploy {
+namespace {
+
+// A runtime: its targets, best first; whether its engines are built, and not ONNX files.
+struct Row {
+    const char* name;
+    std::vector<std::string> targets;
+    bool builds;
+    std::unique_ptr<Runtime> (*load)(const EngineOptions& options);
+};
+
+// Of engines that are built for a GPU: its compute capability.
+[[maybe_unused]] const std::vector<std::string> kCapabilities{"sm121", "sm120", "sm100", "sm90",
+                                                              "sm89",  "sm86",  "sm80",  "sm75"};
+
+// Best first: a runtime joins by a line here.
+const std::vector<Row>& rows() {
+    static const std::vector<Row> all{
+#ifdef FLUXDEPLOY_WITH_TENSORRT
+        {"tensorrt", kCapabilities, true, load_tensorrt},
+#endif
+#ifdef FLUXDEPLOY_WITH_TENSORRT_RTX
+        {"tensorrt-rtx", kCapabilities, true, load_tensorrt_rtx},
+#endif
+        {"onnxruntime", {"cuda", "cpu"}, false, load_onnxruntime},
+    };
+    return all;
+}
+
+}  // namespace
+
+void check_runtime(const std::string& name) {
+    std::string known = "auto";
+    for (const Row& row : rows()) known += std::string(", ") + row.name;
+    const bool right = name == "auto" || std::any_of(rows().begin(), rows().end(),
+                                                     [&](auto& row) { return row.name == name; });
+    if (!right) {
+        throw Error(ErrorCode::usage,
+                    "There is no runtime '" + name + "'; the runtimes are " + known + ".");
+    }
+}
+
+EnginePool::EnginePool(Bundle bundle, std::string runtime, EngineOptions options)
+    : bundle_(std::move(bundle)), runtime_(std::move(runtime)), options_(std::move(options)) {
+    check_runtime(runtime_);
+    for (const auto& [name, record] : bundle_.manifest.components) {
+        slots_[name] = std::make_unique<Slot>();
+    }
+}
+
+std::shared_ptr<Engine> EnginePool::open(const std::string& component) {
+    const auto slot = slots_.find(component);
+    if (slot == slots_.end()) {
+        std::string names;
+        for (const auto& [name, each] : slots_) names += (names.empty() ? "" : ", ") + name;
+        throw Error(ErrorCode::engine, "The bundle " + bundle_.root.string() + " has no " +
+                                           component + "; it holds " + names + ".");
+    }
+    const std::lock_guard<std::mutex> lock(slot->second->mutex);
+    if (auto engine = slot->second->engine.lock()) return engine;
+    auto engine = open_best(component);
+    slot->second->engine = engine;
+    return engine;
+}
+
+EnginePool::Candidate& EnginePool::candidate(const std::string& name) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto known = candidates_.find(name);
+    if (known != candidates_.end()) return known->second;
+    Candidate& made = candidates_[name];
+    try {
+        const auto row = std::find_if(rows().begin(), rows().end(),
+                                      [&](const Row& each) { return each.name == name; });
+        made.runtime = row->load(options_);
+    } catch (const Error& error) {
+        if (error.code() != ErrorCode::missing_dependency) {
+            candidates_.erase(name);
+            throw;
+        }
+        made.problem = error.what();
+    }
+    return made;
+}
+
+std::shared_ptr<Engine> EnginePool::open_best(const std::string& component) {
+    const ComponentRecord& record = bundle_.manifest.components.at(component);
+    std::string reasons;
+    bool missing = false;
+    for (const Row& row : rows()) {
+        if (runtime_ != "auto" && runtime_ != row.name) continue;
+        for (const std::string& target : row.targets) {
+            const auto engine = std::find_if(
+                record.engines.begin(), record.engines.end(), [&](const EngineRecord& each) {
+                    return each.runtime == row.name && each.target == target;
+                });
+            if (engine == record.engines.end()) continue;
+            Candidate& loaded = candidate(row.name);
+            std::string problem = loaded.problem;
+            missing = missing || !loaded.runtime;
+            if (loaded.runtime) problem = loaded.runtime->problem(target).value_or("");
+            if (problem.empty()) {
+                require_unchanged(bundle_, record.files);
+                if (!row.builds) check_graph(bundle_, record, engine->path);
+                auto opened = loaded.runtime->open(component, record, *engine,
+                                                   bundle_.path(engine->path).string());
+                require_unchanged(bundle_, record.files);
+                return opened;
+            }
+            while (!problem.empty() && problem.back() == '.') problem.pop_back();
+            reasons += (reasons.empty() ? "" : "; ") + std::string(row.name) + " on " + target +
+                       ": " + problem;
+        }
+    }
+    if (reasons.empty()) {
+        std::vector<std::string> built;
+        for (const EngineRecord& each : record.engines) {
+            built.push_back(each.runtime + " on " + each.target);
+        }
+        std::sort(built.begin(), built.end());
+        built.erase(std::unique(built.begin(), built.end()), built.end());
+        for (const std::string& each : built) reasons += (reasons.empty() ? "" : ", ") + each;
+        reasons = "it has engines for " + (reasons.empty() ? "nothing" : reasons);
+    }
+    throw Error(missing ? ErrorCode::missing_dependency : ErrorCode::engine,
+                "The bundle " + bundle_.root.string() + " has no " + component +
+                    " engine that runs here with the runtime " + runtime_ + ": " + reasons + ".");
+}
+
+}  // namespace fluxdeploy

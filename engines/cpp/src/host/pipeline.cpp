@@ -1,0 +1,228 @@
+#include "host/pipeline.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <thread>
+
+#include "arguments.hpp"
+#include "errors.hpp"
+#include "host/loop.hpp"
+#include "host/tasks.hpp"
+#include "host/velocity.hpp"
+#include "sampling/euler.hpp"
+#include "sampling/latents.hpp"
+#include "sampling/schedule.hpp"
+
+namespace fluxdeploy {
+namespace {
+
+constexpr std::int64_t kMaxDevice = 2147483647;
+
+EngineOptions checked(EngineOptions options) {
+    if (options.threads) {
+        // Runtimes start as many as they are told to, and thousands take a machine's memory.
+        const auto usable = static_cast<std::int64_t>(std::thread::hardware_concurrency());
+        check_integer("threads", *options.threads, 1, std::max<std::int64_t>(usable, 1),
+                      "(the logical CPUs that this process may use)");
+    }
+    check_integer("device", options.device, 0, kMaxDevice);
+    for (const auto& [runtime, path] : options.libraries) check_runtime(runtime);
+    return options;
+}
+
+std::shared_ptr<EnginePool> open_pool(const std::string& path, const std::string& runtime,
+                                      EngineOptions options) {
+    check_runtime(runtime);
+    options = checked(std::move(options));
+    Bundle bundle = open_bundle(path);
+    if (const auto missing = missing_component(bundle.manifest)) {
+        throw Error(ErrorCode::bundle, "The bundle " + bundle.root.string() + " has no " +
+                                           *missing +
+                                           ", which every picture takes. Build the bundle again "
+                                           "with `fluxdeploy build`.");
+    }
+    return std::make_shared<EnginePool>(std::move(bundle), runtime, std::move(options));
+}
+
+std::shared_ptr<const Tokenizers> read_tokenizers(const Bundle& bundle) {
+    return std::make_shared<const Tokenizers>(
+        Tokenizers{Tokenizer::read(bundle, "clip"), Tokenizer::read(bundle, "t5")});
+}
+
+// Lets go of what a call that failed has left open.
+class ReleaseAll {
+public:
+    explicit ReleaseAll(Components& components) : components_(components) {}
+    ~ReleaseAll() { components_.release_all(); }
+    ReleaseAll(const ReleaseAll&) = delete;
+    ReleaseAll& operator=(const ReleaseAll&) = delete;
+
+private:
+    Components& components_;
+};
+
+std::string short_number(double value, const char* format) {
+    char digits[64];
+    std::snprintf(digits, sizeof digits, format, value);
+    return digits;
+}
+
+void append(std::vector<std::string>& list, const std::vector<std::string>& more) {
+    list.insert(list.end(), more.begin(), more.end());
+}
+
+}  // namespace
+
+FluxPipeline::FluxPipeline(const std::string& path, const std::string& runtime,
+                           EngineOptions options, bool low_vram)
+    : FluxPipeline(open_pool(path, runtime, std::move(options)), nullptr, low_vram) {}
+
+FluxPipeline::FluxPipeline(std::shared_ptr<EnginePool> pool,
+                           std::shared_ptr<const Tokenizers> tokenizers, bool low_vram)
+    : pool_(std::move(pool)),
+      tokenizers_(tokenizers ? std::move(tokenizers) : read_tokenizers(pool_->bundle())),
+      components_(pool_, low_vram),
+      encoder_(tokenizers_) {}
+
+std::unique_ptr<FluxPipeline> FluxPipeline::clone() const {
+    return std::unique_ptr<FluxPipeline>(
+        new FluxPipeline(pool_, tokenizers_, components_.low_vram()));
+}
+
+void FluxPipeline::load() {
+    const CancelToken token;
+    const Turns::Taken turn(turns_, token);
+    components_.check_sizes(
+        token,
+        {{"vae_decoder", {}}, {"transformer", {}}, {"conditioner", {}}, {"t5", {}}, {"clip", {}}});
+}
+
+Result FluxPipeline::generate(const Arguments& arguments) {
+    const Manifest& manifest = bundle().manifest;
+    std::vector<std::string> notices = unused_arguments(arguments);
+    const Request request = check_request(manifest, arguments);
+    const std::unique_ptr<Task> task = choose_task(manifest, request, arguments);
+    append(notices, idle_arguments(manifest, arguments));
+    append(notices, task->notices());
+    const std::int64_t length = request.max_sequence_length;
+    append(notices, encoder_.cuts(request.prompts, length, "The prompt"));
+    append(notices, encoder_.cuts(request.negative_prompts, length, "The negative prompt"));
+    const Turns::Taken turn(turns_, arguments.cancel);
+    const ReleaseAll on_exit(components_);
+    Result result = make(request, *task, arguments);
+    result.notices = std::move(notices);
+    return result;
+}
+
+Result FluxPipeline::make(const Request& request, const Task& task, const Arguments& arguments) {
+    const Manifest& manifest = bundle().manifest;
+    const CancelToken& cancel = arguments.cancel;
+    const Run run = [&](const std::string& component, const Inputs& inputs) {
+        return components_.run(cancel, component, inputs);
+    };
+    const TokenGrid grid = token_grid(request.height, request.width, manifest.latents);
+    const std::vector<float> schedule =
+        sigmas(manifest.schedule, request.num_inference_steps, grid.rows * grid.columns);
+    AskedSizes sizes = request.engine_sizes(manifest, task.steps());
+    for (auto& more : task.engine_sizes()) sizes.push_back(std::move(more));
+    components_.check_sizes(cancel, sizes);
+
+    Start start = task.prepare(schedule, run);
+    components_.release("vae_encoder");
+    const std::vector<float> levels = euler_levels(start.sigmas);
+    const std::optional<double> guidance =
+        manifest.guidance_embedding ? std::optional<double>(request.guidance_scale) : std::nullopt;
+    const auto condition = [&](const std::vector<Prompt>& prompts) {
+        return encoder_.encode(prompts, request.num_images_per_prompt, request.max_sequence_length,
+                               levels, guidance, run);
+    };
+    const Condition towards = condition(request.prompts);
+    Condition away;
+    if (!request.negative_prompts.empty()) away = condition(request.negative_prompts);
+    for (const char* done : {"clip", "t5", "conditioner"}) components_.release(done);
+
+    // Before the largest component is opened.
+    cancel.check("before the first step");
+    {
+        const RopeTables positions =
+            rope_tables(manifest.rope, towards.context.shape[1], grid.rows, grid.columns);
+        Engine& transformer = components_.engine("transformer");
+        ModulatedTransformer velocity(transformer, towards, positions, cancel);
+        std::optional<ModulatedTransformer> negative;
+        if (!away.pictures.empty()) negative.emplace(transformer, away, positions, cancel);
+        denoise(start.latents, start.sigmas, std::ref(velocity),
+                negative ? Velocity(std::ref(*negative)) : Velocity(), request.true_cfg_scale,
+                start.blend, arguments.on_step_end, cancel);
+    }
+    components_.release("transformer");
+    Result result;
+    result.count = request.batch();
+    result.height = request.height;
+    result.width = request.width;
+    result.seed = request.seed;
+    result.steps = task.steps();
+    decode(start.latents, request, cancel, result.pixels);
+    return result;
+}
+
+// One at a time: the decoder's memory grows with the number of pixels, and it fills a device with
+// one picture already.
+void FluxPipeline::decode(const Floats& tokens, const Request& request, const CancelToken& cancel,
+                          std::vector<std::uint8_t>& pixels) {
+    const LatentSpec& spec = bundle().manifest.latents;
+    Floats latents = unpack(tokens, request.height, request.width, spec);
+    unscale(latents, spec);
+    Shape one = latents.shape;
+    one[0] = 1;
+    const Shape wanted{1, 3, request.height, request.width};
+    const std::int64_t plane = request.height * request.width;
+    pixels.resize(static_cast<std::size_t>(request.batch() * plane * 3));
+    for (std::int64_t picture = 0; picture < request.batch(); ++picture) {
+        cancel.check("before decoding picture " + std::to_string(picture + 1) + " of " +
+                     std::to_string(request.batch()));
+        const Outputs outputs = components_.run(
+            cancel, "vae_decoder", {{"latents", View(one, latents.data() + picture * count(one))}});
+        const Floats& decoded = outputs.at("images");
+        if (decoded.shape != wanted) {
+            throw Error(ErrorCode::engine, "The vae_decoder gave " + shown(decoded.shape) +
+                                               " where a picture is " + shown(wanted) +
+                                               ". Build the bundle again with `fluxdeploy "
+                                               "build`.");
+        }
+        std::uint8_t* to = pixels.data() + picture * plane * 3;
+        for (std::int64_t at = 0; at < plane; ++at) {
+            for (std::int64_t c = 0; c < 3; ++c) {
+                const float y = decoded.data()[c * plane + at];
+                const float value = std::clamp(y * 0.5f + 0.5f, 0.0f, 1.0f);
+                // A half goes to the even one, as the processor's rounding is.
+                *to++ = static_cast<std::uint8_t>(std::nearbyint(value * 255.0f));
+            }
+        }
+    }
+    components_.release("vae_decoder");
+}
+
+void FluxPipeline::check(const std::function<void(const std::string&, const Deviation&)>& each) {
+    const CancelToken token;
+    const Turns::Taken turn(turns_, token);
+    const ReleaseAll on_exit(components_);
+    for (const auto& [component, record] : bundle().manifest.components) {
+        if (!record.golden) continue;
+        const Deviation deviation = measure_component(components_.engine(component),
+                                                      bundle().path(record.golden->path).string());
+        components_.release(component);
+        if (each) each(component, deviation);
+        if (deviation.max_error > record.golden->max_error ||
+            deviation.cosine < record.golden->min_cosine) {
+            throw Error(ErrorCode::numeric,
+                        component + " is off PyTorch by " +
+                            short_number(deviation.max_error, "%.2g") + " of its range (cosine " +
+                            short_number(deviation.cosine, "%.6f") + "); allowed are " +
+                            general(record.golden->max_error) + " and " +
+                            general(record.golden->min_cosine) + ". Use a wider precision for it.");
+        }
+    }
+}
+
+}  // namespace fluxdeploy

@@ -1,0 +1,79 @@
+// From a prompt to pictures: a bundle's engines, and all that lies between them.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "host/cancel.hpp"
+#include "host/components.hpp"
+#include "host/prompts.hpp"
+#include "host/request.hpp"
+
+namespace fluxdeploy {
+
+// What a call made: 8 bits RGB [B, H, W, 3]; the seed that makes it again, if any; how many steps
+// it took; sentences on what did nothing and what was cut.
+struct Result {
+    std::int64_t count = 0;
+    std::int64_t height = 0;
+    std::int64_t width = 0;
+    std::vector<std::uint8_t> pixels;
+    std::optional<std::uint64_t> seed;
+    std::int64_t steps = 0;
+    std::vector<std::string> notices;
+};
+
+// How far an engine's outputs are from the golden ones.
+struct Deviation {
+    double max_error = 0;
+    double cosine = 1;
+};
+
+// Makes pictures from a bundle. Calls from several threads take turns; a clone shares the engines,
+// and runs at the same time.
+class FluxPipeline {
+public:
+    // Open the bundle in the folder `path`, to be run by `runtime`. Raises `Error` (bundle) where
+    // the folder is no bundle that this version reads, `Error` (usage) for options that cannot be.
+    FluxPipeline(const std::string& path, const std::string& runtime, EngineOptions options,
+                 bool low_vram);
+
+    std::unique_ptr<FluxPipeline> clone() const;
+
+    const Bundle& bundle() const { return pool_->bundle(); }
+    const Tokenizers& tokenizers() const { return *tokenizers_; }
+
+    // Open the engines that every picture takes.
+    void load();
+
+    // Make the pictures of a call. Raises `Error`: (usage) for an argument outside its range,
+    // (numeric) where a component gave NaN or infinity, (cancelled), (engine) where one fails.
+    Result generate(const Arguments& arguments);
+
+    // Hold the components against their golden tensors, and tell `each` of them. Raises `Error`
+    // (numeric) at the first that is past its gate.
+    void check(const std::function<void(const std::string&, const Deviation&)>& each);
+
+private:
+    FluxPipeline(std::shared_ptr<EnginePool> pool, std::shared_ptr<const Tokenizers> tokenizers,
+                 bool low_vram);
+
+    Result make(const Request& request, const class Task& task, const Arguments& arguments);
+    void decode(const Floats& tokens, const Request& request, const CancelToken& cancel,
+                std::vector<std::uint8_t>& pixels);
+
+    std::shared_ptr<EnginePool> pool_;
+    std::shared_ptr<const Tokenizers> tokenizers_;
+    Turns turns_;
+    Components components_;
+    PromptEncoder encoder_;
+};
+
+// Run an engine on the inputs of a golden file. Raises `Error` (bundle) for a file that does not
+// fit the component.
+Deviation measure_component(Engine& engine, const std::string& golden);
+
+}  // namespace fluxdeploy

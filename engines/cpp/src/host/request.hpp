@@ -1,0 +1,85 @@
+// The arguments of a generation, checked before anything runs.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "files/manifest.hpp"
+#include "files/png.hpp"
+#include "host/cancel.hpp"
+#include "host/components.hpp"
+
+namespace fluxdeploy {
+
+// A prompt: its text, or the padded token ids of both encoders.
+struct Prompt {
+    std::string text;
+    bool tokenized = false;
+    std::vector<std::int32_t> clip;
+    std::vector<std::int32_t> t5;
+
+    bool operator==(const Prompt& other) const;
+};
+
+// After a step: its index, the number of steps, the noise level that it began at, and the live
+// latents [B, L, C], which may be changed. Returns whether to go on.
+using StepCallback =
+    std::function<bool(std::int64_t step, std::int64_t steps, float sigma, Floats& latents)>;
+
+// What a caller says; what is empty has the bundle's default.
+struct Arguments {
+    std::vector<Prompt> prompts;
+    std::vector<Prompt> negative_prompts;
+    double true_cfg_scale = 1.0;
+    std::optional<std::int64_t> height;
+    std::optional<std::int64_t> width;
+    std::optional<std::int64_t> num_inference_steps;
+    std::optional<double> guidance_scale;
+    std::int64_t num_images_per_prompt = 1;
+    std::optional<std::int64_t> max_sequence_length;
+    std::optional<std::uint64_t> seed;
+    std::optional<std::vector<float>> latents;
+    std::vector<Picture> images;
+    std::vector<Picture> mask_images;
+    std::optional<double> strength;
+    StepCallback on_step_end;
+    CancelToken cancel;
+};
+
+// What to generate, defaults filled in: for each prompt, `num_images_per_prompt` pictures.
+// `negative_prompts` has one for each prompt, or none where true CFG is off. `latents` are the
+// caller's, [B, L, C], packed; where there are none there is a seed, and else none.
+struct Request {
+    std::vector<Prompt> prompts;
+    std::vector<Prompt> negative_prompts;
+    double true_cfg_scale = 1.0;
+    std::int64_t height = 0;
+    std::int64_t width = 0;
+    std::int64_t num_inference_steps = 0;
+    double guidance_scale = 0;
+    std::int64_t num_images_per_prompt = 1;
+    std::int64_t max_sequence_length = 0;
+    std::optional<std::uint64_t> seed;
+    std::optional<Floats> latents;
+
+    // B: the number of pictures.
+    std::int64_t batch() const {
+        return static_cast<std::int64_t>(prompts.size()) * num_images_per_prompt;
+    }
+
+    // What each component is asked for. `levels` are the noise levels at which the velocity is
+    // taken. The VAE decoder comes first: of all ranges that a size can miss, its are the clearest.
+    AskedSizes engine_sizes(const Manifest& manifest, std::int64_t levels) const;
+};
+
+// The request that arguments make; a seed is drawn by the system where neither it nor latents are
+// given. Raises `Error` (usage) for a value outside its range.
+Request check_request(const Manifest& manifest, const Arguments& arguments);
+
+// A sentence for each argument that does nothing beside the others. They have passed the check.
+std::vector<std::string> idle_arguments(const Manifest& manifest, const Arguments& arguments);
+
+}  // namespace fluxdeploy

@@ -1,0 +1,49 @@
+// What a picture is made from besides its prompt: where the loop begins.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "host/loop.hpp"
+#include "host/prompts.hpp"
+#include "host/request.hpp"
+
+namespace fluxdeploy {
+
+// What the loop begins with: `latents` [B, L, C], packed, on which it works in place; `sigmas`, the
+// N + 1 noise levels that it goes through; `blend` changes the latents after every step.
+struct Start {
+    Floats latents;
+    std::vector<float> sigmas;
+    Blend blend;
+};
+
+// A request for one task, with the task's own arguments read and checked.
+class Task {
+public:
+    virtual ~Task() = default;
+
+    // N: how many of the schedule's steps are made.
+    virtual std::int64_t steps() const = 0;
+
+    // What components are asked for beyond those that every picture takes.
+    virtual AskedSizes engine_sizes() const { return {}; }
+
+    // Arguments that do nothing here, a sentence each.
+    virtual std::vector<std::string> notices() const { return {}; }
+
+    // What the loop begins with; `sigmas` is the whole schedule.
+    virtual Start prepare(const std::vector<float>& sigmas, const Run& run) const = 0;
+};
+
+// The task that a call's arguments ask for. `request` and `manifest` outlive it. Raises `Error`
+// (usage) for a value that cannot be, and for a task that the bundle lacks a component for.
+std::unique_ptr<Task> choose_task(const Manifest& manifest, const Request& request,
+                                  const Arguments& arguments);
+
+// A sentence for each argument that does nothing in the task that the others ask for. Raises
+// `Error` (usage) for one that asks for another task.
+std::vector<std::string> unused_arguments(const Arguments& arguments);
+
+}  // namespace fluxdeploy

@@ -1,0 +1,83 @@
+#include "host/velocity.hpp"
+
+#include <algorithm>
+
+#include "errors.hpp"
+
+namespace fluxdeploy {
+namespace {
+
+// Rows `pictures[start..end]` of `values` [..., width], one after the other, in `taken`.
+void take(const float* values, std::int64_t width, const std::vector<std::int64_t>& pictures,
+          BatchPart part, Shape shape, Floats& taken) {
+    shape[0] = part.size();
+    if (taken.shape != shape) taken = Floats(std::move(shape));
+    for (std::int64_t row = 0; row < part.size(); ++row) {
+        const float* from = values + pictures[static_cast<std::size_t>(part.start + row)] * width;
+        std::copy(from, from + width, taken.data() + row * width);
+    }
+}
+
+}  // namespace
+
+ModulatedTransformer::ModulatedTransformer(Engine& engine, const Condition& condition,
+                                           const RopeTables& positions, CancelToken cancel)
+    : condition_(condition),
+      cancel_(std::move(cancel)),
+      parts_(divide(engine, static_cast<std::int64_t>(condition.pictures.size()))) {
+    const std::int64_t width = condition.context.shape[1] * condition.context.shape[2];
+    for (const BatchPart& part : parts_) {
+        const auto rows = condition.pictures.begin();
+        const bool first = bindings_.count(part.size()) == 0;
+        if (!first) continue;
+        // Prompts stay in place where all of a size's parts have the same ones.
+        const bool same = std::all_of(parts_.begin(), parts_.end(), [&](const BatchPart& other) {
+            return other.size() != part.size() ||
+                   std::equal(rows + part.start, rows + part.end, rows + other.start);
+        });
+        Inputs resident{{"rope_cos", positions.cos}, {"rope_sin", positions.sin}};
+        if (same) {
+            take(condition.context.data(), width, condition.pictures, part, condition.context.shape,
+                 context_);
+            resident.emplace("context", context_);
+        }
+        bindings_[part.size()] = {engine.bind(resident), same};
+    }
+}
+
+const float* ModulatedTransformer::operator()(std::int64_t level, const Floats& latents) {
+    const Shape& context = condition_.context.shape;
+    const Shape& modulation = condition_.modulation.shape;
+    const std::int64_t width = modulation[2] * modulation[3];
+    const std::int64_t tokens = latents.shape[1];
+    const std::int64_t channels = latents.shape[2];
+    for (const BatchPart& part : parts_) {
+        if (part.start > 0) cancel_.check("in the middle of a step");
+        const Bound& bound = bindings_.at(part.size());
+        take(condition_.modulation.data() + level * modulation[1] * width, width,
+             condition_.pictures, part, {0, modulation[2], modulation[3]}, modulation_);
+        Inputs inputs{
+            {"hidden_states", View({part.size(), tokens, channels},
+                                   latents.data() + part.start * tokens * channels)},
+            {"modulation", modulation_},
+        };
+        if (!bound.has_context) {
+            take(condition_.context.data(), context[1] * context[2], condition_.pictures, part,
+                 context, context_);
+            inputs.emplace("context", context_);
+        }
+        const Floats& velocity = bound.binding->run(inputs).at("velocity");
+        if (velocity.size() != part.size() * tokens * channels) {
+            throw Error(ErrorCode::engine,
+                        "The transformer gave a velocity of other sizes than its latents'. Build "
+                        "the bundle again with `fluxdeploy build`.");
+        }
+        if (parts_.size() == 1) return velocity.data();
+        if (velocity_.shape != latents.shape) velocity_ = Floats(latents.shape);
+        std::copy(velocity.values.begin(), velocity.values.end(),
+                  velocity_.values.begin() + part.start * tokens * channels);
+    }
+    return velocity_.data();
+}
+
+}  // namespace fluxdeploy

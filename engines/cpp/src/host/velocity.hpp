@@ -1,0 +1,42 @@
+// The transformer as a velocity: bound to its prompts.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "host/batches.hpp"
+#include "host/cancel.hpp"
+#include "host/prompts.hpp"
+#include "sampling/rope.hpp"
+
+namespace fluxdeploy {
+
+// dx/dsigma of the latents, with all that no step changes in place. A batch that is larger than the
+// engine takes is computed part by part, in buffers that serve every part.
+class ModulatedTransformer {
+public:
+    ModulatedTransformer(Engine& engine, const Condition& condition, const RopeTables& positions,
+                         CancelToken cancel);
+
+    // The velocity [B, L, C] of `latents` at one of the condition's noise levels. It is read before
+    // the next call only. Raises `Error` (cancelled) between two parts.
+    const float* operator()(std::int64_t level, const Floats& latents);
+
+private:
+    // What is bound for parts of one size; whether the prompts are, too.
+    struct Bound {
+        std::unique_ptr<Binding> binding;
+        bool has_context = false;
+    };
+
+    const Condition& condition_;
+    CancelToken cancel_;
+    std::vector<BatchPart> parts_;
+    std::map<std::int64_t, Bound> bindings_;
+    Floats context_;
+    Floats modulation_;
+    Floats velocity_;
+};
+
+}  // namespace fluxdeploy

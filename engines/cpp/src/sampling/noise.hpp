@@ -1,0 +1,33 @@
+// Normal noise equal to that of PyTorch's CPU generator, so that a seed means the same picture.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <optional>
+
+namespace fluxdeploy {
+
+// The draws of torch.Generator("cpu").manual_seed(seed), one tensor after the other. Like PyTorch,
+// it keeps only the low 32 bits of the seed. docs/bundle.md has the rules.
+class TorchGenerator {
+public:
+    explicit TorchGenerator(std::uint64_t seed);
+
+    // What torch.randn(count) draws next; `count` may be 0.
+    void normal(float* values, std::int64_t count);
+
+private:
+    std::uint32_t word();
+    void twist();
+    // 16 numbers of 16 words.
+    void block(const std::uint32_t* words, float* values);
+    // One number of a tensor of fewer than 16.
+    double scalar();
+    double uniform_double();
+
+    std::array<std::uint32_t, 624> state_;
+    std::size_t place_;
+    std::optional<double> spare_;
+};
+
+}  // namespace fluxdeploy

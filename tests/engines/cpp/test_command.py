@@ -1,0 +1,158 @@
+"""`fluxdeploy-cpp` behaves as `fluxdeploy generate`: options, files, errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from fluxdeploy.cli.generate import command as generate
+from fluxdeploy.host.pictures import read_metadata
+from tests.engines.cpp.conftest import picture
+from tests.engines.cpp.library import Failure, Library
+
+SMALL = ["--width", "64", "--height", "48", "--steps", "2", "--seed", "3"]
+
+
+def call(built: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    program = [str(built / "fluxdeploy-cpp"), *map(str, words)]
+    return subprocess.run(program, capture_output=True, text=True, check=False)
+
+
+def test_the_options_are_those_of_generate(built: Path) -> None:
+    said = call(built, "--help").stdout
+    own = {option for parameter in generate.params for option in parameter.opts}
+    missing = {"--sheet", "--bundle", "--mask-crop", "--outpaint", "prompts"}
+    assert {option for option in own if option not in said} == missing
+
+
+def test_pictures_and_their_metadata_are_generates(
+    built: Path, demo_bundle: Path, tmp_path: Path
+) -> None:
+    for name, seed in (("image", 1), ("mask", 2)):
+        Image.fromarray(picture(seed, 60, 70)).save(tmp_path / f"{name}.png")
+    options = [
+        *(*SMALL, "--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png"),
+        *("--strength", "0.9", "--num-images", "2", "--guidance", "2.5"),
+        *("--negative-prompt", "grün", "--true-cfg-scale", "2"),
+    ]
+    words = [*map(str, options), "a red ring", "狐狸"]
+    folder = tmp_path / "python"
+    folder.mkdir()
+    python = [*words, "--bundle", str(demo_bundle), "--out", str(folder / "x.png"), "--json"]
+    wanted = json.loads(CliRunner().invoke(generate, python, catch_exceptions=False).stdout)
+    done = call(built, demo_bundle, *words, "-o", tmp_path / "x.png", "--json")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    for name in ("prompts", "seed", "width", "height", "steps", "warnings", "sheet"):
+        assert found[name] == wanted[name]
+    assert len(found["paths"]) == 4
+    for own, other in zip(found["paths"], wanted["paths"], strict=True):
+        assert read_metadata(Path(own)) == read_metadata(Path(other))
+        pixels = [np.asarray(Image.open(path)).astype(int) for path in (own, other)]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
+BAD_CALLS: dict[str, dict[str, Any]] = {
+    "a size": {"height": 50},
+    "a size that no engine takes": {"height": 16 * 400},
+    "no steps": {"num_inference_steps": 0},
+    "too many steps": {"num_inference_steps": 5000},
+    "guidance": {"guidance_scale": float("nan")},
+    "a scale": {"true_cfg_scale": 1e9},
+    "a length": {"max_sequence_length": 5000},
+    "a number": {"num_images_per_prompt": 0},
+    "too many pictures": {"num_images_per_prompt": 2000},
+    "negative prompts": {"prompt": ["a"] * 3, "negative_prompt": ["b"] * 2},
+    "a long prompt": {"prompt": "é" * 100_001},
+    "strength": {"image": 1, "strength": 1.5},
+    "no strength": {"image": 1, "strength": 0.0},
+    "images": {"image": 2},
+    "a mask alone": {"mask_image": 1},
+    "masks": {"image": 1, "mask_image": 2},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("bad", BAD_CALLS.values(), ids=BAD_CALLS.keys())
+def test_errors_have_pythons_words(
+    library: Library, demo_bundle: Path, bad: dict[str, Any]
+) -> None:
+    from fluxdeploy.errors import UsageError
+    from fluxdeploy.host.pipeline import FluxPipeline
+
+    given = {"prompt": "a", **bad}
+    pictures = {
+        name: [picture(seed, 32, 32) for seed in range(given.pop(name))]
+        for name in ("image", "mask_image")
+        if name in given
+    }
+    images = {name: [Image.fromarray(p) for p in all_] for name, all_ in pictures.items()}
+    with (
+        FluxPipeline.from_bundle(demo_bundle, "onnxruntime") as python,
+        pytest.raises(UsageError) as wanted,
+    ):
+        python(**given, **images)
+    cpp = library.pipeline(demo_bundle)
+    with pytest.raises(Failure) as found:
+        cpp(**given, **pictures)
+    assert (found.value.code, str(found.value)) == ("usage", str(wanted.value))
+    cpp.close()
+
+
+def test_a_missing_library_is_a_missing_dependency(library: Library, demo_bundle: Path) -> None:
+    cpp = library.pipeline(demo_bundle, library="/nowhere/libonnxruntime.so")
+    with pytest.raises(Failure, match="ONNX Runtime cannot be loaded") as failure:
+        cpp("a")
+    assert failure.value.code == "missing dependency"
+    cpp.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"runtime": "magic"}, "There is no runtime 'magic'; the runtimes are auto"),
+        ({"threads": 0}, "`threads` is 0; it must be from 1 to"),
+        ({"device": -1}, "`device` is -1; it must be from 0"),
+    ],
+)
+def test_options_are_checked(
+    library: Library, demo_bundle: Path, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(Failure, match=words) as failure:
+        library.pipeline(demo_bundle, **options)
+    assert failure.value.code == "usage"
+
+
+def test_a_graph_that_reads_other_files_is_not_opened(
+    library: Library, demo_bundle: Path, tmp_path: Path
+) -> None:
+    """As tests/engines/test_graph_files.py: a location that the manifest does not list."""
+    import hashlib
+    import shutil
+
+    bundle = tmp_path / "bundle"
+    shutil.copytree(demo_bundle, bundle)
+    graph, manifest = bundle / "onnx" / "clip.onnx", bundle / "fluxdeploy.json"
+    before = graph.read_bytes()
+    other = b"weights/../../secret"
+    start = before.index(b"weights/")
+    length = before[start - 1]
+    name = (other + b"x" * length)[:length]
+    after = before[:start] + name + before[start + length :]
+    text = manifest.read_text()
+    old, new = (hashlib.sha256(data).hexdigest() for data in (before, after))
+    graph.unlink()
+    graph.write_bytes(after)
+    manifest.write_text(text.replace(old, new))
+    cpp = library.pipeline(bundle)
+    with pytest.raises(Failure, match=r"takes weights from .* leaves the bundle") as failure:
+        cpp("a")
+    assert failure.value.code == "bundle"
+    cpp.close()

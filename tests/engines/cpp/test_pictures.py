@@ -1,0 +1,232 @@
+"""Pictures of the C++ library are those of the Python host."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fluxdeploy.host.pipeline import FluxPipeline
+from fluxdeploy.sampling.schedule import sigmas
+from tests.conftest import BundleFactory
+from tests.engines.cpp.conftest import picture
+from tests.engines.cpp.library import Failure, Library, Pipeline, Step
+
+Pair = tuple[FluxPipeline, Pipeline]
+
+PROMPTS = ("a red circle above a blue square", "Ein Fuchs, gemalt – 狐狸 🦊 café", "")
+
+CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("dev", {"prompt": PROMPTS[0], "seed": 1}),
+    ("dev", {"prompt": PROMPTS[1], "seed": 2**40 + 3, "height": 48, "width": 80}),
+    ("dev", {"prompt": list(PROMPTS), "seed": 3, "num_images_per_prompt": 2}),
+    ("dev", {"prompt": PROMPTS[0], "negative_prompt": "blue", "true_cfg_scale": 2.5, "seed": 4}),
+    ("dev", {"prompt": PROMPTS[0], "image": 1, "strength": 0.5, "num_inference_steps": 4}),
+    ("dev", {"prompt": PROMPTS[2], "seed": 5, "guidance_scale": 0.0, "max_sequence_length": 9}),
+    ("schnell", {"prompt": PROMPTS[0], "seed": 6, "num_inference_steps": 1}),
+    ("schnell", {"prompt": PROMPTS[1], "seed": 7, "height": 96, "width": 32}),
+    ("schnell", {"prompt": [PROMPTS[0]] * 2, "seed": 8, "num_images_per_prompt": 2}),
+    ("schnell", {"prompt": PROMPTS[0], "image": 1, "num_inference_steps": 3, "seed": 9}),
+    ("dev", {"prompt": PROMPTS[0], "image": 1, "mask_image": 1, "num_inference_steps": 3}),
+    ("constant", {"prompt": PROMPTS[1], "seed": 10, "guidance_scale": 7.5}),
+    (
+        "constant",
+        {
+            "prompt": list(PROMPTS[:2]),
+            "negative_prompt": ["", "x"],
+            "true_cfg_scale": 4.0,
+            "image": 2,
+            "strength": 0.7,
+            "seed": 11,
+        },
+    ),
+    (
+        "constant",
+        {
+            "prompt": list(PROMPTS[:2]),
+            "num_images_per_prompt": 2,
+            "negative_prompt": "x",
+            "true_cfg_scale": 3.0,
+            "image": 2,
+            "mask_image": 4,
+            "strength": 1.0,
+        },
+    ),
+    ("constant", {"prompt": PROMPTS[0] * 40, "seed": 12, "max_sequence_length": 24}),
+)
+
+
+@pytest.fixture(scope="module")
+def pair(library: Library, bundle: BundleFactory) -> Iterator[Callable[[str], Pair]]:
+    """`pair("dev")`: both hosts of a random checkpoint's bundle."""
+    opened: dict[str, Pair] = {}
+
+    def make(name: str) -> Pair:
+        if name not in opened:
+            path = bundle(name)
+            opened[name] = FluxPipeline.from_bundle(path, "onnxruntime"), library.pipeline(path)
+        return opened[name]
+
+    yield make
+    for python, cpp in opened.values():
+        python.close()
+        cpp.close()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("name", "call"), CALLS, ids=[str(n) for n in range(len(CALLS))])
+def test_a_picture_is_pythons(pair: Callable[[str], Pair], name: str, call: dict[str, Any]) -> None:
+    python, cpp = pair(name)
+    call = {"height": 32, "width": 48, "num_inference_steps": 2, "seed": 1, **call}
+    images = [picture(seed, 50 + 20 * seed, 64) for seed in range(call.pop("image", 0))]
+    masks = [picture(9 + seed, 40, 30 + 9 * seed) for seed in range(call.pop("mask_image", 0))]
+    given = {
+        name: [Image.fromarray(each) for each in pictures]
+        for name, pictures in (("image", images), ("mask_image", masks))
+        if pictures
+    }
+    wanted = python(**call, **given).images
+    found, _, seed = cpp(**call, image=images, mask_image=masks)
+    assert seed == call["seed"]
+    difference = found.astype(int) - np.stack([np.asarray(each) for each in wanted])
+    assert np.abs(difference).max() <= 1
+
+
+def test_it_says_what_does_nothing_in_the_same_words(pair: Callable[[str], Pair]) -> None:
+    call: dict[str, Any] = {
+        "prompt": "word " * 200,
+        "negative_prompt": "x",
+        "strength": 0.5,
+        "guidance_scale": 3.0,
+        "height": 32,
+        "width": 32,
+        "num_inference_steps": 1,
+        "max_sequence_length": 16,
+    }
+    python, cpp = pair("schnell")
+    with pytest.warns() as warned:
+        python(**call)
+    assert cpp(**call)[1] == [str(each.message) for each in warned]
+
+
+def test_token_ids_and_latents_stand_for_text_and_seed(pair: Callable[[str], Pair]) -> None:
+    _, cpp = pair("dev")
+    size: dict[str, Any] = {"height": 32, "width": 48, "num_inference_steps": 2}
+    text, _, _ = cpp("a fox", seed=3, max_sequence_length=12, **size)
+    both = (cpp.tokenize("clip", "a fox"), cpp.tokenize("t5", "a fox", 12))
+    ids, _, _ = cpp(ids=[both], seed=3, **size)
+    np.testing.assert_array_equal(ids, text)
+    noise = cpp.library.noise(3, 16 * 4 * 6).reshape(1, 16, 2, 2, 3, 2)
+    packed = noise.transpose(0, 2, 4, 1, 3, 5).reshape(1, 6, 64)
+    latents, _, seed = cpp("a fox", latents=packed, max_sequence_length=12, **size)
+    np.testing.assert_array_equal(latents, text)
+    assert seed is None
+
+
+def test_a_callback_sees_every_step_and_may_change_it(pair: Callable[[str], Pair]) -> None:
+    python, cpp = pair("dev")
+    size: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 3, "seed": 1}
+    seen = []
+
+    def look(step: Step) -> int:
+        seen.append((step.step, step.total, step.timestep))
+        step.view()[:] *= 0.5
+        return 0
+
+    found, _, _ = cpp("a fox", on_step=look, **size)
+    levels = sigmas(python.bundle.manifest.schedule, 3, 4)
+    timesteps = [float(level * np.float32(1000)) for level in levels[:-1]]
+    assert seen == [(i + 1, 3, timestep) for i, timestep in enumerate(timesteps)]
+    wanted = python(
+        "a fox",
+        callback_on_step_end=lambda pipe, i, t, state: {"latents": state["latents"] * 0.5},
+        **size,
+    ).images[0]
+    assert np.abs(found[0].astype(int) - np.asarray(wanted)).max() <= 1
+
+
+def test_a_callback_cancels_its_own_call_alone(pair: Callable[[str], Pair]) -> None:
+    _, cpp = pair("dev")
+    size: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 3}
+    token = cpp.library.c.fluxdeploy_cancel_new()
+    with pytest.raises(Failure, match="after 2 of 3 steps; no picture was made") as failure:
+        cpp("a fox", on_step=lambda step: step.step == 2, cancel=_pointer(token), **size)
+    assert failure.value.code == "cancelled"
+    cpp("a fox", cancel=_pointer(token), **size)
+    cpp.library.c.fluxdeploy_cancel_now(_pointer(token))
+    with pytest.raises(Failure, match="before it began"):
+        cpp("a fox", cancel=_pointer(token), **size)
+    cpp.library.c.fluxdeploy_cancel_free(_pointer(token))
+
+
+def test_a_waiting_call_is_cancelled_and_its_turn_is_not(pair: Callable[[str], Pair]) -> None:
+    _, cpp = pair("dev")
+    size: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 2}
+    token = _pointer(cpp.library.c.fluxdeploy_cancel_new())
+    with ThreadPoolExecutor(1) as pool:
+        waiting = []
+
+        def start(step: Step) -> int:
+            if not waiting:
+                waiting.append(pool.submit(cpp, "a cat", cancel=token, **size))
+                cpp.library.c.fluxdeploy_cancel_now(token)
+                assert isinstance(waiting[0].exception(10), Failure)
+            return 0
+
+        cpp("a fox", on_step=start, **size)
+    assert waiting[0].exception().code == "cancelled"
+
+
+def test_clones_share_engines_and_run_side_by_side(pair: Callable[[str], Pair]) -> None:
+    _, cpp = pair("dev")
+    size: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 4}
+    alone = [cpp(prompt, seed=5, **size)[0] for prompt in PROMPTS]
+    before = _memory()
+    clones = [cpp.clone() for _ in range(100)]
+    assert _memory() - before < 10 << 20
+    with ThreadPoolExecutor(4) as pool:
+        calls = [
+            pool.submit(each, prompt, seed=5, **size)
+            for each in (*clones[:3], cpp)
+            for prompt in PROMPTS
+        ]
+        for index, call in enumerate(calls):
+            np.testing.assert_array_equal(call.result()[0], alone[index % len(PROMPTS)])
+    for clone in clones:
+        clone.close()
+
+
+def test_engines_may_be_open_only_while_they_are_needed(
+    library: Library, pair: Callable[[str], Pair], bundle: BundleFactory
+) -> None:
+    _, cpp = pair("dev")
+    size: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 1, "seed": 1}
+    sparing = library.pipeline(bundle("dev"), low_vram=1)
+    np.testing.assert_array_equal(sparing("a fox", **size)[0], cpp("a fox", **size)[0])
+    sparing.close()
+
+
+def test_each_component_passes_its_golden_gate(
+    pair: Callable[[str], Pair],
+) -> None:
+    python, cpp = pair("schnell")
+    found = cpp.check()
+    assert set(found) == set(python.bundle.manifest.components)
+    assert all(error < 1e-3 and cosine > 0.9999 for error, cosine in found.values())
+
+
+def _pointer(address: int) -> Any:
+    from ctypes import c_void_p
+
+    return c_void_p(address)
+
+
+def _memory() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
