@@ -20,6 +20,7 @@ __all__ = ["BLOCKS", "Block", "fill"]
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "figures.md"
+CPP = ROOT / "docs" / "cpp.md"
 SERVING = ROOT / "docs" / "serving.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -608,6 +609,29 @@ def _serving(report: dict[str, Any]) -> str:
     )
 
 
+def _cpp_host(report: dict[str, Any]) -> str:
+    """The report of benchmarks/cpp_host.py as a Markdown table."""
+    ours, python = report["cpp"], report["python"]
+    rows = [
+        ["", "C++", "Python"],
+        ["---", "---:", "---:"],
+        [
+            "from the start of the process to a picture",
+            *(f"{host['start_to_picture_s']:.2f} s" for host in (ours, python)),
+        ],
+        ["a step", *(f"{host['step_ms']:.1f} ms" for host in (ours, python))],
+        ["peak of memory", *(f"{host['peak_mib']:.0f} MiB" for host in (ours, python))],
+        ["the library", f"{report['library_bytes'] / 1e6:.1f} MB", ""],
+    ]
+    return (
+        f"{_table(rows)}\n"
+        "The default bundle, medians of "
+        f"{report['rounds']} rounds in turns, measured by\n"
+        "[benchmarks/cpp_host.py](../benchmarks/cpp_host.py) on\n"
+        f"{report['processor']}, {report['cores']} cores.\n"
+    )
+
+
 BLOCKS: Mapping[str, Block] = {
     "export_scale": Block(RESULTS / "export_scale.json", (FIGURES,), _export_scale),
     "demo_scores": Block(RESULTS / "demo_scores.json", (FIGURES, MODEL_CARD), _demo_scores),
@@ -626,6 +650,7 @@ BLOCKS: Mapping[str, Block] = {
     "conditioner_split": Block(
         RESULTS / "conditioner_split.json", (PERFORMANCE,), _conditioner_split
     ),
+    "cpp_host": Block(RESULTS / "cpp_host.json", (CPP,), _cpp_host),
     "serving": Block(RESULTS / "soak.json", (SERVING,), _serving),
     "cost_curves": Block(RESULTS / "cost_curves.json", (PERFORMANCE,), _cost_curves),
 }

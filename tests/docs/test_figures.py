@@ -67,6 +67,7 @@ BLOCKS = (
     "conditioner_split",
     "cost_curves",
     "serving",
+    "cpp_host",
 )
 
 
