@@ -245,6 +245,8 @@ class Load:
         }
         if not leaves:
             answer = json.load(post(self._url, body))
+            if "data" not in answer:
+                return "lost"
             right = np.array_equal(picture(answer["data"][0]["b64_json"]), self._expected[key])
             return "drawn" if right else "mixed up"
         # At step 0 it may still be waiting.

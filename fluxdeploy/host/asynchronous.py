@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -94,7 +94,7 @@ class AsyncFluxPipeline:
 
     async def stream(
         self, prompt: str | list[str], **arguments: Any
-    ) -> AsyncIterator[StepEnd | Preview | FluxPipelineOutput]:
+    ) -> AsyncGenerator[StepEnd | Preview | FluxPipelineOutput, None]:
         """The steps of a call as they are made, `num_previews` pictures between, and its output.
 
         The arguments are those of `FluxPipeline.__call__`. Leaving the iterator, by `aclose` or by
@@ -129,14 +129,16 @@ class AsyncFluxPipeline:
                 tell(None)
 
         call = asyncio.ensure_future(_in_thread(run))
+        # Where there is no thread to be had, nothing else tells.
+        call.add_done_callback(lambda _: events.put_nowait(None))
         try:
             while (event := await events.get()) is not None:
                 yield event
             yield await call
         finally:
             token.cancel()
-            if not call.done():
-                call.cancel()
+            if not call.cancel() and not call.cancelled():
+                call.exception()  # it is nobody's any more
 
     async def aclose(self) -> None:
         """Free the engines and the encoded prompts, after the running calls."""
@@ -159,8 +161,8 @@ async def _in_thread(work: Callable[[], _T]) -> _T:
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_T] = loop.create_future()
 
-    def settle(settle: Callable[[Any], None], value: object) -> None:
-        _threadsafe(loop, lambda: None if future.done() else settle(value))
+    def settle(how: Callable[[Any], None], value: object) -> None:
+        _threadsafe(loop, lambda: None if future.done() else how(value))
 
     def run() -> None:
         try:

@@ -28,7 +28,7 @@ def demand(task: Task, priority: Priority) -> Demand:
     prompts = sides * len(set(request.prompts))
     latents = math.prod(latent_shape(batch, height, width, manifest.latents))
     numbers = _COPIES * latents + 3 * pixels + prompts * _conditioned(manifest, task)
-    return Demand(priority, float(sides * pixels * task.steps), 4 * numbers)
+    return Demand(priority, task.steps, float(sides * pixels), 4 * numbers)
 
 
 def _conditioned(manifest: Manifest, task: Task) -> int:

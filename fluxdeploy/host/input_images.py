@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,6 +45,9 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 MAX_PIXELS = 1 << 26
 """Of a picture that is given: 8192 x 8192."""
+
+_DECODING = threading.Lock()
+"""One at a time: a picture takes much memory, and the filters of warnings belong to the process."""
 
 _MAX_BYTES = 256 << 20
 """Of so many pixels without compression."""
@@ -104,7 +108,7 @@ def _open(path: Path, read: Callable[[Image.Image], Image.Image]) -> tuple[Image
 
 def _decode(data: bytes, name: str, read: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
-        with warnings.catch_warnings():
+        with _DECODING, warnings.catch_warnings():
             # Of sizes, which are checked here, and of transparency, which is dropped.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:

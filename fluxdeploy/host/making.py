@@ -79,7 +79,7 @@ def make_pictures(
             velocity,
             negative=negative[0] if negative else None,
             true_cfg_scale=request.true_cfg_scale,
-            blend=start.blend,
+            blend=functools.partial(_step_made, turn, start),
             on_step_end=_after_step(callback, previews, start, decoded),
             cancel=turn,
         )
@@ -139,6 +139,12 @@ def _velocities(
     return [ModulatedTransformer(engine, each, positions, hidden, cancel) for each in conditions]
 
 
+def _step_made(turn: Turn, start: Start, step: int, latents: NDArray[np.float32]) -> None:
+    turn.step_made()
+    if start.blend is not None:
+        start.blend(step, latents)
+
+
 def _after_step(
     callback: LevelCallback | None,
     previews: tuple[int, Show] | None,
@@ -152,11 +158,16 @@ def _after_step(
     if previews is not None:
         count, show = previews
         shown = Previews(preview_steps(count, len(sigmas) - 1), sigmas, decoded, show)
-        shown.after_step(0, start.latents)
+        shown.before_step(0, start.latents)
 
     def on_step_end(step: int, latents: NDArray[np.float32]) -> NDArray[np.float32] | None:
         if shown is not None:
-            shown.after_step(step + 1, latents)
-        return None if callback is None else callback(step, np.float32(sigmas[step]), latents)
+            shown.after_step(step, latents)
+        others = None
+        if callback is not None:
+            others = callback(step, np.float32(sigmas[step]), latents)
+        if shown is not None:
+            shown.before_step(step + 1, latents if others is None else others)
+        return others
 
     return on_step_end

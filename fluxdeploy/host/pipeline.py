@@ -63,6 +63,8 @@ The images are of the call's `output_type`.
 TASKS: tuple[type[Task], ...] = (TextToImage, ImageToImage, Inpainting)
 """The tasks that a call's arguments can ask for."""
 
+_MAX_PREVIEWS = 100
+
 _KEPT_TEXT = 128 << 20
 """Bytes of encoded prompts that a pipeline keeps: 16 of FLUX.1's, at 512 tokens."""
 
@@ -107,7 +109,10 @@ class CallOptions:
             callback = getattr(self, name)
             if callback is not None and not callable(callback):
                 raise UsageError(f"`{name}` is {shown(callback)}, which cannot be called.")
-        if check_integer("num_previews", self.num_previews, 0) and not self.callback_on_preview:
+        if (
+            check_integer("num_previews", self.num_previews, 0, _MAX_PREVIEWS)
+            and not self.callback_on_preview
+        ):
             raise UsageError("`num_previews` needs a `callback_on_preview` that takes them.")
 
     def typed(self, pictures: Iterable[NDArray[np.float32]]) -> list[Image] | NDArray[np.float32]:
@@ -153,7 +158,7 @@ class FluxPipeline:
         self._bundle = bundle
         self._components = Components(bundle.manifest, open_component, low_vram)
         self._encoder = PromptEncoder(tokenizers, bundle.manifest.tokenizers, kept_text_bytes)
-        # Reentrant: a callback may make another picture, or close the pipeline before it raises.
+        # A callback may make another picture, or close the pipeline before it raises.
         self._turns = Turns(_check_limits(limits), changing=not low_vram)
         self._told: set[str] = set()
         # Of calls that have their turn, one at a time.
@@ -301,6 +306,13 @@ class FluxPipeline:
                 output_type,
             ),
         )
+
+    def warm_up(self) -> None:
+        """Open every engine of the bundle, and run it once. Raises what a call raises."""
+        given: dict[str, Any] = {}
+        if "vae_encoder" in self._bundle.manifest.components:
+            given = {"image": np.zeros((16, 16, 3), np.uint8), "strength": 0.5}
+        self("warm-up", num_inference_steps=2, seed=0, **given)
 
     def close(self) -> None:
         """Free the engines and the encoded prompts, after the running call.

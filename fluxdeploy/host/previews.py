@@ -53,10 +53,13 @@ class Previews:
         self._show = show
         self._before: NDArray[np.float32] | None = None
 
-    def after_step(self, made: int, latents: NDArray[np.float32]) -> None:
-        """Look at the latents, [B, L, C], after `made` steps: 0 before the first."""
-        if made in self._steps and self._before is not None:
-            level, before = self._sigmas[made], self._sigmas[made - 1]
+    def before_step(self, step: int, latents: NDArray[np.float32]) -> None:
+        """Remember the latents, [B, L, C], that a step begins with."""
+        self._before = latents.copy() if step + 1 in self._steps else None
+
+    def after_step(self, step: int, latents: NDArray[np.float32]) -> None:
+        """Look at the latents that the step has made of them."""
+        if self._before is not None:
+            before, level = self._sigmas[step], self._sigmas[step + 1]
             velocity = (latents - self._before) / (level - before)
-            self._show(made, self._decode(latents - level * velocity))
-        self._before = latents.copy() if made + 1 in self._steps else None
+            self._show(step + 1, self._decode(latents - level * velocity))

@@ -1,9 +1,10 @@
 """Which of several calls goes on: they share the engines, and change places between two steps.
 
-A call of a higher priority comes first. Among equals each has a tag: the time at which it would
+A call of a higher priority comes first. Among equals each has a tag: the moment at which it would
 end if all of them were served at once, each at the same share of the engines. The smallest tag goes
-on (weighted fair queueing, Demers, Keshav and Shenker, 1989). So a small picture does not wait for
-a large one that came before it, and a large one does not wait for ever: tags grow with the time.
+on (weighted fair queueing, Demers, Keshav and Shenker, 1989). The moments are counted in work, not
+in seconds: they grow by each step's, divided by the calls that share. So a small picture does not
+wait for a large one that came before it, and a large one does not wait for ever.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal, get_args
 
 from fluxdeploy.arguments import check_integer, shown
@@ -33,6 +35,10 @@ _FIRST_GUESS = 1e-6
 
 _NEWEST = 0.3
 """The weight of the latest call in what a pixel's step takes."""
+
+_LOOK = 1.0
+"""Seconds after which who waits looks by itself: a signal's handler may have cancelled between its
+last look and its waiting."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,17 @@ class QueueLimits:
 
 @dataclass(frozen=True)
 class Demand:
-    """What a call asks for: its work in pixels times steps, and the bytes that it holds."""
+    """What a call asks for: its steps, each so many pixels of work, and the bytes that it holds."""
 
     priority: Priority = "normal"
-    work: float = 0.0
+    steps: int = 0
+    pixels: float = 0.0
     memory: int = 0
+
+    @property
+    def work(self) -> float:
+        """Pixels times steps."""
+        return self.steps * self.pixels
 
 
 def check_priority(priority: object) -> Priority:
@@ -74,9 +86,13 @@ def check_priority(priority: object) -> Priority:
 
 @dataclass(eq=False)
 class _Place:
-    """A call in the queue; `begun` ones hold memory, and at most one of them is running."""
+    """A call in the queue; `begun` ones hold memory, and at most one of them is running.
+
+    left: the work that is not done. tag: see the module.
+    """
 
     demand: Demand
+    left: float
     tag: float
     number: int
     wake: threading.Condition
@@ -89,6 +105,9 @@ class _Place:
         return PRIORITIES.index(self.demand.priority), self.tag, self.number
 
 
+_ORDER = attrgetter("order")
+
+
 @dataclass
 class _Clock:
     """How long a call ran in each of its stages, and how long it waited between."""
@@ -98,21 +117,22 @@ class _Clock:
     stage: str = "queued"
     since: float = 0.0
 
-    def enter(self, stage: str) -> float:
-        """Begin a stage; the seconds of the one before."""
+    def enter(self, stage: str) -> None:
+        """Begin a stage, and count the seconds of the one before."""
         now = self.now()
-        passed, self.since = now - self.since, now
-        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + passed
-        self.stage = stage
-        return passed
+        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + now - self.since
+        self.stage, self.since = stage, now
 
 
 class Turn:
     """A call that has its turn: between two pieces of its work, others may have theirs."""
 
-    def __init__(self, turns: Turns, place: _Place, cancel: CancelToken, clock: _Clock) -> None:
+    def __init__(
+        self, turns: Turns, place: _Place, demand: Demand, cancel: CancelToken, clock: _Clock
+    ) -> None:
         self._turns = turns
         self._place = place
+        self._demand = demand
         self._cancel = cancel
         self._clock = clock
 
@@ -120,11 +140,6 @@ class Turn:
     def seconds(self) -> dict[str, float]:
         """Seconds by stage, as far as they are over; "queued" are those of waiting."""
         return dict(self._clock.seconds)
-
-    @property
-    def ran(self) -> float:
-        """Seconds of all stages but waiting."""
-        return sum(passed for stage, passed in self._clock.seconds.items() if stage != "queued")
 
     @contextmanager
     def stage(self, stage: str) -> Iterator[None]:
@@ -138,20 +153,18 @@ class Turn:
 
     def enter(self, stage: str) -> None:
         """Count the seconds from here on for this stage."""
-        before = self._clock.stage
-        passed = self._clock.enter(stage)
-        if before != "queued":
-            self._turns.ran(self._place, passed)
+        self._clock.enter(stage)
+
+    def step_made(self) -> None:
+        """Note that a step of the call was made."""
+        self._turns.worked(self._place, self._demand.pixels)
 
     def check(self, where: str) -> None:
         """Raise `Cancelled` where the call was; let a call go first that comes before this one."""
         self._cancel.check(where)
-        stage = self._clock.stage
-        self.enter(stage)
         if not self._turns.is_next(self._place):
-            self.enter("queued")
-            self._turns.wait(self._place, self._cancel, where)
-            self.enter(stage)
+            with self.stage("queued"):
+                self._turns.wait(self._place, self._cancel, where)
 
 
 class Turns:
@@ -195,7 +208,7 @@ class Turns:
         """About how many seconds all calls take that are here."""
         with self._lock:
             rate = _FIRST_GUESS if self._rate is None else self._rate
-            return rate * sum(place.demand.work for place in self._places)
+            return rate * sum(place.left for place in self._places)
 
     @contextmanager
     def taken(self, cancel: CancelToken, demand: Demand) -> Iterator[Turn]:
@@ -208,18 +221,25 @@ class Turns:
         with self._lock:
             outer = self._own_place()
             place = self._enter(demand) if outer is None else outer
-        turn = Turn(self, place, cancel, clock)
+        turn = Turn(self, place, demand, cancel, clock)
         if outer is not None:
-            turn.enter("encoding")
-            yield turn
+            try:
+                turn.enter("encoding")
+                yield turn
+                turn.enter("ended")
+            finally:
+                # A call that was cancelled while others went first has left the outer one waiting.
+                if self._running is not place:
+                    self.wait(place, CancelToken(), "")
             return
         try:
             self.wait(place, cancel, "while it waited for its turn")
             turn.enter("encoding")
             yield turn
-        finally:
             turn.enter("ended")
-            self._leave(place, turn.ran)
+            self._learn(turn.seconds.get("denoising", 0.0), demand.work)
+        finally:
+            self._leave(place)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -235,13 +255,14 @@ class Turns:
         finally:
             place.alone = False
             if outer is None:
-                self._leave(place, 0.0)
+                self._leave(place)
 
-    def ran(self, place: _Place, seconds: float) -> None:
-        """Note that a call ran for so long: the fair time grows by its share."""
+    def worked(self, place: _Place, work: float) -> None:
+        """Note that a call did so much of its work."""
         with self._lock:
             peers = sum(each.demand.priority == place.demand.priority for each in self._places)
-            self._now += seconds / max(peers, 1)
+            self._now += work / max(peers, 1)
+            place.left = max(place.left - work, 0.0)
 
     def is_next(self, place: _Place) -> bool:
         """Whether the running call goes on."""
@@ -261,7 +282,7 @@ class Turns:
             self._pass_on()
             while self._running is not place:
                 cancel.check(where)
-                place.wake.wait()
+                place.wake.wait(_LOOK)
             place.begun = True
 
     def _own_place(self) -> _Place | None:
@@ -270,17 +291,18 @@ class Turns:
 
     def _enter(self, demand: Demand) -> _Place:
         most = self._limits.waiting
-        before = [place for place in self._places if not place.begun and _comes(place, demand)]
+        rank = PRIORITIES.index(demand.priority)
+        before = [place for place in self._places if not place.begun and place.order[0] <= rank]
         # What can begin at once waits for nothing, even where nobody may wait.
         if most is not None and len(before) + (self._running is not None) > most:
             raise QueueFullError(
                 f"{len(before)} calls wait already, as many as may. Try again later.",
                 self.backlog(),
             )
-        rate = _FIRST_GUESS if self._rate is None else self._rate
         place = _Place(
             demand=demand,
-            tag=self._now + rate * demand.work,
+            left=demand.work,
+            tag=self._now + demand.work,
             number=next(self._numbers),
             wake=threading.Condition(self._lock),
             thread=threading.get_ident(),
@@ -288,18 +310,20 @@ class Turns:
         self._places.append(place)
         return place
 
-    def _leave(self, place: _Place, seconds: float) -> None:
+    def _leave(self, place: _Place) -> None:
         with self._lock:
             self._places.remove(place)
             if self._running is place:
                 self._running = None
-                if place.demand.work > 0:
-                    self._learn(seconds / place.demand.work)
             self._pass_on()
 
-    def _learn(self, rate: float) -> None:
-        old = rate if self._rate is None else self._rate
-        self._rate = old + _NEWEST * (rate - old)
+    def _learn(self, seconds: float, work: float) -> None:
+        """Take a call that went well for what a pixel's step takes."""
+        if seconds > 0 and work > 0:
+            with self._lock:
+                rate = seconds / work
+                old = rate if self._rate is None else self._rate
+                self._rate = old + _NEWEST * (rate - old)
 
     def _pass_on(self) -> None:
         """Give the turn to who is next, where nobody has it."""
@@ -314,12 +338,12 @@ class Turns:
         if alone:
             # Who waits to be alone lets those end that have begun, and none begin.
             able = [place for place in begun if not place.alone] or begun or alone
-            return min(able, key=_order)
+            return min(able, key=_ORDER)
         able = begun
-        new = min((place for place in self._places if not place.begun), key=_order, default=None)
+        new = min((place for place in self._places if not place.begun), key=_ORDER, default=None)
         if new is not None and self._may_begin(new, begun):
             able = [*able, new]
-        return min(able, key=_order, default=None)
+        return min(able, key=_ORDER, default=None)
 
     def _may_begin(self, place: _Place, begun: list[_Place]) -> bool:
         if not begun:
@@ -327,12 +351,3 @@ class Turns:
         most = math.inf if self._limits.memory is None else self._limits.memory
         held = sum(each.demand.memory for each in begun)
         return self._changing and held + place.demand.memory <= most
-
-
-def _comes(place: _Place, demand: Demand) -> bool:
-    """Whether a place is of a demand's priority, or of one above it."""
-    return PRIORITIES.index(place.demand.priority) <= PRIORITIES.index(demand.priority)
-
-
-def _order(place: _Place) -> tuple[int, float, int]:
-    return place.order

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -80,17 +81,35 @@ def test_a_cancelled_task_frees_the_engines_for_the_next_call(
 def test_leaving_a_stream_ends_its_call(
     pipe: FluxPipeline, engines: dict[str, MemoryEngine]
 ) -> None:
-    async def leave() -> int:
-        asynchronous = AsyncFluxPipeline(pipe)
-        stream = asynchronous.stream("fox", num_inference_steps=100_000, **CALL)
-        async for event in stream:
-            assert isinstance(event, StepEnd)
-            break
-        await stream.aclose()  # type: ignore[attr-defined]
-        await asynchronous("hen", **CALL)
-        return len(engines["transformer"].runs)
+    gate = Gate(engines["transformer"], 1)
 
-    assert run(leave()) < 100_000
+    async def leave() -> None:
+        stream = AsyncFluxPipeline(pipe).stream("fox", num_inference_steps=100_000, **CALL)
+        event = await anext(stream)
+        assert isinstance(event, StepEnd)
+        await asyncio.to_thread(gate.reached.wait, LIMIT)
+        await stream.aclose()
+        gate.open.set()
+        while pipe.stats.running:
+            await asyncio.sleep(0.001)
+
+    run(leave())
+    assert len(engines["transformer"].runs) == 2
+
+
+def test_a_call_without_a_thread_fails_and_does_not_hang(
+    pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def begin() -> None:
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            async for _ in AsyncFluxPipeline(pipe).stream("fox", **CALL):
+                pass
+
+    run(begin())
 
 
 def test_errors_are_those_of_the_call(pipe: FluxPipeline) -> None:

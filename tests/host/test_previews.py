@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,9 @@ def test_a_preview_is_the_end_of_the_line_that_the_latest_step_was_on() -> None:
     sigmas = np.array([1, 0.9, 0.5, 0.1, 0], np.float32)
     seen: list[Any] = []
     previews = Previews((1, 3), sigmas, lambda x: x, lambda made, x: seen.append((made, x)))
-    for made, sigma in enumerate(sigmas):
-        previews.after_step(made, sigma * noise + (1 - sigma) * picture)
+    for step, (level, after) in enumerate(itertools.pairwise(sigmas)):
+        previews.before_step(step, level * noise + (1 - level) * picture)
+        previews.after_step(step, after * noise + (1 - after) * picture)
     assert [made for made, _ in seen] == [1, 3]
     for _, shown in seen:
         np.testing.assert_allclose(shown, picture, atol=1e-5)
@@ -57,6 +59,34 @@ def test_previews_change_no_picture_and_cost_a_decoding_each(pipe: FluxPipeline)
     assert [steps for steps, _ in seen] == [1, 2]
     assert all(images.shape == np.shape(plain.images) for _, images in seen)
     assert set(watched.seconds) == {"queued", "encoding", "denoising", "decoding"}
+
+
+def test_a_preview_looks_at_the_step_and_not_at_what_a_callback_made_of_it(
+    pipe: FluxPipeline,
+) -> None:
+    """A callback that puts other latents in place moves the next preview along with them."""
+    call: dict[str, Any] = {"seed": 3, "max_sequence_length": 16, "output_type": "np"}
+
+    def seen(**more: Any) -> list[Any]:
+        found: list[Any] = []
+        pipe(
+            "fox",
+            num_previews=2,
+            callback_on_preview=lambda caller, steps, images: found.append(images),
+            **call,
+            **more,
+        )
+        return found
+
+    plain = seen()
+    other = seen(
+        callback_on_step_end=lambda caller, step, timestep, state: {
+            "latents": state["latents"] + np.float32(step == 0)
+        }
+    )
+    np.testing.assert_array_equal(plain[0], other[0])
+    # Two latents that are one apart point at pictures that are about as far apart, not many times.
+    assert np.abs(plain[1] - other[1]).max() < 0.5
 
 
 def test_previews_that_nobody_takes_are_refused(pipe: FluxPipeline) -> None:

@@ -18,7 +18,7 @@ LIMIT = 20
 """Seconds after which a test that hangs gives up."""
 
 SECOND = 1e6
-"""The work of a second, in pixels times steps, as it is guessed before the first call."""
+"""The pixels of a step that takes a second, as it is guessed before the first call."""
 
 
 class Machine:
@@ -41,12 +41,13 @@ class Machine:
         at_step: Callable[[int], None] = lambda step: None,
     ) -> dict[str, float]:
         cancel = CancelToken() if token is None else token
-        with self.turns.taken(cancel, Demand(priority, seconds * SECOND, memory)) as turn:
+        with self.turns.taken(cancel, Demand(priority, seconds, SECOND, memory)) as turn:
             for step in range(seconds):
                 turn.check("in the middle")
                 at_step(step)
                 self.log.append(name)
                 self.now += 1
+                turn.step_made()
         return turn.seconds
 
     def begin(self, name: str, seconds: int, *rest: Any, **others: Any) -> Future[Any]:
@@ -250,10 +251,61 @@ def test_a_turn_tells_how_long_it_waited_and_ran() -> None:
 
 def test_what_a_step_takes_is_learned(machine: Machine) -> None:
     assert machine.turns.backlog() == 0
-    with machine.turns.taken(CancelToken(), Demand(work=10.0)):
+    demand = Demand(steps=1, pixels=10.0)
+    with machine.turns.taken(CancelToken(), demand) as turn, turn.stage("denoising"):
         machine.now += 20
-    with machine.turns.taken(CancelToken(), Demand(work=10.0)):
+    with machine.turns.taken(CancelToken(), demand) as turn:
         assert machine.turns.backlog() == pytest.approx(20)
+        turn.step_made()
+        assert machine.turns.backlog() == 0
+
+
+def test_nothing_is_learned_of_what_fails_and_of_opening_engines(machine: Machine) -> None:
+    demand = Demand(steps=1, pixels=SECOND)
+    with machine.turns.taken(CancelToken(), demand):
+        machine.now += 1000
+    with (
+        pytest.raises(ZeroDivisionError),
+        machine.turns.taken(CancelToken(), demand) as turn,
+        turn.stage("denoising"),
+    ):
+        raise ZeroDivisionError
+    with machine.turns.taken(CancelToken(), demand):
+        assert machine.turns.backlog() == pytest.approx(1)
+
+
+def test_the_order_does_not_hang_on_what_a_step_takes(machine: Machine) -> None:
+    """As in `small_pictures_do_not_wait`, after calls that took a thousand times as long."""
+    small = Demand(steps=1, pixels=1.0)
+    with machine.turns.taken(CancelToken(), small) as turn, turn.stage("denoising"):
+        machine.now += 1000
+    log = with_others(machine, ("L", 40), *(("s", 10) for _ in range(3)))
+    assert log == "L" + 30 * "s" + 39 * "L"
+
+
+def test_a_nested_call_that_is_cancelled_while_others_run_gives_the_turn_back(
+    machine: Machine,
+) -> None:
+    token = CancelToken()
+    futures: list[Future[Any]] = []
+
+    def nest(step: int) -> None:
+        if step != 0:
+            return
+        futures.append(machine.begin("h", 2, "high", at_step=stop))
+        with pytest.raises(Cancelled):
+            machine.call("x", 2, token=token)
+        assert machine.turns._running is not None
+        assert machine.turns._running.thread == threading.get_ident()
+
+    def stop(step: int) -> None:
+        if step == 1:
+            token.cancel()
+
+    outer = machine.begin("o", 2, at_step=nest)
+    outer.result(LIMIT)
+    # It may have its turn back before it hears of it.
+    assert machine.end(*futures).replace("x", "") == "hhoo"
 
 
 def test_a_priority_that_is_none_is_refused() -> None:

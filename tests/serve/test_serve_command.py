@@ -50,10 +50,21 @@ def test_sigterm_lets_a_running_request_end(demo_bundle: Path) -> None:
         process.wait()
 
 
+def test_sigterm_ends_a_server_that_warms_up(demo_bundle: Path) -> None:
+    command = [*COMMAND, "--bundle", str(demo_bundle), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("Warming up ")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT) != 0
+        assert "Serving" not in process.stderr.read()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--bundle", "nothing"], "nothing"),
+        (["--host", ""], "--host is empty"),
         (["--host", "256.1.1.1"], "Cannot listen at 256.1.1.1, port"),
         (["--triton", "127.0.0.1:1"], "The Triton server at 127.0.0.1:1 does not serve"),
         (["--port", "70000"], "70000 is not in the range"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -30,7 +31,13 @@ from fluxdeploy.serve.images_api.metrics import CountedRequests, Metrics
 from fluxdeploy.serve.images_api.replies import MEDIA_TYPES, as_base64
 from fluxdeploy.serve.images_api.schema import EDIT, GENERATION, RESPONSES
 from fluxdeploy.serve.images_api.settings import Settings
-from fluxdeploy.serve.images_api.uploads import LimitedBodies, read_body, read_files, read_form
+from fluxdeploy.serve.images_api.uploads import (
+    LimitedBodies,
+    decoded,
+    read_body,
+    read_files,
+    read_form,
+)
 
 __all__ = ["create_app"]
 
@@ -81,6 +88,7 @@ def create_app(backend: Backend, settings: Settings) -> FastAPI:
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Gone, _answer_nobody)
+    app.add_exception_handler(Exception, _answer_bug)
     app.add_middleware(CountedRequests, metrics=server.metrics)
     if settings.origins:
         app.add_middleware(
@@ -132,8 +140,13 @@ class _Server:
         finally:
             await form.close()
         body = read_fields(EditBody, fields)
-        drawing = read_drawing(body, self._backend.manifest, self._settings, image, mask)
+        # Beside the loop, which serves others meanwhile.
+        drawing = await asyncio.to_thread(self._edit, body, image, mask)
         return await self._answer(request, drawing, "image_edit")
+
+    def _edit(self, body: EditBody, image: bytes, mask: bytes | None) -> Drawing:
+        manifest, settings = self._backend.manifest, self._settings
+        return read_drawing(body, manifest, settings, *decoded(image, mask))
 
     async def _answer(self, request: Request, drawing: Drawing, kind: str) -> Response:
         if drawing.body.stream:
@@ -211,6 +224,11 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     message = {404: "There is nothing at this path.", 405: "This path takes another method."}
     answer = ApiError(error.status_code, message.get(error.status_code, str(error.detail)))
     return JSONResponse(answer.body(), error.status_code, error.headers)
+
+
+async def _answer_bug(request: Request, error: Exception) -> Response:
+    answer = ApiError(500, f"This is a bug in fluxdeploy ({type(error).__name__}).")
+    return JSONResponse(answer.body(), answer.status)
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:

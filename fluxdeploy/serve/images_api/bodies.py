@@ -38,7 +38,7 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
     prompt: str = Field(description="What to draw.", min_length=1)
-    model: str | None = Field(None, description="The server's model; it has one.")
+    model: str | None = Field(None, max_length=256, description="The server's model; it has one.")
     n: int = Field(1, ge=1, le=10, description="How many pictures; they share the seed.")
     size: str = Field(
         "auto",
@@ -61,8 +61,8 @@ class _Body(BaseModel):
     partial_images: int = Field(
         0, ge=0, le=3, description="Pictures of the running state to stream."
     )
-    user: str | None = Field(None, description="Read and not used.")
-    safety_identifier: str | None = Field(None, description="Read and not used.")
+    user: str | None = Field(None, max_length=1024, description="Read and not used.")
+    safety_identifier: str | None = Field(None, max_length=1024, description="Read and not used.")
 
     seed: int | None = Field(None, ge=0, lt=2**64, description="The same seed, the same picture.")
     num_inference_steps: int | None = Field(None, ge=1)
@@ -120,10 +120,13 @@ def read_fields(kind: type[_B], fields: Mapping[str, str]) -> _B:
 def _read(kind: type[_B], fields: Mapping[str, Any], strict: bool) -> _B:
     # What is null was not chosen: clients send all fields that they know.
     given = {name: value for name, value in fields.items() if value is not None}
+    for name in given:
+        if name not in kind.model_fields:
+            raise _unknown(kind, name)
     try:
         body = kind.model_validate(given, strict=strict)
     except ValidationError as error:
-        raise _as_api_error(kind, error) from None
+        raise _as_api_error(error) from None
     for condition, param, message in (
         (body.stream or not body.partial_images, "partial_images", "It needs `stream`: true."),
         (body.stream or not body.stream_steps, "stream_steps", "It needs `stream`: true."),
@@ -144,16 +147,18 @@ def _read(kind: type[_B], fields: Mapping[str, Any], strict: bool) -> _B:
     return body
 
 
-def _as_api_error(kind: type[_Body], error: ValidationError) -> ApiError:
+def _unknown(kind: type[_Body], name: str) -> ApiError:
+    param = name if len(name) <= 64 and name.isprintable() else None
+    if name in REFUSED:
+        return ApiError(400, f"`{name}` cannot be had here: {REFUSED[name]}.", param)
+    shown = repr(name if len(name) <= 64 else f"{name[:61]}...")
+    fields = ", ".join(kind.model_fields)
+    return ApiError(400, f"The field {shown} is unknown. The fields are {fields}.", param)
+
+
+def _as_api_error(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     name = str(first["loc"][0]) if first["loc"] else None
-    if first["type"] == "extra_forbidden" and name is not None:
-        param = name if len(name) <= 64 and name.isprintable() else None
-        if name in REFUSED:
-            return ApiError(400, f"`{name}` cannot be had here: {REFUSED[name]}.", param)
-        shown = repr(name if len(name) <= 64 else f"{name[:61]}...")
-        fields = ", ".join(kind.model_fields)
-        return ApiError(400, f"The field {shown} is unknown. The fields are {fields}.", param)
     if first["type"] == "missing":
         return ApiError(400, f"The field `{name}` is missing.", name)
     return ApiError(400, f"`{name}`: {first['msg']}.", name)

@@ -145,25 +145,24 @@ async def finish(drawing: Drawing, image: Image) -> bytes:
 async def _events(backend: Backend, drawing: Drawing, metrics: Metrics) -> AsyncIterator[Event]:
     """The events of a call, counted. Raises `ApiError`."""
     body, began = drawing.body, time.perf_counter()
-    ended = False
+    steps = 0
     events = backend.stream(body.prompt, **drawing.arguments)
     try:
         async with aclosing(events) as held:  # type: ignore[type-var]
             async for each in held:
                 if isinstance(each, StepEnd):
-                    metrics.step(body.n)
+                    steps += 1
+                    metrics.step()
                 elif isinstance(each, FluxPipelineOutput):
-                    ended = True
                     pixels = body.n * drawing.width * drawing.height
                     seconds = time.perf_counter() - began
                     metrics.drawn(body.n, pixels, each.seconds, seconds, body.priority)
                 yield each
     except FluxDeployError as error:
-        ended = True
         raise as_api_error(error) from error
-    finally:
-        if not ended:
-            metrics.cancelled()
+    except (asyncio.CancelledError, GeneratorExit):
+        metrics.cancelled(None if steps else time.perf_counter() - began)
+        raise
 
 
 async def _last(events: AsyncIterator[Event]) -> FluxPipelineOutput:

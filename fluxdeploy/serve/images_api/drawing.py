@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 
 from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.serve.images_api.bodies import EditBody, GenerationBody
@@ -72,10 +72,10 @@ def read_drawing(
     arguments |= {"width": width, "height": height, "num_images_per_prompt": body.n}
     arguments |= {"num_inference_steps": steps, "priority": body.priority}
     arguments |= {"num_previews": body.partial_images}
-    if image is not None:
-        arguments["image"] = image
-    if mask is not None:
-        arguments["mask_image"] = mask
+    for name, given in (("image", image), ("mask_image", mask)):
+        if given is not None:
+            # As the pipeline would: what waits for its turn is then as large as what is drawn.
+            arguments[name] = given.resize((width, height), Resampling.LANCZOS)
     guidance = defaults.guidance_scale if body.guidance_scale is None else body.guidance_scale
     echo = {
         "num_inference_steps": steps,

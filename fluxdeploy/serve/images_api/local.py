@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from typing import Any
 
 from fluxdeploy.bundle.manifest import Manifest
+from fluxdeploy.errors import EngineError
 from fluxdeploy.host.asynchronous import AsyncFluxPipeline
 from fluxdeploy.serve.images_api.calls import Event
 
@@ -25,19 +27,27 @@ class LocalBackend:
 
     def __init__(self, pipeline: AsyncFluxPipeline) -> None:
         self._pipeline = pipeline
+        self._failed = False
 
     @property
     def manifest(self) -> Manifest:
         """Of the bundle that is served."""
         return self._pipeline.pipeline.bundle.manifest
 
-    def stream(self, prompt: str, **arguments: Any) -> AsyncIterator[Event]:
+    async def stream(self, prompt: str, **arguments: Any) -> AsyncIterator[Event]:
         """As `AsyncFluxPipeline.stream`."""
-        return self._pipeline.stream(prompt, **arguments)
+        try:
+            async with aclosing(self._pipeline.stream(prompt, **arguments)) as events:
+                async for event in events:
+                    yield event
+            self._failed = False
+        except EngineError:
+            self._failed = True
+            raise
 
     async def ready(self) -> bool:
-        """A pipeline that is open takes calls."""
-        return True
+        """Whether the engines ran, when they were last asked to."""
+        return not self._failed
 
     def figures(self) -> Mapping[str, tuple[str, float]]:
         """What the pipeline counts."""

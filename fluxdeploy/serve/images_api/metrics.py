@@ -29,13 +29,15 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "fluxdeploy_requests",
-            "Requests of the images API by route and status.",
+            "Requests by route and status.",
             ["route", "status"],
             registry=self._registry,
         )
         self._pictures = self._counter("pictures", "Pictures that were drawn.")
         self._pixels = self._counter("pixels", "Pixels of the pictures that were drawn.")
-        self._steps = self._counter("steps", "Steps of pictures that were made, also of cancelled.")
+        self._steps = self._counter(
+            "steps", "Steps of calls that were made, of cancelled ones too."
+        )
         self._cancelled = self._counter("cancelled", "Calls whose client left before the end.")
         self._stages = Histogram(
             "fluxdeploy_stage_seconds",
@@ -63,13 +65,15 @@ class Metrics:
         """A request was answered."""
         self._requests.labels(route, str(status)).inc()
 
-    def step(self, pictures: int) -> None:
-        """A step of so many pictures was made."""
-        self._steps.inc(pictures)
+    def step(self) -> None:
+        """A step of a call was made."""
+        self._steps.inc()
 
-    def cancelled(self) -> None:
-        """A client left."""
+    def cancelled(self, waited: float | None) -> None:
+        """A client left, after so many seconds where no step was made yet."""
         self._cancelled.inc()
+        if waited is not None:
+            self._stages.labels("queued").observe(waited)
 
     def drawn(
         self, pictures: int, pixels: int, stages: Mapping[str, float], seconds: float, priority: str

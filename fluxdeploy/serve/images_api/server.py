@@ -26,23 +26,25 @@ _PATIENCE = 600
 
 def local_backend(pipeline: FluxPipeline) -> LocalBackend:
     """A backend over a pipeline, all of whose engines are opened and have run."""
-    steps = 2 if pipeline.bundle.manifest.schedule.shift_terminal else 1
-    pipeline("", num_inference_steps=steps, seed=0, output_type="np")
+    pipeline.warm_up()
     return LocalBackend(AsyncFluxPipeline(pipeline))
 
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens at an address; port 0 takes a free one. Raises `UsageError`."""
+    if not host:
+        raise UsageError("--host is empty. Name an address, 0.0.0.0 for all of this machine's.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     opened = socket.socket(family, socket.SOCK_STREAM)
     try:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind((host, port))
         opened.listen(2048)
-    except OSError as error:
+    except (OSError, TypeError, UnicodeError) as error:
         opened.close()
+        reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"Cannot listen at {host}, port {port}: {error.strerror or error}. Name another "
+            f"Cannot listen at {host}, port {port}: {reason}. Name another "
             "address with --host and --port."
         ) from error
     return opened
@@ -68,17 +70,17 @@ def run(
             timeout_graceful_shutdown=_PATIENCE,
             h11_max_incomplete_event_size=32 << 10,
         )
-        await _Server(config, ready).serve([opened])
+        # uvicorn raises the signal once more when all is over; by then it has been obeyed.
+        before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+        try:
+            await _Server(config, ready).serve([opened])
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     # They are told to the request that they are of, as its notices.
     for kind in (CutPromptWarning, UnusedArgumentWarning):
         warnings.simplefilter("ignore", kind)
-    # uvicorn raises the signal once more when all is over; by then it has been obeyed.
-    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
-    try:
-        asyncio.run(serve())
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    asyncio.run(serve())
 
 
 class _Server(uvicorn.Server):

@@ -17,7 +17,7 @@ from fluxdeploy.errors import FluxDeployError
 from fluxdeploy.host.input_images import decode_image, decode_mask
 from fluxdeploy.serve.images_api.errors import ApiError, as_api_error
 
-__all__ = ["LimitedBodies", "read_body", "read_files", "read_form"]
+__all__ = ["LimitedBodies", "decoded", "read_body", "read_files", "read_form"]
 
 _T = TypeVar("_T")
 
@@ -26,6 +26,7 @@ logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 _FIELDS, _FILES = 40, 4
 _FIELD_BYTES = 1 << 20
+_JSON_BYTES = 1 << 20
 
 _PATIENCE = 60.0
 """Seconds for a body to arrive."""
@@ -56,8 +57,11 @@ class LimitedBodies:
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body. Raises `ApiError`."""
-    return await _in_time(request.body())
+    """The whole body of a request in JSON. Raises `ApiError`."""
+    body = await _in_time(request.body())
+    if len(body) > _JSON_BYTES:
+        raise ApiError(413, f"The body has more than the {_JSON_BYTES} bytes that JSON may have.")
+    return body
 
 
 async def read_form(request: Request) -> FormData:
@@ -80,8 +84,8 @@ async def _in_time(reading: Awaitable[_T]) -> _T:
         raise ApiError(408, f"The body did not arrive within {_PATIENCE:.0f} s.") from None
 
 
-async def read_files(form: FormData) -> tuple[dict[str, str], Image, Image | None]:
-    """The fields of an edit's form, its image, and its mask. Raises `ApiError`."""
+async def read_files(form: FormData) -> tuple[dict[str, str], bytes, bytes | None]:
+    """The fields of an edit's form, its image's file, and its mask's. Raises `ApiError`."""
     fields: dict[str, str] = {}
     files: dict[str, list[UploadFile]] = {"image": [], "mask": []}
     for name, value in form.multi_items():
@@ -101,16 +105,20 @@ async def read_files(form: FormData) -> tuple[dict[str, str], Image, Image | Non
             raise ApiError(400, f"There are {len(held)} files {kind}. Send one.", kind)
     if not files["image"]:
         raise ApiError(400, "The file `image` is missing.", "image")
-    image = await _decoded("image", files["image"][0], decode_image)
     masks = files["mask"]
-    mask = await _decoded("mask", masks[0], decode_mask) if masks else None
-    return fields, image, mask
+    return fields, await files["image"][0].read(), await masks[0].read() if masks else None
 
 
-async def _decoded(kind: str, file: UploadFile, decode: Callable[[bytes, str], Image]) -> Image:
-    data = await file.read()
+def decoded(image: bytes, mask: bytes | None) -> tuple[Image, Image | None]:
+    """The pictures in an edit's files. Raises `ApiError`."""
+    return _decoded("image", image, decode_image), (
+        None if mask is None else _decoded("mask", mask, decode_mask)
+    )
+
+
+def _decoded(kind: str, data: bytes, decode: Callable[[bytes, str], Image]) -> Image:
     try:
-        return await asyncio.to_thread(decode, data, f"`{kind}`")
+        return decode(data, f"`{kind}`")
     except FluxDeployError as error:
         answer = as_api_error(error)
         answer.param = kind

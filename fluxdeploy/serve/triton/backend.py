@@ -142,7 +142,9 @@ class TritonBackend:
         self, prompt: str | list[str], arguments: Mapping[str, Any], step_events: bool
     ) -> Any:
         grpc = _tritonclient()
-        inputs = [_input(grpc, *each) for each in _tensors({"prompt": prompt, **arguments})]
+        # Pictures are made files of, beside the loop.
+        tensors = await asyncio.to_thread(lambda: list(_tensors({"prompt": prompt, **arguments})))
+        inputs = [_input(grpc, *each) for each in tensors]
         inputs.append(_input(grpc, "step_events", "BOOL", np.array([step_events])))
         request = {
             "model_name": MODEL,

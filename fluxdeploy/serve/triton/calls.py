@@ -96,11 +96,11 @@ class Calls:
             self._pb.Logger.log_error(traceback.format_exc())
             error = "INTERNAL", f"This is a bug in fluxdeploy ({type(bug).__name__}: {bug})."
         self._metrics.ended(outcome, seconds)
+        call.end(answer, error)
         with self._changed:
             del self._live[call]
             self._news = True
             self._changed.notify_all()
-        call.end(answer, error)
 
     def _watch(self) -> None:
         while True:

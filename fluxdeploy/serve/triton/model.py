@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from engines.base import EngineOptions
 from fluxdeploy.bundle import Bundle
 from fluxdeploy.bundle.files import disk_errors, read_whole
@@ -53,7 +51,7 @@ class TritonPythonModel:
             self._pipeline = FluxPipeline.from_bundle(
                 root, settings.runtime, options, limits=limits
             )
-            _warm_up(self._pipeline)
+            self._pipeline.warm_up()
         metrics = Metrics(pb, self._pipeline.stats)
         self._calls = Calls(pb, self._pipeline, metrics, settings.default_timeout_seconds)
 
@@ -77,11 +75,3 @@ def _on_models(pb: Any, root: Path, limits: QueueLimits) -> FluxPipeline:
     bundle = Bundle(root, manifest, hashlib.sha256(data).hexdigest())
     open_component = functools.partial(TritonEngine, pb, manifest)
     return FluxPipeline(bundle, load_tokenizers(bundle), open_component, limits=limits)
-
-
-def _warm_up(pipeline: FluxPipeline) -> None:
-    """Open every engine of the bundle, and run it once."""
-    given: dict[str, Any] = {}
-    if "vae_encoder" in pipeline.bundle.manifest.components:
-        given = {"image": np.zeros((16, 16, 3), np.uint8), "strength": 0.5}
-    pipeline("warm-up", num_inference_steps=2, seed=0, **given)
