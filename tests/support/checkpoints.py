@@ -72,6 +72,8 @@ SHAPES = {
             tokenizers="model",
             seed=4,
         ),
+        # The others have the VAE of one of these, and the last its text encoders too, in other
+        # weights: a test session traces each kind of network once.
         # Guidance and a constant shift; more double-stream blocks than single-stream ones.
         Shape(
             "constant",
@@ -84,8 +86,6 @@ SHAPES = {
             shift=2.5,
             text_width=72,
             pooled_width=32,
-            vae_groups=4,
-            vae_channels=(16, 12, 20, 24),
             seed=2,
         ),
         # No guidance, yet a shifted schedule; one wide axis of RoPE.
@@ -97,9 +97,10 @@ SHAPES = {
             double=2,
             single=1,
             guidance=False,
-            text_width=24,
-            pooled_width=64,
-            vae_channels=(16, 16, 32, 24),
+            text_width=40,
+            pooled_width=56,
+            vae_channels=(8, 24, 16, 16),
+            vae_groups=4,
             tokenizers="model",
             seed=3,
         ),
