@@ -1,5 +1,5 @@
-// Gives the library's readers damaged files: each is read or refused with an error of its own, soon,
-// and of a bundle nothing outside is opened.
+// Gives the library's readers damaged files: each is read or refused with an error of its own,
+// soon, and of a bundle nothing outside is opened.
 //
 //   fluxdeploy-fuzz SEEDS SCRATCH COUNT [FIRST]
 //
@@ -113,7 +113,8 @@ void read_tokenizer(const std::string& data, const fs::path&) {
     const auto tokenizer = Tokenizer::parse("t5", data, "x.json", record);
     for (const char* prompt :
          {"", "a red circle above a blue square", "it's  4k!! <extra_id_3> <|endoftext|> </s>",
-          "\xC3\x9Cn\xC3\xAF \xF0\x9F\x91\xA9\xE2\x80\x8D\xF0\x9F\x91\xA7 \xEF\xB7\xBA e\xCC\x81"}) {
+          "\xC3\x9Cn\xC3\xAF \xF0\x9F\x91\xA9\xE2\x80\x8D\xF0\x9F\x91\xA7 \xEF\xB7\xBA "
+          "e\xCC\x81"}) {
         if (tokenizer.encode(prompt).size() != 77) std::abort();
         tokenizer.count(prompt);
     }

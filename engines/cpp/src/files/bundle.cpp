@@ -42,8 +42,8 @@ void check_inside(const fs::path& root, const fs::path& path) {
     const fs::path target = real(path);
     if (is_inside(root, target)) return;
     refuse(path.string() + " is a link that leaves the bundle, to " + target.string() +
-           ", as in the cache of a hub. Copy the files themselves, with `cp -rL " +
-           root.string() + " NEW_FOLDER` or with `hf download --local-dir NEW_FOLDER`, and open "
+           ", as in the cache of a hub. Copy the files themselves, with `cp -rL " + root.string() +
+           " NEW_FOLDER` or with `hf download --local-dir NEW_FOLDER`, and open "
            "the copy.");
 }
 
@@ -56,8 +56,7 @@ FileIdentity check_size(const fs::path& root, const FileRecord& record) {
         const FileIdentity identity = identity_of(path);
         if (identity.size != record.size) {
             refuse(path.string() + " has " + std::to_string(identity.size) +
-                   " bytes, and the manifest says " + std::to_string(record.size) + "." +
-                   kRebuild);
+                   " bytes, and the manifest says " + std::to_string(record.size) + "." + kRebuild);
         }
         return identity;
     } catch (const DiskError& problem) {
@@ -126,7 +125,8 @@ bool FileIdentity::may_equal(const FileIdentity& other) const {
 fs::path Bundle::path(const std::string& relative) const {
     const std::string problem = path_problem(relative);
     if (!problem.empty()) {
-        refuse(root.string() + " has no file " + in_quotes(relative) + ": the path " + problem + ".");
+        refuse(root.string() + " has no file " + in_quotes(relative) + ": the path " + problem +
+               ".");
     }
     return root / relative;
 }
@@ -144,8 +144,7 @@ Bundle open_bundle(const fs::path& path, Check check) {
         }
         // A build has put another bundle there meanwhile.
     }
-    refuse("The bundle " + root.string() +
-           " is replaced again and again; open it when that ends.");
+    refuse("The bundle " + root.string() + " is replaced again and again; open it when that ends.");
 }
 
 std::map<std::string, FileIdentity> check_files(const fs::path& root, const Manifest& manifest,
@@ -157,8 +156,8 @@ std::map<std::string, FileIdentity> check_files(const fs::path& root, const Mani
     for (const auto& [path, record] : records) {
         if (check == Check::small && record.size > kSmall) continue;
         if (hash_of(folder / path) != record.sha256) {
-            refuse((folder / path).string() +
-                   " was changed: its SHA-256 is not the manifest's." + kRebuild);
+            refuse((folder / path).string() + " was changed: its SHA-256 is not the manifest's." +
+                   kRebuild);
         }
     }
     return seen;
