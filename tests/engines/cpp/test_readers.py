@@ -20,12 +20,10 @@ from fluxdeploy.bundle.tensorfile import read_header, read_tensor
 from fluxdeploy.errors import BundleError, CheckpointError, UsageError
 from fluxdeploy.host.input_images import open_image
 from fluxdeploy.host.png_text import read_text
-from tests.engines.cpp.reader_programs import Readers, programs, readers
+from tests.engines.cpp.readers import Readers
 from tests.engines.cpp.seeds import full_manifest, pictures, write_seeds
 from tests.fuzz.mutations import damaged_json
 from tests.support.small_bundle import small_files, small_manifest, write_small_bundle
-
-__all__ = ["programs", "readers"]
 
 
 @pytest.fixture(scope="module")
