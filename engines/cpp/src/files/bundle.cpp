@@ -111,13 +111,12 @@ std::string manifest_hash(const fs::path& root) {
 
 // Check every recorded file; what was seen.
 std::map<std::string, FileIdentity> check_files(const fs::path& root, const Manifest& manifest) {
-    const fs::path folder = real(root);
     const auto records = manifest.files();
     std::map<std::string, FileIdentity> seen;
-    for (const auto& [path, record] : records) seen[path] = check_size(folder, record);
+    for (const auto& [path, record] : records) seen[path] = check_size(root, record);
     std::vector<std::pair<fs::path, std::string>> wanted;
     for (const auto& [path, record] : records) {
-        if (record.size <= kSmall) wanted.emplace_back(folder / path, record.sha256);
+        if (record.size <= kSmall) wanted.emplace_back(root / path, record.sha256);
     }
     check_hashes(wanted);
     return seen;
