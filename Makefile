@@ -18,7 +18,7 @@ DEMO_PROMPTS := \
 	"an orange star on the right on a gray background"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint audit docs bench cpp clean
+.PHONY: help demo test lint audit docs bench cpp cpp-check clean
 
 help:
 	@echo "make demo   set up, build the default bundle, draw eight prompts into demo.png"
@@ -28,6 +28,7 @@ help:
 	@echo "make docs   regenerate what docs/ has of commands, figures and imports"
 	@echo "make bench  export a full-size model: time, memory, bytes written"
 	@echo "make cpp    build the C++ library and its command into build/cpp"
+	@echo "make cpp-check  the C++ library under sanitizers and valgrind, with damaged files"
 	@echo "make clean  remove .venv, caches and build leftovers"
 
 $(READY): pyproject.toml constraints.txt
@@ -66,14 +67,23 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/export_scale.py
 
+RUNTIME = -D FLUXDEPLOY_ONNXRUNTIME_INCLUDE=$(CURDIR)/build/onnxruntime \
+	-D FLUXDEPLOY_ONNXRUNTIME=$$(ls $(CURDIR)/$(VENV)/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so.*)
+
 # Debian's packages, the headers of ONNX Runtime among them; its library is that of .venv.
 cpp: $(READY)
 	engines/cpp/packages.sh $(CURDIR)/build/onnxruntime
 	cmake -S engines/cpp -B build/cpp -G Ninja -Wno-dev \
-	  -D FLUXDEPLOY_WERROR=ON -D FLUXDEPLOY_EXAMPLES=ON -D FLUXDEPLOY_TESTS=ON \
-	  -D FLUXDEPLOY_ONNXRUNTIME_INCLUDE=$(CURDIR)/build/onnxruntime \
-	  -D FLUXDEPLOY_ONNXRUNTIME=$$(ls $(CURDIR)/$(VENV)/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so.*)
+	  -D FLUXDEPLOY_WERROR=ON -D FLUXDEPLOY_EXAMPLES=ON -D FLUXDEPLOY_TESTS=ON $(RUNTIME)
 	cmake --build build/cpp
+
+# Takes the bundle of `make demo`, and builds that where there is none.
+BUNDLE := bundle
+INPUTS := 100000
+
+cpp-check: cpp
+	test -e $(BUNDLE) || $(BIN)/fluxdeploy build --out $(BUNDLE)
+	engines/cpp/check.sh $(BIN)/python $(BUNDLE) $(INPUTS) $(RUNTIME)
 
 clean:
 	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -31,6 +31,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="Give each reader of tests/fuzz N damaged inputs: hours for 10000, a few by default.",
     )
+    parser.addoption(
+        "--cpp-build",
+        metavar="FOLDER",
+        help="The build of the C++ library that tests/engines/cpp tests, build/cpp by default.",
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,12 @@
-// Gives the library's readers damaged files: each is read or refused with an error of its own, soon,
-// and of a bundle nothing outside is opened.
+// Gives the library's readers damaged files: each is read or refused with an error of its own,
+// soon, and of a bundle nothing outside is opened.
 //
 //   fluxdeploy-fuzz SEEDS SCRATCH COUNT [FIRST]
 //
 // SEEDS has a folder of whole files for each kind: manifest, tokenizer, safetensors, png. COUNT
 // inputs are made of them, by their numbers from FIRST on, the kinds in turn. A line for each kind
 // says how many were read and how many refused. Ends at once where a reader fails; the input is
-// then in SCRATCH/input. Build it with -fsanitize=address,undefined.
+// then in SCRATCH/input.
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -21,6 +21,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <mutex>
 #include <set>
 
 #include "errors.hpp"
@@ -39,8 +40,10 @@ using fluxdeploy::fuzz::Mutator;
 constexpr unsigned kSeconds = 10;
 constexpr std::size_t kMaxMessage = 3000;
 
-// The folder that all opened files must lie in, while one is set; and the first that did not.
+// The folder that all opened files must lie in, while one is set; and the first that did not, which
+// several threads may find.
 std::string allowed;
+std::mutex finding;
 std::string outside;
 
 }  // namespace
@@ -57,6 +60,7 @@ extern "C" int __wrap_open(const char* path, int flags, ...) {
         char* real = ::realpath(path, nullptr);
         const std::string target = real ? real : path;
         std::free(real);
+        const std::lock_guard<std::mutex> lock(finding);
         if (target.compare(0, allowed.size(), allowed) != 0 && outside.empty()) outside = target;
     }
     return __real_open(path, flags, mode);
@@ -91,7 +95,7 @@ void read_manifest_of(const std::string& data, const fs::path& scratch) {
     allowed = fs::canonical(root).string() + "/";
     outside.clear();
     try {
-        const Bundle bundle = open_bundle(root, Check::all);
+        const Bundle bundle = open_bundle(root);
         for (const auto& [path, record] : bundle.manifest.files()) {
             require_unchanged(bundle, {record});
             read_recorded(bundle, record);
@@ -113,7 +117,8 @@ void read_tokenizer(const std::string& data, const fs::path&) {
     const auto tokenizer = Tokenizer::parse("t5", data, "x.json", record);
     for (const char* prompt :
          {"", "a red circle above a blue square", "it's  4k!! <extra_id_3> <|endoftext|> </s>",
-          "\xC3\x9Cn\xC3\xAF \xF0\x9F\x91\xA9\xE2\x80\x8D\xF0\x9F\x91\xA7 \xEF\xB7\xBA e\xCC\x81"}) {
+          "\xC3\x9Cn\xC3\xAF \xF0\x9F\x91\xA9\xE2\x80\x8D\xF0\x9F\x91\xA7 \xEF\xB7\xBA "
+          "e\xCC\x81"}) {
         if (tokenizer.encode(prompt).size() != 77) std::abort();
         tokenizer.count(prompt);
     }

@@ -8,6 +8,7 @@ namespace {
 
 using namespace std::string_view_literals;
 
+// clang-format off
 constexpr std::string_view kTokens[] = {
     "99999999999999999999"sv, "-1"sv, "0"sv, "NaN"sv, "-Infinity"sv, "1e999"sv, "true"sv, "null"sv,
     "\""sv, "\\"sv, "[[[[[[[["sv, "{\"a\":{\"a\":"sv, "\\ud800"sv, "\0"sv, "\xff\xfe"sv,
@@ -27,11 +28,14 @@ constexpr std::string_view kValues[] = {
     "\"(a|b)*\""sv, "\"[a-\""sv, "\"\\\\s+\""sv, "\"Sequence\""sv, "\"Metaspace\""sv,
     "\"ByteLevel\""sv, "\"NFC\""sv, "\"AAAA\""sv,
 };
+// clang-format on
 
-constexpr std::uint64_t kLengths[] = {
-    0, 1, 7, 1ULL << 16, 1ULL << 24, (1ULL << 31) - 1, 1ULL << 31, (1ULL << 32) - 1, 1ULL << 40,
-    (1ULL << 63) - 1, 1ULL << 63, ~0ULL,
-};
+constexpr std::uint64_t kLengths[] = {0,          1,
+                                      7,          1ULL << 16,
+                                      1ULL << 24, (1ULL << 31) - 1,
+                                      1ULL << 31, (1ULL << 32) - 1,
+                                      1ULL << 40, (1ULL << 63) - 1,
+                                      1ULL << 63, ~0ULL};
 
 void put_number(std::string& data, std::size_t at, std::uint64_t number, std::size_t size,
                 bool big) {
@@ -111,7 +115,9 @@ std::string Mutator::damaged(const std::vector<std::string>& seeds, bool json) {
 
 void Mutator::damage_value(std::string& data) {
     std::size_t at = below(data.size() + 1);
-    const auto begins = [](char c) { return c == '"' || c == '-' || std::isalnum(static_cast<unsigned char>(c)); };
+    const auto begins = [](char c) {
+        return c == '"' || c == '-' || std::isalnum(static_cast<unsigned char>(c));
+    };
     while (at < data.size() && !begins(data[at])) ++at;
     if (at == data.size()) return;
     data.replace(at, token_end(data, at) - at, one_of(kValues));
@@ -128,8 +134,12 @@ void Mutator::damage_bytes(std::string& data, const std::vector<std::string>& se
         case 1:
             if (at < data.size()) data[at] = static_cast<char>(data[at] ^ 1 << below(8));
             break;
-        case 2: data.resize(at); break;
-        case 3: data.erase(at, span); break;
+        case 2:
+            data.resize(at);
+            break;
+        case 3:
+            data.erase(at, span);
+            break;
         case 4: {
             const std::string part = data.substr(at, span);
             for (std::size_t i = below(20); i-- > 0;) data.insert(at, part);
@@ -141,14 +151,17 @@ void Mutator::damage_bytes(std::string& data, const std::vector<std::string>& se
             data.replace(at, span, other, begin, span);
             break;
         }
-        case 6: data.insert(at, one_of(kTokens)); break;
+        case 6:
+            data.insert(at, one_of(kTokens));
+            break;
         case 7: {
             constexpr std::size_t sizes[] = {2, 4, 8};
             put_number(data, below(3) == 0 ? 0 : at, one_of(kLengths), one_of(sizes),
                        below(2) == 0);
             break;
         }
-        default: data.append(below(2) ? 8 : 5000, '\0');
+        default:
+            data.append(below(2) ? 8 : 5000, '\0');
     }
 }
 

@@ -58,7 +58,8 @@ void tokenize(const Arguments& given) {
     record.suffix = ids(given.at(5));
     record.padding_side = given.at(6);
     record.truncation_side = given.at(7);
-    const auto tokenizer = Tokenizer::parse(given.at(1), contents(given.at(0)), given.at(0), record);
+    const auto tokenizer =
+        Tokenizer::parse(given.at(1), contents(given.at(0)), given.at(0), record);
     const bool all = given.at(8) == "all";
     for (std::string prompt; next_prompt(prompt);) {
         try {

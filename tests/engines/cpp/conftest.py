@@ -1,9 +1,8 @@
-"""The C++ library as `make cpp` builds it: once a session, and at once where nothing changed."""
+"""The C++ library and its programs as `make cpp` builds them."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +15,10 @@ from numpy.typing import NDArray
 from fluxdeploy.build.resolve import BuildRequest
 from tests.conftest import BundleFactory, CheckpointFactory, build_bundle
 from tests.engines.cpp.library import Library
+from tests.engines.cpp.readers import Readers
 from tests.support.shared_folder import SharedFolder
 
 ROOT = Path(__file__).resolve().parents[3]
-BUILD = ROOT / "build" / "cpp"
-HEADERS = ROOT / "build" / "onnxruntime"
 
 Inside = Callable[..., bytes]
 
@@ -35,31 +33,21 @@ def onnxruntime_library() -> Path:
 
 
 @pytest.fixture(scope="session")
-def built(shared_folder: SharedFolder, onnxruntime_library: Path) -> Path:
-    """The folder of the build."""
-
-    def build(marker: Path) -> None:
-        options = {
-            "FLUXDEPLOY_WERROR": "ON",
-            "FLUXDEPLOY_EXAMPLES": "ON",
-            "FLUXDEPLOY_TESTS": "ON",
-            "FLUXDEPLOY_ONNXRUNTIME_INCLUDE": HEADERS,
-            "FLUXDEPLOY_ONNXRUNTIME": onnxruntime_library,
-        }
-        settings = [word for name, value in options.items() for word in ("-D", f"{name}={value}")]
-        source = str(ROOT / "engines" / "cpp")
-        run("cmake", "-S", source, "-B", str(BUILD), "-G", "Ninja", "-Wno-dev", *settings)
-        run("cmake", "--build", str(BUILD))
-        marker.mkdir()
-
-    missing = [tool for tool in ("cmake", "ninja", "c++") if shutil.which(tool) is None]
-    if missing or not HEADERS.is_dir():
-        reason = "run `make cpp`, which brings what the C++ library is built with"
+def built(shared_folder: SharedFolder, pytestconfig: pytest.Config) -> Path:
+    """The folder of the build, brought up to date with the sources."""
+    folder = Path(pytestconfig.getoption("cpp_build") or ROOT / "build" / "cpp")
+    if not (folder / "build.ninja").exists():
+        reason = f"{folder} is not there: run `make cpp`"
         if "CI" in os.environ:
             pytest.fail(reason)
         pytest.skip(reason)
+
+    def build(marker: Path) -> None:
+        run("cmake", "--build", str(folder))
+        marker.mkdir()
+
     shared_folder.entry("cpp-built", build)
-    return BUILD
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +80,11 @@ def inside(built: Path) -> Inside:
         return subprocess.run(program, input=given, capture_output=True, check=True).stdout
 
     return ask
+
+
+@pytest.fixture(scope="session")
+def readers(built: Path) -> Readers:
+    return Readers(built / "fluxdeploy-readers")
 
 
 def run(*command: str, cwd: Path | None = None) -> str:

@@ -25,6 +25,7 @@ MARK, ZWJ, LETTER = "\u0301", "\u200d", "a"
 def main() -> None:
     version = tokenizers.__version__
     print(f"// Written by tests/engines/cpp/make_unicode_tables.py from tokenizers {version}.")
+    print("// clang-format off")
     print('#include "text/unicode_tables.hpp"\n\nnamespace fluxdeploy::unicode {\n')
     table("CharRange", "kLetters", ranges(remaining(r"[^\p{L}]")))
     table("CharRange", "kNumbers", ranges(remaining(r"[^\p{N}]")))

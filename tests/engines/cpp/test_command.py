@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,11 @@ from click.testing import CliRunner
 from PIL import Image
 
 from fluxdeploy.cli.generate import command as generate
+from fluxdeploy.errors import UsageError
 from fluxdeploy.host.pictures import read_metadata
+from fluxdeploy.host.pipeline import FluxPipeline
 from tests.engines.cpp.conftest import picture
-from tests.engines.cpp.library import Failure, Library
+from tests.engines.cpp.library import Failure, Library, Pipeline
 
 SMALL = ["--width", "64", "--height", "48", "--steps", "2", "--seed", "3"]
 
@@ -79,14 +84,21 @@ BAD_CALLS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def hosts(library: Library, demo_bundle: Path) -> Iterator[tuple[FluxPipeline, Pipeline]]:
+    """Python's and the library's, of one bundle."""
+    cpp = library.pipeline(demo_bundle)
+    with FluxPipeline.from_bundle(demo_bundle, "onnxruntime") as python:
+        yield python, cpp
+    cpp.close()
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("bad", BAD_CALLS.values(), ids=BAD_CALLS.keys())
 def test_errors_have_pythons_words(
-    library: Library, demo_bundle: Path, bad: dict[str, Any]
+    hosts: tuple[FluxPipeline, Pipeline], bad: dict[str, Any]
 ) -> None:
-    from fluxdeploy.errors import UsageError
-    from fluxdeploy.host.pipeline import FluxPipeline
-
+    python, cpp = hosts
     given = {"prompt": "a", **bad}
     pictures = {
         name: [picture(seed, 32, 32) for seed in range(given.pop(name))]
@@ -94,16 +106,11 @@ def test_errors_have_pythons_words(
         if name in given
     }
     images = {name: [Image.fromarray(p) for p in all_] for name, all_ in pictures.items()}
-    with (
-        FluxPipeline.from_bundle(demo_bundle, "onnxruntime") as python,
-        pytest.raises(UsageError) as wanted,
-    ):
+    with pytest.raises(UsageError) as wanted:
         python(**given, **images)
-    cpp = library.pipeline(demo_bundle)
     with pytest.raises(Failure) as found:
         cpp(**given, **pictures)
     assert (found.value.code, str(found.value)) == ("usage", str(wanted.value))
-    cpp.close()
 
 
 def test_a_missing_library_is_a_missing_dependency(library: Library, demo_bundle: Path) -> None:
@@ -134,9 +141,6 @@ def test_a_graph_that_reads_other_files_is_not_opened(
     library: Library, demo_bundle: Path, tmp_path: Path
 ) -> None:
     """As tests/engines/test_graph_files.py: a location that the manifest does not list."""
-    import hashlib
-    import shutil
-
     bundle = tmp_path / "bundle"
     shutil.copytree(demo_bundle, bundle)
     graph, manifest = bundle / "onnx" / "clip.onnx", bundle / "fluxdeploy.json"

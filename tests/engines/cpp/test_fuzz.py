@@ -1,6 +1,6 @@
 """Damaged files are read or refused by the C++ library: no crash, no hang, nothing outside opened.
 
-A few hundred inputs; `--fuzz-examples N` gives as many, with AddressSanitizer and UBSan.
+A few hundred inputs; `--fuzz-examples N` gives as many. `make cpp-check` does so with sanitizers.
 """
 
 from __future__ import annotations
@@ -11,19 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.cpp.reader_programs import fuzz_program, programs
 from tests.engines.cpp.seeds import write_seeds
-
-__all__ = ["fuzz_program", "programs"]
 
 
 def test_damaged_files_are_read_or_refused(
-    fuzz_program: Path, tmp_path: Path, pytestconfig: pytest.Config
+    built: Path, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
     inputs = pytestconfig.getoption("fuzz_examples") or 400
     seeds = write_seeds(tmp_path / "seeds")
     done = subprocess.run(
-        [fuzz_program, seeds, tmp_path / "scratch", str(inputs)],
+        [built / "fluxdeploy-fuzz", seeds, tmp_path / "scratch", str(inputs)],
         capture_output=True,
         text=True,
         check=False,

@@ -20,12 +20,10 @@ from fluxdeploy.bundle.tensorfile import read_header, read_tensor
 from fluxdeploy.errors import BundleError, CheckpointError, UsageError
 from fluxdeploy.host.input_images import open_image
 from fluxdeploy.host.png_text import read_text
-from tests.engines.cpp.reader_programs import Readers, programs, readers
+from tests.engines.cpp.readers import Readers
 from tests.engines.cpp.seeds import full_manifest, pictures, write_seeds
 from tests.fuzz.mutations import damaged_json
 from tests.support.small_bundle import small_files, small_manifest, write_small_bundle
-
-__all__ = ["programs", "readers"]
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +65,12 @@ def test_what_python_refuses_of_damaged_manifests_is_refused(
     readers: Readers, seeds: Path, tmp_path: Path
 ) -> None:
     paths = []
-    for index, data in enumerate(damaged_manifests(seeds, 250)):
+    for index, data in enumerate(damaged_manifests(seeds, 120)):
         paths.append(tmp_path / f"{index}.json")
         paths[-1].write_bytes(data)
     answers = readers.read("manifest", paths)
     refused = {path: refusal(path.read_bytes(), str(path)) for path in paths}
-    assert sum(words is not None for words in refused.values()) > 125
+    assert sum(words is not None for words in refused.values()) > 60
     for path, answer in zip(paths, answers, strict=True):
         words = refused[path]
         # Integers past 63 bits, which no field has, Python reads where it has no bound for them.

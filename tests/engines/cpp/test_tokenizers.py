@@ -15,11 +15,9 @@ from tokenizers import Tokenizer as Backend
 
 from fluxdeploy.bundle.manifest import TokenizerRecord
 from fluxdeploy.text import Tokenizer
-from tests.engines.cpp.reader_programs import Readers, programs, readers
+from tests.engines.cpp.readers import Readers
 from tests.engines.cpp.seeds import DEMO
 from tests.support.tokenizers import mixed_strings
-
-__all__ = ["programs", "readers"]
 
 FILES = {
     "clip": DEMO / "tokenizer/tokenizer.json",

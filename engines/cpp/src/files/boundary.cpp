@@ -96,8 +96,7 @@ void check_tensor(const std::string& where, const TensorSpec& spec, const Expect
     require(spec.dtype == kind, where, "is " + spec.dtype + "; it must be " + kind);
     require(std::equal(spec.shape.begin(), spec.shape.end(), expected.shape.begin(),
                        expected.shape.end(), fits),
-            where,
-            "has the shape " + shown(spec.shape) + "; it must be " + shown(expected.shape));
+            where, "has the shape " + shown(spec.shape) + "; it must be " + shown(expected.shape));
     for (std::size_t i = 0; i < spec.shape.size(); ++i) {
         const auto* words = std::get_if<std::string>(&expected.shape[i]);
         const auto* size = std::get_if<std::int64_t>(&spec.shape[i]);
@@ -119,7 +118,8 @@ void check_side(const std::string& where, const std::vector<TensorSpec>& specs,
     }
     std::string wanted;
     std::string found;
-    for (const auto& each : expected) wanted += (wanted.empty() ? "" : ", ") + std::string(each.name);
+    for (const auto& each : expected)
+        wanted += (wanted.empty() ? "" : ", ") + std::string(each.name);
     for (const auto& spec : specs) found += (found.empty() ? "" : ", ") + spec.name;
     std::vector<const TensorSpec*> ordered;
     for (const auto& each : expected) {
@@ -145,7 +145,8 @@ void check_boundary(const Manifest& manifest) {
         if (component == manifest.components.end()) continue;
         const std::string where = join("components", boundary.component);
         const bool guidance = manifest.guidance_embedding;
-        check_side(join(where, "inputs"), component->second.inputs, boundary.inputs, guidance, known);
+        check_side(join(where, "inputs"), component->second.inputs, boundary.inputs, guidance,
+                   known);
         check_side(join(where, "outputs"), component->second.outputs, boundary.outputs, guidance,
                    known);
     }

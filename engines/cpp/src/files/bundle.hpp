@@ -11,9 +11,6 @@
 
 namespace fluxdeploy {
 
-// Which files are hashed on opening: those of at most 64 MiB, or all.
-enum class Check { small, all };
-
 // Which file it is, and when it was changed: of one file, an equal identity is equal bytes.
 // Times are in nanoseconds.
 struct FileIdentity {
@@ -43,16 +40,10 @@ struct Bundle {
     std::filesystem::path path(const std::string& relative) const;
 };
 
-// Read a bundle's manifest and check that its files are there, whole and inside it: `check_files`.
-// A link in place of the folder is followed now and not later. Raises `Error` (bundle), naming the
-// file.
-Bundle open_bundle(const std::filesystem::path& path, Check check = Check::small);
-
-// Check every recorded file: a regular one, inside `root` when links are followed, of the recorded
-// size, and, as `check` says, of the recorded SHA-256. Returns what was seen. Raises `Error`
-// (bundle), naming the file.
-std::map<std::string, FileIdentity> check_files(const std::filesystem::path& root,
-                                                const Manifest& manifest, Check check);
+// Read a bundle's manifest and check every file that it records: a regular one, inside `path` when
+// links are followed, of the recorded size, and, up to 64 MiB, of the recorded SHA-256. A link in
+// place of the folder is followed now and not later. Raises `Error` (bundle), naming the file.
+Bundle open_bundle(const std::filesystem::path& path);
 
 // Raise `Error` (bundle) where the manifest, or one of `records`, is not what was opened. Call it
 // before and after a library opens files of the bundle by their path.

@@ -23,26 +23,38 @@ constexpr int kReadFlags = O_RDONLY | O_NONBLOCK | O_CLOEXEC | O_NOCTTY;
 
 const char* advice(int code) {
     switch (code) {
-        case ENOSPC: return "the disk is full; free some space and run the command again";
-        case EDQUOT: return "your disk quota is used up; free some space and run the command again";
+        case ENOSPC:
+            return "the disk is full; free some space and run the command again";
+        case EDQUOT:
+            return "your disk quota is used up; free some space and run the command again";
         case EACCES:
             return "permission is denied; choose another folder or change its permissions";
         case EPERM:
             return "the system does not permit it; choose another folder or change its permissions";
-        case EROFS: return "the file system is read-only; choose a folder on another one";
-        case ENOENT: return "there is no such file or folder; check the path";
-        case ENOTDIR: return "a part of this path is a file, not a folder; choose another path";
-        case EEXIST: return "a file is in its place; choose another path";
-        case EISDIR: return "it is a folder, not a file; choose another path";
+        case EROFS:
+            return "the file system is read-only; choose a folder on another one";
+        case ENOENT:
+            return "there is no such file or folder; check the path";
+        case ENOTDIR:
+            return "a part of this path is a file, not a folder; choose another path";
+        case EEXIST:
+            return "a file is in its place; choose another path";
+        case EISDIR:
+            return "it is a folder, not a file; choose another path";
         case ENAMETOOLONG:
             return "the name is too long for the file system; choose a shorter path";
-        case ELOOP: return "its symbolic links lead in a circle; choose another path";
+        case ELOOP:
+            return "its symbolic links lead in a circle; choose another path";
         case EFBIG:
             return "the file is larger than the file system allows; choose a folder on another one";
-        case EIO: return "the disk reported a read or write error; check the disk";
-        case EBUSY: return "it is in use by the system; choose another path";
-        case EMFILE: return "too many files are open; raise the limit with `ulimit -n`";
-        default: return nullptr;
+        case EIO:
+            return "the disk reported a read or write error; check the disk";
+        case EBUSY:
+            return "it is in use by the system; choose another path";
+        case EMFILE:
+            return "too many files are open; raise the limit with `ulimit -n`";
+        default:
+            return nullptr;
     }
 }
 
@@ -50,15 +62,15 @@ void check_regular(const struct stat& status) {
     const mode_t mode = status.st_mode;
     if (S_ISREG(mode)) return;
     if (S_ISDIR(mode)) throw DiskError(EISDIR, "it is a folder, not a regular file");
-    const char* kind = S_ISFIFO(mode)                     ? "a named pipe"
-                       : S_ISSOCK(mode)                   ? "a socket"
+    const char* kind = S_ISFIFO(mode)                   ? "a named pipe"
+                       : S_ISSOCK(mode)                 ? "a socket"
                        : S_ISCHR(mode) || S_ISBLK(mode) ? "a device"
-                                                          : "of an unknown kind";
+                                                        : "of an unknown kind";
     throw DiskError(0, std::string("it is ") + kind + ", not a regular file");
 }
 
 struct stat status_of(const std::filesystem::path& path) {
-    struct stat status {};
+    struct stat status{};
     if (::stat(path.c_str(), &status) != 0) throw DiskError(errno);
     return status;
 }
@@ -130,7 +142,7 @@ RegularFile::RegularFile(const std::filesystem::path& path) {
     descriptor_ = ::open(path.c_str(), kReadFlags);
     if (descriptor_ < 0) throw DiskError(errno);
     try {
-        struct stat status {};
+        struct stat status{};
         if (::fstat(descriptor_, &status) != 0) throw DiskError(errno);
         check_regular(status);
     } catch (...) {
@@ -142,7 +154,7 @@ RegularFile::RegularFile(const std::filesystem::path& path) {
 RegularFile::~RegularFile() { ::close(descriptor_); }
 
 std::int64_t RegularFile::size() const {
-    struct stat status {};
+    struct stat status{};
     if (::fstat(descriptor_, &status) != 0) throw DiskError(errno);
     return status.st_size;
 }
@@ -182,8 +194,7 @@ std::string read_whole(const std::filesystem::path& path, std::int64_t limit) {
         data.resize(before + count);
         if (ended) return data;
     }
-    throw DiskError(0, "it has more than the " + std::to_string(limit) +
-                           " bytes that are allowed");
+    throw DiskError(0, "it has more than the " + std::to_string(limit) + " bytes that are allowed");
 }
 
 std::string sha256_file(const std::filesystem::path& path) {

@@ -72,8 +72,7 @@ std::optional<double> as_optional_number(const Json& json, const std::string& wh
     return as_number(json, where);
 }
 
-Fields::Fields(const Json& json, std::string where,
-               std::initializer_list<std::string_view> names)
+Fields::Fields(const Json& json, std::string where, std::initializer_list<std::string_view> names)
     : json_(json), where_(std::move(where)) {
     for (const auto& member : as_object(json_, where_)) {
         const bool known = std::find(names.begin(), names.end(), member.key) != names.end();

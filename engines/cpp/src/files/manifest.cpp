@@ -89,8 +89,7 @@ RopeSpec read_rope(const Json& json, const std::string& where) {
 ScheduleSpec read_schedule(const Json& json, const std::string& where) {
     const Fields fields(json, where,
                         {"shift", "use_dynamic_shifting", "time_shift_type", "base_shift",
-                         "max_shift", "base_image_seq_len", "max_image_seq_len",
-                         "shift_terminal"});
+                         "max_shift", "base_image_seq_len", "max_image_seq_len", "shift_terminal"});
     ScheduleSpec schedule;
     schedule.shift = fields.number("shift");
     schedule.use_dynamic_shifting = fields.boolean("use_dynamic_shifting");
@@ -123,9 +122,12 @@ Defaults read_defaults(const Json& json, const std::string& where) {
     const Fields fields(json, where,
                         {"height", "width", "num_inference_steps", "guidance_scale",
                          "max_sequence_length", "strength"});
-    return {fields.integer("height"),        fields.integer("width"),
-            fields.integer("num_inference_steps"), fields.number("guidance_scale"),
-            fields.integer("max_sequence_length"), fields.number("strength")};
+    return {fields.integer("height"),
+            fields.integer("width"),
+            fields.integer("num_inference_steps"),
+            fields.number("guidance_scale"),
+            fields.integer("max_sequence_length"),
+            fields.number("strength")};
 }
 
 QualityRecord read_quality(const Json& json, const std::string& where) {
@@ -135,10 +137,10 @@ QualityRecord read_quality(const Json& json, const std::string& where) {
 }
 
 Manifest read_fields(const Json& json) {
-    const Fields fields(json, "",
-                        {"schema_version", "family", "variant", "guidance_embedding",
-                         "components", "latents", "rope", "schedule", "tokenizers", "defaults",
-                         "quality", "provenance"});
+    const Fields fields(
+        json, "",
+        {"schema_version", "family", "variant", "guidance_embedding", "components", "latents",
+         "rope", "schedule", "tokenizers", "defaults", "quality", "provenance"});
     Manifest manifest;
     manifest.schema_version = fields.integer("schema_version");
     manifest.family = fields.text("family");

@@ -72,9 +72,9 @@ std::string listed_sizes(const std::vector<std::int64_t>& sizes) {
 }
 
 void check_range(const std::string& where, double value, double least, double most) {
-    require(least <= value && value <= most, where,
-            "is " + rounded(value) + "; it must be from " + rounded(least) + " to " +
-                rounded(most));
+    require(
+        least <= value && value <= most, where,
+        "is " + rounded(value) + "; it must be from " + rounded(least) + " to " + rounded(most));
 }
 
 void check_count(std::size_t count, const std::string& where) {
@@ -115,13 +115,13 @@ using KnownFiles = std::map<std::string, const FileRecord*>;
 
 void check_file(const FileRecord& record, const std::string& where, KnownFiles& known) {
     const std::string problem = path_problem(record.path);
-    require(problem.empty(), join(where, "path"), "is " + in_quotes(record.path) + ", which " + problem);
+    require(problem.empty(), join(where, "path"),
+            "is " + in_quotes(record.path) + ", which " + problem);
     require(record.path != kManifestName, join(where, "path"), "is the manifest itself");
     require(record.size >= 0, join(where, "size"),
             "is " + text(record.size) + "; sizes are not negative");
-    const bool is_hash =
-        record.sha256.size() == 64 &&
-        record.sha256.find_first_not_of("0123456789abcdef") == std::string::npos;
+    const bool is_hash = record.sha256.size() == 64 &&
+                         record.sha256.find_first_not_of("0123456789abcdef") == std::string::npos;
     require(is_hash, join(where, "sha256"), "must be 64 lower-case hexadecimal digits");
     const FileRecord& first = *known.emplace(record.path, &record).first->second;
     require(first.size == record.size && first.sha256 == record.sha256, where,
@@ -247,9 +247,9 @@ void check_tokenizer(const TokenizerRecord& tokenizer, const std::string& where)
 
 void check_quality(const QualityRecord& quality) {
     const auto check_ratio = [](const char* where, double ratio) {
-        require(0 <= ratio && ratio <= kMaxDecibels, where,
-                "is " + digits(ratio) + "; it must be between 0 and " + rounded(kMaxDecibels) +
-                    " dB");
+        require(
+            0 <= ratio && ratio <= kMaxDecibels, where,
+            "is " + digits(ratio) + "; it must be between 0 and " + rounded(kMaxDecibels) + " dB");
     };
     check_ratio("quality.min_psnr", quality.min_psnr);
     if (quality.min_sqnr) check_ratio("quality.min_sqnr", *quality.min_sqnr);
@@ -304,10 +304,10 @@ std::int64_t image_tokens(const Manifest& manifest) {
 
 void check_dynamic_shift(const Manifest& manifest) {
     const ScheduleSpec& schedule = manifest.schedule;
-    require(0 < schedule.base_image_seq_len &&
-                schedule.base_image_seq_len < schedule.max_image_seq_len,
-            "schedule.base_image_seq_len",
-            "must be positive and less than max_image_seq_len where shifting is dynamic");
+    require(
+        0 < schedule.base_image_seq_len && schedule.base_image_seq_len < schedule.max_image_seq_len,
+        "schedule.base_image_seq_len",
+        "must be positive and less than max_image_seq_len where shifting is dynamic");
     const double slope =
         (schedule.max_shift - schedule.base_shift) /
         static_cast<double>(schedule.max_image_seq_len - schedule.base_image_seq_len);
@@ -420,8 +420,8 @@ std::string path_problem(const std::string& path) {
     if (path.find('\\') != path.npos) {
         return "holds a backslash; paths have forward slashes";
     }
-    const bool drive = path.size() > 1 && path[1] == ':' &&
-                       ((path[0] | 0x20) >= 'a' && (path[0] | 0x20) <= 'z');
+    const bool drive =
+        path.size() > 1 && path[1] == ':' && ((path[0] | 0x20) >= 'a' && (path[0] | 0x20) <= 'z');
     if (path[0] == '/' || drive) return "is absolute; paths are relative to the bundle";
     const auto parts = split(path);
     const auto has = [&](const char* part) {
@@ -429,9 +429,8 @@ std::string path_problem(const std::string& path) {
     };
     if (has("..")) return "leaves the bundle";
     if (has("") || has(".")) return "has an empty part";
-    const bool long_name = std::any_of(parts.begin(), parts.end(), [](const std::string& part) {
-        return part.size() > kMaxName;
-    });
+    const bool long_name = std::any_of(
+        parts.begin(), parts.end(), [](const std::string& part) { return part.size() > kMaxName; });
     if (long_name || decode_utf8(path).size() > kMaxPath) {
         return "is longer than file systems allow";
     }

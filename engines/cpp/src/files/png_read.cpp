@@ -80,8 +80,7 @@ bool succeeds(void (*step)(Decoder&), Decoder& decoder) {
 }
 
 [[noreturn]] void refuse(const std::string& name) {
-    throw Error(ErrorCode::usage,
-                name + " is not a picture that can be read. Give a PNG file.");
+    throw Error(ErrorCode::usage, name + " is not a picture that can be read. Give a PNG file.");
 }
 
 // The colours of RGBA pixels to one side, and how opaque they are to the other.
@@ -104,8 +103,9 @@ Picture decode_png(const std::string& bytes, const std::string& name) {
     if (!decoder.info) throw std::bad_alloc();
     if (!succeeds(read_head, decoder)) refuse(name);
     if (decoder.width * decoder.height > kMaxPixels) {
-        throw Error(ErrorCode::usage, name + ": The picture has more than 8192 x 8192 pixels. "
-                                             "Give a smaller one.");
+        throw Error(ErrorCode::usage, name +
+                                          ": The picture has more than 8192 x 8192 pixels. "
+                                          "Give a smaller one.");
     }
     if (decoder.channels != 3 && decoder.channels != 4) refuse(name);
     const std::size_t stride = decoder.channels * static_cast<std::size_t>(decoder.width);

@@ -103,7 +103,8 @@ std::string encode_png(const Picture& picture, const PngText& text) {
     if (picture.width < 1 || picture.height < 1 || picture.width > most || picture.height > most ||
         static_cast<std::int64_t>(picture.rgb.size()) != 3 * picture.width * picture.height) {
         throw Error(ErrorCode::usage, "A picture of " + std::to_string(picture.width) + " x " +
-                                          std::to_string(picture.height) + " pixels does not have " +
+                                          std::to_string(picture.height) +
+                                          " pixels does not have " +
                                           std::to_string(picture.rgb.size()) +
                                           " bytes of RGB. Give 3 bytes a pixel.");
     }

@@ -52,9 +52,8 @@ void check_recipe(const Json& json, const std::string& where) {
     if (!json.as<Json::Object>()) {
         throw FieldError(where, "must be an object or null, not " + shortened(json.text()));
     }
-    const Fields fields(json, where,
-                        {"precision", "promise", "recipe", "before", "after", "share",
-                         "extra_bytes"});
+    const Fields fields(
+        json, where, {"precision", "promise", "recipe", "before", "after", "share", "extra_bytes"});
     fields.text("precision");
     check_promise(fields.get("promise"), fields.where("promise"));
     check_layers(fields.get("recipe"), fields.where("recipe"));

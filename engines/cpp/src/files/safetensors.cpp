@@ -21,11 +21,11 @@ constexpr const char* kMetadata = "__metadata__";
 // Every dtype of the format and its bits per element.
 const std::map<std::string, int>& bits_of_dtypes() {
     static const std::map<std::string, int> bits{
-        {"BOOL", 8},    {"F4", 4},          {"F6_E2M3", 6},     {"F6_E3M2", 6}, {"U8", 8},
-        {"I8", 8},      {"F8_E5M2", 8},     {"F8_E4M3", 8},     {"F8_E8M0", 8}, {"F8_E4M3FNUZ", 8},
-        {"F8_E5M2FNUZ", 8}, {"I16", 16},    {"U16", 16},        {"F16", 16},    {"BF16", 16},
-        {"I32", 32},    {"U32", 32},        {"F32", 32},        {"C64", 64},    {"F64", 64},
-        {"I64", 64},    {"U64", 64}};
+        {"BOOL", 8},        {"F4", 4},      {"F6_E2M3", 6}, {"F6_E3M2", 6}, {"U8", 8},
+        {"I8", 8},          {"F8_E5M2", 8}, {"F8_E4M3", 8}, {"F8_E8M0", 8}, {"F8_E4M3FNUZ", 8},
+        {"F8_E5M2FNUZ", 8}, {"I16", 16},    {"U16", 16},    {"F16", 16},    {"BF16", 16},
+        {"I32", 32},        {"U32", 32},    {"F32", 32},    {"C64", 64},    {"F64", 64},
+        {"I64", 64},        {"U64", 64}};
     return bits;
 }
 
@@ -99,8 +99,8 @@ TensorEntry parse_entry(const std::string& name, const Json& json, std::int64_t 
                           ", not two positions");
     }
     if (offsets[0] > offsets[1]) {
-        throw HeaderError(tensor + " ends at byte " + text(offsets[1]) +
-                          ", before its start at " + text(offsets[0]));
+        throw HeaderError(tensor + " ends at byte " + text(offsets[1]) + ", before its start at " +
+                          text(offsets[0]));
     }
     entry.nbytes = tensor_bytes(entry, bits->second);
     if (offsets[1] - offsets[0] != entry.nbytes) {
@@ -287,7 +287,8 @@ std::vector<std::uint8_t> read_bytes(const TensorFile& file, const std::string& 
 std::vector<float> read_float32(const TensorFile& file, const std::string& name) {
     const TensorEntry& entry = file.entry(name);
     if (entry.dtype == "F32") return numbers<float>(read_bytes(file, name));
-    if (entry.dtype != "F16" && entry.dtype != "BF16") refuse_dtype(file, entry, "F32, F16 or BF16");
+    if (entry.dtype != "F16" && entry.dtype != "BF16")
+        refuse_dtype(file, entry, "F32, F16 or BF16");
     const auto stored = numbers<std::uint16_t>(read_bytes(file, name));
     std::vector<float> values(stored.size());
     const bool half = entry.dtype == "F16";

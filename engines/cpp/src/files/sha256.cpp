@@ -47,7 +47,8 @@ std::string Sha256::hex() {
     update(length, 8);
     std::string result;
     for (const std::uint32_t word : state_) {
-        for (int shift = 28; shift >= 0; shift -= 4) result += "0123456789abcdef"[word >> shift & 15];
+        for (int shift = 28; shift >= 0; shift -= 4)
+            result += "0123456789abcdef"[word >> shift & 15];
     }
     return result;
 }

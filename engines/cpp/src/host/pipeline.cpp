@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <future>
 #include <thread>
 
 #include "arguments.hpp"
@@ -46,8 +47,9 @@ std::shared_ptr<EnginePool> open_pool(const std::string& path, const std::string
 }
 
 std::shared_ptr<const Tokenizers> read_tokenizers(const Bundle& bundle) {
-    return std::make_shared<const Tokenizers>(
-        Tokenizers{Tokenizer::read(bundle, "clip"), Tokenizer::read(bundle, "t5")});
+    auto t5 = std::async([&] { return Tokenizer::read(bundle, "t5"); });
+    Tokenizer clip = Tokenizer::read(bundle, "clip");
+    return std::make_shared<const Tokenizers>(Tokenizers{std::move(clip), t5.get()});
 }
 
 // Lets go of what a call that failed has left open.

@@ -49,8 +49,9 @@ PrefixMap<char32_t> AddedTokens::patterns(bool normalized) const {
     for (const auto& [id, token] : tokens_) {
         if (token.normalized != normalized) continue;
         if (token.pattern.empty() || !seen.insert(token.pattern).second) {
-            throw Unsupported("two of its added tokens, or one and an empty text, are the same "
-                              "once they are normalized");
+            throw Unsupported(
+                "two of its added tokens, or one and an empty text, are the same "
+                "once they are normalized");
         }
         entries.emplace_back(token.pattern, id);
     }

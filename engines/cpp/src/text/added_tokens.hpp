@@ -40,8 +40,7 @@ private:
     };
 
     PrefixMap<char32_t> patterns(bool normalized) const;
-    std::vector<Part> split_at(const PrefixMap<char32_t>& patterns,
-                               std::u32string_view text) const;
+    std::vector<Part> split_at(const PrefixMap<char32_t>& patterns, std::u32string_view text) const;
 
     std::map<std::uint32_t, Token> tokens_;
     PrefixMap<char32_t> plain_;

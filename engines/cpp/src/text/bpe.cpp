@@ -53,8 +53,8 @@ class Word {
 public:
     Word(const std::vector<std::uint32_t>& ids, const Merges& merges) : merges_(merges) {
         for (std::size_t i = 0; i < ids.size(); ++i) {
-            symbols_.push_back({ids[i], i > 0 ? i - 1 : kNone, i + 1 < ids.size() ? i + 1 : kNone,
-                                false});
+            symbols_.push_back(
+                {ids[i], i > 0 ? i - 1 : kNone, i + 1 < ids.size() ? i + 1 : kNone, false});
         }
     }
 

@@ -35,13 +35,11 @@ bool flag_member(const Json& part, const std::string& what, const std::string& n
     return as<bool>(part, what, name, "true or false");
 }
 
-bool flag_member(const Json& part, const std::string& what, const std::string& name,
-                 bool missing) {
+bool flag_member(const Json& part, const std::string& what, const std::string& name, bool missing) {
     return is_absent(part, name) ? missing : flag_member(part, what, name);
 }
 
-const Json::Array& list_member(const Json& part, const std::string& what,
-                               const std::string& name) {
+const Json::Array& list_member(const Json& part, const std::string& what, const std::string& name) {
     return as<Json::Array>(part, what, name, "a list");
 }
 

@@ -29,10 +29,14 @@ Behavior read_behavior(const std::string& name) {
 // Whether a span is one piece with the span before it.
 bool merges(Behavior behavior, const Span& before, const Span& span) {
     switch (behavior) {
-        case Behavior::contiguous: return span.match == before.match;
-        case Behavior::merged_with_previous: return span.match && !before.match;
-        case Behavior::merged_with_next: return before.match && !span.match;
-        default: return false;
+        case Behavior::contiguous:
+            return span.match == before.match;
+        case Behavior::merged_with_previous:
+            return span.match && !before.match;
+        case Behavior::merged_with_next:
+            return before.match && !span.match;
+        default:
+            return false;
     }
 }
 
@@ -106,7 +110,8 @@ Pieces split_at_spaces(const std::u32string& text) {
 PreTokenizer metaspace(const Json& json) {
     const std::string what = "its Metaspace";
     const std::u32string mark = decode_utf8(text_member(json, what, "replacement"));
-    if (mark.size() != 1) throw Unsupported("the replacement of its Metaspace is not one character");
+    if (mark.size() != 1)
+        throw Unsupported("the replacement of its Metaspace is not one character");
     const std::string scheme = optional_text(json, what, "prepend_scheme").value_or("always");
     if (scheme != "always" && scheme != "never") {
         throw Unsupported("the prepend_scheme " + scheme + " of its Metaspace is not known here");
@@ -152,8 +157,7 @@ PreTokenizer byte_level(const Json& json) {
     const bool splits = flag_member(json, "its ByteLevel", "use_regex", true);
     return [prefix, splits](std::u32string text) {
         if (prefix && text[0] != ' ') text.insert(0, 1, U' ');
-        Pieces result =
-            splits ? pieces(text, words.spans(text), Behavior::isolated) : Pieces{text};
+        Pieces result = splits ? pieces(text, words.spans(text), Behavior::isolated) : Pieces{text};
         for (auto& piece : result) piece = as_bytes(piece);
         return result;
     };
@@ -161,7 +165,8 @@ PreTokenizer byte_level(const Json& json) {
 
 PreTokenizer read(const Json& json, int nesting) {
     if (nesting > kMaxNesting) throw Unsupported("its pre_tokenizer is nested too deeply");
-    if (json.as<std::nullptr_t>()) return [](std::u32string text) { return Pieces{std::move(text)}; };
+    if (json.as<std::nullptr_t>())
+        return [](std::u32string text) { return Pieces{std::move(text)}; };
     const std::string type = text_member(json, "its pre_tokenizer", "type");
     if (type == "Sequence") return sequence(json, nesting);
     if (type == "Split") return split(json);

@@ -34,13 +34,13 @@ public:
 
 private:
     bool search(char32_t code) const {
-        const bool found =
-            std::any_of(ranges_.begin(), ranges_.end(),
-                        [code](const auto& range) {
-                            return range.first <= code && code <= range.second;
-                        }) ||
-            std::any_of(classes_.begin(), classes_.end(),
-                        [code](const auto& kind) { return kind.first(code) != kind.second; });
+        const bool found = std::any_of(ranges_.begin(), ranges_.end(),
+                                       [code](const auto& range) {
+                                           return range.first <= code && code <= range.second;
+                                       }) ||
+                           std::any_of(classes_.begin(), classes_.end(), [code](const auto& kind) {
+                               return kind.first(code) != kind.second;
+                           });
         return found != negated_;
     }
 
@@ -80,8 +80,7 @@ std::size_t least_length(const std::vector<Alternative>& alternatives) {
 
 class Parser {
 public:
-    explicit Parser(const std::string& pattern)
-        : pattern_(pattern), text_(decode_utf8(pattern)) {}
+    explicit Parser(const std::string& pattern) : pattern_(pattern), text_(decode_utf8(pattern)) {}
 
     std::vector<Alternative> parse() {
         auto result = alternatives();
@@ -178,9 +177,15 @@ private:
         Item item;
         const char32_t code = next();
         switch (code) {
-            case '(': group(item); return item;
-            case '[': bracket(item.set); break;
-            case '\\': escape(item.set); break;
+            case '(':
+                group(item);
+                return item;
+            case '[':
+                bracket(item.set);
+                break;
+            case '\\':
+                escape(item.set);
+                break;
             case '.':
                 item.set.add('\n', '\n');
                 item.set.negate();
@@ -188,10 +193,13 @@ private:
             case '?':
             case '*':
             case '+':
-            case '{': refuse("repeats nothing");
+            case '{':
+                refuse("repeats nothing");
             case '^':
-            case '$': refuse("has an anchor, which is not known here");
-            default: item.set.add(code, code);
+            case '$':
+                refuse("has an anchor, which is not known here");
+            default:
+                item.set.add(code, code);
         }
         item.set.finish();
         return item;

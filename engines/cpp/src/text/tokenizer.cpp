@@ -67,8 +67,7 @@ std::vector<std::int32_t> Tokenizer::encode(std::string_view prompt, std::int64_
                                           std::to_string(record_.max_length) + ".");
     }
     const std::vector<std::int32_t> content = tokenize(prompt);
-    const std::int64_t kept =
-        std::min(length - around, static_cast<std::int64_t>(content.size()));
+    const std::int64_t kept = std::min(length - around, static_cast<std::int64_t>(content.size()));
     const auto first = record_.truncation_side == "left" ? content.end() - kept : content.begin();
     std::vector<std::int32_t> ids;
     ids.reserve(static_cast<std::size_t>(length));

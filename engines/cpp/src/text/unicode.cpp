@@ -18,9 +18,8 @@ constexpr char32_t kSyllables = kLeads * kVowels * kTails;
 // The row of a sorted table whose `first` to `last` hold `code`; null where there is none.
 template <class Row>
 const Row* find(const Row* table, std::size_t size, char32_t code) {
-    const Row* row = std::lower_bound(table, table + size, code, [](const Row& each, char32_t c) {
-        return each.last < c;
-    });
+    const Row* row = std::lower_bound(table, table + size, code,
+                                      [](const Row& each, char32_t c) { return each.last < c; });
     return row != table + size && row->first <= code ? row : nullptr;
 }
 
@@ -40,9 +39,9 @@ void append_decomposed(std::u32string& result, char32_t code) {
         return;
     }
     const auto* end = kDecompositions + kDecompositionsSize;
-    const auto* row = std::lower_bound(
-        kDecompositions, end, code,
-        [](const Decomposition& each, char32_t c) { return each.whole < c; });
+    const auto* row =
+        std::lower_bound(kDecompositions, end, code,
+                         [](const Decomposition& each, char32_t c) { return each.whole < c; });
     if (row == end || row->whole != code) {
         result += code;
         return;
@@ -54,8 +53,7 @@ void append_decomposed(std::u32string& result, char32_t code) {
 
 // The character that two compose to; 0 where there is none.
 char32_t composed(char32_t first, char32_t second) {
-    if (first >= kLead && first < kLead + kLeads && second >= kVowel &&
-        second < kVowel + kVowels) {
+    if (first >= kLead && first < kLead + kLeads && second >= kVowel && second < kVowel + kVowels) {
         return kSyllable + ((first - kLead) * kVowels + second - kVowel) * kTails;
     }
     if (is_syllable(first) && (first - kSyllable) % kTails == 0 && second > kTail &&
@@ -64,8 +62,8 @@ char32_t composed(char32_t first, char32_t second) {
     }
     const auto* end = kCompositions + kCompositionsSize;
     const auto wanted = std::pair{first, second};
-    const auto* row = std::lower_bound(
-        kCompositions, end, wanted, [](const Composition& each, const auto& pair) {
+    const auto* row =
+        std::lower_bound(kCompositions, end, wanted, [](const Composition& each, const auto& pair) {
             return std::pair{each.first, each.second} < pair;
         });
     return row != end && row->first == first && row->second == second ? row->whole : 0;
@@ -102,8 +100,10 @@ bool joins_hangul(Grapheme left, Grapheme right) {
         case Grapheme::hangul_v:
             return right == Grapheme::hangul_v || right == Grapheme::hangul_t;
         case Grapheme::hangul_lvt:
-        case Grapheme::hangul_t: return right == Grapheme::hangul_t;
-        default: return false;
+        case Grapheme::hangul_t:
+            return right == Grapheme::hangul_t;
+        default:
+            return false;
     }
 }
 

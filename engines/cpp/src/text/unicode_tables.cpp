@@ -1,4 +1,5 @@
 // Written by tests/engines/cpp/make_unicode_tables.py from tokenizers 0.23.3.
+// clang-format off
 #include "text/unicode_tables.hpp"
 
 namespace fluxdeploy::unicode {
