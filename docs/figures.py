@@ -541,8 +541,14 @@ def _machine(machine: dict[str, Any]) -> str:
     memory = machine["memory_bytes"] / 2**30
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {memory:.0f} GiB,\n"
-        f"{machine['system']}, Python {machine['python']}, PyTorch {machine['packages']['torch']}"
+        f"{machine['system']}, Python {machine['python']}, {_packages(machine['packages'])}"
     )
+
+
+def _packages(packages: Mapping[str, str]) -> str:
+    """PyTorch, where it took part; else what ran the pictures."""
+    name = "torch" if "torch" in packages else "onnxruntime"
+    return f"{'PyTorch' if name == 'torch' else 'ONNX Runtime'} {packages[name]}"
 
 
 def _megabytes(count: float) -> str:
