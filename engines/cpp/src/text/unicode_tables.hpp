@@ -1,4 +1,5 @@
-// What the `tokenizers` package knows of each character; see tests/engines/cpp/make_unicode_tables.py.
+// What the `tokenizers` package knows of each character; see
+// tests/engines/cpp/make_unicode_tables.py.
 #pragma once
 
 #include <cstddef>
