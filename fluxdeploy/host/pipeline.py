@@ -207,7 +207,7 @@ class FluxPipeline:
         """What it has done since it was made, and what it has before it."""
         return PipelineStats(
             pictures=self._pictures,
-            steps=self._steps,
+            steps=self._turns.steps,
             prompt_hits=self._encoder.hits,
             prompt_misses=self._encoder.misses,
             waiting=self._turns.waiting,
@@ -367,7 +367,7 @@ class FluxPipeline:
                     task,
                     self._components,
                     self._encoder,
-                    self._step_callback(callback),
+                    None if callback is None else self._step_callback(callback),
                     self._previews(options, task),
                     turn,
                 )
@@ -406,15 +406,10 @@ class FluxPipeline:
             *self._encoder.cuts(request.negative_prompts or (), length, "The negative prompt"),
         ]
 
-    def _step_callback(self, callback: PipelineCallback | None) -> LevelCallback:
-        """Counts the steps, and tells the caller's callback of them."""
-
+    def _step_callback(self, callback: PipelineCallback) -> LevelCallback:
         def on_step_end(
             step: int, sigma: np.float32, latents: NDArray[np.float32]
         ) -> NDArray[np.float32] | None:
-            self._steps += 1
-            if callback is None:
-                return None
             timestep = float(sigma * np.float32(1000))
             # A view: what a callback does to its flags and its shape stays with the callback.
             answer = callback(self, step, timestep, {"latents": latents.view()})

@@ -173,6 +173,7 @@ class Turns:
     limits: what it takes on.
     changing: whether calls change places before they have ended.
     clock: the seconds of now.
+    steps: those of all calls that were made so far.
     """
 
     def __init__(
@@ -191,6 +192,7 @@ class Turns:
         self._numbers = itertools.count()
         self._now = 0.0
         self._rate: float | None = None
+        self.steps = 0
 
     @property
     def waiting(self) -> int:
@@ -258,8 +260,9 @@ class Turns:
                 self._leave(place)
 
     def worked(self, place: _Place, work: float) -> None:
-        """Note that a call did so much of its work."""
+        """Note that a call made a step of so much work."""
         with self._lock:
+            self.steps += 1
             peers = sum(each.demand.priority == place.demand.priority for each in self._places)
             self._now += work / max(peers, 1)
             place.left = max(place.left - work, 0.0)
