@@ -162,7 +162,7 @@ class FluxPipeline:
         self._turns = Turns(_check_limits(limits), changing=not low_vram)
         self._told: set[str] = set()
         # Of calls that have their turn, one at a time.
-        self._pictures = self._steps = 0
+        self._pictures = 0
 
     @classmethod
     def from_bundle(
