@@ -147,8 +147,8 @@ def kill_builds(
     version, done = 0, 0
     while done < kills:
         child = Child("build", checkpoints[version], "--out", str(place))
-        # In turn at any time at all, and soon after the beginning of a phase, since many are short.
-        if done % 2:
+        # Mostly soon after the beginning of a phase, since many are short, else at any time at all.
+        if done % 7 in (2, 5):
             kind = "random"
             # Most builds go on where an earlier one was killed, and are shorter than a whole one.
             time.sleep(moment.uniform(0, 0.7 * durations[version]))
