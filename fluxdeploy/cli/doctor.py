@@ -29,7 +29,7 @@ __all__ = ["BASE", "command", "packages_by_extra"]
 BASE = "base"
 
 _COMMANDS = {
-    BASE: "generate, triton, inspect, doctor",
+    BASE: "generate, inspect, doctor",
     "export": "build, export, verify",
     "serve": "serve",
 }

@@ -28,6 +28,9 @@ pytest.importorskip("diffusers")
 
 THIRD = 85 / 255
 
+FIFTH = 51 / 255
+"""What T5's words alone move is less than what a wrong formula does."""
+
 TEXT_TOKENS = 32
 
 # Longer than CLIP's 77 tokens, so that what follows is T5's alone.
@@ -179,7 +182,7 @@ def test_arguments_move_the_picture(
 ) -> None:
     if "guidance_scale" in after and not pipe.bundle.manifest.guidance_embedding:
         pytest.skip("no guidance embedding")
-    assert moved(picture(pipe, **before), picture(pipe, **after)) > THIRD
+    assert moved(picture(pipe, **before), picture(pipe, **after)) > FIFTH
 
 
 def wrong_pack(latents: np.ndarray, spec: Any) -> np.ndarray:

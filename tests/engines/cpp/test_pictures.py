@@ -52,7 +52,7 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
             "prompt": list(PROMPTS[:2]),
             "num_images_per_prompt": 2,
             "negative_prompt": "x",
-            "true_cfg_scale": 3.0,
+            "true_cfg_scale": 1.5,
             "image": 2,
             "mask_image": 4,
             "strength": 1.0,

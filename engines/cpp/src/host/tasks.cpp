@@ -277,7 +277,7 @@ std::vector<std::string> unused_arguments(const Arguments& arguments) {
                     "`mask_image`. Give what one task takes.");
     }
     if (!arguments.strength) return {};
-    return {"`strength` does nothing without `image` or `image` and `mask_image`."};
+    return {"`strength` does nothing without `image`."};
 }
 
 }  // namespace fluxdeploy
