@@ -47,7 +47,7 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
         },
     ),
     (
-        "constant",
+        "dev",
         {
             "prompt": list(PROMPTS[:2]),
             "num_images_per_prompt": 2,
