@@ -25,7 +25,7 @@ from typing import Any
 from fluxdeploy.machine import describe_cpu
 
 PROMPT = "a red circle above a blue square"
-FEW, MANY = 2, 30
+FEW, MANY = 2, 100
 
 
 def measure(command: list[str], folder: Path) -> tuple[float, float]:
