@@ -53,7 +53,7 @@ def any_size(
     symbols: set[str], defaults: Defaults, latents: LatentSpec
 ) -> dict[str, DimensionRange]:
     """What a runtime without profiles takes: up to where attention fills any machine's memory."""
-    step = latents.patch_size * latents.spatial_factor
+    step = latents.token_side
     most = (LONGEST_SIDE // step) ** 2
     image = (defaults.height // step) * (defaults.width // step)
     sides = {
@@ -77,7 +77,7 @@ def resolution_buckets(
     Raises `UsageError` for sizes that are not whole tokens or not in order.
     """
     least, opt, most = _checked(sizes, defaults, latents)
-    step = latents.patch_size * latents.spatial_factor
+    step = latents.token_side
     tokens = [(height // step) * (width // step) for height, width in (least, opt, most)]
     if "L" in symbols:
         spans = _buckets(*tokens)
@@ -163,7 +163,7 @@ def _buckets(least: int, opt: int, most: int) -> list[DimensionRange]:
 def _checked(
     sizes: SizeRange, defaults: Defaults, latents: LatentSpec
 ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    step = latents.patch_size * latents.spatial_factor
+    step = latents.token_side
     opt = sizes.opt or (defaults.height, defaults.width)
 
     def scaled(factor: float) -> tuple[int, int]:

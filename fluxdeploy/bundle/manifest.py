@@ -176,6 +176,11 @@ class LatentSpec:
     scaling_factor: float
     shift_factor: float
 
+    @property
+    def token_side(self) -> int:
+        """Pixels of an image token's side: a picture's sides are multiples of it."""
+        return self.spatial_factor * self.patch_size
+
 
 @dataclass(frozen=True)
 class RopeSpec:

@@ -29,7 +29,7 @@ __all__ = [
 def check_size(height: int, width: int, spec: LatentSpec) -> None:
     """Raise `UsageError` unless both sides are positive multiples of a token's pixels (16)."""
     height, width = check_integer("height", height, None), check_integer("width", width, None)
-    side = spec.spatial_factor * spec.patch_size
+    side = spec.token_side
     if height > 0 and width > 0 and height % side == 0 and width % side == 0:
         return
     nearest = " or ".join(
@@ -51,7 +51,7 @@ def _nearest(pixels: int, side: int, up: bool) -> int:
 
 def token_grid(height: int, width: int, spec: LatentSpec) -> tuple[int, int]:
     """Rows and columns of image tokens in a picture of height x width pixels."""
-    side = spec.spatial_factor * spec.patch_size
+    side = spec.token_side
     return height // side, width // side
 
 

@@ -28,7 +28,7 @@ from fluxdeploy.serve.images_api.drawing import Drawing, limits_of, model_name, 
 from fluxdeploy.serve.images_api.errors import ApiError
 from fluxdeploy.serve.images_api.kept import KeptPictures
 from fluxdeploy.serve.images_api.metrics import CountedRequests, Metrics
-from fluxdeploy.serve.images_api.replies import MEDIA_TYPES, as_base64
+from fluxdeploy.serve.images_api.replies import MEDIA_TYPES
 from fluxdeploy.serve.images_api.schema import EDIT, GENERATION, RESPONSES
 from fluxdeploy.serve.images_api.settings import Settings
 from fluxdeploy.serve.images_api.uploads import (
@@ -38,6 +38,7 @@ from fluxdeploy.serve.images_api.uploads import (
     read_files,
     read_form,
 )
+from fluxdeploy.serve.picture_files import as_base64
 
 __all__ = ["create_app"]
 

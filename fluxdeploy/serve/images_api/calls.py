@@ -18,7 +18,8 @@ from fluxdeploy.host.pipeline import FluxPipelineOutput
 from fluxdeploy.serve.images_api.drawing import Drawing
 from fluxdeploy.serve.images_api.errors import ApiError, as_api_error
 from fluxdeploy.serve.images_api.metrics import Metrics
-from fluxdeploy.serve.images_api.replies import as_base64, encode, event
+from fluxdeploy.serve.images_api.replies import event
+from fluxdeploy.serve.picture_files import as_base64, encode
 
 __all__ = ["Backend", "Event", "Gone", "described", "drawn", "finish", "stream_events"]
 

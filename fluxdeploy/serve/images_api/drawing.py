@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from PIL.Image import Image, Resampling
@@ -14,12 +13,13 @@ from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.serve.images_api.bodies import EditBody, GenerationBody
 from fluxdeploy.serve.images_api.errors import ApiError
 from fluxdeploy.serve.images_api.settings import Settings
+from fluxdeploy.serve.images_api.sizes import Sizes
 
 __all__ = ["Drawing", "limits_of", "model_name", "read_drawing"]
 
 _PASSED = (
-    *("seed", "num_inference_steps", "guidance_scale", "negative_prompt", "true_cfg_scale"),
-    *("max_sequence_length", "strength"),
+    *("seed", "guidance_scale", "negative_prompt", "true_cfg_scale", "max_sequence_length"),
+    "strength",
 )
 """Fields that are arguments of the pipeline under the same names."""
 
@@ -49,8 +49,9 @@ def read_drawing(
     """What a body asks for, with the bundle's defaults. Raises `ApiError`."""
     if body.model not in (None, served := model_name(manifest, settings)):
         raise ApiError(404, f"There is no model {body.model!r} here; there is {served!r}.", "model")
-    width, height = body.width_and_height or _own_size(manifest, image)
-    _check_range(width, height, manifest)
+    sizes = Sizes.of(manifest)
+    width, height = body.width_and_height or sizes.default(manifest.defaults, image)
+    sizes.check(width, height)
     if width * height * body.n > settings.max_pixels:
         raise ApiError(
             400,
@@ -95,61 +96,15 @@ def model_name(manifest: Manifest, settings: Settings) -> str:
 
 def limits_of(manifest: Manifest, settings: Settings) -> dict[str, Any]:
     """What a bundle draws, for whoever asks for the model."""
-    heights, widths = (_range(manifest, axis) for axis in "HW")
-    defaults = manifest.defaults
+    sizes, defaults = Sizes.of(manifest), manifest.defaults
     editing = "vae_encoder" in manifest.components
     return {
-        "width": {**widths, "default": defaults.width},
-        "height": {**heights, "default": defaults.height},
-        "multiple_of": manifest.latents.spatial_factor * manifest.latents.patch_size,
+        "width": {**asdict(sizes.widths), "default": defaults.width},
+        "height": {**asdict(sizes.heights), "default": defaults.height},
+        "multiple_of": sizes.multiple,
         "max_pixels": settings.max_pixels,
         "num_inference_steps": {"max": settings.max_steps, "default": defaults.num_inference_steps},
         "guidance_scale": defaults.guidance_scale if manifest.guidance_embedding else None,
         "strength": defaults.strength if editing else None,
         "tasks": ["generations", "edits"] if editing else ["generations"],
     }
-
-
-def _range(manifest: Manifest, axis: str) -> dict[str, int]:
-    ranges = [
-        engine.dimensions[axis]
-        for engine in manifest.components["vae_decoder"].engines
-        if axis in engine.dimensions
-    ]
-    return {"min": min(each.min for each in ranges), "max": max(each.max for each in ranges)}
-
-
-def _check_range(width: int, height: int, manifest: Manifest) -> None:
-    """Raise `ApiError` for a size that no engine of the bundle takes, with those that one does."""
-    heights, widths = (_range(manifest, axis) for axis in "HW")
-    multiple = manifest.latents.spatial_factor * manifest.latents.patch_size
-    fits = (
-        widths["min"] <= width <= widths["max"]
-        and heights["min"] <= height <= heights["max"]
-        and width % multiple == 0
-        and height % multiple == 0
-    )
-    if not fits:
-        raise ApiError(
-            400,
-            f"The size {width}x{height} is out of range: widths go from {widths['min']} to "
-            f"{widths['max']} and heights from {heights['min']} to {heights['max']}, both in "
-            f"multiples of {multiple}.",
-            "size",
-        )
-
-
-def _own_size(manifest: Manifest, image: Image | None) -> tuple[int, int]:
-    """Width and height for `auto`: the bundle's, in the proportions of the image where one is."""
-    defaults = manifest.defaults
-    if image is None:
-        return defaults.width, defaults.height
-    multiple = manifest.latents.spatial_factor * manifest.latents.patch_size
-    heights, widths = (_range(manifest, axis) for axis in "HW")
-    scale = math.sqrt(defaults.width * defaults.height / (image.width * image.height))
-
-    def fitted(side: int, allowed: Mapping[str, int]) -> int:
-        wanted = max(round(side * scale / multiple), 1) * multiple
-        return min(max(wanted, allowed["min"]), allowed["max"])
-
-    return fitted(image.width, widths), fitted(image.height, heights)

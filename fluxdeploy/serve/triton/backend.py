@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
@@ -28,6 +27,7 @@ from fluxdeploy.host.asynchronous import Preview, StepEnd
 from fluxdeploy.host.input_images import upright_mask, upright_picture
 from fluxdeploy.host.pipeline import FluxPipelineOutput
 from fluxdeploy.install import install_command
+from fluxdeploy.serve.picture_files import encode
 from fluxdeploy.serve.triton.fields import INPUTS, MODEL, STAGES, Field
 
 __all__ = ["TritonBackend"]
@@ -237,9 +237,7 @@ def _file(name: str, picture: Image.Image) -> Array:
         upright = upright_mask(picture)
     else:
         upright = upright_picture(picture)
-    file = io.BytesIO()
-    upright.save(file, format="PNG", compress_level=1)
-    return np.array([file.getvalue()], np.object_)
+    return np.array([encode(upright)], np.object_)
 
 
 def _values(name: str, field: Field, value: Any) -> Array:

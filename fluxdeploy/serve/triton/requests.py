@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from fluxdeploy.arguments import shown
 from fluxdeploy.errors import UsageError
 from fluxdeploy.host.input_images import decode_image, decode_mask
 from fluxdeploy.host.pipeline import FluxPipelineOutput
+from fluxdeploy.serve.picture_files import as_base64, encode
 from fluxdeploy.serve.triton.fields import INPUTS, STAGES, Field
 
 __all__ = ["Asked", "final_tensors", "picture_tensors", "read_request"]
@@ -110,7 +110,9 @@ def picture_tensors(images: list[Any], wanted: Collection[str]) -> dict[str, Arr
     if "image" in wanted:
         tensors["image"] = np.stack([np.asarray(image) for image in images])
     if "b64_json" in wanted:
-        tensors["b64_json"] = np.array([_png(image) for image in images], np.object_)
+        tensors["b64_json"] = np.array(
+            [as_base64(encode(image)).encode() for image in images], np.object_
+        )
     return tensors
 
 
@@ -125,9 +127,3 @@ def final_tensors(
     tensors["step"] = np.array([steps], np.int32)
     tensors["seconds"] = np.array([output.seconds.get(stage, 0.0) for stage in STAGES])
     return tensors
-
-
-def _png(image: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return base64.b64encode(file.getvalue())
