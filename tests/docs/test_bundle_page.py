@@ -18,8 +18,8 @@ from PIL import Image
 
 from fluxdeploy import FluxPipeline
 from fluxdeploy.bundle import manifest, open_bundle
+from fluxdeploy.host.options import CallOptions
 from fluxdeploy.host.pictures import PictureMetadata
-from fluxdeploy.host.pipeline import CallOptions
 from fluxdeploy.sampling.noise import TorchGenerator
 from fluxdeploy.sampling.rope import rope_tables
 from fluxdeploy.sampling.schedule import sigmas
