@@ -31,6 +31,7 @@ ARGUMENTS: Mapping[str, str] = {
     "control_image": "there are no ControlNets here; leave it out",
     "cross_attention_kwargs": "the attention is part of a built engine; leave it out",
     "eta": "FLUX.1's samplers draw no noise; leave it out",
+    "sigmas": "the schedule is the bundle's; choose `num_inference_steps`",
     "timesteps": "the schedule is the bundle's; choose `num_inference_steps`",
 }
 """Arguments of diffusers' pipelines that `FluxPipeline.__call__` has not, and what there is."""
