@@ -22,10 +22,10 @@ def demand(task: Task, priority: Priority) -> Demand:
     the conditioner gives for all steps. Engines hold their own besides.
     """
     request, manifest = task.request, task.manifest
-    sides = 1 if request.negative_prompts is None else 2
+    sides = 1 if request.negative is None else 2
     batch, height, width = request.batch, request.height, request.width
     pixels = batch * height * width
-    prompts = sides * len(set(request.prompts))
+    prompts = sides * len(request.text.distinct)
     latents = math.prod(latent_shape(batch, height, width, manifest.latents))
     numbers = _COPIES * latents + 3 * pixels + prompts * _conditioned(manifest, task)
     return Demand(priority, task.steps, float(sides * pixels), 4 * numbers)

@@ -38,9 +38,12 @@ def test_the_call_has_the_documented_signature() -> None:
     parameters = inspect.signature(FluxPipeline.__call__).parameters
     assert {name: parameter.default for name, parameter in parameters.items()} == {
         "self": inspect.Parameter.empty,
-        "prompt": inspect.Parameter.empty,
+        "prompt": None,
+        "prompt_2": None,
         "negative_prompt": None,
+        "negative_prompt_2": None,
         "true_cfg_scale": 1.0,
+        "positional": inspect.Parameter.empty,
         "height": None,
         "width": None,
         "num_inference_steps": None,
@@ -48,17 +51,24 @@ def test_the_call_has_the_documented_signature() -> None:
         "num_images_per_prompt": 1,
         "seed": None,
         "latents": None,
+        "prompt_embeds": None,
+        "pooled_prompt_embeds": None,
+        "negative_prompt_embeds": None,
+        "negative_pooled_prompt_embeds": None,
         "image": None,
         "mask_image": None,
         "strength": None,
         "padding_mask_crop": None,
         "max_sequence_length": None,
         "callback_on_step_end": None,
+        "callback_on_step_end_tensor_inputs": ("latents",),
         "num_previews": 0,
         "callback_on_preview": None,
         "cancel": None,
         "priority": "normal",
         "output_type": "pil",
+        "return_dict": True,
+        "others": inspect.Parameter.empty,
     }
 
 
@@ -266,7 +276,7 @@ def test_sizes_outside_an_engines_range_are_refused_before_anything_runs(
     ("options", "message"),
     [
         ({"prompt": []}, "`prompt` must be a string or a list of at least one string"),
-        ({"prompt": None}, "`prompt` must be a string"),
+        ({"prompt": None}, "Give a `prompt`, or `prompt_embeds` with"),
         ({"prompt": ["a", 1]}, "`prompt` must be a string"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"negative_prompt": 3}, "`negative_prompt` must be a string"),

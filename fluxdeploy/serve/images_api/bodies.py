@@ -67,7 +67,9 @@ class _Body(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**64, description="The same seed, the same picture.")
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = None
+    prompt_2: str | None = Field(None, description="What T5 reads instead of the prompt.")
     negative_prompt: str | None = None
+    negative_prompt_2: str | None = Field(None, description="What T5 reads of it instead.")
     true_cfg_scale: float | None = Field(
         None, description="Strength of the negative prompt, used above 1."
     )
