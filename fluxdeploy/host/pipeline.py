@@ -21,11 +21,13 @@ from fluxdeploy.bundle.manifest import Manifest, missing_component
 from fluxdeploy.errors import (
     BundleError,
     CutPromptWarning,
+    UnmeasuredSkipsWarning,
     UnusedArgumentWarning,
     UsageError,
 )
 from fluxdeploy.host.cancel import CancelToken
 from fluxdeploy.host.components import Components
+from fluxdeploy.host.course import unmeasured
 from fluxdeploy.host.demand import demand
 from fluxdeploy.host.making import LevelCallback, make_pictures
 from fluxdeploy.host.pictures import to_pil
@@ -38,6 +40,7 @@ from fluxdeploy.host.tasks.inpainting import Inpainting
 from fluxdeploy.host.tasks.task import Task, choose_task
 from fluxdeploy.host.tasks.text_to_image import TextToImage
 from fluxdeploy.host.turns import Priority, QueueLimits, Turns, check_priority
+from fluxdeploy.sampling.skipping import Skips
 from fluxdeploy.text import Tokenizers, load_tokenizers
 
 if TYPE_CHECKING:
@@ -231,6 +234,9 @@ class FluxPipeline:
         strength: float | None = None,
         padding_mask_crop: int | None = None,
         max_sequence_length: int | None = None,
+        sampler: str = "euler",
+        sigmas: ArrayLike | None = None,
+        skip: Literal["none", "auto"] | Sequence[int] | Skips = "none",
         callback_on_step_end: PipelineCallback | None = None,
         num_previews: int = 0,
         callback_on_preview: PreviewCallback | None = None,
@@ -263,6 +269,14 @@ class FluxPipeline:
             on each side, in height x width, and lay it over the image, whose size the pictures have
             then. Image and mask are one PIL image each, of one size.
         max_sequence_length: the number of T5 tokens that a prompt is padded or cut to.
+        sampler: how steps use the velocity: "euler", as diffusers; "ab2" and "dpmpp_2m", as many
+            evaluations and of second order; "heun" and "midpoint" with twice as many, "rk4" of
+            fourth order with four times as many.
+        sigmas: the noise levels of the steps before shifting, falling, above 0 and at most 1, as in
+            diffusers; as many steps are made.
+        skip: steps in which the transformer does not run, and the velocity is extrapolated: "auto"
+            are those that `fluxdeploy tune` has found for so many steps; or their numbers from 1
+            on, or `Skips` with the order of the extrapolation.
         callback_on_step_end: see `PipelineCallback`.
         num_previews, callback_on_preview: how many pictures to show on the way, evenly from a fifth
             of the steps on, and what is called with them: see `PreviewCallback`. Each costs a run
@@ -290,6 +304,9 @@ class FluxPipeline:
                 "seed": seed,
                 "latents": latents,
                 "max_sequence_length": max_sequence_length,
+                "sampler": sampler,
+                "sigmas": sigmas,
+                "skip": skip,
             },
             {
                 "image": image,
@@ -359,6 +376,8 @@ class FluxPipeline:
         self._tell(idle)
         for notice in cuts:
             warnings.warn(notice, CutPromptWarning, stacklevel=3)
+        if isinstance(arguments["skip"], str) and arguments["skip"] == "auto":
+            cuts += self._tell_unmeasured(request)
         token = CancelToken() if options.cancel is None else options.cancel
         callback = options.callback_on_step_end
         with self._turns.taken(token, demand(task, options.priority)) as turn:
@@ -397,6 +416,19 @@ class FluxPipeline:
             if notice not in self._told:
                 self._told.add(notice)
                 warnings.warn(notice, UnusedArgumentWarning, stacklevel=4)
+
+    def _tell_unmeasured(self, request: GenerationRequest) -> list[str]:
+        """Warn the caller of `__call__` where skips were measured at another size."""
+        notices = unmeasured(
+            self._bundle.manifest,
+            request.sampler,
+            request.num_inference_steps,
+            request.height,
+            request.width,
+        )
+        for notice in notices:
+            warnings.warn(notice, UnmeasuredSkipsWarning, stacklevel=4)
+        return list(notices)
 
     def _cuts(self, request: GenerationRequest) -> list[str]:
         """A sentence for each prompt that is not read to its end."""

@@ -14,8 +14,11 @@ from fluxdeploy.arguments import check_integer, check_number, shown
 from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.errors import UsageError
 from fluxdeploy.host.components import check_range
+from fluxdeploy.host.course import check_sigmas, check_skip
 from fluxdeploy.sampling.latents import check_size, latent_shape, token_grid
 from fluxdeploy.sampling.noise import check_seed
+from fluxdeploy.sampling.sampler import load_sampler
+from fluxdeploy.sampling.skipping import Skips
 from fluxdeploy.text.tokenizer import check_prompt
 
 __all__ = ["GenerationRequest", "as_latents", "check_request", "idle_arguments"]
@@ -36,6 +39,8 @@ class GenerationRequest:
 
     `negative_prompts` holds one for each prompt, or is None where true CFG is off. `latents` are
     the caller's, float32 [B, L, C], packed; where it is None there is a seed, and else none.
+    `sigmas` are the caller's noise levels before shifting, float32 [N]. `skip` counts the steps of
+    the whole schedule.
     """
 
     prompts: tuple[str, ...]
@@ -49,6 +54,9 @@ class GenerationRequest:
     max_sequence_length: int
     seed: int | None
     latents: NDArray[np.float32] | None = field(compare=False)
+    sampler: str = "euler"
+    sigmas: NDArray[np.float32] | None = field(default=None, compare=False)
+    skip: Skips | None = None
 
     @property
     def batch(self) -> int:
@@ -89,6 +97,9 @@ def check_request(
     max_sequence_length: int | None,
     seed: int | None,
     latents: ArrayLike | None,
+    sampler: str = "euler",
+    sigmas: ArrayLike | None = None,
+    skip: object = "none",
 ) -> GenerationRequest:
     """The request that the arguments of `FluxPipeline.__call__` make.
 
@@ -108,6 +119,10 @@ def check_request(
                 "Give one for all, or one for each."
             )
     scale = check_number("true_cfg_scale", true_cfg_scale, -_MAX_SCALE, _MAX_SCALE)
+    load_sampler(sampler)
+    levels = None if sigmas is None else check_sigmas(sigmas, num_inference_steps)
+    if levels is not None:
+        num_inference_steps = len(levels)
     if num_inference_steps is None:
         num_inference_steps = defaults.num_inference_steps
     if guidance_scale is None:
@@ -119,13 +134,14 @@ def check_request(
     if seed is not None:
         check_seed(seed)
     t5 = manifest.tokenizers["t5"]
+    steps = check_integer("num_inference_steps", num_inference_steps, 1)
     request = GenerationRequest(
         prompts=prompts,
         negative_prompts=negative_prompts if scale > 1 else None,
         true_cfg_scale=scale,
         height=height,
         width=width,
-        num_inference_steps=check_integer("num_inference_steps", num_inference_steps, 1),
+        num_inference_steps=steps,
         guidance_scale=check_number("guidance_scale", guidance_scale, -_MAX_SCALE, _MAX_SCALE),
         num_images_per_prompt=images_each,
         max_sequence_length=check_integer(
@@ -136,6 +152,9 @@ def check_request(
         ),
         seed=None if seed is None or latents is not None else int(seed),
         latents=None,
+        sampler=sampler,
+        sigmas=levels,
+        skip=check_skip(skip, manifest, sampler, steps, levels is None),
     )
     if request.batch > _MAX_PICTURES:
         raise UsageError(

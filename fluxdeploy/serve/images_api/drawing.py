@@ -19,7 +19,7 @@ __all__ = ["Drawing", "limits_of", "model_name", "read_drawing"]
 
 _PASSED = (
     *("seed", "guidance_scale", "negative_prompt", "true_cfg_scale", "max_sequence_length"),
-    "strength",
+    *("strength", "sampler", "skip"),
 )
 """Fields that are arguments of the pipeline under the same names."""
 
