@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import click
 
@@ -189,7 +189,7 @@ def command(
     outpaint: tuple[int, ...] | None,
     max_sequence_length: int | None,
     sampler: str,
-    skip: str | tuple[int, ...],
+    skip: Literal["none", "auto"] | tuple[int, ...],
     runtime: str,
     device: int,
     threads: int | None,

@@ -56,14 +56,15 @@ def skip_paths(
     largest change at the end, of all trajectories, is the least.
     """
     grams = [v.astype(np.float64) @ v.astype(np.float64).T for v in velocities]
-    steps, path = len(sigmas) - 1, [()]
+    steps = len(sigmas) - 1
+    path: list[tuple[int, ...]] = [()]
 
     def change(skipped: tuple[int, ...]) -> float:
         weights = _changes(skipped, sigmas, order)
         return max(float(weights @ gram @ weights) for gram in grams)
 
     while len(path) < steps:
-        last: tuple[int, ...] = path[-1]
+        last = path[-1]
         tries = [tuple(sorted((*last, s))) for s in range(1, steps) if s not in last]
         path.append(min(tries, key=change))
     return path
@@ -100,7 +101,10 @@ class _Pictures:
     def _draw(self, number: int, **more: Any) -> NDArray[np.float32]:
         self.drawn += 1
         options = {**self._options, "seed": self._seed + number, "output_type": "np", **more}
-        return np.asarray(self._pipe(self._prompts[number], **options).images)[0]
+        picture: NDArray[np.float32] = np.asarray(
+            self._pipe(self._prompts[number], **options).images
+        )[0]
+        return picture
 
     def least(self, skips: Skips, wanted: float) -> float:
         """dB of the picture that changes most; the first that falls short of `wanted` will do."""
@@ -127,7 +131,7 @@ def find_skips(
 
     A search over the number of steps, for each order of extrapolation.
     """
-    options = {"num_inference_steps": steps, "height": height, "width": width}
+    options: dict[str, Any] = {"num_inference_steps": steps, "height": height, "width": width}
     trials = max(1, (steps - 1).bit_length())
     task = progress.task("Searching", total=len(search) + 2 + (MAX_ORDER + 1) * trials)
     velocities = []
@@ -135,7 +139,7 @@ def find_skips(
         velocities.append(_record(pipe, prompt, number, options))
         task.advance()
     sigmas = _sigmas(pipe.bundle, steps, height, width)
-    options = {**options, "sampler": sampler}
+    options["sampler"] = sampler
     seen = _Pictures(pipe, search, 0, options)
     task.advance()
     best, paths = (0, 0), {}
@@ -191,6 +195,7 @@ def _record(
     """The velocities of a trajectory of Euler's, float32 [N, D]."""
     spec = pipe.bundle.manifest.latents
     height, width, steps = (options[n] for n in ("height", "width", "num_inference_steps"))
+    options = {**options, "sampler": "euler"}
     noise = pack(standard_normal(latent_shape(1, height, width, spec), seed), spec)
     places = [noise.reshape(-1)]
 
