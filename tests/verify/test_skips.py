@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def test_steps_go_first_where_the_velocity_is_extrapolated_best() -> None:
     assert [len(skipped) for skipped in path] == list(range(8))
     assert all(6 not in skipped for skipped in path[:4])
     assert all(0 not in skipped for skipped in path)
-    assert all(set(a) < set(b) for a, b in zip(path, path[1:], strict=False))
+    assert all(set(a) < set(b) for a, b in itertools.pairwise(path))
 
 
 def test_a_record_takes_the_place_of_one_for_the_same_calls(
