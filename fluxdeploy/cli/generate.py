@@ -11,13 +11,26 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import click
 
 from fluxdeploy import __version__
-from fluxdeploy.cli.options import AS_JSON, BUNDLE, DEVICE, RUNTIME, THREADS, PathType
-from fluxdeploy.errors import CutPromptWarning, UnusedArgumentWarning, UsageError
+from fluxdeploy.cli.options import (
+    AS_JSON,
+    BUNDLE,
+    DEVICE,
+    RUNTIME,
+    THREADS,
+    PathType,
+    complete_sampler,
+)
+from fluxdeploy.errors import (
+    CutPromptWarning,
+    UnmeasuredSkipsWarning,
+    UnusedArgumentWarning,
+    UsageError,
+)
 from fluxdeploy.library_output import libraries_on_stderr
 from fluxdeploy.progress import Progress
 from fluxdeploy.terminal import say, say_json
@@ -54,7 +67,25 @@ class _Seeds(click.ParamType):  # type: ignore[type-arg]
         return tuple(int(number) for number in value.split(","))
 
 
-_KINDS = (CutPromptWarning, UnusedArgumentWarning)
+class _Skip(click.ParamType):  # type: ignore[type-arg]
+    """`none`, `auto`, or numbers of steps."""
+
+    name = "skip"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = value.strip()
+        if text in ("none", "auto"):
+            return text
+        if re.fullmatch(r"\d{1,5}(\s*,\s*\d{1,5})*", text) is None:
+            self.fail(f"{value!r} is not none, auto or steps such as 3,5,7.", param, ctx)
+        return tuple(int(number) for number in text.split(","))
+
+
+def _joined(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))
+
+
+_KINDS = (CutPromptWarning, UnmeasuredSkipsWarning, UnusedArgumentWarning)
 
 
 @click.command()
@@ -132,6 +163,20 @@ _KINDS = (CutPromptWarning, UnusedArgumentWarning)
     type=int,
     help="T5 tokens that the prompt is padded or cut to.  [default: the bundle's]",
 )
+@click.option(
+    "--sampler",
+    default="euler",
+    shell_complete=complete_sampler,
+    help="How steps use the velocity: euler; ab2 or dpmpp_2m, of second order at the same cost; "
+    "heun or midpoint, at twice the cost; rk4, at four times.",
+)
+@click.option(
+    "--skip",
+    type=_Skip(),
+    default="none",
+    metavar="none|auto|STEP,...",
+    help="Steps in which the transformer does not run: auto takes those that `tune` has found.",
+)
 @RUNTIME
 @DEVICE
 @THREADS
@@ -171,6 +216,8 @@ def command(
     mask_crop: int | None,
     outpaint: tuple[int, ...] | None,
     max_sequence_length: int | None,
+    sampler: str,
+    skip: Literal["none", "auto"] | tuple[int, ...],
     runtime: str,
     device: int,
     threads: int | None,
@@ -274,6 +321,8 @@ def command(
                 strength=strength,
                 padding_mask_crop=mask_crop,
                 max_sequence_length=max_sequence_length,
+                sampler=sampler,
+                skip=skip,
                 callback_on_step_end=on_step_end,
             )
             task.advance()
@@ -295,6 +344,8 @@ def command(
             index=number % num_images,
             num_inference_steps=steps,
             guidance_scale=defaults.guidance_scale if guidance is None else guidance,
+            sampler=None if sampler == "euler" else sampler,
+            skip=None if skip == "none" else skip if isinstance(skip, str) else _joined(skip),
             max_sequence_length=max_sequence_length,
             height=defaults.height if height is None else height,
             width=defaults.width if width is None else width,
@@ -302,7 +353,7 @@ def command(
             image_sha256=image_sha256,
             mask_sha256=mask_sha256,
             padding_mask_crop=None if marked is None else mask_crop,
-            outpaint=None if outpaint is None else ",".join(map(str, outpaint)),
+            outpaint=None if outpaint is None else _joined(outpaint),
             bundle_hash=bundle_hash,
             fluxdeploy_version=__version__,
         )

@@ -186,6 +186,15 @@ def _complete_component_precision(
     return _beginning(incomplete, (f"{name}={end}" for name in names for end in ends))
 
 
+def complete_sampler(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """The samplers, by name."""
+    from fluxdeploy.sampling.sampler import sampler_names
+
+    return _beginning(incomplete, sampler_names())
+
+
 def complete_peer(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:

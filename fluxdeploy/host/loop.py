@@ -14,6 +14,7 @@ from fluxdeploy.host.cancel import Checked
 from fluxdeploy.host.finite import check_finite, is_finite
 from fluxdeploy.host.numbers import as_float32
 from fluxdeploy.sampling.sampler import Sampler, Velocity
+from fluxdeploy.sampling.skipping import Extrapolated, Skips
 
 __all__ = ["Blend", "StepCallback", "denoise"]
 
@@ -32,6 +33,7 @@ def denoise(
     *,
     negative: Velocity | None = None,
     true_cfg_scale: float = 1.0,
+    skips: Skips | None = None,
     blend: Blend | None = None,
     on_step_end: StepCallback | None = None,
     cancel: Checked | None = None,
@@ -41,6 +43,7 @@ def denoise(
 
     latents: float32 [B, L, C], overwritten with the result. sigmas: float32 [N + 1].
     negative: true classifier-free guidance, v = v_neg + true_cfg_scale * (v - v_neg).
+    skips: steps in which the velocity is extrapolated; the sampler takes one a step then.
     blend: comes before the check for finite numbers and the callback.
     interrupted: whether to leave it at the steps that were made.
 
@@ -51,6 +54,8 @@ def denoise(
     steps = len(sigmas) - 1
     if negative is not None:
         velocity = _guided(velocity, negative, true_cfg_scale, np.empty_like(latents))
+    if skips is not None:
+        velocity = Extrapolated(velocity, sampler.levels(sigmas), skips)
     step = sampler.start(latents, sigmas)
     with np.errstate(over="ignore", invalid="ignore"):
         for index in range(steps):

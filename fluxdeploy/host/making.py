@@ -30,8 +30,6 @@ LevelCallback = Callable[[int, np.float32, NDArray[np.float32]], "NDArray[np.flo
 """Called after each step with its index, the noise level it began at, and the live latents; may
 return others to go on with."""
 
-SAMPLER = "euler"
-
 
 def make_pictures(
     task: Task,
@@ -52,9 +50,10 @@ def make_pictures(
     """
     manifest, request = task.manifest, task.request
     run: Run = functools.partial(components.run, turn)
-    sampler = load_sampler(SAMPLER)
+    sampler = load_sampler(request.sampler)
     rows, columns = token_grid(request.height, request.width, manifest.latents)
-    sigmas = schedule.sigmas(manifest.schedule, request.num_inference_steps, rows * columns)
+    unshifted = request.num_inference_steps if request.sigmas is None else request.sigmas
+    sigmas = schedule.sigmas(manifest.schedule, unshifted, rows * columns)
     levels = sampler.levels(sigmas[-(task.steps + 1) :])
     sizes = _engine_sizes(task, len(levels))
     if latents_only:
@@ -86,6 +85,7 @@ def make_pictures(
             velocity,
             negative=negative[0] if negative else None,
             true_cfg_scale=request.true_cfg_scale,
+            skips=task.skips,
             blend=functools.partial(_step_made, turn, start),
             on_step_end=_after_step(callback, previews, start, decoded),
             cancel=turn,

@@ -39,7 +39,8 @@ class PictureMetadata:
 
     `prompt_2` and `negative_prompt_2` are what T5 read, where that was something else than the
     prompt. `index` tells the pictures of one seed apart. `height` and `width` are what
-    was asked for; with `padding_mask_crop` the picture has the image's own size. `strength`, the
+    was asked for; with `padding_mask_crop` the picture has the image's own size. `sampler` is None
+    where it is Euler's; `skip` is "auto", or steps with commas, or None. `strength`, the
     SHA-256 of the files and what follows them are those of tasks that take them, else None;
     `outpaint` has the pixels that were added on the left, top, right and bottom. Each field is a
     text chunk of the PNG under its own name; a field that is None has no chunk.
@@ -54,6 +55,8 @@ class PictureMetadata:
     index: int
     num_inference_steps: int
     guidance_scale: float
+    sampler: str | None
+    skip: str | None
     max_sequence_length: int
     height: int
     width: int
@@ -154,6 +157,8 @@ def read_metadata(path: Path) -> PictureMetadata:
             index=_number(int, text["index"]),
             num_inference_steps=_number(int, text["num_inference_steps"]),
             guidance_scale=_number(float, text["guidance_scale"]),
+            sampler=text.get("sampler"),
+            skip=text.get("skip"),
             max_sequence_length=_number(int, text["max_sequence_length"]),
             height=_number(int, text["height"]),
             width=_number(int, text["width"]),

@@ -22,11 +22,13 @@ from fluxdeploy.bundle.manifest import Manifest, missing_component
 from fluxdeploy.errors import (
     BundleError,
     CutPromptWarning,
+    UnmeasuredSkipsWarning,
     UnusedArgumentWarning,
     UsageError,
 )
 from fluxdeploy.host.cancel import CancelToken
 from fluxdeploy.host.components import Components
+from fluxdeploy.host.course import unmeasured
 from fluxdeploy.host.demand import demand
 from fluxdeploy.host.diffusers_names import ATTRIBUTES, missing_attribute, refuse_arguments
 from fluxdeploy.host.making import LevelCallback, make_pictures
@@ -41,6 +43,7 @@ from fluxdeploy.host.tasks.task import Task, choose_task
 from fluxdeploy.host.tasks.text_to_image import TextToImage
 from fluxdeploy.host.turns import Priority, QueueLimits, Turns
 from fluxdeploy.progress import Progress
+from fluxdeploy.sampling.skipping import Skips
 from fluxdeploy.text import Tokenizers, load_tokenizers
 
 __all__ = ["FluxPipeline", "FluxPipelineOutput", "PipelineCallback", "PreviewCallback"]
@@ -187,6 +190,9 @@ class FluxPipeline:
         strength: float | None = None,
         padding_mask_crop: int | None = None,
         max_sequence_length: int | None = None,
+        sampler: str = "euler",
+        sigmas: ArrayLike | None = None,
+        skip: Literal["none", "auto"] | Sequence[int] | Skips = "none",
         callback_on_step_end: PipelineCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_previews: int = 0,
@@ -228,6 +234,14 @@ class FluxPipeline:
             on each side, in height x width, and lay it over the image, whose size the pictures have
             then. Image and mask are one PIL image each, of one size.
         max_sequence_length: the number of T5 tokens that a prompt is padded or cut to.
+        sampler: how steps use the velocity: "euler", as diffusers; "ab2" and "dpmpp_2m", as many
+            evaluations and of second order; "heun" and "midpoint" with twice as many, "rk4" of
+            fourth order with four times as many.
+        sigmas: the noise levels of the steps before shifting, falling, above 0 and at most 1, as in
+            diffusers; as many steps are made.
+        skip: steps in which the transformer does not run, and the velocity is extrapolated: "auto"
+            are those that `fluxdeploy tune` has found for so many steps; or their numbers from 1
+            on, or `Skips` with the order of the extrapolation.
         callback_on_step_end: see `PipelineCallback`. callback_on_step_end_tensor_inputs: what it is
             given: "latents", or nothing.
         num_previews, callback_on_preview: how many pictures to show on the way, evenly from a fifth
@@ -265,6 +279,9 @@ class FluxPipeline:
                 "negative_prompt_embeds": negative_prompt_embeds,
                 "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
                 "max_sequence_length": max_sequence_length,
+                "sampler": sampler,
+                "sigmas": sigmas,
+                "skip": skip,
             },
             {
                 "image": image,
@@ -395,6 +412,8 @@ class FluxPipeline:
         self._tell(idle)
         for notice in cuts:
             warnings.warn(notice, CutPromptWarning, stacklevel=3)
+        if isinstance(arguments["skip"], str) and arguments["skip"] == "auto":
+            cuts += self._tell_unmeasured(request)
         token = CancelToken() if options.cancel is None else options.cancel
         with (
             self._turns.taken(token, demand(task, options.priority)) as turn,
@@ -437,6 +456,19 @@ class FluxPipeline:
             if notice not in self._told:
                 self._told.add(notice)
                 warnings.warn(notice, UnusedArgumentWarning, stacklevel=4)
+
+    def _tell_unmeasured(self, request: GenerationRequest) -> list[str]:
+        """Warn the caller of `__call__` where skips were measured at another size."""
+        notices = unmeasured(
+            self._bundle.manifest,
+            request.sampler,
+            request.num_inference_steps,
+            request.height,
+            request.width,
+        )
+        for notice in notices:
+            warnings.warn(notice, UnmeasuredSkipsWarning, stacklevel=4)
+        return list(notices)
 
     def _cuts(self, request: GenerationRequest) -> list[str]:
         """A sentence for each prompt that is not read to its end."""

@@ -13,10 +13,13 @@ from fluxdeploy.arguments import check_integer, check_number, shown
 from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.errors import UsageError
 from fluxdeploy.host.components import check_range
+from fluxdeploy.host.course import check_sigmas, check_skip
 from fluxdeploy.host.numbers import read_numbers
 from fluxdeploy.host.texts import Embeddings, Prompts, Text, read_texts
 from fluxdeploy.sampling.latents import check_size, latent_shape, token_grid
 from fluxdeploy.sampling.noise import check_seed
+from fluxdeploy.sampling.sampler import load_sampler
+from fluxdeploy.sampling.skipping import Skips
 
 __all__ = ["GenerationRequest", "check_request", "idle_arguments"]
 
@@ -34,6 +37,8 @@ class GenerationRequest:
     `negative` holds as many prompts as `text`, or is None where true CFG is off. Prompts become
     `max_sequence_length` tokens, and embeddings have as many. `seed` is one for all pictures, or
     one for each. `latents` are the caller's, float32 [B, L, C], packed; there is no seed then.
+    `sigmas` are the caller's noise levels before shifting, float32 [N]. `skip` counts the steps of
+    the whole schedule.
     """
 
     text: Text
@@ -47,6 +52,9 @@ class GenerationRequest:
     max_sequence_length: int
     seed: int | tuple[int, ...] | None
     latents: NDArray[np.float32] | None = field(compare=False)
+    sampler: str = "euler"
+    sigmas: NDArray[np.float32] | None = field(default=None, compare=False)
+    skip: Skips | None = None
 
     @property
     def batch(self) -> int:
@@ -94,6 +102,9 @@ def check_request(
     pooled_prompt_embeds: ArrayLike | None = None,
     negative_prompt_embeds: ArrayLike | None = None,
     negative_pooled_prompt_embeds: ArrayLike | None = None,
+    sampler: str = "euler",
+    sigmas: ArrayLike | None = None,
+    skip: object = "none",
 ) -> GenerationRequest:
     """The request that the arguments of `FluxPipeline.__call__` make.
 
@@ -116,6 +127,10 @@ def check_request(
     )
     scale = check_number("true_cfg_scale", true_cfg_scale, -_MAX_SCALE, _MAX_SCALE)
     negative = negative if scale > 1 else None
+    load_sampler(sampler)
+    levels = None if sigmas is None else check_sigmas(sigmas, num_inference_steps)
+    if levels is not None:
+        num_inference_steps = len(levels)
     if num_inference_steps is None:
         num_inference_steps = defaults.num_inference_steps
     if guidance_scale is None:
@@ -126,18 +141,22 @@ def check_request(
     images_each = check_integer("num_images_per_prompt", num_images_per_prompt, 1)
     seeds = None if seed is None else _seeds(seed, len(text) * images_each)
     length = _check_length(manifest, max_sequence_length)
+    steps = check_integer("num_inference_steps", num_inference_steps, 1)
     request = GenerationRequest(
         text=text,
         negative=negative,
         true_cfg_scale=scale,
         height=height,
         width=width,
-        num_inference_steps=check_integer("num_inference_steps", num_inference_steps, 1),
+        num_inference_steps=steps,
         guidance_scale=check_number("guidance_scale", guidance_scale, -_MAX_SCALE, _MAX_SCALE),
         num_images_per_prompt=images_each,
         max_sequence_length=_text_tokens(text, negative, length),
         seed=None if latents is not None else seeds,
         latents=None,
+        sampler=sampler,
+        sigmas=levels,
+        skip=check_skip(skip, manifest, sampler, steps, levels is None),
     )
     if request.batch > _MAX_PICTURES:
         raise UsageError(

@@ -74,6 +74,12 @@ class _Body(BaseModel):
         None, description="Strength of the negative prompt, used above 1."
     )
     max_sequence_length: int | None = Field(None, ge=1)
+    sampler: str | None = Field(
+        None, max_length=64, description="How steps use the velocity; euler by default."
+    )
+    skip: Literal["none", "auto"] = Field(
+        "none", description="auto: leave out the evaluations that `fluxdeploy tune` found."
+    )
     priority: Priority = "normal"
     stream_steps: bool = Field(False, description="Stream an event for each step too.")
 

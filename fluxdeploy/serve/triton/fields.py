@@ -60,6 +60,8 @@ INPUTS: tuple[Field, ...] = (
         "padding_mask_crop", "INT32", (1,), "pixels kept around the mask's part, drawn alone"
     ),
     _argument("max_sequence_length", "INT32", (1,), "T5 tokens of a prompt"),
+    _argument("sampler", "STRING", (1,), "how steps use the velocity; `euler` by default"),
+    _argument("skip", "STRING", (1,), "`auto`: leaves out the evaluations that `tune` found"),
     _argument("num_previews", "INT32", (1,), "pictures on the way, each a response of its own"),
     _argument("priority", "STRING", (1,), "`high`, `normal` or `low`"),
     Field("step_events", "BOOL", (1,), "whether each step is a response of its own"),
