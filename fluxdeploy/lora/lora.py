@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fluxdeploy.bundle.tensorfile import TensorFile, read_tensor, to_float32
 from fluxdeploy.errors import CheckpointError
 
-__all__ = ["Linears", "Lora", "LowRank", "read_float32"]
+__all__ = ["Change", "Linears", "Lora", "LoraFile", "LowRank", "read_float32"]
 
 Linears = Mapping[str, Mapping[str, tuple[int, int]]]
 """The linears of a base model: for each part, `transformer`, `clip` and `t5`, the shape (out, in)
@@ -44,6 +44,10 @@ class LowRank:
         """How many columns `up` has, and rows `down`; 0 where the change is none."""
         return len(self.columns)
 
+    def rows(self, start: int, stop: int) -> LowRank:
+        """The change of some of the linear's rows."""
+        return replace(self, start=self.start + start, stop=self.start + stop)
+
     def down(self) -> NDArray[np.float32]:
         """The factor next to the input: float32 [rank, in]. Raises `CheckpointError`."""
         return np.ascontiguousarray(read_float32(self.file, self.down_key)[list(self.columns)])
@@ -52,6 +56,38 @@ class LowRank:
         """The factor next to the output: float32 [out, rank]. Raises `CheckpointError`."""
         rows = read_float32(self.file, self.up_key)[self.start : self.stop]
         return np.ascontiguousarray(rows[:, list(self.columns)])
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA file that a user names, and how strongly it is to change the weights."""
+
+    path: Path
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Change:
+    """A low-rank change of the file with this SHA-256, with the strength that it is merged with."""
+
+    low_rank: LowRank
+    strength: float
+    sha256: str
+
+    def rows(self, start: int, stop: int) -> Change:
+        """The change of some of the linear's rows."""
+        return replace(self, low_rank=self.low_rank.rows(start, stop))
+
+    def add_to(self, weight: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`weight` [rows, in] with the change added.
+
+        Computed in float64, so that it is the same however the rows are cut up.
+        """
+        up, down = self.low_rank.up(), self.low_rank.down()
+        delta = up.astype(np.float64) @ down.astype(np.float64)
+        delta *= self.strength * self.low_rank.scale
+        delta += weight
+        return delta.astype(np.float32)
 
 
 @dataclass(frozen=True)
