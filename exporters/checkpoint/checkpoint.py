@@ -19,7 +19,7 @@ from fluxdeploy.bundle.manifest import SPACINGS, Defaults, LatentSpec, RopeSpec,
 from fluxdeploy.bundle.typed_json import load_strict
 from fluxdeploy.errors import CheckpointError
 
-__all__ = ["Checkpoint", "Part", "read_json"]
+__all__ = ["Checkpoint", "LoraRecord", "Part", "read_json"]
 
 _OTHER_SCHEDULES = ("invert_sigmas", "stochastic_sampling")
 """Of the scheduler's keys, those that make a schedule where they are set which no host computes."""
@@ -54,6 +54,15 @@ class Part:
 
 
 @dataclass(frozen=True)
+class LoraRecord:
+    """A LoRA that was merged: its file's name and SHA-256, and its strength."""
+
+    name: str
+    sha256: str
+    scale: float
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A FLUX.1 checkpoint whose headers have been read, and no weight.
 
@@ -61,7 +70,8 @@ class Checkpoint:
     tell of the others; `tokenizers` the folders of `clip` and `t5`; `settings` what the
     checkpoint's author recorded for hosts under `_fluxdeploy` in model_index.json; `unused` a
     sentence for each entry there that is not followed; `revision` the commit of a hub repository;
-    `pipeline` the class that model_index.json names, None where there is no such file.
+    `pipeline` the class that model_index.json names, None where there is no such file. `loras` are
+    those that are merged into it, and `base` is then what it was without them.
     """
 
     root: Path
@@ -74,6 +84,13 @@ class Checkpoint:
     unused: tuple[str, ...] = ()
     revision: str | None = None
     pipeline: str | None = None
+    loras: tuple[LoraRecord, ...] = ()
+    base: Checkpoint | None = None
+
+    @property
+    def unmerged(self) -> Checkpoint:
+        """The checkpoint as it was published."""
+        return self if self.base is None else self.base
 
     def part(self, name: str) -> Part:
         """A network's part. Raises `CheckpointError`, naming what was looked for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from fluxdeploy import __version__
 from fluxdeploy.build.checkpoint import limits
@@ -51,6 +52,7 @@ def describe(
         quality=QualityRecord(promise.psnr or row.min_psnr, row.min_ssim, _least_sqnr(transformer)),
         provenance={
             "checkpoint": _origin(request.checkpoint or DEFAULT_CHECKPOINT, run),
+            **({"loras": [asdict(lora) for lora in checkpoint.loras]} if checkpoint.loras else {}),
             **({} if limit is None else {"limits": limit}),
             "requested_precision": request.precision,
             "tools": {"fluxdeploy": __version__} | tool_versions(),
