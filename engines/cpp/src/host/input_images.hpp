@@ -9,6 +9,15 @@
 
 namespace fluxdeploy {
 
+// Of a picture that is given: 8192 x 8192.
+inline constexpr std::int64_t kMaxPixels = std::int64_t{1} << 26;
+
+// Raise `Error` (usage) for a picture without pixels, and for one of more than 8192 x 8192.
+void check_pixels(const Picture& image);
+
+// RGB as grey, a byte a pixel. Bit-equal to Pillow's.
+std::vector<std::uint8_t> to_grey(const std::vector<std::uint8_t>& rgb);
+
 // A picture of 8 bits and `channels` channels a pixel, resized with a Lanczos filter of three
 // lobes, stretched where the picture shrinks: along the rows, then along the columns, rounded to 8
 // bits after each. Bit-equal to Pillow's. A picture of the right size stays as it is.
