@@ -30,7 +30,9 @@ std::string in_digits(double value) {
 
 std::string joined(const std::vector<std::int64_t>& numbers) {
     std::string text;
-    for (const std::int64_t number : numbers) text += (text.empty() ? "" : ",") + std::to_string(number);
+    for (const std::int64_t number : numbers) {
+        text += (text.empty() ? "" : ",") + std::to_string(number);
+    }
     return text;
 }
 

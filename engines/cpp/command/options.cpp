@@ -42,7 +42,8 @@ std::int64_t pixels(const std::string& text) {
 
 // Four numbers of at most five digits.
 std::vector<std::int64_t> margins(const std::string& text) {
-    static const std::regex form(R"(\s*(\d{1,5})\s*,\s*(\d{1,5})\s*,\s*(\d{1,5})\s*,\s*(\d{1,5})\s*)");
+    static const std::regex form(
+        R"(\s*(\d{1,5})\s*,\s*(\d{1,5})\s*,\s*(\d{1,5})\s*,\s*(\d{1,5})\s*)");
     std::smatch found;
     if (!std::regex_match(text, found, form)) {
         throw UsageError("Invalid value for '--outpaint': '" + text +

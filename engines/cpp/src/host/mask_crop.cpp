@@ -57,7 +57,8 @@ Picture edge_of(const Picture& picture, std::int64_t width, std::int64_t height,
     Picture filled = black(width, height);
     const std::int64_t size = rows ? picture.height : picture.width;
     const std::int64_t nearest = last ? size - 1 : 0;
-    const std::int64_t behind = last ? std::max<std::int64_t>(size - 2, 0) : std::min<std::int64_t>(1, size - 1);
+    const std::int64_t behind = last ? std::max<std::int64_t>(size - 2, 0)
+                                     : std::min<std::int64_t>(1, size - 1);
     for (std::int64_t row = 0; row < height; ++row) {
         for (std::int64_t column = 0; column < width; ++column) {
             const std::uint8_t* one =
