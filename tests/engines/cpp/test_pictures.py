@@ -103,7 +103,6 @@ def test_a_picture_is_pythons(pair: Callable[[str], Pair], name: str, call: dict
 @pytest.mark.parametrize(
     ("marked", "padding", "size"),
     [
-        ((slice(10, 20), slice(0, 64)), 3, (64, 64)),
         ((slice(0, 45), slice(30, 33)), 0, (48, 32)),
         ((slice(7, 8), slice(63, 64)), 40, (32, 64)),
         ((slice(20, 30), slice(20, 40)), 2, (32, 48)),
