@@ -17,6 +17,7 @@ from fluxdeploy.host.loop import StepCallback, denoise
 from fluxdeploy.host.previews import Previews, Show, preview_steps
 from fluxdeploy.host.prompts import Condition, PromptEncoder, condition, with_text
 from fluxdeploy.host.tasks.task import Start, Task
+from fluxdeploy.host.tiles import tiled
 from fluxdeploy.host.turns import Turn
 from fluxdeploy.host.velocity import HiddenStates, ModulatedTransformer
 from fluxdeploy.sampling import schedule
@@ -49,7 +50,7 @@ def make_pictures(
     finite, and `Cancelled`.
     """
     manifest, request = task.manifest, task.request
-    run: Run = functools.partial(components.run, turn)
+    run = tiled(functools.partial(components.run, turn), manifest)
     sampler = load_sampler(request.sampler)
     rows, columns = token_grid(request.height, request.width, manifest.latents)
     unshifted = request.num_inference_steps if request.sigmas is None else request.sigmas
