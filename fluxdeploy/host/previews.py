@@ -61,5 +61,7 @@ class Previews:
         """Look at the latents that the step has made of them."""
         if self._before is not None:
             before, level = self._sigmas[step], self._sigmas[step + 1]
-            velocity = (latents - self._before) / (level - before)
+            way = float(level - before)
+            # Levels near noise can be equal in float32: such a step goes nowhere.
+            velocity = (latents - self._before) / way if way else 0.0
             self._show(step + 1, self._decode(latents - level * velocity))

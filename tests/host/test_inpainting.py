@@ -18,6 +18,7 @@ from fluxdeploy.host.input_images import open_mask, to_masks
 from fluxdeploy.host.outpainting import outpaint_canvas
 from fluxdeploy.host.pictures import read_metadata
 from fluxdeploy.host.pipeline import FluxPipeline
+from fluxdeploy.sampling.sampler import sampler_names
 from tests.host.conftest import MemoryEngine
 from tests.host.test_generate_command import opened
 from tests.host.test_image_to_image import engines, image, manifest
@@ -123,6 +124,23 @@ def test_what_is_not_marked_is_held_to_the_image(pipe: FluxPipeline) -> None:
     np.testing.assert_array_equal(first[:, :, :24], kept[:, :, :24])
     np.testing.assert_array_equal(first[:, :, :24], other[:, :, :24])
     assert np.abs(first - other)[:, :, 24:].max() > 1 / 255
+
+
+@pytest.mark.parametrize("sampler", sampler_names())
+@pytest.mark.filterwarnings("ignore:`mask_image` marks nothing")
+def test_every_sampler_holds_what_is_not_marked(pipe: FluxPipeline, sampler: str) -> None:
+    seen: list[int] = []
+    first = picture(
+        pipe,
+        sampler=sampler,
+        num_previews=1,
+        callback_on_preview=lambda caller, steps, images: seen.append(steps),
+    )
+    kept = picture(pipe, mask_image=np.zeros((32, 48), bool))
+    np.testing.assert_array_equal(first[:, :, :24], kept[:, :, :24])
+    assert np.abs(first - kept)[:, :, 24:].max() > 1 / 255
+    assert (sampler == "euler") == np.array_equal(first, picture(pipe))
+    assert len(seen) == 1
 
 
 def test_a_mask_of_all_is_image_to_image(pipe: FluxPipeline) -> None:

@@ -45,6 +45,16 @@ def test_a_preview_is_the_end_of_the_line_that_the_latest_step_was_on() -> None:
         np.testing.assert_allclose(shown, picture, atol=1e-5)
 
 
+def test_a_step_between_equal_levels_shows_what_is_there() -> None:
+    latents = np.ones((1, 6, 4), np.float32)
+    seen: list[Any] = []
+    levels = np.array([1, 1, 0], np.float32)
+    previews = Previews((1,), levels, lambda x: x, lambda made, x: seen.append(x))
+    previews.before_step(0, latents)
+    previews.after_step(0, latents)
+    np.testing.assert_array_equal(seen, [latents])
+
+
 def test_previews_change_no_picture_and_cost_a_decoding_each(pipe: FluxPipeline) -> None:
     seen: list[tuple[int, Any]] = []
     call: dict[str, Any] = {"seed": 3, "max_sequence_length": 16, "output_type": "np"}
