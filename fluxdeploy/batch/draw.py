@@ -63,6 +63,8 @@ def draw(
     start = time.monotonic()
     first = jobs[0].order
     arguments, files = _arguments(first)
+    if first.guidance_scale == pipe.bundle.manifest.defaults.guidance_scale:
+        arguments["guidance_scale"] = None  # a bundle that has no use for it says so of others
     if len(jobs) == 1:
         arguments |= {"prompt": first.prompt, "seed": first.seed}
     else:

@@ -1,7 +1,8 @@
 """The index of a batch: a line of JSON for each picture that is written.
 
-It is what a batch is resumed from. A line is added whole, after its picture is in place; one that a
-kill has cut off is removed by who opens the index next. Of two lines with one path the later counts.
+It is what a batch is resumed from. A line is added whole, after its picture is in place; one that
+a kill has cut off is removed by who opens the index next. Of two lines with one path the later
+counts.
 """
 
 from __future__ import annotations

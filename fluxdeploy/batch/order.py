@@ -68,7 +68,7 @@ class Order:
     max_sequence_length: int | None = None
 
     def filled(self, defaults: Defaults) -> Order:
-        """The order with the bundle's defaults in place; a canvas has its own size, and keeps None."""
+        """The order with the bundle's defaults in place; a canvas has its own size."""
         names = ["num_inference_steps", "guidance_scale", "max_sequence_length"]
         names += [] if self.image is None else ["strength"]
         names += [] if self.outpaint is not None else ["width", "height"]
