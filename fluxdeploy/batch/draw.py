@@ -12,7 +12,7 @@ import numpy as np
 
 from fluxdeploy import __version__
 from fluxdeploy.batch.jobs import Job
-from fluxdeploy.batch.order import Order
+from fluxdeploy.batch.order import TEXTS, Order
 from fluxdeploy.errors import Cancelled, UsageError
 from fluxdeploy.host.cancel import CancelToken
 from fluxdeploy.host.input_images import open_image, open_mask
@@ -72,8 +72,9 @@ def draw(
             "prompt": [job.order.prompt for job in jobs],
             "latents": np.concatenate([_noise(pipe, job.order) for job in jobs]),
         }
-        if first.negative_prompt is not None:
-            arguments["negative_prompt"] = [job.order.negative_prompt for job in jobs]
+        for name in TEXTS:
+            if getattr(first, name) is not None:
+                arguments[name] = [getattr(job.order, name) for job in jobs]
 
     def on_step_end(*_: object) -> None:
         on_step()
@@ -106,6 +107,8 @@ def _arguments(order: Order) -> tuple[dict[str, Any], dict[Path, str]]:
         width = image.width if width is None else width
         height = image.height if height is None else height
     arguments = {
+        "prompt_2": order.prompt_2,
+        "negative_prompt_2": order.negative_prompt_2,
         "negative_prompt": order.negative_prompt,
         "true_cfg_scale": order.true_cfg_scale,
         "height": height,
@@ -118,6 +121,8 @@ def _arguments(order: Order) -> tuple[dict[str, Any], dict[Path, str]]:
         "strength": order.strength,
         "padding_mask_crop": order.padding_mask_crop,
         "max_sequence_length": order.max_sequence_length,
+        "sampler": order.sampler,
+        "skip": order.skip,
     }
     return arguments, files
 
@@ -140,14 +145,19 @@ def _metadata(
     pipe: FluxPipeline,
 ) -> PictureMetadata:
     marked = arguments["mask_image"] is not None
+    skip = order.skip if isinstance(order.skip, str) else _joined(order.skip)
     return PictureMetadata(
         prompt=order.prompt,
+        prompt_2=order.prompt_2,
         negative_prompt=order.negative_prompt,
+        negative_prompt_2=order.negative_prompt_2,
         true_cfg_scale=order.true_cfg_scale,
         seed=order.seed,
         index=number,
         num_inference_steps=order.num_inference_steps or 0,
         guidance_scale=order.guidance_scale or 0.0,
+        sampler=None if order.sampler == "euler" else order.sampler,
+        skip=None if skip == "none" else skip,
         max_sequence_length=order.max_sequence_length or 0,
         height=arguments["height"],
         width=arguments["width"],
@@ -155,7 +165,11 @@ def _metadata(
         image_sha256=None if order.image is None else files[order.image],
         mask_sha256=None if order.mask_image is None else files[order.mask_image],
         padding_mask_crop=order.padding_mask_crop if marked else None,
-        outpaint=None if order.outpaint is None else ",".join(map(str, order.outpaint)),
+        outpaint=None if order.outpaint is None else _joined(order.outpaint),
         bundle_hash=pipe.bundle.content_hash,
         fluxdeploy_version=__version__,
     )
+
+
+def _joined(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))

@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from fluxdeploy.batch.index import Entry, Index
-from fluxdeploy.batch.order import Order
+from fluxdeploy.batch.order import TEXTS, Order
 from fluxdeploy.errors import UsageError
 from fluxdeploy.host.pictures import check_picture_path
 
-__all__ = ["Job", "alike", "find_made", "named", "picture_name"]
+__all__ = ["Job", "alike", "find_made", "picture_name"]
 
 _MOST_AT_ONCE = 8
 _TOKENS_AT_ONCE = 1024
@@ -51,13 +52,6 @@ def picture_name(folder: Path, out: str) -> Path:
     return folder / path
 
 
-def named(path: Path, count: int) -> tuple[Path, ...]:
-    """The files of a job: `fox.png`, or `fox-0.png`, `fox-1.png`, ... where it has several."""
-    if count == 1:
-        return (path,)
-    return tuple(path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(count))
-
-
 def find_made(job: Job, index: Index | None) -> Job:
     """The job with what the index has of it, and with a seed: that of its pictures, or a new one.
 
@@ -90,7 +84,9 @@ def alike(
         if order.image is not None or order.mask_image is not None or limit < 2:
             yield [job]
             continue
-        shape = replace(order, prompt="", seed=0, negative_prompt=order.negative_prompt and "-")
+        # A text is one that all have, or none.
+        texts: dict[str, Any] = {name: getattr(order, name) and "-" for name in TEXTS}
+        shape = replace(order, prompt="", seed=0, **texts)
         group = open_groups.setdefault(shape, [])
         group.append(job)
         if len(group) >= limit:

@@ -14,21 +14,23 @@ from typing import Any
 from fluxdeploy.arguments import shown
 from fluxdeploy.bundle.manifest import Defaults
 from fluxdeploy.errors import UsageError
+from fluxdeploy.sampling.noise import check_seed
 
-__all__ = ["COLUMNS", "Order", "read_order"]
+__all__ = ["COLUMNS", "TEXTS", "Order", "read_orders"]
+
+TEXTS = ("prompt_2", "negative_prompt", "negative_prompt_2")
+"""Texts of an order beside the prompt; None where there is none."""
 
 _INTEGERS = (
     "width",
     "height",
     "num_inference_steps",
-    "seed",
     "num_images_per_prompt",
     "padding_mask_crop",
     "max_sequence_length",
 )
 _NUMBERS = ("true_cfg_scale", "guidance_scale", "strength")
 _PATHS = ("image", "mask_image")
-_TEXTS = ("prompt", "negative_prompt", "out")
 
 _OTHER_NAMES = {
     "steps": "num_inference_steps",
@@ -52,7 +54,9 @@ class Order:
     """
 
     prompt: str
+    prompt_2: str | None = None
     negative_prompt: str | None = None
+    negative_prompt_2: str | None = None
     true_cfg_scale: float = 1.0
     width: int | None = None
     height: int | None = None
@@ -66,6 +70,8 @@ class Order:
     padding_mask_crop: int | None = None
     outpaint: tuple[int, ...] | None = None
     max_sequence_length: int | None = None
+    sampler: str = "euler"
+    skip: str | tuple[int, ...] = "none"
 
     def filled(self, defaults: Defaults) -> Order:
         """The order with the bundle's defaults in place; a canvas has its own size."""
@@ -92,13 +98,14 @@ COLUMNS = (*(field.name for field in fields(Order)), *_OTHER_NAMES, "out")
 """What a line may have."""
 
 
-def read_order(
+def read_orders(
     values: Mapping[str, Any], usual: Mapping[str, Any], folder: Path
-) -> tuple[Order, str | None]:
-    """The order of a line, and the name that it wants for its picture.
+) -> tuple[list[Order], str | None]:
+    """The orders of a line, one for each of its seeds, and the name that it wants for its picture.
 
-    values: by column, as JSON has them, or all as text. usual: what a line has that says nothing.
-    folder: what the files of `image` and `mask` are relative to. Raises `UsageError`.
+    values: by column, as JSON has them, or all as text. usual: what a line has that says nothing;
+    there `seed` is a tuple of them, or None for a random one. folder: what the files of `image` and
+    `mask` are relative to. Raises `UsageError`.
     """
     given: dict[str, Any] = {}
     for key, value in values.items():
@@ -111,7 +118,9 @@ def read_order(
     out = given.pop("out", None)
     if "prompt" not in given:
         raise UsageError("It has no `prompt`. Give one.")
-    return Order(**{**usual, **given}), out
+    merged = {**usual, **given}
+    seeds = merged.pop("seed", None) or (None,)
+    return [Order(**merged, seed=seed) for seed in seeds], out
 
 
 def _column(key: str) -> str:
@@ -129,8 +138,12 @@ def _value(name: str, value: Any, folder: Path) -> Any:
         return _integer(name, value)
     if name in _NUMBERS:
         return _number(name, value)
+    if name == "seed":
+        return _seeds(value)
     if name == "outpaint":
         return _margins(value)
+    if name == "skip" and value not in ("none", "auto"):
+        return _steps(value)
     if not isinstance(value, str):
         raise UsageError(f"`{name}` must be text, not {shown(value)}.")
     return folder / Path(value).expanduser() if name in _PATHS else value
@@ -158,9 +171,32 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
+def _listed(value: Any) -> list[Any]:
+    """A list, or one with commas between, or a single value."""
+    if isinstance(value, str):
+        return value.split(",")
+    return value if isinstance(value, list) else [value]
+
+
+def _seeds(value: Any) -> tuple[int, ...]:
+    seeds = tuple(_integer("seed", seed) for seed in _listed(value))
+    for seed in seeds:
+        check_seed(seed)
+    return seeds
+
+
+def _steps(value: Any) -> tuple[int, ...]:
+    try:
+        return tuple(_integer("skip", step) for step in _listed(value))
+    except UsageError:
+        raise UsageError(
+            f"`skip` must be none, auto or steps such as 3,5,7, not {shown(value)}."
+        ) from None
+
+
 def _margins(value: Any) -> tuple[int, ...]:
-    parts = value.split(",") if isinstance(value, str) else value
-    if not isinstance(parts, list) or len(parts) != 4:
+    parts = _listed(value)
+    if len(parts) != 4:
         raise UsageError(
             f"`outpaint` must be the pixels on the left, top, right and bottom, not {shown(value)}."
         )

@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from fluxdeploy.batch.draw import check_order
 from fluxdeploy.batch.index import Index
-from fluxdeploy.batch.jobs import Job, find_made, named, picture_name
+from fluxdeploy.batch.jobs import Job, find_made, picture_name
 from fluxdeploy.batch.lines import Line
-from fluxdeploy.batch.order import Order, read_order
+from fluxdeploy.batch.order import Order, read_orders
 from fluxdeploy.errors import FluxDeployError, UsageError
 from fluxdeploy.host.pictures import picture_paths
+from fluxdeploy.sampling.noise import check_seed
 
 if TYPE_CHECKING:
     from fluxdeploy.host.pipeline import FluxPipeline
 
 __all__ = ["Failed", "Request", "index_path", "make_jobs", "of_lines", "of_prompts"]
+
+_MOST_PICTURES = 1000
 
 Failed = Callable[[str, FluxDeployError], None]
 """Called with the place of an order that cannot be drawn, and why; what it raises ends all."""
@@ -40,16 +43,17 @@ def index_path(out: Path) -> Path:
 
 
 def of_prompts(prompts: Sequence[str], usual: Mapping[str, Any], out: Path) -> list[Request]:
-    """A request for each prompt, all with one seed. Raises `UsageError` for `out`."""
-    if usual["seed"] is None:
-        usual = {**usual, "seed": int.from_bytes(os.urandom(4), "little")}
-    orders = [Order(**{**usual, "prompt": prompt}) for prompt in prompts]
-    count: int = usual["num_images_per_prompt"]
-    paths = picture_paths(out, count * len(orders))
-    return [
-        Request("", order, tuple(paths[number * count : (number + 1) * count]))
-        for number, order in enumerate(orders)
-    ]
+    """A request for each prompt and seed, all prompts with the same seeds.
+
+    usual: what all have; `seed` is a tuple of seeds, or None for a random one. Raises `UsageError`
+    for `out` and for seeds.
+    """
+    seeds = usual["seed"] or (int.from_bytes(os.urandom(4), "little"),)
+    for seed in seeds:
+        check_seed(seed)
+    shared = {**usual, "seed": None}
+    orders = [Order(**{**shared, "prompt": p, "seed": seed}) for p in prompts for seed in seeds]
+    return _requests("", orders, out, several=len(seeds) > 1)
 
 
 def of_lines(
@@ -67,9 +71,11 @@ def of_lines(
         try:
             if line.problem is not None:
                 raise UsageError(line.problem)
-            order, name = read_order(line.values, usual, folder)
+            orders, name = read_orders(line.values, usual, folder)
             path = out.with_name(f"{out.stem}-{line.number:05}{out.suffix}")
-            paths = named(path if name is None else picture_name(out.parent, name), _count(order))
+            path = path if name is None else picture_name(out.parent, name)
+            found = _requests(line.place, orders, path, several=len(orders) > 1)
+            paths = [path for request in found for path in request.paths]
             for each in paths:
                 if each in places:
                     raise UsageError(f"{each} is also the picture of {places[each]}. Name another.")
@@ -77,16 +83,21 @@ def of_lines(
         except UsageError as error:
             failed(line.place, error)
         else:
-            requests.append(Request(line.place, order, paths))
+            requests += found
     return requests
 
 
-def _count(order: Order) -> int:
-    if not 1 <= order.num_images_per_prompt <= 1000:
-        raise UsageError(
-            f"`num_images` is {order.num_images_per_prompt}; it must be from 1 to 1000."
-        )
-    return order.num_images_per_prompt
+def _requests(place: str, orders: Sequence[Order], path: Path, *, several: bool) -> list[Request]:
+    """Requests of orders whose pictures are called after `path`. several: whether seeds differ."""
+    count = orders[0].num_images_per_prompt
+    if not 1 <= count <= _MOST_PICTURES:
+        raise UsageError(f"`num_images` is {count}; it must be from 1 to {_MOST_PICTURES}.")
+    seeds = [order.seed or 0 for order in orders for _ in range(count)]
+    paths = picture_paths(path, len(seeds), seeds if several else None)
+    return [
+        Request(place, order, tuple(paths[number * count : (number + 1) * count]))
+        for number, order in enumerate(orders)
+    ]
 
 
 def make_jobs(

@@ -15,6 +15,7 @@ from fluxdeploy.errors import EngineError, NumericError, UsageError
 from fluxdeploy.host.pictures import write_file
 from fluxdeploy.native import exhausted
 from fluxdeploy.sampling.latents import token_grid
+from fluxdeploy.sampling.sampler import load_sampler
 
 if TYPE_CHECKING:
     from fluxdeploy.host.pipeline import FluxPipeline
@@ -109,9 +110,9 @@ def _size(job: Job) -> tuple[int, int]:
 
 
 def _work(job: Job) -> float:
-    """Pixels times steps, where decoding is a step."""
+    """Pixels times evaluations, where decoding is one."""
     order = job.order
     height, width = _size(job)
     sides = 2 if order.negative_prompt is not None and order.true_cfg_scale > 1 else 1
-    steps = (order.num_inference_steps or 0) + 1
-    return float(height * width * steps * sides * len(job.paths))
+    runs = load_sampler(order.sampler).evaluations(order.num_inference_steps or 0) + 1
+    return float(height * width * runs * sides * len(job.paths))

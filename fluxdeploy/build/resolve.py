@@ -17,6 +17,7 @@ from fluxdeploy.build.sizes import SizeRange, any_size, overall, resolution_buck
 from fluxdeploy.bundle.manifest import Defaults, DimensionRange, EngineRecord, ScheduleSpec
 from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.kernels import AttentionKernels
+from fluxdeploy.lora import LoraFile
 from fluxdeploy.precision import PRECISIONS
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class BuildRequest:
     not looked at. With `strict` a precision that does not keep it is an error.
     `sizes` are for runtimes whose engines are tuned, `memory_limit` and `weight_streaming` for
     TensorRT. `replace` lets a bundle that runs on this machine be replaced by one that does not.
+    `loras` are merged into the weights.
     """
 
     checkpoint: str | None = None
@@ -53,6 +55,7 @@ class BuildRequest:
     memory_limit: int | None = None
     weight_streaming: bool = False
     replace: bool = False
+    loras: tuple[LoraFile, ...] = ()
 
     @property
     def transformer_precision(self) -> str:

@@ -11,14 +11,23 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import click
 
-from fluxdeploy.cli.options import AS_JSON, BUNDLE, DEVICE, RUNTIME, THREADS, PathType
+from fluxdeploy.cli.options import (
+    AS_JSON,
+    BUNDLE,
+    DEVICE,
+    RUNTIME,
+    THREADS,
+    PathType,
+    complete_sampler,
+)
 from fluxdeploy.errors import (
     CutPromptWarning,
     FluxDeployError,
+    UnmeasuredSkipsWarning,
     UnusedArgumentWarning,
     UsageError,
 )
@@ -44,7 +53,32 @@ class _Margins(click.ParamType):  # type: ignore[type-arg]
         return tuple(int(number) for number in value.split(","))
 
 
-_KINDS = (CutPromptWarning, UnusedArgumentWarning)
+class _Seeds(click.ParamType):  # type: ignore[type-arg]
+    """One seed, or several with commas between."""
+
+    name = "seeds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if re.fullmatch(r"\s*-?\d{1,30}\s*(,\s*\d{1,30}\s*)*", value) is None:
+            self.fail(f"{value!r} is not a seed, such as 7, or several, such as 1,2,3.", param, ctx)
+        return tuple(int(number) for number in value.split(","))
+
+
+class _Skip(click.ParamType):  # type: ignore[type-arg]
+    """`none`, `auto`, or numbers of steps."""
+
+    name = "skip"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = value.strip()
+        if text in ("none", "auto"):
+            return text
+        if re.fullmatch(r"\d{1,5}(\s*,\s*\d{1,5})*", text) is None:
+            self.fail(f"{value!r} is not none, auto or steps such as 3,5,7.", param, ctx)
+        return tuple(int(number) for number in text.split(","))
+
+
+_KINDS = (CutPromptWarning, UnmeasuredSkipsWarning, UnusedArgumentWarning)
 
 
 @click.command()
@@ -57,7 +91,17 @@ _KINDS = (CutPromptWarning, UnusedArgumentWarning)
     "-, on standard input. What is there already is not drawn again.",
 )
 @BUNDLE
+@click.option(
+    "--prompt-2",
+    metavar="TEXT",
+    help="What T5 reads instead of PROMPT, which is then CLIP's alone.",
+)
 @click.option("--negative-prompt", help="What to steer away from; needs --true-cfg-scale.")
+@click.option(
+    "--negative-prompt-2",
+    metavar="TEXT",
+    help="What T5 reads instead of --negative-prompt, which is then CLIP's alone.",
+)
 @click.option(
     "--true-cfg-scale",
     type=float,
@@ -73,10 +117,15 @@ _KINDS = (CutPromptWarning, UnusedArgumentWarning)
     help="Guidance scale of models with a guidance embedding.  [default: the bundle's]",
 )
 @click.option(
-    "--seed", type=int, help="The same seed gives the same picture.  [default: a random one]"
+    "--seed",
+    "seeds",
+    type=_Seeds(),
+    metavar="SEED[,SEED...]",
+    help="The same seed gives the same picture. Several give pictures of each prompt, for each "
+    "seed.  [default: a random one]",
 )
 @click.option(
-    "--num-images", type=click.IntRange(min=1), default=1, help="Pictures of each prompt."
+    "--num-images", type=click.IntRange(min=1), default=1, help="Pictures of each prompt and seed."
 )
 @click.option(
     "--image",
@@ -114,6 +163,20 @@ _KINDS = (CutPromptWarning, UnusedArgumentWarning)
     type=int,
     help="T5 tokens that the prompt is padded or cut to.  [default: the bundle's]",
 )
+@click.option(
+    "--sampler",
+    default="euler",
+    shell_complete=complete_sampler,
+    help="How steps use the velocity: euler; ab2 or dpmpp_2m, of second order at the same cost; "
+    "heun or midpoint, at twice the cost; rk4, at four times.",
+)
+@click.option(
+    "--skip",
+    type=_Skip(),
+    default="none",
+    metavar="none|auto|STEP,...",
+    help="Steps in which the transformer does not run: auto takes those that `tune` has found.",
+)
 @RUNTIME
 @DEVICE
 @THREADS
@@ -144,13 +207,15 @@ def command(
     prompts: tuple[str, ...],
     source: str | None,
     bundle: Path,
+    prompt_2: str | None,
     negative_prompt: str | None,
+    negative_prompt_2: str | None,
     true_cfg_scale: float,
     width: int | None,
     height: int | None,
     steps: int | None,
     guidance: float | None,
-    seed: int | None,
+    seeds: tuple[int, ...] | None,
     num_images: int,
     image: Path | None,
     strength: float | None,
@@ -158,6 +223,8 @@ def command(
     mask_crop: int | None,
     outpaint: tuple[int, ...] | None,
     max_sequence_length: int | None,
+    sampler: str,
+    skip: Literal["none", "auto"] | tuple[int, ...],
     runtime: str,
     device: int,
     threads: int | None,
@@ -172,7 +239,8 @@ def command(
     Runs a bundle's engines from NumPy: no PyTorch is needed. The prompt, the seed, the steps and
     the bundle's hash are written into the PNG, so that `inspect` can tell how a picture was made;
     the same bundle, seed and options make it again. Each prompt begins with the same seed: its
-    pictures do not depend on the other prompts.
+    pictures do not depend on the other prompts. Several seeds are as many calls: each picture is
+    the one that its seed alone gives.
 
     With --prompts each line of a file may have its own size, seed, steps, image and so on, under
     the options' names; the options here are for lines that say nothing. Each picture is written
@@ -184,6 +252,7 @@ def command(
       fluxdeploy generate "a red circle above a blue square"
       fluxdeploy generate "a lighthouse at dusk" --bundle flux-dev --width 1024 --height 768
       fluxdeploy generate "a fox" --seed 7 --num-images 4 --out fox.png --json
+      fluxdeploy generate "a fox" --seed 1,2,3 --sheet seeds.png
       fluxdeploy generate "a green star" "a pink heart" --sheet sheet.png
       fluxdeploy generate "a fox, oil on canvas" --image fox.png --strength 0.7
       fluxdeploy generate "a blue heart" --image ring.png --mask hole.png --strength 0.9
@@ -191,23 +260,27 @@ def command(
       fluxdeploy generate --prompts prompts.jsonl --out pictures/fox.png
     """
     usual = {
+        "prompt_2": prompt_2,
         "negative_prompt": negative_prompt,
+        "negative_prompt_2": negative_prompt_2,
         "true_cfg_scale": true_cfg_scale,
         "width": width,
         "height": height,
         "num_inference_steps": steps,
         "guidance_scale": guidance,
         "num_images_per_prompt": num_images,
-        "seed": seed,
+        "seed": seeds,
         "image": image,
         "mask_image": mask,
         "strength": strength,
         "padding_mask_crop": mask_crop,
         "outpaint": outpaint,
         "max_sequence_length": max_sequence_length,
+        "sampler": sampler,
+        "skip": skip,
     }
     if (source is None) == (not prompts):
-        raise UsageError("Give a PROMPT, or a file of them with --prompts.")
+        raise click.UsageError("Give a PROMPT, or a file of them with --prompts.")
     from engines.base import EngineOptions
     from fluxdeploy.batch.index import Index
     from fluxdeploy.batch.lines import STDIN, read_lines
@@ -244,7 +317,7 @@ def command(
         jobs = make_jobs(pipe, requests, index, failed)
         if source is not None:
             interrupted(resumes=True)
-        # On the command line each prompt is a call of its own.
+        # On the command line each prompt and seed is a call of its own.
         run_jobs(pipe, jobs, index, failed, progress, 1 if source is None else batch)
     written = [path for job in jobs for path in job.paths if path.is_file()]
     if sheet is not None and written:
@@ -264,6 +337,7 @@ def _report_prompts(
     from fluxdeploy.sampling.noising import first_step
 
     order = jobs[0].order
+    seeds = [job.order.seed for job in jobs for _ in job.paths]
     paths = [path for job in jobs for path in job.paths]
     steps = order.num_inference_steps
     assert steps is not None
@@ -274,7 +348,8 @@ def _report_prompts(
             "paths": [str(path) for path in paths],
             "prompts": [job.order.prompt for job in jobs for _ in job.paths],
             "sheet": None if sheet is None else str(sheet),
-            "seed": order.seed,
+            "seed": order.seed if len(set(seeds)) == 1 else None,
+            "seeds": seeds,
             "width": width,
             "height": height,
             "steps": steps,
@@ -288,7 +363,8 @@ def _report_prompts(
     counted = f"{steps} steps"
     if order.strength is not None and order.image is not None:
         counted = f"{steps - first_step(steps, order.strength)} of {steps} steps"
-    say(f"{width}x{height}, seed {order.seed}, {counted}, {seconds:.1f} s", err=True)
+    told = ", ".join(map(str, dict.fromkeys(seeds)))
+    say(f"{width}x{height}, seed {told}, {counted}, {seconds:.1f} s", err=True)
 
 
 def _report_lines(
