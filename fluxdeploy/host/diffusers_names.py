@@ -31,7 +31,6 @@ ARGUMENTS: Mapping[str, str] = {
     "control_image": "there are no ControlNets here; leave it out",
     "cross_attention_kwargs": "the attention is part of a built engine; leave it out",
     "eta": "FLUX.1's samplers draw no noise; leave it out",
-    "sigmas": "the schedule is the bundle's; choose `num_inference_steps`",
     "timesteps": "the schedule is the bundle's; choose `num_inference_steps`",
 }
 """Arguments of diffusers' pipelines that `FluxPipeline.__call__` has not, and what there is."""
@@ -42,8 +41,8 @@ _PLACE = (
     "`EngineOptions(device=...)`"
 )
 _MEMORY = "for less memory open the bundle with `from_bundle(..., low_vram=True)`"
-_TILES = "the VAE decodes one picture at a time; leave it out"
-_LORA = "weights are part of a bundle; leave it out"
+_TILES = "the VAE goes in tiles by itself where memory does not hold a whole picture; leave it out"
+_LORA = "a LoRA is merged when a bundle is built: `fluxdeploy build --lora FILE`"
 _SAVED = "a bundle is a folder; copy it"
 
 ATTRIBUTES: Mapping[str, str] = {

@@ -412,7 +412,7 @@ class FluxPipeline:
         self._tell(idle)
         for notice in cuts:
             warnings.warn(notice, CutPromptWarning, stacklevel=3)
-        if isinstance(arguments["skip"], str) and arguments["skip"] == "auto":
+        if request.skip is not None and isinstance(arguments["skip"], str):
             cuts += self._tell_unmeasured(request)
         token = CancelToken() if options.cancel is None else options.cancel
         with (

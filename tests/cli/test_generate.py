@@ -98,6 +98,8 @@ def test_every_option_reaches_the_pipeline(
         "guidance_scale": 4.5,
         "seed": 7,
         "num_images_per_prompt": 2,
+        "sampler": "euler",
+        "skip": "none",
         "strength": 0.5,
         "mask_image": None,
         "padding_mask_crop": None,

@@ -37,6 +37,8 @@ def picture(tmp_path: Path) -> tuple[Path, PictureMetadata]:
         max_sequence_length=256,
         height=16,
         width=32,
+        sampler="heun",
+        skip=None,
         strength=0.7,
         image_sha256="cd" * 32,
         mask_sha256="ef" * 32,

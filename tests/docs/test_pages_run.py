@@ -45,9 +45,10 @@ SMALL = {
 
 _ADDRESS = "http://localhost:8000"
 
-NOT_RUN = ("build", "serve")
+NOT_RUN = ("build", "serve", "tune")
 """Only parsed: the fixture of the default bundle is a build, and tests/parity builds others; a
-server goes on, and tests/serve has its own."""
+server goes on, and tests/serve has its own; `tune` would write into the fixture, and tests/verify
+has a copy of it."""
 
 
 def command_lines(page: Path) -> list[list[str]]:

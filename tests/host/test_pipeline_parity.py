@@ -213,9 +213,12 @@ def pair(
         )
     )
 
+    settings = dataclasses.asdict(schedule)
+    assert settings.pop("spacing") is None
+
     def reference(modules: dict[str, Any]) -> Any:
         pipe = diffusers.FluxPipeline(
-            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**dataclasses.asdict(schedule)),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**settings),
             tokenizer=None,
             tokenizer_2=None,
             **modules,

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.bundle.manifest import SkipRecord
+from fluxdeploy.cli import main
 from fluxdeploy.errors import BundleError
 from fluxdeploy.verify.skips import skip_paths, write_skips
+
+pytestmark = pytest.mark.filterwarnings("ignore::fluxdeploy.errors.CutPromptWarning")
 
 RECORD = SkipRecord("euler", 4, (1, 3), 1, 128, 128, 34.0, 35.5, 4)
 
@@ -46,3 +51,47 @@ def test_a_record_takes_the_place_of_one_for_the_same_calls(
     # The one that was opened first is not there any more.
     with pytest.raises(BundleError, match="open it again"):
         write_skips(opened, RECORD)
+
+
+def test_what_tune_finds_is_what_generate_uses(demo_bundle: Path, tmp_path: Path) -> None:
+    folder, prompts, out = tmp_path / "bundle", tmp_path / "prompts.txt", tmp_path / "star.png"
+    shutil.copytree(demo_bundle, folder)
+    prompts.write_text("a red star\na blue ring\n\na green cross\n")
+
+    def run(*arguments: object) -> str:
+        result = CliRunner().invoke(main, list(map(str, arguments)))
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    given = ("--bundle", folder, "--prompts", prompts, "--steps", 8, "--size", "48x32")
+    run("tune", *given, "--psnr", 20)
+    (record,) = open_bundle(folder).manifest.skips
+    assert record.psnr >= 20
+    assert record.steps
+    size = ("--width", 48, "--height", 32, "--steps", 8, "--seed", 1)
+    drawn = json.loads(
+        run(
+            "generate",
+            "a star",
+            "--bundle",
+            folder,
+            *size,
+            "--skip",
+            "auto",
+            "--out",
+            out,
+            "--json",
+        )
+    )
+    assert drawn["warnings"] == []
+    refused = CliRunner().invoke(
+        main, ["generate", "a star", "--bundle", str(folder), "--steps", "5", "--skip", "auto"]
+    )
+    assert refused.exit_code == 2
+    assert "8" in refused.output
+
+    manifest = open_bundle(folder).manifest
+    nothing = CliRunner().invoke(main, ["tune", *map(str, given), "--psnr", "100"])
+    assert nothing.exit_code == 1
+    assert "Nothing was written" in nothing.output
+    assert open_bundle(folder).manifest == manifest
