@@ -290,12 +290,15 @@ def command(
 
     start = time.monotonic()
     bad: list[tuple[str, FluxDeployError]] = []
+    said: set[tuple[str, str]] = set()
 
     def failed(place: str, error: FluxDeployError) -> None:
         if source is None:
             raise error
-        bad.append((place, error))
-        say(f"{place}: {error}", err=True)
+        if (place, str(error)) not in said:  # which several seeds of a line may share
+            said.add((place, str(error)))
+            bad.append((place, error))
+            say(f"{place}: {error}", err=True)
 
     if source is None:
         requests = of_prompts(prompts, usual, out)

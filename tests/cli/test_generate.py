@@ -98,14 +98,12 @@ def test_every_option_reaches_the_pipeline(
         "guidance_scale": 4.5,
         "seed": 7,
         "num_images_per_prompt": 2,
-        "sampler": "euler",
-        "skip": "none",
+        "sampler": "ab2",
+        "skip": (1, 2),
         "strength": 0.5,
         "mask_image": None,
         "padding_mask_crop": None,
         "max_sequence_length": 128,
-        "sampler": "ab2",
-        "skip": (1, 2),
     }
     assert sorted(path.name for path in tmp_path.glob("fox*")) == ["fox-0.png", "fox-1.png"]
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from fluxdeploy.batch.index import Entry, Index
 from fluxdeploy.batch.lines import read_lines
 from fluxdeploy.cli import main
+from fluxdeploy.batch.order import read_orders
 from fluxdeploy.errors import UsageError
+from fluxdeploy.host.pipeline import FluxPipeline
+from tests.support.killed import kill_at, lines_of, made_wrongly
 
 ENTRY = Entry("a.png", "a fox", 3, 0, 8, 8, 2, 0.5, 4, "0" * 64, "1" * 64)
 
@@ -44,6 +52,33 @@ def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
     assert (good.problem, after.problem) == (None, None)
     assert bad.place == f"{path}, line 2"
     assert "not JSON" in str(bad.problem)
+
+
+@pytest.mark.parametrize("seeds", [[7, 0], "7, 0", "7.0,0"])
+def test_seeds_of_a_line_are_orders_of_their_own(tmp_path: Path, seeds: object) -> None:
+    usual = {"seed": (3,), "sampler": "ab2", "prompt_2": "owl"}
+    orders, _ = read_orders({"prompt": "a", "seed": seeds, "skip": "1,2"}, usual, tmp_path)
+    assert [order.seed for order in orders] == [7, 0]
+    assert {(o.sampler, o.skip, o.prompt_2) for o in orders} == {("ab2", (1, 2), "owl")}
+    (order,), _ = read_orders({"prompt": "a", "seed": ""}, usual, tmp_path)
+    assert (order.seed, order.skip) == (3, "none")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"seed": -1}, "out of range"),
+        ({"seed": [1, "x"]}, "`seed` must be an integer"),
+        ({"seed": True}, "`seed` must be an integer"),
+        ({"skip": "some"}, "`skip` must be none, auto or steps"),
+        ({"skip": {}}, "`skip` must be none, auto or steps"),
+        ({"sampler": 3}, "`sampler` must be text"),
+        ({"outpaint": "1,2,3"}, "`outpaint` must be the pixels"),
+    ],
+)
+def test_wrong_values_are_named(tmp_path: Path, values: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        read_orders({"prompt": "a", **values}, {"seed": None}, tmp_path)
 
 
 def test_a_torn_last_line_of_the_index_is_removed(tmp_path: Path) -> None:
@@ -83,6 +118,7 @@ def test_bad_lines_are_named_and_the_others_drawn_once(
         {"prompt": "a", "sed": 1},
         {"prompt": "a blue star", "seed": 2, "out": "sub/star.png"},
         {"prompt": "a", "out": "../a.png"},
+        {"prompt": "a", "sampler": "nope", "seed": [1, 2]},
     ]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ("--prompts", source, "--bundle", demo_bundle, "--out", out, "--steps", 1)
@@ -90,10 +126,42 @@ def test_bad_lines_are_named_and_the_others_drawn_once(
     code, stdout, stderr = run_generate(*options, *sizes)
     assert code == 1
     assert stdout.splitlines() == [str(tmp_path / "x-00001.png"), str(tmp_path / "sub/star.png")]
-    for line, words in ((2, "multiples of 16"), (3, "Did you mean `seed`"), (5, "`out`")):
-        assert any(f"line {line}: " in each and words in each for each in stderr.splitlines())
+    for line, words in (
+        (2, "multiples of 16"),
+        (3, "Did you mean `seed`"),
+        (5, "`out`"),
+        (6, "no sampler"),
+    ):
+        said = [each for each in stderr.splitlines() if f"line {line}: " in each]
+        assert len(said) == 1
+        assert words in said[0]
     again = run_generate(*options, *sizes, "--json")[1]
     assert (json.loads(again)["drawn"], json.loads(again)["kept"]) == (0, 2)
+
+
+def test_a_batch_that_is_killed_goes_on_where_it_was(tmp_path: Path, demo_bundle: Path) -> None:
+    rows = [
+        {"prompt": f"a {colour} circle", "seed": number, "width": 64 + 32 * (number % 2)}
+        for number, colour in enumerate(("red", "green", "blue", "pink", "orange") * 2)
+    ]
+    (source := tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder := tmp_path / "made").mkdir()
+    index = folder / "x.index.jsonl"
+    command = [sys.executable, "-m", "fluxdeploy", "generate", "--prompts", str(source)]
+    command += ["--bundle", str(demo_bundle), "--out", str(folder / "x.png"), "--batch", "2"]
+    command += ["--steps", "2", "--height", "64"]
+    rng = random.Random(os.getpid())
+    for least in (rng.randint(1, 3), rng.randint(4, 7)):
+        assert kill_at(command, index, least, rng.uniform(0, 0.03))
+        assert lines_of(index) < len(rows)
+    assert not kill_at(command, index, len(rows) + 1)
+    assert made_wrongly(folder, index, len(rows)) == []
+    with FluxPipeline.from_bundle(demo_bundle) as pipe:
+        for number, row in enumerate(rows, 1):
+            (image,) = pipe(**row, height=64, num_inference_steps=2).images
+            with Image.open(folder / f"x-{number:05}.png") as made:
+                # Pictures that are drawn together may be rounded otherwise.
+                np.testing.assert_allclose(np.asarray(made, int), np.asarray(image, int), atol=1)
 
 
 @pytest.fixture
