@@ -149,6 +149,7 @@ def test_a_batch_that_is_killed_goes_on_where_it_was(tmp_path: Path, demo_bundle
     index = folder / "x.index.jsonl"
     command = [sys.executable, "-m", "fluxdeploy", "generate", "--prompts", str(source)]
     command += ["--bundle", str(demo_bundle), "--out", str(folder / "x.png"), "--batch", "2"]
+    command += ["--threads", "1"]
     command += ["--steps", "2", "--height", "64"]
     rng = random.Random(os.getpid())
     moments = [(rng.randint(1, 2), rng.uniform(0, 0.03)), (rng.randint(4, 6), 0.0)]
