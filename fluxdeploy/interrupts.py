@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
 
-__all__ = ["INTERRUPTED", "ExitOnInterrupt", "interrupted"]
+__all__ = ["INTERRUPTED", "ExitOnInterrupt", "interrupted", "interruption"]
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C: 128 + SIGINT, as a shell reports it."""
@@ -27,10 +27,14 @@ _IMPORTING = "<frozen importlib._bootstrap>"
 _message = "Interrupted."
 
 
-def interrupted(resumes: bool) -> str:
-    """What is said from now on where Ctrl-C ends the program; whether its work can go on later."""
+def interrupted(resumes: bool) -> None:
+    """Say from now on, where Ctrl-C ends the program, whether its work can go on later."""
     global _message
     _message = f"Interrupted{'; run the same command again to resume' if resumes else ''}."
+
+
+def interruption() -> str:
+    """What is said where Ctrl-C ends the program now."""
     return _message
 
 

@@ -21,6 +21,7 @@ _BELOW_HOST = (*_CONTRACT, "fluxdeploy.text", "engines")
 _TOP = (
     *_BELOW_HOST,
     "fluxdeploy.host",
+    "fluxdeploy.batch",
     "fluxdeploy",
     "exporters",
     "fluxdeploy.bench",
@@ -41,6 +42,7 @@ FLOORS: Mapping[str, tuple[str, ...]] = {
     "engines.native.match": (*_CONTRACT, "engines", "engines.native.graph"),
     "engines.native.pack": (*_CONTRACT, "engines"),
     "fluxdeploy.host": _BELOW_HOST,
+    "fluxdeploy.batch": (*_BELOW_HOST, "fluxdeploy.host", "fluxdeploy"),
     "fluxdeploy.serve": (*_BELOW_HOST, "fluxdeploy.host", "fluxdeploy"),
     "fluxdeploy": ("fluxdeploy.host",),
     "exporters": _CONTRACT,

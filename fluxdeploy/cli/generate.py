@@ -9,13 +9,12 @@ import re
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import click
 
-from fluxdeploy import __version__
 from fluxdeploy.cli.options import (
     AS_JSON,
     BUNDLE,
@@ -27,20 +26,18 @@ from fluxdeploy.cli.options import (
 )
 from fluxdeploy.errors import (
     CutPromptWarning,
+    FluxDeployError,
     UnmeasuredSkipsWarning,
     UnusedArgumentWarning,
     UsageError,
 )
+from fluxdeploy.interrupts import interrupted
 from fluxdeploy.library_output import libraries_on_stderr
 from fluxdeploy.progress import Progress
 from fluxdeploy.terminal import say, say_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from PIL.Image import Image
-
-    from fluxdeploy.host.pipeline import FluxPipeline
+    from fluxdeploy.batch.jobs import Job
 
 
 class _Margins(click.ParamType):  # type: ignore[type-arg]
@@ -81,15 +78,18 @@ class _Skip(click.ParamType):  # type: ignore[type-arg]
         return tuple(int(number) for number in text.split(","))
 
 
-def _joined(numbers: tuple[int, ...]) -> str:
-    return ",".join(map(str, numbers))
-
-
 _KINDS = (CutPromptWarning, UnmeasuredSkipsWarning, UnusedArgumentWarning)
 
 
 @click.command()
-@click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
+@click.argument("prompts", metavar="PROMPT...", nargs=-1)
+@click.option(
+    "--prompts",
+    "source",
+    metavar="FILE",
+    help="Many pictures: JSON lines, a table with commas, or a prompt a line, in a file or, with "
+    "-, on standard input. What is there already is not drawn again.",
+)
 @BUNDLE
 @click.option(
     "--prompt-2",
@@ -196,9 +196,16 @@ _KINDS = (CutPromptWarning, UnmeasuredSkipsWarning, UnusedArgumentWarning)
     type=PathType(),
     help="Also put all pictures with their prompts into this one PNG.",
 )
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Pictures of one size that --prompts draws at once.  [default: as many as pay]",
+)
 @AS_JSON
 def command(
     prompts: tuple[str, ...],
+    source: str | None,
     bundle: Path,
     prompt_2: str | None,
     negative_prompt: str | None,
@@ -224,6 +231,7 @@ def command(
     low_vram: bool,
     out: Path,
     sheet: Path | None,
+    batch: int | None,
     as_json: bool,
 ) -> None:
     """Make a picture of each PROMPT.
@@ -233,6 +241,11 @@ def command(
     the same bundle, seed and options make it again. Each prompt begins with the same seed: its
     pictures do not depend on the other prompts. Several seeds are as many calls: each picture is
     the one that its seed alone gives.
+
+    With --prompts each line of a file may have its own size, seed, steps, image and so on, under
+    the options' names; the options here are for lines that say nothing. Each picture is written
+    when it is made, and entered in an index beside it: run the same command again to go on after
+    Ctrl-C or a kill. A bad line is named, and the others are drawn.
 
     \b
     Examples:
@@ -244,131 +257,102 @@ def command(
       fluxdeploy generate "a fox, oil on canvas" --image fox.png --strength 0.7
       fluxdeploy generate "a blue heart" --image ring.png --mask hole.png --strength 0.9
       fluxdeploy generate "a red ring" --image ring.png --outpaint 64,0,64,0 --strength 1
+      fluxdeploy generate --prompts prompts.jsonl --out pictures/fox.png
     """
-    from fluxdeploy.host.pictures import PictureMetadata, picture_paths, save_picture, write_png
-    from fluxdeploy.host.sheet import contact_sheet
+    usual = {
+        "prompt_2": prompt_2,
+        "negative_prompt": negative_prompt,
+        "negative_prompt_2": negative_prompt_2,
+        "true_cfg_scale": true_cfg_scale,
+        "width": width,
+        "height": height,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "num_images_per_prompt": num_images,
+        "seed": seeds,
+        "image": image,
+        "mask_image": mask,
+        "strength": strength,
+        "padding_mask_crop": mask_crop,
+        "outpaint": outpaint,
+        "max_sequence_length": max_sequence_length,
+        "sampler": sampler,
+        "skip": skip,
+    }
+    if (source is None) == (not prompts):
+        raise click.UsageError("Give a PROMPT, or a file of them with --prompts.")
+    from engines.base import EngineOptions
+    from fluxdeploy.batch.index import Index
+    from fluxdeploy.batch.lines import STDIN, read_lines
+    from fluxdeploy.batch.plan import index_path, make_jobs, of_lines, of_prompts
+    from fluxdeploy.batch.run import run_jobs
+    from fluxdeploy.host.pipeline import FluxPipeline
 
-    # A call of its own for each seed: then any picture can be made again without the others.
-    runs = [(prompt, seed) for prompt in prompts for seed in seeds or (None,)]
-    captions = [prompt for prompt, _ in runs for _ in range(num_images)]
-    several = None
-    if seeds is not None and len(seeds) > 1:
-        several = [seed for seed in seeds for _ in range(num_images)] * len(prompts)
-    paths = picture_paths(out, len(captions), several)
-    _check_writable("--out", paths)
+    start = time.monotonic()
+    bad: list[tuple[str, FluxDeployError]] = []
+    said: set[tuple[str, str]] = set()
+
+    def failed(place: str, error: FluxDeployError) -> None:
+        if source is None:
+            raise error
+        if (place, str(error)) not in said:  # which several seeds of a line may share
+            said.add((place, str(error)))
+            bad.append((place, error))
+            say(f"{place}: {error}", err=True)
+
+    if source is None:
+        requests = of_prompts(prompts, usual, out)
+    else:
+        folder = Path() if source == STDIN else Path(source).parent
+        requests = of_lines(read_lines(source), usual, out, folder, failed)
+    paths = [path for request in requests for path in request.paths]
+    _check_writable("--out", paths if source is None else [out, *paths])
     if sheet is not None:
         _check_sheet(sheet, paths)
 
-    from fluxdeploy.host.input_images import open_image, open_mask
-    from fluxdeploy.host.outpainting import outpaint_canvas
-
-    given, image_sha256 = (None, None) if image is None else open_image(image)
-    marked, mask_sha256 = (None, None) if mask is None else open_mask(mask)
-    if outpaint is not None:
-        if given is None or marked is not None:
-            raise UsageError("--outpaint needs --image, and makes the mask: leave out --mask.")
-        given, marked = outpaint_canvas(given, *outpaint)
-        width = given.width if width is None else width
-        height = given.height if height is None else height
-
-    from engines.base import EngineOptions
-    from fluxdeploy.host.pipeline import FluxPipeline
-    from fluxdeploy.sampling.noise import check_seed
-    from fluxdeploy.sampling.noising import first_step
-
-    for each in seeds or ():
-        check_seed(each)
-    start = time.monotonic()
-    options = EngineOptions(threads, device)
     with (
         libraries_on_stderr(),
-        FluxPipeline.from_bundle(bundle, runtime, options, low_vram) as pipe,
+        FluxPipeline.from_bundle(bundle, runtime, EngineOptions(threads, device), low_vram) as pipe,
+        nullcontext() if source is None else Index(index_path(out)) as index,
         Progress(quiet=as_json) as progress,
         _notices(progress, as_json) as warned,
     ):
-        defaults = pipe.bundle.manifest.defaults
-        steps = defaults.num_inference_steps if steps is None else steps
-        if max_sequence_length is None:
-            max_sequence_length = defaults.max_sequence_length
-        share = defaults.strength if strength is None else strength
-        made = steps if given is None else steps - first_step(steps, share)
-        # The decoding of a prompt's pictures is its last unit.
-        task = progress.task("Generating", total=len(runs) * (max(made, 0) + 1))
-
-        def on_step_end(
-            pipe: FluxPipeline, step: int, timestep: float, state: Mapping[str, Any]
-        ) -> None:
-            task.advance()
-
-        images: list[Image] = []
-        used: list[int] = []
-        drawn: int | None = None
-        for prompt, seed in runs:
-            result = pipe(
-                prompt,
-                prompt_2=prompt_2,
-                negative_prompt=negative_prompt,
-                negative_prompt_2=negative_prompt_2,
-                true_cfg_scale=true_cfg_scale,
-                height=height,
-                width=width,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                num_images_per_prompt=num_images,
-                seed=drawn if seed is None else seed,
-                image=given,
-                mask_image=marked,
-                strength=strength,
-                padding_mask_crop=mask_crop,
-                max_sequence_length=max_sequence_length,
-                sampler=sampler,
-                skip=skip,
-                callback_on_step_end=on_step_end,
-            )
-            task.advance()
-            assert isinstance(result.images, list)  # output_type is "pil"
-            images += result.images
-            assert isinstance(result.seed, int)
-            drawn = result.seed
-            used += [result.seed] * num_images
-        bundle_hash = pipe.bundle.content_hash
-
-    for number, (picture, caption, path) in enumerate(zip(images, captions, paths, strict=True)):
-        metadata = PictureMetadata(
-            prompt=caption,
-            prompt_2=prompt_2,
-            negative_prompt=negative_prompt,
-            negative_prompt_2=negative_prompt_2,
-            true_cfg_scale=true_cfg_scale,
-            seed=used[number],
-            index=number % num_images,
-            num_inference_steps=steps,
-            guidance_scale=defaults.guidance_scale if guidance is None else guidance,
-            sampler=None if sampler == "euler" else sampler,
-            skip=None if skip == "none" else skip if isinstance(skip, str) else _joined(skip),
-            max_sequence_length=max_sequence_length,
-            height=defaults.height if height is None else height,
-            width=defaults.width if width is None else width,
-            strength=None if given is None else share,
-            image_sha256=image_sha256,
-            mask_sha256=mask_sha256,
-            padding_mask_crop=None if marked is None else mask_crop,
-            outpaint=None if outpaint is None else _joined(outpaint),
-            bundle_hash=bundle_hash,
-            fluxdeploy_version=__version__,
-        )
-        save_picture(picture, path, metadata)
-    if sheet is not None:
-        write_png(contact_sheet(images, captions), sheet)
+        jobs = make_jobs(pipe, requests, index, failed)
+        if source is not None:
+            interrupted(resumes=True)
+        # On the command line each prompt and seed is a call of its own.
+        run_jobs(pipe, jobs, index, failed, progress, 1 if source is None else batch)
+    written = [path for job in jobs for path in job.paths if path.is_file()]
+    if sheet is not None and written:
+        _write_sheet(sheet, jobs)
     seconds = time.monotonic() - start
-    width, height = images[0].size
+    if source is None:
+        _report_prompts(jobs, sheet, seconds, warned, as_json)
+    else:
+        _report_lines(jobs, index_path(out), bad, seconds, warned, as_json)
+
+
+def _report_prompts(
+    jobs: list[Job], sheet: Path | None, seconds: float, warned: list[str], as_json: bool
+) -> None:
+    from PIL import Image
+
+    from fluxdeploy.sampling.noising import first_step
+
+    order = jobs[0].order
+    seeds = [job.order.seed for job in jobs for _ in job.paths]
+    paths = [path for job in jobs for path in job.paths]
+    steps = order.num_inference_steps
+    assert steps is not None
+    with Image.open(paths[0]) as image:
+        width, height = image.size
     if as_json:
         report = {
             "paths": [str(path) for path in paths],
-            "prompts": captions,
+            "prompts": [job.order.prompt for job in jobs for _ in job.paths],
             "sheet": None if sheet is None else str(sheet),
-            "seed": used[0] if len(set(used)) == 1 else None,
-            "seeds": used,
+            "seed": order.seed if len(set(seeds)) == 1 else None,
+            "seeds": seeds,
             "width": width,
             "height": height,
             "steps": steps,
@@ -379,9 +363,59 @@ def command(
         return
     for path in paths if sheet is None else (*paths, sheet):
         say(str(path))
-    counted = f"{steps} steps" if given is None else f"{made} of {steps} steps"
-    told = ", ".join(map(str, dict.fromkeys(used)))
+    counted = f"{steps} steps"
+    if order.strength is not None and order.image is not None:
+        counted = f"{steps - first_step(steps, order.strength)} of {steps} steps"
+    told = ", ".join(map(str, dict.fromkeys(seeds)))
     say(f"{width}x{height}, seed {told}, {counted}, {seconds:.1f} s", err=True)
+
+
+def _report_lines(
+    jobs: list[Job],
+    index: Path,
+    bad: list[tuple[str, FluxDeployError]],
+    seconds: float,
+    warned: list[str],
+    as_json: bool,
+) -> None:
+    """What became of a file; exits with 1 where a line could not be drawn."""
+    failed = {place for place, _ in bad}
+    paths = [path for job in jobs if job.place not in failed for path in job.paths]
+    kept = sum(len(job.made) for job in jobs if job.place not in failed)
+    if as_json:
+        report = {
+            "paths": [str(path) for path in paths],
+            "index": str(index),
+            "drawn": len(paths) - kept,
+            "kept": kept,
+            "failed": [{"place": place, "error": str(error)} for place, error in bad],
+            "seconds": round(seconds, 3),
+            "warnings": warned,
+        }
+        say_json(report)
+    else:
+        for path in paths:
+            say(str(path))
+        parts = [f"{len(paths) - kept} pictures drawn", *([f"{kept} were there"] if kept else [])]
+        parts += [f"{len(failed)} lines failed"] if bad else []
+        say(f"{', '.join(parts)}, {seconds:.1f} s; the index is {index}", err=True)
+    if bad:
+        raise click.exceptions.Exit(1)
+
+
+def _write_sheet(sheet: Path, jobs: list[Job]) -> None:
+    from PIL import Image
+
+    from fluxdeploy.host.pictures import write_png
+    from fluxdeploy.host.sheet import contact_sheet
+
+    pictures, captions = [], []
+    for job in jobs:
+        for path in filter(Path.is_file, job.paths):
+            with Image.open(path) as image:
+                pictures.append(image.convert("RGB"))
+            captions.append(job.order.prompt)
+    write_png(contact_sheet(pictures, captions), sheet)
 
 
 @contextmanager

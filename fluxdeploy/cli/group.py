@@ -19,7 +19,7 @@ import click
 
 from fluxdeploy import __version__
 from fluxdeploy.errors import FluxDeployError, UsageError
-from fluxdeploy.interrupts import INTERRUPTED, ExitOnInterrupt, interrupted
+from fluxdeploy.interrupts import INTERRUPTED, ExitOnInterrupt, interrupted, interruption
 from fluxdeploy.native import exhausted
 from fluxdeploy.terminal import open_streams, reader_gone, say, visible
 
@@ -44,7 +44,7 @@ COMMANDS = {
 module of a command has the same name and holds it as `command`."""
 
 _RESUMABLE = ("build",)
-"""Commands that keep what they have finished; the others begin anew."""
+"""Commands that keep what they have finished; of others one may say so itself when it runs."""
 
 
 class _Failure(click.ClickException):
@@ -137,8 +137,7 @@ class _CommandGroup(click.Group):
             raise  # these say themselves how they end
         except (KeyboardInterrupt, click.Abort) as error:
             say("", err=True)  # the terminal has printed ^C on this line
-            message = interrupted(ctx.invoked_subcommand in _RESUMABLE)
-            raise _failure(error, message, _Interruption) from None
+            raise _failure(error, interruption(), _Interruption) from None
         except UsageError as error:
             raise _failure(error, str(error), _UsageFailure) from None
         except FluxDeployError as error:

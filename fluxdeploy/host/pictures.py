@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
 __all__ = [
     "PictureMetadata",
     "check_picture_path",
+    "encode_picture",
     "picture_paths",
     "read_metadata",
     "save_picture",
     "to_pil",
+    "write_file",
     "write_png",
 ]
 
@@ -103,6 +106,11 @@ def save_picture(image: Image, path: Path, metadata: PictureMetadata) -> None:
 
     Raises as `write_png` does.
     """
+    write_file(encode_picture(image, metadata), path)
+
+
+def encode_picture(image: Image, metadata: PictureMetadata) -> bytes:
+    """A PNG with its metadata, as the bytes of a file."""
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
@@ -112,11 +120,22 @@ def save_picture(image: Image, path: Path, metadata: PictureMetadata) -> None:
             # Pillow makes it an iTXt chunk (UTF-8) where Latin-1 cannot hold the text. A lone
             # surrogate, from a badly encoded command line, has no UTF-8 at all.
             chunks.add_text(field.name, str(value).encode("utf-8", "replace").decode("utf-8"))
-    write_png(image, path, chunks)
+    return _png(image, chunks)
 
 
-def write_png(image: Image, path: Path, chunks: PngInfo | None = None) -> None:
-    """Write a PNG with text chunks. A file that was there stays until the new one is complete.
+def write_png(image: Image, path: Path) -> None:
+    """Write a PNG without metadata. Writes and raises as `write_file`."""
+    write_file(_png(image), path)
+
+
+def _png(image: Image, chunks: PngInfo | None = None) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=chunks)
+    return buffer.getvalue()
+
+
+def write_file(data: bytes, path: Path) -> None:
+    """Write the bytes of a PNG. A file that was there stays until the new one is complete.
 
     What killed writers have left in that folder is removed.
 
@@ -126,7 +145,7 @@ def write_png(image: Image, path: Path, chunks: PngInfo | None = None) -> None:
     check_picture_path(path)
     try:
         with replacing_picture(path) as file:
-            image.save(file, format="PNG", pnginfo=chunks)
+            file.write(data)
     except OSError as error:
         raise FluxDeployError(
             f"Cannot write {path}: {error.strerror or error}. Choose a folder that exists and can "

@@ -14,7 +14,7 @@ from PIL import Image
 from engines import EngineOptions
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.cli import main
-from fluxdeploy.errors import NumericError
+from fluxdeploy.errors import Cancelled, NumericError
 from fluxdeploy.host.pictures import read_metadata
 from fluxdeploy.host.pipeline import FluxPipeline, FluxPipelineOutput
 
@@ -36,6 +36,8 @@ class FakePipeline:
         pass
 
     def __call__(self, prompt: str, **arguments: Any) -> FluxPipelineOutput:
+        if arguments.pop("cancel", None) is not None:
+            raise Cancelled  # a look at the arguments
         FakePipeline.calls.append({"prompt": prompt, **arguments})
         steps = arguments["num_inference_steps"]
         for step in range(steps):
@@ -73,7 +75,7 @@ def test_every_option_reaches_the_pipeline(
         "--prompt-2 owl --negative-prompt-2 fog --negative-prompt blur "
         "--true-cfg-scale 2 --width 32 --height 48 --steps 3 --guidance 4.5 "
         "--seed 7 --num-images 2 --max-sequence-length 128 --runtime onnxruntime --threads 2 "
-        "--device 1 --low-vram --strength 0.5"
+        "--device 1 --low-vram --strength 0.5 --sampler ab2 --skip 1,2"
     )
     start = ("--image", tmp_path / "start.png")
     result = run("a fox", "--bundle", bundle, "--out", out, *start, *options.split())
@@ -96,8 +98,8 @@ def test_every_option_reaches_the_pipeline(
         "guidance_scale": 4.5,
         "seed": 7,
         "num_images_per_prompt": 2,
-        "sampler": "euler",
-        "skip": "none",
+        "sampler": "ab2",
+        "skip": (1, 2),
         "strength": 0.5,
         "mask_image": None,
         "padding_mask_crop": None,
@@ -117,10 +119,9 @@ def test_the_bundle_has_the_defaults(bundle: Path, tmp_path: Path) -> None:
     assert metadata.guidance_scale == 3.5
     assert metadata.num_inference_steps == 4
     assert (metadata.width, metadata.height) == (128, 64)
-    assert metadata.seed == 99
     assert metadata.bundle_hash == open_bundle(bundle).content_hash
     assert result.stdout == f"{out}\n"
-    assert "seed 99" in result.stderr
+    assert f"seed {metadata.seed}," in result.stderr
 
 
 def test_json_is_all_that_is_printed(bundle: Path, tmp_path: Path) -> None:
@@ -164,11 +165,11 @@ def test_several_prompts_are_drawn_with_one_seed(bundle: Path, tmp_path: Path) -
     result = run("a fox", "an owl", "--bundle", bundle, *options)
     assert result.exit_code == 0, result.stderr
     assert [call["prompt"] for call in FakePipeline.calls] == ["a fox", "an owl"]
-    assert [call["seed"] for call in FakePipeline.calls] == [None, 99]
+    (seed,) = {call["seed"] for call in FakePipeline.calls}
     assert {call["num_images_per_prompt"] for call in FakePipeline.calls} == {2}
     paths = [tmp_path / f"image-{number}.png" for number in range(4)]
     made = [(m.prompt, m.index, m.seed) for m in map(read_metadata, paths)]
-    assert made == [("a fox", 0, 99), ("a fox", 1, 99), ("an owl", 0, 99), ("an owl", 1, 99)]
+    assert made == [(p, n, seed) for p in ("a fox", "an owl") for n in (0, 1)]
     report = json.loads(result.stdout)
     assert report["paths"] == [str(path) for path in paths]
     assert report["prompts"] == ["a fox", "a fox", "an owl", "an owl"]
@@ -271,18 +272,6 @@ def test_a_missing_bundle_is_named(tmp_path: Path) -> None:
     result = run("a fox", "--bundle", tmp_path / "missing", "--out", tmp_path / "image.png")
     assert result.exit_code == 1
     assert "no bundle" in result.stderr
-
-
-@pytest.mark.parametrize("value", ["nan", "inf", "-1", "1.5", "1e300"])
-def test_a_strength_that_cannot_be_is_a_usage_error(
-    bundle: Path, tmp_path: Path, value: str
-) -> None:
-    Image.new("RGB", (20, 10)).save(tmp_path / "start.png")
-    options = ("--image", tmp_path / "start.png", f"--strength={value}")
-    result = run("a fox", "--bundle", bundle, "--out", tmp_path / "image.png", *options)
-    assert result.exit_code == 2
-    assert "`strength`" in result.stderr
-    assert FakePipeline.calls == []
 
 
 def test_more_threads_than_the_machine_has_are_a_usage_error(bundle: Path, tmp_path: Path) -> None:

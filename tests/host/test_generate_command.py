@@ -140,3 +140,14 @@ def test_a_prompt_that_is_cut_says_so(tmp_path: Path, as_json: bool) -> None:
     assert result.stderr.count(f"Warning: {words}") == 1
     if as_json:
         assert json.loads(result.stdout)["warnings"] == [words]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "1.5", "1e300"])
+def test_a_strength_that_cannot_be_is_a_usage_error(
+    engines: dict[str, MemoryEngine], tmp_path: Path, value: str
+) -> None:
+    Image.new("RGB", (20, 10)).save(tmp_path / "start.png")
+    result = run(tmp_path, "--image", tmp_path / "start.png", f"--strength={value}")
+    assert result.exit_code == 2
+    assert "`strength`" in result.stderr
+    assert not any(engine.runs for engine in engines.values())

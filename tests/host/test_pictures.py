@@ -99,11 +99,10 @@ def test_a_failed_write_keeps_the_old_picture(
     save_picture(picture, path, METADATA)
     before = path.read_bytes()
 
-    def fail(self: Image.Image, file: object, **options: object) -> None:
-        file.write(b"half a picture")  # type: ignore[attr-defined]
+    def fail(partial: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", fail)
+    monkeypatch.setattr("fluxdeploy.host.partial_files.os.replace", fail)
     with pytest.raises(FluxDeployError, match=r"Cannot write .*No space left on device\. Choose"):
         save_picture(picture, path, dataclasses.replace(METADATA, seed=1))
     assert path.read_bytes() == before

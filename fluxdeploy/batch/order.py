@@ -1,0 +1,203 @@
+"""What one line of a batch asks for: the arguments of a call, as plain values."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fluxdeploy.arguments import shown
+from fluxdeploy.bundle.manifest import Defaults
+from fluxdeploy.errors import UsageError
+from fluxdeploy.sampling.noise import check_seed
+
+__all__ = ["COLUMNS", "TEXTS", "Order", "read_orders"]
+
+TEXTS = ("prompt_2", "negative_prompt", "negative_prompt_2")
+"""Texts of an order beside the prompt; None where there is none."""
+
+_INTEGERS = (
+    "width",
+    "height",
+    "num_inference_steps",
+    "num_images_per_prompt",
+    "padding_mask_crop",
+    "max_sequence_length",
+)
+_NUMBERS = ("true_cfg_scale", "guidance_scale", "strength")
+_PATHS = ("image", "mask_image")
+
+_OTHER_NAMES = {
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "num_images": "num_images_per_prompt",
+    "mask": "mask_image",
+    "mask_crop": "padding_mask_crop",
+}
+"""The command's options, where the pipeline's arguments are called otherwise."""
+
+_EXACT = 2.0**53
+"""From here on a float is no longer the integer that was written."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """The arguments of `FluxPipeline.__call__`, with files instead of pictures.
+
+    None is the bundle's default, and of `seed` a random one. outpaint: pixels that are added to the
+    image on the left, top, right and bottom.
+    """
+
+    prompt: str
+    prompt_2: str | None = None
+    negative_prompt: str | None = None
+    negative_prompt_2: str | None = None
+    true_cfg_scale: float = 1.0
+    width: int | None = None
+    height: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    num_images_per_prompt: int = 1
+    seed: int | None = None
+    image: Path | None = None
+    mask_image: Path | None = None
+    strength: float | None = None
+    padding_mask_crop: int | None = None
+    outpaint: tuple[int, ...] | None = None
+    max_sequence_length: int | None = None
+    sampler: str = "euler"
+    skip: str | tuple[int, ...] = "none"
+
+    def filled(self, defaults: Defaults) -> Order:
+        """The order with the bundle's defaults in place; a canvas has its own size."""
+        names = ["num_inference_steps", "guidance_scale", "max_sequence_length"]
+        names += [] if self.image is None else ["strength"]
+        names += [] if self.outpaint is not None else ["width", "height"]
+        missing = [name for name in names if getattr(self, name) is None]
+        return replace(self, **{name: getattr(defaults, name) for name in missing})
+
+    def digest(self, files: Mapping[Path, str], bundle: str) -> str:
+        """What tells the order apart from every other one: 64 hexadecimal digits.
+
+        files: the SHA-256 of the pictures that are given. bundle: the bundle's content hash.
+        """
+        plain = {name: value for name, value in asdict(self).items() if value is not None}
+        for name in _PATHS:
+            if name in plain:
+                plain[name] = files[plain[name]]
+        text = json.dumps({**plain, "bundle": bundle}, sort_keys=True)
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+COLUMNS = (*(field.name for field in fields(Order)), *_OTHER_NAMES, "out")
+"""What a line may have."""
+
+
+def read_orders(
+    values: Mapping[str, Any], usual: Mapping[str, Any], folder: Path
+) -> tuple[list[Order], str | None]:
+    """The orders of a line, one for each of its seeds, and the name that it wants for its picture.
+
+    values: by column, as JSON has them, or all as text. usual: what a line has that says nothing;
+    there `seed` is a tuple of them, or None for a random one. folder: what the files of `image` and
+    `mask` are relative to. Raises `UsageError`.
+    """
+    given: dict[str, Any] = {}
+    for key, value in values.items():
+        name = _column(key)
+        if value is None or value == "":
+            continue
+        if name in given:
+            raise UsageError(f"`{name}` is given twice, once as `{key}`. Leave one out.")
+        given[name] = _value(name, value, folder)
+    out = given.pop("out", None)
+    if "prompt" not in given:
+        raise UsageError("It has no `prompt`. Give one.")
+    merged = {**usual, **given}
+    seeds = merged.pop("seed", None) or (None,)
+    return [Order(**merged, seed=seed) for seed in seeds], out
+
+
+def _column(key: str) -> str:
+    plain = key.strip().replace("-", "_")
+    name = _OTHER_NAMES.get(plain, plain)
+    if plain in COLUMNS:
+        return name
+    near = difflib.get_close_matches(plain, COLUMNS, n=1)
+    meant = f" Did you mean `{near[0]}`?" if near else f" There are {', '.join(COLUMNS)}."
+    raise UsageError(f"`{shown(key)[1:-1]}` is not known.{meant}")
+
+
+def _value(name: str, value: Any, folder: Path) -> Any:
+    if name in _INTEGERS:
+        return _integer(name, value)
+    if name in _NUMBERS:
+        return _number(name, value)
+    if name == "seed":
+        return _seeds(value)
+    if name == "outpaint":
+        return _margins(value)
+    if name == "skip" and value not in ("none", "auto"):
+        return _steps(value)
+    if not isinstance(value, str):
+        raise UsageError(f"`{name}` must be text, not {shown(value)}.")
+    return folder / Path(value).expanduser() if name in _PATHS else value
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d{1,20}(\.0*)?\s*", value):
+        return int(value.partition(".")[0])
+    # Tools that know no missing integers write all of a column as floats.
+    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(f"`{name}` must be an integer, not {shown(value)}.")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, str) and len(value) <= 40:
+            return float(value)
+    except ValueError:
+        pass
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UsageError(f"`{name}` must be a number, not {shown(value)}.")
+    return float(value)
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list, or one with commas between, or a single value."""
+    if isinstance(value, str):
+        return value.split(",")
+    return value if isinstance(value, list) else [value]
+
+
+def _seeds(value: Any) -> tuple[int, ...]:
+    seeds = tuple(_integer("seed", seed) for seed in _listed(value))
+    for seed in seeds:
+        check_seed(seed)
+    return seeds
+
+
+def _steps(value: Any) -> tuple[int, ...]:
+    try:
+        return tuple(_integer("skip", step) for step in _listed(value))
+    except UsageError:
+        raise UsageError(
+            f"`skip` must be none, auto or steps such as 3,5,7, not {shown(value)}."
+        ) from None
+
+
+def _margins(value: Any) -> tuple[int, ...]:
+    parts = _listed(value)
+    if len(parts) != 4:
+        raise UsageError(
+            f"`outpaint` must be the pixels on the left, top, right and bottom, not {shown(value)}."
+        )
+    return tuple(_integer("outpaint", part) for part in parts)
