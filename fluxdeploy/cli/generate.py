@@ -322,14 +322,21 @@ def command(
             interrupted(resumes=True)
         # On the command line each prompt and seed is a call of its own.
         run_jobs(pipe, jobs, index, failed, progress, 1 if source is None else batch)
-    written = [path for job in jobs for path in job.paths if path.is_file()]
+    written = [
+        (path, job.order.prompt)
+        for job in jobs
+        for path in job.paths
+        if index is None or index.find(path, job.request) is not None
+    ]
     if sheet is not None and written:
-        _write_sheet(sheet, jobs)
+        _write_sheet(sheet, written)
     seconds = time.monotonic() - start
     if source is None:
         _report_prompts(jobs, sheet, seconds, warned, as_json)
     else:
-        _report_lines(jobs, index_path(out), bad, seconds, warned, as_json)
+        kept = sum(len(job.made) for job in jobs)
+        paths = [path for path, _ in written]
+        _report_lines(paths, kept, index_path(out), bad, seconds, warned, as_json)
 
 
 def _report_prompts(
@@ -371,7 +378,8 @@ def _report_prompts(
 
 
 def _report_lines(
-    jobs: list[Job],
+    paths: list[Path],
+    kept: int,
     index: Path,
     bad: list[tuple[str, FluxDeployError]],
     seconds: float,
@@ -379,9 +387,6 @@ def _report_lines(
     as_json: bool,
 ) -> None:
     """What became of a file; exits with 1 where a line could not be drawn."""
-    failed = {place for place, _ in bad}
-    paths = [path for job in jobs if job.place not in failed for path in job.paths]
-    kept = sum(len(job.made) for job in jobs if job.place not in failed)
     if as_json:
         report = {
             "paths": [str(path) for path in paths],
@@ -397,25 +402,24 @@ def _report_lines(
         for path in paths:
             say(str(path))
         parts = [f"{len(paths) - kept} pictures drawn", *([f"{kept} were there"] if kept else [])]
-        parts += [f"{len(failed)} lines failed"] if bad else []
+        parts += [f"{len({place for place, _ in bad})} lines failed"] if bad else []
         say(f"{', '.join(parts)}, {seconds:.1f} s; the index is {index}", err=True)
     if bad:
         raise click.exceptions.Exit(1)
 
 
-def _write_sheet(sheet: Path, jobs: list[Job]) -> None:
+def _write_sheet(sheet: Path, written: list[tuple[Path, str]]) -> None:
+    """Put pictures with their prompts into one."""
     from PIL import Image
 
     from fluxdeploy.host.pictures import write_png
     from fluxdeploy.host.sheet import contact_sheet
 
-    pictures, captions = [], []
-    for job in jobs:
-        for path in filter(Path.is_file, job.paths):
-            with Image.open(path) as image:
-                pictures.append(image.convert("RGB"))
-            captions.append(job.order.prompt)
-    write_png(contact_sheet(pictures, captions), sheet)
+    pictures = []
+    for path, _ in written:
+        with Image.open(path) as image:
+            pictures.append(image.convert("RGB"))
+    write_png(contact_sheet(pictures, [prompt for _, prompt in written]), sheet)
 
 
 @contextmanager
