@@ -18,12 +18,7 @@ from exporters.quality.layers import Layers
 from exporters.weights.decide import Placement, Storing
 from fluxdeploy.errors import ExportError
 
-__all__ = ["shares_scales", "unbind"]
-
-
-def shares_scales(layers: Layers) -> bool:
-    """Whether several weights may have one scale, which an exported graph does not tell."""
-    return layers.format.name == "nvfp4"
+__all__ = ["unbind"]
 
 
 def unbind(
@@ -82,8 +77,11 @@ def _narrow(graph: ir.Graph, value: ir.Value) -> None:
 
 
 def _packed(path: Path, bound: dict[str, ir.Value], name: str, layers: Layers) -> Packed:
-    if shares_scales(layers):
-        raise ExportError(f"{path} has {layers.format.name} weights that share scales.")
+    if layers.format.shares_scales:  # which of them do is not told by the graph
+        raise ExportError(
+            f"{path} has {layers.format.name} weights that share scales: it takes no others. "
+            "Build it again."
+        )
     scales = bound.get(f"{name}{SCALE_SUFFIX}")
     if scales is None or scales.dtype is None:
         raise ExportError(f"{path} has no scales of {name}. Build it again.")

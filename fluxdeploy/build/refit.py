@@ -24,6 +24,7 @@ from fluxdeploy.bundle.files import HashCache
 from fluxdeploy.demo import DEMO_CHECKPOINTS
 from fluxdeploy.errors import UsageError
 from fluxdeploy.lora import LoraFile
+from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 
 __all__ = ["refit"]
@@ -78,6 +79,8 @@ def refit(
 
 def _builder(bundle: Bundle) -> tuple[Runtime, tuple[str, ...]]:
     """What runs the bundle's graphs. Raises `UsageError` where something else does."""
+    from exporters.formats import FORMATS
+
     for name, component in bundle.manifest.components.items():
         for engine in component.engines:
             if engine.runtime != "onnxruntime":
@@ -86,7 +89,8 @@ def _builder(bundle: Bundle) -> tuple[Runtime, tuple[str, ...]]:
                     "weights: refit swaps those of graphs alone. Run `fluxdeploy build` with the "
                     "same --lora."
                 )
-        if component.precision.startswith("nvfp4"):
+        quantization = PRECISIONS[component.precision].quantization
+        if quantization is not None and FORMATS[quantization.format].shares_scales:
             raise UsageError(
                 f"{name} of {bundle.root} is in {component.precision}, in which several weights "
                 "share a scale: refit cannot bind them. Run `fluxdeploy build` with the same "

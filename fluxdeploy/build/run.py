@@ -47,7 +47,7 @@ class BuildRun:
         self.progress = progress
         self.earlier = earlier
         self.hashes = hash_checkpoint(spec.checkpoint, progress, cache)
-        cache.hash_files([lora.path for lora in spec.request.loras])
+        cache.hash_files([file for lora in spec.request.loras for file in lora.files])
         self.weights = WeightFolder(staging.root / "onnx" / "weights", cache.link)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The small trained checkpoints and LoRAs that ship with the package, and the scenes that they draw."""
+"""The small trained checkpoints and the LoRA of the package, and the scenes that they draw."""
 
 from __future__ import annotations
 
