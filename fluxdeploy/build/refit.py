@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from engines import Runtime, choose_builder
+from engines import Runtime, choose_builder, runtimes
 from fluxdeploy.build.checkpoint import (
     checkpoint_record,
     find_checkpoint,
@@ -83,7 +83,8 @@ def _builder(bundle: Bundle) -> tuple[Runtime, tuple[str, ...]]:
 
     for name, component in bundle.manifest.components.items():
         for engine in component.engines:
-            if engine.runtime != "onnxruntime":
+            (runtime,) = runtimes(engine.runtime)
+            if runtime.builds:
                 raise UsageError(
                     f"{name} of {bundle.root} is an engine of {engine.runtime}, which holds its "
                     "weights: refit swaps those of graphs alone. Run `fluxdeploy build` with the "
@@ -97,7 +98,7 @@ def _builder(bundle: Bundle) -> tuple[Runtime, tuple[str, ...]]:
                 "--lora."
             )
     engines = bundle.manifest.components["transformer"].engines
-    return choose_builder("onnxruntime", tuple(engine.target for engine in engines))
+    return choose_builder(engines[0].runtime, tuple(engine.target for engine in engines))
 
 
 def _require_same_tools(bundle: Bundle) -> None:
