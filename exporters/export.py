@@ -21,6 +21,7 @@ from exporters.graph.trace import trace_chain
 from exporters.quality.layers import Layers
 from exporters.weights.bind import NO_LEDGER, Ledger, WeightFolder, bind
 from exporters.weights.decide import Placement, Storing, decide
+from exporters.weights.unbind import unbind
 from fluxdeploy.bundle.files import write_atomic
 from fluxdeploy.errors import CheckpointError, ExportError
 from fluxdeploy.precision import PRECISIONS
@@ -152,10 +153,12 @@ def export_component(
     fused: bool = False,
     progress: Progress | None = None,
     ledger: Ledger = NO_LEDGER,
+    earlier: Path | None = None,
 ) -> Exported:
     """Trace a component, bind its weights and write `<name>.onnx` beside the weight folder.
 
-    With `fused` attention is ONNX Runtime's own operator where it can be.
+    With `fused` attention is ONNX Runtime's own operator where it can be. `earlier` is the graph of
+    the same component with other weights: it is taken in place of a new trace.
 
     Raises `CheckpointError` for weights that do not fit, `ExportError` for a graph that fails the
     checks, `BundleError` where the disk refuses.
@@ -164,15 +167,11 @@ def export_component(
     layers = spec.layers
     folder.make()
     progress = progress or Progress(quiet=True)
-    task = progress.task(f"  {name}: tracing ({precision})")
-    model = trace_chain(spec.chain)
-    task.finish()
     boundary = len(spec.chain.inputs)
-    packed: Mapping[str, Packed] = {}
-    if layers is not None:
-        packed = quantize(model, boundary, name, spec.component.is_quantized, layers)
-    if fused:
-        fuse_attention(model)
+    if earlier is None:
+        model, packed = _trace(spec, fused, progress)
+    else:
+        model, packed = unbind(earlier, boundary, spec.placements, layers)
     files = bind(
         model,
         boundary,
@@ -200,6 +199,22 @@ def export_component(
         0 if layers is None else layers.wide_attentions,
         sum(tensor.nbytes for tensor in tensors if tensor is not None),
     )
+
+
+def _trace(
+    spec: ExportSpec, fused: bool, progress: Progress
+) -> tuple[ir.Model, Mapping[str, Packed]]:
+    """A component's graph without weights, and those that it has quantized."""
+    task = progress.task(f"  {spec.name}: tracing ({spec.precision})")
+    model = trace_chain(spec.chain)
+    task.finish()
+    packed: Mapping[str, Packed] = {}
+    if spec.layers is not None:
+        boundary, is_quantized = len(spec.chain.inputs), spec.component.is_quantized
+        packed = quantize(model, boundary, spec.name, is_quantized, spec.layers)
+    if fused:
+        fuse_attention(model)
+    return model, packed
 
 
 def _check(proto: onnx.ModelProto, name: str) -> None:

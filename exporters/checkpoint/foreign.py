@@ -49,8 +49,7 @@ _PLAIN_FILES = (
     "--precision quantize it"
 )
 _MERGE = (
-    "LoRAs are not read: merge it into the checkpoint first, for example with fuse_lora() of "
-    "diffusers"
+    "A LoRA is no checkpoint: give the checkpoint that it changes, and the LoRA's file with --lora"
 )
 
 

@@ -157,6 +157,11 @@ class Format(ABC):
         return False
 
     @property
+    def shares_scales(self) -> bool:
+        """Whether weights with the same input have one scale, so that they are packed together."""
+        return False
+
+    @property
     def suffixes(self) -> tuple[str, ...]:
         """What the names of a weight's further parts have after its own name."""
         return tuple(part.suffix for part in self.layout(0, 0)[1:])

@@ -59,6 +59,10 @@ class _Nvfp4(Format):
     largest of both types. `in` is a multiple of 16, `out` is even.
     """
 
+    @property
+    def shares_scales(self) -> bool:
+        return True
+
     def layout(self, rows: int, columns: int) -> tuple[Part, ...]:
         return (
             Part("", (columns, rows), self.numbers),

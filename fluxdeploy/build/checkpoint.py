@@ -39,6 +39,7 @@ __all__ = [
     "hash_checkpoint",
     "limits",
     "open_recorded",
+    "require_recorded",
     "require_unchanged",
 ]
 
@@ -142,12 +143,17 @@ def open_recorded(
             f"{bundle.root} was made with other LoRAs: `fluxdeploy inspect` has its own. "
             "Name them with the same --lora as the build, and no others."
         )
-    if hash_checkpoint(checkpoint, progress).digest != checkpoint_record(bundle).get("sha256"):
+    require_recorded(bundle, name, hash_checkpoint(checkpoint, progress))
+    return checkpoint
+
+
+def require_recorded(bundle: Bundle, name: str, hashes: CheckpointHashes) -> None:
+    """Raise `UsageError` where the checkpoint `name` is none that a bundle was made from."""
+    if hashes.digest != checkpoint_record(bundle).get("sha256"):
         raise UsageError(
             f"{name} is not the checkpoint that {bundle.root} was made from: its weights or its "
             "layout differ."
         )
-    return checkpoint
 
 
 def _unnamed(loras: Any) -> Any:

@@ -33,7 +33,8 @@ def make_component(component: ComponentSpec, run: BuildRun) -> ComponentRecord:
         calibration, file = run.calibration
         calibration_file = (file,)
         recipe = calibration.recipes[component.name].recipe
-        layers = layers_of(component.asked, run.spec.checkpoint, recipe, calibration.ranges)
+        base = run.spec.checkpoint.unmerged
+        layers = layers_of(component.asked, base, recipe, calibration.ranges)
         component = replace(component, export=component.export.with_layers(layers))
     key = content_key(component, run.spec, run.hashes, layers)
     files = run.staging.finished(component.name, key)
@@ -68,7 +69,10 @@ def _make(component: ComponentSpec, key: str, run: BuildRun) -> tuple[FileRecord
 
     staging, progress = run.staging, run.progress
     artifacts = WeightArtifacts(staging, key)
-    exported = export_component(component.export, run.weights, component.fused, progress, artifacts)
+    earlier = None if run.earlier is None else run.earlier / "onnx" / f"{component.name}.onnx"
+    exported = export_component(
+        component.export, run.weights, component.fused, progress, artifacts, earlier
+    )
     paths = [f"onnx/{path}" for path in (exported.path, *exported.weights)]
     if component.runtime.builds:
         paths += _build_engines(component, exported, run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxdeploy.build.checkpoint import hash_checkpoint
@@ -10,7 +11,7 @@ from fluxdeploy.build.keys import digest, sources_digest
 from fluxdeploy.build.quality import require_nothing_spared
 from fluxdeploy.build.resolve import BuildSpec
 from fluxdeploy.build.staging import Staging
-from fluxdeploy.bundle.files import HashCache
+from fluxdeploy.bundle.files import HashCache, disk_errors
 from fluxdeploy.bundle.manifest import FileRecord
 from fluxdeploy.progress import Progress
 
@@ -20,24 +21,33 @@ if TYPE_CHECKING:
 __all__ = ["BuildRun"]
 
 _CALIBRATION = "calibration.json"
+_TAKEN = "taken from an earlier bundle"
 
 
 class BuildRun:
     """One run of a build: its staging folder, the checkpoint's hashes, and what components share.
 
     The checkpoint is hashed here, which may take a while; `cache` then follows its files.
+    `earlier` is the folder of a bundle of the same that has other LoRAs: its graphs and its
+    calibration are taken.
     """
 
     def __init__(
-        self, spec: BuildSpec, staging: Staging, progress: Progress, cache: HashCache
+        self,
+        spec: BuildSpec,
+        staging: Staging,
+        progress: Progress,
+        cache: HashCache,
+        earlier: Path | None = None,
     ) -> None:
         from exporters.weights.bind import WeightFolder
 
         self.spec = spec
         self.staging = staging
         self.progress = progress
+        self.earlier = earlier
         self.hashes = hash_checkpoint(spec.checkpoint, progress, cache)
-        cache.hash_files([lora.path for lora in spec.request.loras])
+        cache.hash_files([file for lora in spec.request.loras for file in lora.files])
         self.weights = WeightFolder(staging.root / "onnx" / "weights", cache.link)
 
     @cached_property
@@ -47,6 +57,8 @@ class BuildRun:
         from exporters.calibrate.range_file import read_calibration, write_calibration
         from exporters.quality.calibrate import calibrate
 
+        if self.earlier is not None:
+            return self._calibration_of(self.earlier)
         # Of the base: ranges and recipes hold for all that is merged into it.
         checkpoint, known = self.spec.checkpoint.unmerged, self.hashes.digest
         request = self.spec.request
@@ -73,3 +85,16 @@ class BuildRun:
             write_calibration(found, path)
             files = self.staging.record(_CALIBRATION, key, [path])
         return read_calibration(path, checkpoint, known), files[0]
+
+    def _calibration_of(self, earlier: Path) -> tuple[CalibrationFile, FileRecord]:
+        from exporters.calibrate.range_file import read_calibration
+
+        source, path = earlier / _CALIBRATION, self.staging.root / _CALIBRATION
+        found = read_calibration(source, self.spec.checkpoint.unmerged, self.hashes.digest)
+        files = self.staging.finished(_CALIBRATION, _TAKEN)
+        if files is None or path.read_bytes() != source.read_bytes():
+            with disk_errors("write", path):
+                path.unlink(missing_ok=True)
+                path.write_bytes(source.read_bytes())
+            files = self.staging.record(_CALIBRATION, _TAKEN, [path])
+        return found, files[0]

@@ -125,7 +125,7 @@ def command(
             write_calibration(found, out / "calibration.json")
             known_layers = {
                 a.component.name: layers_of(
-                    a, source, found.recipes[a.component.name].recipe, found.ranges
+                    a, source.unmerged, found.recipes[a.component.name].recipe, found.ranges
                 )
                 for a in asked
             }

@@ -29,6 +29,7 @@ DEBUG_VARIABLE = "FLUXDEPLOY_DEBUG"
 
 COMMANDS = {
     "build": "Turn a checkpoint into a bundle.",
+    "refit": "Swap the LoRAs of a bundle.",
     "plan": "Tell what a build will take.",
     "export": "Write only the ONNX files of a checkpoint.",
     "generate": "Make pictures from prompts.",
@@ -43,7 +44,7 @@ COMMANDS = {
 """Each command's name and short help, here so that `fluxdeploy --help` imports no command. The
 module of a command has the same name and holds it as `command`."""
 
-_RESUMABLE = ("build",)
+_RESUMABLE = ("build", "refit")
 """Commands that keep what they have finished; of others one may say so itself when it runs."""
 
 

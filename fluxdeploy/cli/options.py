@@ -97,22 +97,37 @@ class _CheckpointType(click.ParamType):  # type: ignore[type-arg]
 
 
 class _LoraType(click.ParamType):  # type: ignore[type-arg]
-    """FILE or FILE:SCALE; gives a `LoraFile`."""
+    """FILE or FILE:SCALE, or a name of `DEMO_LORAS` for the file; gives a `LoraFile`."""
 
     name = "lora"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from fluxdeploy.demo import DEMO_LORAS
+
         path, separator, number = value.rpartition(":")
-        whole = Path(os.path.expanduser(value))
+        whole = DEMO_LORAS.get(value, Path(os.path.expanduser(value)))
         if not separator or whole.exists():
             return LoraFile(whole)
         try:
             strength = float(number)
         except ValueError:
+            if value.startswith("demo:"):
+                names = " and ".join(DEMO_LORAS)
+                self.fail(
+                    f"There is no LoRA {value!r}. The package comes with {names}.", param, ctx
+                )
             return LoraFile(whole)
         if not math.isfinite(strength):
             self.fail(f"{value!r} has the scale {number}; a finite number is needed.", param, ctx)
-        return LoraFile(Path(os.path.expanduser(path)), strength)
+        return LoraFile(DEMO_LORAS.get(path, Path(os.path.expanduser(path))), strength)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from fluxdeploy.demo import DEMO_LORAS
+
+        files = CompletionItem(incomplete, type="file")
+        return [*_beginning(incomplete, DEMO_LORAS), files]
 
 
 class _SizeType(click.ParamType):  # type: ignore[type-arg]
@@ -250,8 +265,8 @@ LORAS = click.option(
     multiple=True,
     type=_LoraType(),
     metavar="FILE[:SCALE]",
-    help="Merge this LoRA into the weights, with this strength (1 where none is given). May be "
-    "given several times.",
+    help="Merge this LoRA into the weights, with this strength (1 where none is given): a file, or "
+    "demo:embers, which comes with the package. May be given several times.",
 )
 
 BUNDLE = click.option(

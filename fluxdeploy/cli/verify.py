@@ -143,7 +143,10 @@ def show_report(report: VerifyReport) -> None:
             "speed is not."
         )
     if report.pictures is None:
-        show("No pictures were compared: that takes --checkpoint, and PyTorch.")
+        show(
+            "No pictures were compared: that takes --checkpoint, PyTorch, and --lora for each LoRA "
+            "that was merged."
+        )
 
 
 def _tables(report: VerifyReport) -> Iterator[Table]:

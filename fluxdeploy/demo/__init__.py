@@ -1,11 +1,11 @@
-"""The small trained checkpoints that ship with the package, and the scenes that they draw."""
+"""The small trained checkpoints and the LoRA of the package, and the scenes that they draw."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["DEFAULT_CHECKPOINT", "DEMO_CHECKPOINTS"]
+__all__ = ["DEFAULT_CHECKPOINT", "DEMO_CHECKPOINTS", "DEMO_LORAS"]
 
 _FOLDER = Path(__file__).parent / "checkpoints"
 
@@ -14,6 +14,11 @@ DEMO_CHECKPOINTS: Mapping[str, Path] = {
     "demo:schnell": _FOLDER / "schnell",
 }
 """Folders in diffusers layout, by the names that commands take for them."""
+
+DEMO_LORAS: Mapping[str, Path] = {
+    "demo:embers": Path(__file__).parent / "loras" / "embers.safetensors",
+}
+"""LoRAs of `demo:dev`, by the names that `--lora` takes for them."""
 
 DEFAULT_CHECKPOINT = "demo:dev"
 """What a command uses where no checkpoint is given."""

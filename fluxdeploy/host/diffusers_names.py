@@ -42,7 +42,11 @@ _PLACE = (
 )
 _MEMORY = "for less memory open the bundle with `from_bundle(..., low_vram=True)`"
 _TILES = "the VAE goes in tiles by itself where memory does not hold a whole picture; leave it out"
-_LORA = "a LoRA is merged when a bundle is built: `fluxdeploy build --lora FILE`"
+_LORA = (
+    "LoRAs are merged into a bundle, by `fluxdeploy build --lora FILE`, or by "
+    "`fluxdeploy refit --lora FILE` into one that is there"
+)
+_ADAPTER = "weights are part of a bundle; leave it out"
 _SAVED = "a bundle is a folder; copy it"
 
 ATTRIBUTES: Mapping[str, str] = {
@@ -81,10 +85,15 @@ ATTRIBUTES: Mapping[str, str] = {
         (
             *("load_lora_weights", "unload_lora_weights", "set_adapters", "get_active_adapters"),
             *("fuse_lora", "unfuse_lora", "delete_adapters", "get_list_adapters"),
+        ),
+        _LORA,
+    ),
+    **dict.fromkeys(
+        (
             *("load_textual_inversion", "load_ip_adapter", "unload_ip_adapter"),
             "set_ip_adapter_scale",
         ),
-        _LORA,
+        _ADAPTER,
     ),
     **dict.fromkeys(("save_pretrained", "push_to_hub"), _SAVED),
     "from_pipe": "one pipeline does all: give a call `image=` or `mask_image=`",

@@ -82,8 +82,8 @@ _PREFIXES = (
 # What some trainers store that is no low-rank change.
 _REFUSED = (
     ("DoRA", r"\.dora_scale$|\.lora_magnitude_vector(?:\.[\w-]+)*$"),
-    ("LoKr", r"\.lokr_\w+$"),
-    ("LoHa", r"\.hada_\w+$"),
+    ("LoKr", r"\.lokr_\w+(?:\.[\w-]+)*$"),
+    ("LoHa", r"\.hada_\w+(?:\.[\w-]+)*$"),
     ("LoCon with a middle convolution", r"\.lora_mid(?:\.weight)?$"),
     ("OFT", r"\.(?:oft|boft)_\w+(?:\.[\w-]+)*$"),
     ("IA3", r"\.(?:ia3_\w+(?:\.[\w-]+)*|on_input)$"),

@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 from fluxdeploy.bundle.tensorfile import TensorFile, read_tensor, to_float32
 from fluxdeploy.errors import CheckpointError
 
-__all__ = ["Change", "Linears", "Lora", "LoraFile", "LowRank", "read_float32"]
+__all__ = [
+    "Change",
+    "Linears",
+    "Lora",
+    "LoraFile",
+    "LowRank",
+    "adapter_config",
+    "read_float32",
+]
 
 Linears = Mapping[str, Mapping[str, tuple[int, int]]]
 """The linears of a base model: for each part, `transformer`, `clip` and `t5`, the shape (out, in)
@@ -58,12 +66,24 @@ class LowRank:
         return np.ascontiguousarray(rows[:, list(self.columns)])
 
 
+def adapter_config(path: Path) -> Path | None:
+    """Where PEFT's `save_pretrained` has put a file's alpha; None for files of other names."""
+    config = path.with_name("adapter_config.json")
+    return config if path.name == "adapter_model.safetensors" and config.is_file() else None
+
+
 @dataclass(frozen=True)
 class LoraFile:
     """A LoRA file that a user names, and how strongly it is to change the weights."""
 
     path: Path
     strength: float = 1.0
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The file, and the one beside it that is read with it."""
+        config = adapter_config(self.path)
+        return (self.path,) if config is None else (self.path, config)
 
 
 @dataclass(frozen=True)

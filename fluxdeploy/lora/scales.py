@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from fluxdeploy.bundle.files import read_whole
 from fluxdeploy.bundle.tensorfile import TensorFile, read_tensor
 from fluxdeploy.bundle.typed_json import load_strict
 from fluxdeploy.errors import CheckpointError
 from fluxdeploy.lora.keys import Key
-from fluxdeploy.lora.lora import read_float32
+from fluxdeploy.lora.lora import adapter_config, read_float32
 
 __all__ = ["Scales"]
 
@@ -20,19 +21,25 @@ _METADATA = "lora_adapter_metadata"
 """Where diffusers writes PEFT's settings as JSON, each with its part's name before it."""
 
 _PREFIXES = {"transformer": "transformer.", "clip": "text_encoder.", "t5": "text_encoder_2."}
+_MOST = 1 << 22
+"""Bytes of an adapter_config.json that are read."""
+
 _INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 
 
 class Scales:
-    """Of one file. A tensor `alpha` of a module comes before the file's metadata; 1 is without."""
+    """Of one file. A tensor `alpha` of a module comes before the file's settings; 1 is without.
+
+    Settings are in its metadata, or in PEFT's adapter_config.json beside it.
+    """
 
     def __init__(self, file: TensorFile) -> None:
-        """Raises `CheckpointError` for metadata that is no JSON object, or that asks for DoRA."""
+        """Raises `CheckpointError` for settings that are no JSON object, or that ask for DoRA."""
         self._file = file
         self._settings = _settings(file)
         for name, value in self._settings.items():
             if name.endswith("use_dora") and value:
-                raise CheckpointError(f"{file.path} is DoRA, says its metadata; it is not read.")
+                raise CheckpointError(f"{file.path} is DoRA, say its settings; it is not read.")
 
     def of(self, alpha: Key | None, down: Key, rank: int) -> float:
         """The number that up @ down is multiplied with. Raises `CheckpointError` for a bad one."""
@@ -47,7 +54,7 @@ class Scales:
                     number = value
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise CheckpointError(
-                f"The metadata of {self._file.path} has {number!r} as alpha of {down.text}; "
+                f"The settings of {self._file.path} have {number!r} as alpha of {down.text}; "
                 "it is a number."
             )
         return number / (math.sqrt(rank) if settings.get("use_rslora") else rank)
@@ -74,13 +81,19 @@ class Scales:
 
 
 def _settings(file: TensorFile) -> Mapping[str, Any]:
-    text = file.metadata.get(_METADATA)
-    if text is None:
-        return {}
+    text, name = file.metadata.get(_METADATA), f"The {_METADATA} of {file.path}"
+    config = adapter_config(file.path)
     try:
+        if text is None and config is not None:
+            name = str(config)
+            text = read_whole(config, _MOST).decode("utf-8")
+        if text is None:
+            return {}
         settings = load_strict(text)
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
-        raise CheckpointError(f"The {_METADATA} of {file.path} is not JSON: {error}.") from None
+        raise CheckpointError(f"{name} is not JSON: {error}.") from None
     if not isinstance(settings, dict):
-        raise CheckpointError(f"The {_METADATA} of {file.path} is not a JSON object.")
+        raise CheckpointError(f"{name} is not a JSON object.")
     return settings

@@ -12,7 +12,8 @@ from engines import EngineOptions, open_engine
 from engines.golden import Deviation, measure_component
 from fluxdeploy.build.checkpoint import checkpoint_record, open_recorded
 from fluxdeploy.bundle import Bundle, open_bundle
-from fluxdeploy.demo import DEMO_CHECKPOINTS
+from fluxdeploy.bundle.files import sha256_file
+from fluxdeploy.demo import DEMO_CHECKPOINTS, DEMO_LORAS
 from fluxdeploy.errors import UsageError
 from fluxdeploy.install import install_command
 from fluxdeploy.lora import LoraFile
@@ -109,8 +110,9 @@ def verify(
     task.finish()
     if pictures is None and prompts:
         pictures = len(prompts)
-    # The package has its checkpoints at hand, and no LoRA.
+    # The package has its checkpoints and LoRAs at hand, and no others.
     needed = pictures is not None or bool(loras)
+    loras = loras or _find_loras(bundle)
     at_hand = loras or not bundle.manifest.provenance.get("loras")
     source = _find_checkpoint(bundle, checkpoint, needed) if at_hand or needed else checkpoint
     opened = None if source is None else open_recorded(bundle, source, progress, loras)
@@ -133,6 +135,22 @@ def verify(
         drawing = choose_scenes(bundle, count) if is_demo else choose_prompts(bundle, count)
     compared = compare_pictures(bundle, opened, drawing, runtime, options, progress)
     return VerifyReport(bundle.content_hash, tuple(components), compared, layers)
+
+
+def _find_loras(bundle: Bundle) -> tuple[LoraFile, ...]:
+    """The LoRAs that were merged into a bundle, where all of them come with the package."""
+    recorded = bundle.manifest.provenance.get("loras")
+    if not isinstance(recorded, list) or not recorded:
+        return ()
+    known = {sha256_file(path): path for path in DEMO_LORAS.values()}
+    found = []
+    for record in recorded:
+        match record:
+            case {"sha256": str(digest), "scale": float(scale)} if digest in known:
+                found.append(LoraFile(known[digest], scale))
+            case _:
+                return ()
+    return tuple(found)
 
 
 def _find_checkpoint(bundle: Bundle, given: str | None, needed: bool) -> str | None:

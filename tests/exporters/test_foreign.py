@@ -93,7 +93,7 @@ def test_lora_in_a_file_of_its_own_and_inside_a_transformer(name: str) -> None:
     with pytest.raises(CheckpointError, match="LoRA that was not merged") as caught:
         check_part(inside, "transformer", Path("flux1-dev.safetensors"))
     assert name in str(caught.value)
-    assert "merge it" in str(caught.value)
+    assert "--lora" in str(caught.value)
 
 
 @pytest.mark.parametrize(

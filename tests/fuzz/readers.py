@@ -85,6 +85,33 @@ def safetensors(folder: Path) -> Reader:
     return _of_file(folder / "x.safetensors", seeds, read)
 
 
+def lora(folder: Path) -> Reader:
+    from fluxdeploy.bundle.tensorfile import TensorFileWriter
+    from fluxdeploy.lora import read_lora
+
+    block = "transformer_blocks.0.attn"
+    flat = "lora_unet_double_blocks_0_img_attn_qkv"
+    linears = {"transformer": {f"{block}.{name}": (8, 8) for name in ("to_q", "to_k", "to_v")}}
+    config = '{"transformer.r": 2, "transformer.lora_alpha": 4}'
+    seeds = []
+    for names, rows, metadata in (
+        ((f"{block}.to_q.lora_A.weight", f"{block}.to_q.lora_B.weight"), 8, config),
+        ((f"{flat}.lora_down.weight", f"{flat}.lora_up.weight"), 24, "{}"),
+    ):
+        declared = [(names[0], "F32", (2, 8)), (names[1], "F16", (rows, 2))]
+        path = folder / f"{rows}.safetensors"
+        with TensorFileWriter(path, declared, {"lora_adapter_metadata": metadata}) as writer:
+            writer.write(bytes(range(64)))
+            writer.write(bytes(range(4 * rows)))
+        seeds.append(path.read_bytes())
+
+    def read(path: Path) -> None:
+        for change in read_lora(path, linears).changes.get("transformer", {}).values():
+            assert change.up().shape == (8, change.rank) == change.down().T.shape
+
+    return _of_file(folder / "x.safetensors", seeds, read)
+
+
 def manifest(folder: Path) -> Reader:
     from fluxdeploy.bundle import open_bundle
     from tests.support.small_bundle import small_files, small_manifest, write_small_bundle
@@ -489,7 +516,7 @@ def native_engine(folder: Path) -> Reader:
 READERS: Mapping[str, Make] = {
     make.__name__: make
     for make in (
-        safetensors, manifest, hash_cache, staging, tokenizer, picture_metadata, pictures,
+        safetensors, lora, manifest, hash_cache, staging, tokenizer, picture_metadata, pictures,
         bench_report, fusion_report, prompts, checkpoint, tokenizer_folder, ranges, arguments,
         emulated_graph, native_engine,
     )

@@ -11,7 +11,7 @@ from diffusers.loaders import lora_conversion_utils as converters
 from safetensors.torch import save_file
 
 from fluxdeploy.errors import CheckpointError
-from fluxdeploy.lora import read_lora
+from fluxdeploy.lora import LoraFile, read_lora
 
 _WIDTH, _MLP = 3072, 12288  # diffusers' converter of kohya's names has these sizes in its code
 _RANK = 4
@@ -127,6 +127,19 @@ def test_metadata_of_diffusers_scales_a_lora(tmp_path: Path) -> None:
     metadata = {"lora_adapter_metadata": '{"transformer.lora_alpha": 8, "transformer.r": 4}'}
     change = read_lora(_write(path, _peft(), metadata), LINEARS).changes["transformer"]
     assert change[f"{_BLOCK}.attn.to_q"].scale == 2.0
+
+
+def test_the_config_beside_a_file_of_peft_scales_it(tmp_path: Path) -> None:
+    path = _write(tmp_path / "adapter_model.safetensors", _peft())
+    config = tmp_path / "adapter_config.json"
+    config.write_text('{"lora_alpha": 16, "r": 4, "use_rslora": true}')
+    change = read_lora(path, LINEARS).changes["transformer"]
+    assert change[f"{_BLOCK}.attn.to_q"].scale == 8.0
+    assert LoraFile(path).files == (path, config)
+    for text, words in (("[", "is not JSON"), ('{"use_dora": true}', "DoRA")):
+        config.write_text(text)
+        with pytest.raises(CheckpointError, match=words):
+            read_lora(path, LINEARS)
 
 
 def _with(key: str, value: torch.Tensor | None = None) -> Tensors:

@@ -1,0 +1,141 @@
+"""Refitting: other LoRAs, or none, in a bundle that is there, whose graphs stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from engines import Runtime, choose_builder, runtimes
+from fluxdeploy.build.checkpoint import (
+    checkpoint_record,
+    find_checkpoint,
+    require_recorded,
+    require_unchanged,
+)
+from fluxdeploy.build.components import make_component
+from fluxdeploy.build.keys import tool_versions
+from fluxdeploy.build.resolve import BuildRequest, resolve
+from fluxdeploy.build.run import BuildRun
+from fluxdeploy.build.staging import Staging
+from fluxdeploy.build.tokenizers import make_tokenizer
+from fluxdeploy.bundle import Bundle, open_bundle
+from fluxdeploy.bundle.files import HashCache
+from fluxdeploy.demo import DEMO_CHECKPOINTS
+from fluxdeploy.errors import UsageError
+from fluxdeploy.lora import LoraFile
+from fluxdeploy.precision import PRECISIONS
+from fluxdeploy.progress import Progress
+
+__all__ = ["refit"]
+
+
+def refit(
+    path: Path, checkpoint: str | None, loras: Sequence[LoraFile], progress: Progress
+) -> Bundle:
+    """Merge `loras`, in place of those that it has, into the bundle at `path`.
+
+    Nothing is traced and nothing calibrated: of the components that the old or the new LoRAs
+    change, weight files and golden tensors are written anew, and their engines are checked. The
+    weight files are those of a build with the same LoRAs. `checkpoint` is what the bundle was made
+    from, None where it comes with the package or from a hub. The bundle stays usable until the
+    end. Skips that were tuned for the old weights are left out.
+
+    Raises `UsageError` for a bundle whose engines hold weights or that other versions have built,
+    for another checkpoint and where none is known, and the errors of each step.
+    """
+    bundle = open_bundle(path)
+    runtime, targets = _builder(bundle)
+    _require_same_tools(bundle)
+    name = checkpoint or _recorded_name(bundle)
+    opened = find_checkpoint(name, loras)
+    spec = resolve(_request(bundle, name, loras), opened, runtime, targets)
+    cache = HashCache()
+    with Staging(path, cache.link) as staging:
+        run = BuildRun(spec, staging, progress, cache, bundle.root)
+        require_recorded(bundle, name, run.hashes)
+        tokenizers = {name: make_tokenizer(name, run) for name in spec.tokenizers}
+        task = progress.task("Refitting components", total=len(spec.components))
+        components = {}
+        for component in spec.components:
+            components[component.name] = make_component(component, run)
+            task.advance()
+        require_unchanged(cache)
+        provenance = {k: v for k, v in bundle.manifest.provenance.items() if k != "loras"}
+        if opened.loras:
+            provenance["loras"] = [asdict(lora) for lora in opened.loras]
+        staging.commit(
+            replace(
+                bundle.manifest,
+                components=components,
+                tokenizers=tokenizers,
+                provenance=provenance,
+                skips=(),
+            )
+        )
+    cache.renew()
+    return open_bundle(path)
+
+
+def _builder(bundle: Bundle) -> tuple[Runtime, tuple[str, ...]]:
+    """What runs the bundle's graphs. Raises `UsageError` where something else does."""
+    from exporters.formats import FORMATS
+
+    for name, component in bundle.manifest.components.items():
+        for engine in component.engines:
+            (runtime,) = runtimes(engine.runtime)
+            if runtime.builds:
+                raise UsageError(
+                    f"{name} of {bundle.root} is an engine of {engine.runtime}, which holds its "
+                    "weights: refit swaps those of graphs alone. Run `fluxdeploy build` with the "
+                    "same --lora."
+                )
+        quantization = PRECISIONS[component.precision].quantization
+        if quantization is not None and FORMATS[quantization.format].shares_scales:
+            raise UsageError(
+                f"{name} of {bundle.root} is in {component.precision}, in which several weights "
+                "share a scale: refit cannot bind them. Run `fluxdeploy build` with the same "
+                "--lora."
+            )
+    engines = bundle.manifest.components["transformer"].engines
+    return choose_builder(engines[0].runtime, tuple(engine.target for engine in engines))
+
+
+def _require_same_tools(bundle: Bundle) -> None:
+    from fluxdeploy import __version__
+
+    tools = {"fluxdeploy": __version__} | tool_versions()
+    recorded = bundle.manifest.provenance.get("tools")
+    known = recorded if isinstance(recorded, dict) else {}
+    for tool, version in tools.items():
+        if known.get(tool) != version:
+            raise UsageError(
+                f"{bundle.root} was built with {tool} {known.get(tool, 'of no recorded version')}, "
+                f"and {version} is installed: its graphs may not fit. Run `fluxdeploy build` with "
+                "the same --lora."
+            )
+
+
+def _recorded_name(bundle: Bundle) -> str:
+    record = checkpoint_record(bundle)
+    name, revision = record.get("name"), record.get("revision")
+    if isinstance(name, str) and name in DEMO_CHECKPOINTS:
+        return name
+    if isinstance(name, str) and isinstance(revision, str):
+        return f"{name}@{revision}"
+    raise UsageError(
+        f"Refitting {bundle.root} takes --checkpoint, what it was made from"
+        + (f": {name}." if isinstance(name, str) else ".")
+    )
+
+
+def _request(bundle: Bundle, checkpoint: str, loras: Sequence[LoraFile]) -> BuildRequest:
+    """A request that makes the same components, whatever was typed."""
+    components = bundle.manifest.components
+    precision = bundle.manifest.provenance.get("requested_precision")
+    return BuildRequest(
+        checkpoint=checkpoint,
+        precision=precision if isinstance(precision, str) else components["transformer"].precision,
+        component_precision={name: record.precision for name, record in components.items()},
+        loras=tuple(loras),
+    )
