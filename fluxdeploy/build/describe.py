@@ -57,10 +57,29 @@ def describe(
             **({"loras": [asdict(lora) for lora in checkpoint.loras]} if checkpoint.loras else {}),
             **({} if limit is None else {"limits": limit}),
             "requested_precision": request.precision,
+            "transformer_bytes": _transformer_bytes(run),
             "vae_bytes_per_pixel": _vae_bytes_per_pixel(run),
             "tools": {"fluxdeploy": __version__} | tool_versions(),
         },
     )
+
+
+def _transformer_bytes(run: BuildRun) -> dict[str, int]:
+    """What a picture takes of the transformer's memory on a CPU: a T + b T² for T tokens."""
+    (component,) = (part for part in run.spec.components if part.name == "transformer")
+    if set(component.targets) != {"cpu"}:
+        return {}
+
+    def of(tokens: int) -> int:
+        return component.export.component.activations(
+            run.spec.checkpoint,
+            CallSizes(1, 0, tokens, 1),
+            component.kernels,
+            WIDTHS[component.compute],
+        )
+
+    pair = (of(2) - 2 * of(1)) // 2
+    return {"per_token": of(1) - pair, "per_pair_of_tokens": pair}
 
 
 def _vae_bytes_per_pixel(run: BuildRun) -> dict[str, int]:

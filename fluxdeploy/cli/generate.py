@@ -27,6 +27,7 @@ from fluxdeploy.cli.options import (
 )
 from fluxdeploy.errors import (
     CutPromptWarning,
+    TiledWarning,
     UnmeasuredSkipsWarning,
     UnusedArgumentWarning,
     UsageError,
@@ -85,7 +86,7 @@ def _joined(numbers: tuple[int, ...]) -> str:
     return ",".join(map(str, numbers))
 
 
-_KINDS = (CutPromptWarning, UnmeasuredSkipsWarning, UnusedArgumentWarning)
+_KINDS = (CutPromptWarning, TiledWarning, UnmeasuredSkipsWarning, UnusedArgumentWarning)
 
 
 @click.command()

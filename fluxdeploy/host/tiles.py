@@ -2,7 +2,7 @@
 
 Tiles overlap. Of an overlap, what is nearest to a tile's edge is cut away, and the rest is mixed
 along a smooth ramp. Group norms and attention look at all that they are given, so that a tile is
-not quite what the whole picture would have there; of the tiles that fit, the largest are taken.
+not quite what the whole picture would have there: its colors differ.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.host.components import Run
 from fluxdeploy.machine import read_memory
 
-__all__ = ["run_in_tiles", "tile_side", "tiled"]
+__all__ = ["SIDE", "needs_tiles", "run_in_tiles", "tiled", "vae_cost"]
 
-_SIDES = (192, 160, 128, 96, 64)
-"""Latents of a tile's side, largest first."""
+SIDE = 96
+"""Latents of a tile's side. One size, whatever memory is free: a seed gives one of two pictures,
+the one that is made whole or the one in tiles."""
 
 _CUT, _RAMP = 8, 16
 """Latents on each side of an overlap that are cut away, and those between that are mixed."""
@@ -31,44 +32,75 @@ _SHARE = 0.8
 
 _INPUTS = {"vae_decoder": "latents", "vae_encoder": "images"}
 
+_DONE = {"vae_decoder": "decoded", "vae_encoder": "encoded"}
 
-def tiled(run: Run, manifest: Manifest, free_memory: Callable[[], int | None] | None = None) -> Run:
-    """`run`, with the VAE in tiles where the memory that is free then does not hold the whole.
 
-    A bundle that does not record what its VAE takes, or is not for CPUs, has it run whole.
+def tiled(
+    run: Run,
+    manifest: Manifest,
+    tell: Callable[[str], None],
+    free_memory: Callable[[], int | None] | None = None,
+) -> Run:
+    """`run` for one call, with the VAE in tiles where free memory does not hold the whole.
+
+    What the first picture of a size does, all of that size do. A bundle that does not record what
+    its VAE takes, or is not for CPUs, has it run whole. The smallest that there is is a tile, which
+    runs even where memory seems not to hold it.
+
+    tell: called once for each half of the VAE and size, with a sentence on its tiles.
     """
     factor = manifest.latents.spatial_factor
     free = free_memory or (lambda: read_memory().available)
-    recorded = manifest.provenance.get("vae_bytes_per_pixel")
-    costs = recorded if isinstance(recorded, Mapping) else {}
+    decided: dict[tuple[str, int, int], bool] = {}
+
+    def decide(component: str, height: int, width: int, cost: int) -> bool:
+        in_tiles = needs_tiles(height, width, cost * factor**2, free())
+        if in_tiles:
+            tell(_sentence(component, height * factor, width * factor, cost, factor))
+        return in_tiles
 
     def in_tiles(component: str, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
-        cost = costs.get(component)
-        if component not in _INPUTS or type(cost) is not int or cost <= 0:
+        cost = vae_cost(manifest, component)
+        if cost is None:
             return run(component, inputs)
-        decoding = component == "vae_decoder"
         array = inputs[_INPUTS[component]]
-        unit = 1 if decoding else factor
-        height, width = array.shape[2] // unit, array.shape[3] // unit
-        side = tile_side(height, width, cost * factor**2, free())
-        if side is None:
+        unit = 1 if component == "vae_decoder" else factor
+        key = (component, array.shape[2] // unit, array.shape[3] // unit)
+        if key not in decided:
+            decided[key] = decide(*key, cost)
+        if not decided[key]:
             return run(component, inputs)
-        return run_in_tiles(run, component, array, side, factor)
+        return run_in_tiles(run, component, array, SIDE, factor)
 
     return in_tiles
 
 
-def tile_side(height: int, width: int, cost: int, free: int | None) -> int | None:
-    """Latents of a tile's side for height x width latents; None where the whole fits.
+def vae_cost(manifest: Manifest, component: str) -> int | None:
+    """Bytes a pixel that a half of the VAE takes on a CPU; None where it is not recorded."""
+    recorded = manifest.provenance.get("vae_bytes_per_pixel")
+    cost = recorded.get(component) if isinstance(recorded, Mapping) else None
+    return cost if component in _INPUTS and type(cost) is int and cost > 0 else None
 
-    cost: bytes a latent. free: bytes, None where unknown. The smallest tile where none fits.
+
+def needs_tiles(height: int, width: int, cost: int, free: int | None) -> bool:
+    """Whether height x width latents, of `cost` bytes each, are more than `free` bytes hold.
+
+    Never where one tile is all of them, or where it is not known what is free.
     """
-    if free is None or height * width * cost <= _SHARE * free:
-        return None
-    for side in _SIDES:
-        if min(side, height) * min(side, width) * cost <= _SHARE * free:
-            return side
-    return _SIDES[-1]
+    if free is None or max(height, width) <= SIDE:
+        return False
+    return height * width * cost > _SHARE * free
+
+
+def _sentence(component: str, height: int, width: int, cost: int, factor: int) -> str:
+    side = SIDE * factor
+    need = height * width * cost / _SHARE
+    return (
+        f"The {width}x{height} picture was {_DONE[component]} in tiles of "
+        f"{min(side, width)}x{min(side, height)} pixels, since the whole takes {need / 1e9:.1f} GB "
+        "of free memory: colors can differ from those of the whole. Free memory, set low_vram, or "
+        "ask for a smaller size."
+    )
 
 
 def run_in_tiles(

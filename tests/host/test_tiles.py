@@ -10,7 +10,7 @@ import pytest
 
 from engines.base import Array
 from fluxdeploy.bundle.manifest import Manifest
-from fluxdeploy.host.tiles import run_in_tiles, tile_side, tiled
+from fluxdeploy.host.tiles import needs_tiles, run_in_tiles, tiled
 
 
 class Vae:
@@ -61,25 +61,50 @@ def test_what_a_tile_makes_at_its_edge_is_not_seen() -> None:
     assert np.abs(found - vae("vae_decoder", {"latents": latents})["images"][inside]).max() < 1e-6
 
 
-def test_the_whole_where_it_fits_and_else_the_largest_tiles() -> None:
-    assert tile_side(256, 256, 1000, None) is None
-    assert tile_side(256, 256, 1000, 82_000_000) is None
-    assert tile_side(256, 256, 1000, 80_000_000) == 192
-    assert tile_side(256, 256, 1000, 30_000_000) == 128
-    assert tile_side(512, 512, 1000, 1) == 64
+def test_the_whole_where_it_fits_and_where_a_tile_is_all() -> None:
+    assert not needs_tiles(256, 256, 1000, None)
+    assert not needs_tiles(256, 256, 1000, 82_000_000)
+    assert needs_tiles(256, 256, 1000, 80_000_000)
+    assert needs_tiles(97, 16, 1000, 1), "a tile runs, whatever is free"
+    assert not needs_tiles(96, 96, 1000, 1)
+
+
+class Call:
+    """A VAE in a call of the pipeline, of a bundle that records a cost of 1000 bytes a pixel."""
+
+    def __init__(self, manifest: Manifest, provenance: Mapping[str, object], *free: int) -> None:
+        self.vae, self.told, left = Vae(), [], list(free)
+        given = replace(manifest, provenance=provenance)
+        self.run = tiled(self.vae, given, self.told.append, lambda: left.pop(0))
+
+
+RECORDED = {"vae_bytes_per_pixel": {"vae_decoder": 1000, "vae_encoder": 1000}}
 
 
 def test_the_bundle_tells_when_tiles_are_needed(manifest: Manifest) -> None:
-    latents = numbers(1, 4, 100, 100)
+    latents = {"latents": numbers(1, 4, 100, 100)}
+    for provenance, free, tiles in (
+        (RECORDED, 1_000_000_000, 1),
+        (RECORDED, 600_000_000, 4),
+        (RECORDED, 1, 4),
+        ({}, 1, 1),
+        ({"vae_bytes_per_pixel": 3}, 1, 1),
+        ({"vae_bytes_per_pixel": {"vae_decoder": "x"}}, 1, 1),
+    ):
+        call = Call(manifest, provenance, free)
+        call.run("vae_decoder", latents)
+        assert len(call.vae.shapes) == tiles
+        assert len(call.told) == (tiles > 1)
 
-    def runs(provenance: Mapping[str, object], free: int) -> int:
-        vae = Vae()
-        given = replace(manifest, provenance=provenance)
-        tiled(vae, given, lambda: free)("vae_decoder", {"latents": latents})
-        return len(vae.shapes)
 
-    recorded = {"vae_bytes_per_pixel": {"vae_decoder": 1000}}
-    assert runs(recorded, 1_000_000_000) == 1
-    assert runs(recorded, 600_000_000) > 1
-    for without in ({}, {"vae_bytes_per_pixel": 3}, {"vae_bytes_per_pixel": {"vae_decoder": "x"}}):
-        assert runs(without, 1) == 1
+def test_the_pictures_of_a_call_are_made_alike_and_told_of_once(manifest: Manifest) -> None:
+    latents = {"latents": numbers(1, 4, 100, 64)}
+    call = Call(manifest, RECORDED, 1, 10**12)
+    first, second = (call.run("vae_decoder", latents)["images"] for _ in range(2))
+    assert np.array_equal(first, second)
+    (told,) = call.told
+    assert told.startswith("The 512x800 picture was decoded in tiles of 512x768 pixels")
+    assert "smaller size" in told
+
+    call.run("vae_encoder", {"images": numbers(1, 3, 800, 512)})
+    assert len(call.told) == 1, "that much was free then"
