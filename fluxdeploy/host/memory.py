@@ -70,11 +70,12 @@ def _transformer(task: Task) -> int:
 
 
 def _together(manifest: Manifest, batch: int) -> int:
-    """Pictures that the transformer is run on at once."""
+    """Pictures that the transformer is run on at once, by the engine that takes the fewest."""
     record = manifest.components.get("transformer")
     engines = () if record is None else record.engines
     most = [engine.dimensions["B"].max for engine in engines if "B" in engine.dimensions]
-    return min((batch, *most))
+    parts = max((-(-batch // each) for each in most), default=1)
+    return -(-batch // parts)
 
 
 def _vae(task: Task, latents_only: bool) -> int:
