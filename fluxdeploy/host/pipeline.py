@@ -461,9 +461,7 @@ class FluxPipeline:
 
         return options.num_previews, show
 
-    def _tell(
-        self, notices: Sequence[str], kind: type[Warning] = UnusedArgumentWarning
-    ) -> None:
+    def _tell(self, notices: Sequence[str], kind: type[Warning] = UnusedArgumentWarning) -> None:
         """Warn the caller of `__call__`, of each thing once."""
         for notice in notices:
             if notice not in self._told:

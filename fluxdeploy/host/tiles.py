@@ -1,8 +1,9 @@
 """The VAE in tiles, where memory does not hold a whole picture.
 
 Tiles overlap. Of an overlap, what is nearest to a tile's edge is cut away, and the rest is mixed
-along a smooth ramp. Group norms and attention look at all that they are given, so that a tile is
-not quite what the whole picture would have there: its colors differ.
+along a smooth ramp. Group norms and attention look at all that they are given, so that a tile alone
+has other colors than the whole picture would have there. Most of that is taken back: the picture is
+also run at a size that fits, the whole and the part of each tile, and a tile gets the difference.
 """
 
 from __future__ import annotations
@@ -85,9 +86,9 @@ def vae_cost(manifest: Manifest, component: str) -> int | None:
 def needs_tiles(height: int, width: int, cost: int, free: int | None) -> bool:
     """Whether height x width latents, of `cost` bytes each, are more than `free` bytes hold.
 
-    Never where one tile is all of them, or where it is not known what is free.
+    Never where they are no more than a tile's, or where it is not known what is free.
     """
-    if free is None or max(height, width) <= SIDE:
+    if free is None or height * width <= SIDE**2:
         return False
     return height * width * cost > _SHARE * free
 
@@ -112,24 +113,94 @@ def run_in_tiles(
     """
     name = _INPUTS[component]
     given, made = (1, factor) if component == "vae_decoder" else (factor, 1)
-    rows = _spans(array.shape[2] // given, side, made)
-    columns = _spans(array.shape[3] // given, side, made)
+    source: NDArray[np.float32] = np.asarray(array, np.float32)
+    height, width = source.shape[2] // given, source.shape[3] // given
+    small = _Small(run, component, source, _shrink(height, width, side), given, made)
     whole: dict[str, NDArray[np.float32]] = {}
-    for top, tall, down in rows:
-        for left, wide, across in columns:
-            part = array[
-                :, :, top * given : (top + tall) * given, left * given : (left + wide) * given
-            ]
+    for top, tall, down in _spans(height, side, made):
+        for left, wide, across in _spans(width, side, made):
+            part = _cut(source, given, top, top + tall, left, left + wide)
             outputs = run(component, {name: np.ascontiguousarray(part)})
+            missing = small.missing((top, tall), (left, wide))
             weights = down[:, None] * across
             for key, values in outputs.items():
                 if key not in whole:
-                    size = (array.shape[2] // given * made, array.shape[3] // given * made)
+                    size = (height * made, width * made)
                     whole[key] = np.zeros((*values.shape[:2], *size), np.float32)
-                whole[key][
-                    :, :, top * made : (top + tall) * made, left * made : (left + wide) * made
-                ] += weights * values
+                place = _cut(whole[key], made, top, top + tall, left, left + wide)
+                place += weights * (values + missing[key])
     return whole
+
+
+def _shrink(height: int, width: int, side: int) -> int:
+    """How many times smaller a side must be, for all of a picture to be no larger than a tile."""
+    shrink = 2
+    while -(-height // shrink) * -(-width // shrink) > side**2:
+        shrink += 1
+    return shrink
+
+
+class _Small:
+    """The whole picture, made small enough to be run at once, and what tiles lack beside it.
+
+    A tile is also run as small, without the rest. What the rest would change there is nearly what
+    it would change in the tile: it is the statistics of norms, and so smooth.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        component: str,
+        array: NDArray[np.float32],
+        shrink: int,
+        given: int,
+        made: int,
+    ) -> None:
+        self._run, self._component = run, component
+        self._shrink, self._given, self._made = shrink, given, made
+        rest = [(0, -size % (shrink * given)) for size in array.shape[2:]]
+        padded = np.pad(array, [(0, 0), (0, 0), *rest], mode="edge")
+        self._input = _means(padded, shrink)
+        self._outputs = run(component, {_INPUTS[component]: self._input})
+
+    def missing(
+        self, rows: tuple[int, int], columns: tuple[int, int]
+    ) -> dict[str, NDArray[np.float32]]:
+        """What to add to the outputs of a tile, of (first, count) rows and columns of latents."""
+        (top, bottom, down), (left, right, across) = map(self._span, (rows, columns))
+        part = _cut(self._input, self._given, top, bottom, left, right)
+        inputs = {_INPUTS[self._component]: np.ascontiguousarray(part)}
+        alone = self._run(self._component, inputs)
+        found: dict[str, NDArray[np.float32]] = {}
+        for key, values in alone.items():
+            there = _cut(self._outputs[key], self._made, top, bottom, left, right)
+            change: NDArray[np.float32] = down @ _means(there - values, self._made) @ across.T
+            found[key] = change
+        return found
+
+    def _span(self, span: tuple[int, int]) -> tuple[int, int, NDArray[np.float32]]:
+        """The small latents of a tile's, and the weights of a line from each to the next."""
+        start, count = span
+        first, last = start // self._shrink, -(-(start + count) // self._shrink)
+        pixels = (start * self._made + np.arange(count * self._made) + 0.5) / self._made
+        places = np.clip(pixels / self._shrink - 0.5 - first, 0, last - first - 1)
+        near = np.maximum(0, 1 - np.abs(places[:, None] - np.arange(last - first)))
+        return first, last, near.astype(np.float32)
+
+
+def _cut(
+    array: NDArray[np.float32], unit: int, top: int, bottom: int, left: int, right: int
+) -> NDArray[np.float32]:
+    """Some rows and columns of an array [1, C, ...], in units of so many."""
+    return array[:, :, top * unit : bottom * unit, left * unit : right * unit]
+
+
+def _means(array: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    """The means of blocks of size x size, of an array [1, C, ...] of whole blocks."""
+    batch, channels, height, width = array.shape
+    blocks = array.reshape(batch, channels, height // size, size, width // size, size)
+    means: NDArray[np.float32] = blocks.mean(axis=(3, 5), dtype=np.float32)
+    return means
 
 
 def _spans(length: int, side: int, made: int) -> list[tuple[int, int, NDArray[np.float32]]]:
