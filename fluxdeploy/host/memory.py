@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.errors import UsageError
 from fluxdeploy.host.tasks.task import Task
-from fluxdeploy.host.tiles import SIDE, vae_cost
+from fluxdeploy.host.tiles import SIDE, is_cost, vae_cost
 from fluxdeploy.machine import read_memory, resident_memory
 from fluxdeploy.sampling.latents import token_grid
 
@@ -62,7 +62,7 @@ def _transformer(task: Task) -> int:
     recorded = manifest.provenance.get("transformer_bytes")
     costs = recorded if isinstance(recorded, Mapping) else {}
     token, pair = (costs.get(name) for name in ("per_token", "per_pair_of_tokens"))
-    if type(token) is not int or type(pair) is not int or token < 0 or pair < 0:
+    if not is_cost(token) or not is_cost(pair):
         return 0
     rows, columns = token_grid(request.height, request.width, manifest.latents)
     tokens = request.max_sequence_length + rows * columns

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.host.components import Run
 from fluxdeploy.machine import read_memory
 
-__all__ = ["SIDE", "needs_tiles", "run_in_tiles", "tiled", "vae_cost"]
+__all__ = ["SIDE", "is_cost", "needs_tiles", "run_in_tiles", "tiled", "vae_cost"]
 
 SIDE = 96
 """Latents of a tile's side. One size, whatever memory is free: a seed gives one of two pictures,
@@ -30,6 +31,8 @@ _CUT, _RAMP = 8, 16
 
 _SHARE = 0.8
 """Of the free memory, what a run may take: its figure is an estimate."""
+
+_MOST = 1 << 40
 
 _INPUTS = {"vae_decoder": "latents", "vae_encoder": "images"}
 
@@ -80,7 +83,12 @@ def vae_cost(manifest: Manifest, component: str) -> int | None:
     """Bytes a pixel that a half of the VAE takes on a CPU; None where it is not recorded."""
     recorded = manifest.provenance.get("vae_bytes_per_pixel")
     cost = recorded.get(component) if isinstance(recorded, Mapping) else None
-    return cost if component in _INPUTS and type(cost) is int and cost > 0 else None
+    return cost if component in _INPUTS and is_cost(cost) and cost > 0 else None
+
+
+def is_cost(value: object) -> TypeGuard[int]:
+    """Whether what a manifest has under `provenance` can be bytes of a pixel or of a token."""
+    return type(value) is int and 0 <= value <= _MOST
 
 
 def needs_tiles(height: int, width: int, cost: int, free: int | None) -> bool:
@@ -174,8 +182,8 @@ class _Small:
         found: dict[str, NDArray[np.float32]] = {}
         for key, values in alone.items():
             there = _cut(self._outputs[key], self._made, top, bottom, left, right)
-            change: NDArray[np.float32] = down @ _means(there - values, self._made) @ across.T
-            found[key] = change
+            change = down @ _means(there - values, self._made) @ across.T
+            found[key] = np.asarray(change, np.float32)
         return found
 
     def _span(self, span: tuple[int, int]) -> tuple[int, int, NDArray[np.float32]]:

@@ -89,6 +89,8 @@ def test_swap_counts(pipe: FluxPipeline, free: Callable[..., None]) -> None:
         {"transformer_bytes": {"per_token": "x"}},
         {"transformer_bytes": {"per_token": 10**9, "per_pair_of_tokens": -1}},
         {"transformer_bytes": {"per_token": 10**9}},
+        {"transformer_bytes": {"per_token": 10**400, "per_pair_of_tokens": 0}},
+        {"vae_bytes_per_pixel": {"vae_decoder": 10**400}},
     ],
 )
 def test_what_a_bundle_does_not_record_is_not_refused(
