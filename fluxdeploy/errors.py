@@ -17,6 +17,7 @@ __all__ = [
     "MissingDependencyError",
     "NumericError",
     "QueueFullError",
+    "TiledWarning",
     "UnmeasuredSkipsWarning",
     "UnusedArgumentWarning",
     "UsageError",
@@ -89,6 +90,10 @@ class UnusedArgumentWarning(UserWarning):
 
 class CutPromptWarning(UserWarning):
     """A text encoder does not read a prompt to its end; the picture is made all the same."""
+
+
+class TiledWarning(UserWarning):
+    """Memory did not hold a whole picture, and the VAE ran in tiles: not quite the same picture."""
 
 
 class UnmeasuredSkipsWarning(UserWarning):

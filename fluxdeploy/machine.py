@@ -17,6 +17,7 @@ __all__ = [
     "describe_machine",
     "peak_memory",
     "read_memory",
+    "resident_memory",
     "usable_cpus",
 ]
 
@@ -101,6 +102,11 @@ def read_memory() -> Memory:
 def peak_memory() -> int | None:
     """The most bytes of memory that this process has had; None where the system does not tell."""
     return _read_sizes(_PROC / "self" / "status").get("VmHWM")
+
+
+def resident_memory() -> int | None:
+    """Bytes of memory that this process has now; None where the system does not tell."""
+    return _read_sizes(_PROC / "self" / "status").get("VmRSS")
 
 
 def _physical_memory() -> int | None:

@@ -57,10 +57,32 @@ def describe(
             **({"loras": [asdict(lora) for lora in checkpoint.loras]} if checkpoint.loras else {}),
             **({} if limit is None else {"limits": limit}),
             "requested_precision": request.precision,
+            "transformer_bytes": _transformer_bytes(run),
             "vae_bytes_per_pixel": _vae_bytes_per_pixel(run),
             "tools": {"fluxdeploy": __version__} | tool_versions(),
         },
     )
+
+
+def _transformer_bytes(run: BuildRun) -> dict[str, int]:
+    """What a picture takes of the transformer's memory on a CPU: a T + b T² for T tokens.
+
+    Nothing but for ONNX Runtime, whose memory was measured: a host refuses what does not fit.
+    """
+    for component in run.spec.components:
+        if component.name == "transformer" and component.runtime.name == "onnxruntime":
+            one, two = (
+                component.export.component.activations(
+                    run.spec.checkpoint,
+                    CallSizes(1, 0, tokens, 1),
+                    component.kernels,
+                    WIDTHS[component.compute],
+                )
+                for tokens in (1, 2)
+            )
+            pair = (two - 2 * one) // 2
+            return {"per_token": one - pair, "per_pair_of_tokens": pair}
+    return {}
 
 
 def _vae_bytes_per_pixel(run: BuildRun) -> dict[str, int]:

@@ -27,6 +27,7 @@ from fluxdeploy.cli.options import (
 from fluxdeploy.errors import (
     CutPromptWarning,
     FluxDeployError,
+    TiledWarning,
     UnmeasuredSkipsWarning,
     UnusedArgumentWarning,
     UsageError,
@@ -78,7 +79,11 @@ class _Skip(click.ParamType):  # type: ignore[type-arg]
         return tuple(int(number) for number in text.split(","))
 
 
-_KINDS = (CutPromptWarning, UnmeasuredSkipsWarning, UnusedArgumentWarning)
+def _joined(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))
+
+
+_KINDS = (CutPromptWarning, TiledWarning, UnmeasuredSkipsWarning, UnusedArgumentWarning)
 
 
 @click.command()

@@ -40,17 +40,19 @@ def make_pictures(
     previews: tuple[int, Show] | None,
     turn: Turn,
     interrupted: Callable[[], bool],
+    tell: Callable[[str], None],
     latents_only: bool = False,
 ) -> NDArray[np.float32]:
     """Pictures, float32 [B, H, W, 3] in 0..1, or their latents [B, L, C], packed.
 
     previews: how many to show on the way, and to whom. interrupted: whether to make no step more.
+    tell: called with a sentence on each part of the VAE that runs in tiles.
 
     Raises `UsageError` for sizes that an engine does not take, `NumericError` for what is not
     finite, and `Cancelled`.
     """
     manifest, request = task.manifest, task.request
-    run = tiled(functools.partial(components.run, turn), manifest)
+    run = tiled(functools.partial(components.run, turn), manifest, tell)
     sampler = load_sampler(request.sampler)
     rows, columns = token_grid(request.height, request.width, manifest.latents)
     unshifted = request.num_inference_steps if request.sigmas is None else request.sigmas

@@ -32,7 +32,8 @@ class FluxPipelineOutput:
         latents, float32 [B, L, C], packed, with "latent".
     seed: the seed, or the list of them, that makes these pictures again; None where the caller gave
         the latents.
-    notices: of arguments that did nothing and prompts that were cut, a sentence each.
+    notices: of arguments that did nothing, prompts that were cut and pictures that were made in
+        tiles, a sentence each.
     seconds: how long it was "queued", and how long its "encoding", "denoising" and "decoding" ran.
     """
 

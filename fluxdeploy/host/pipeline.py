@@ -22,6 +22,7 @@ from fluxdeploy.bundle.manifest import Manifest, missing_component
 from fluxdeploy.errors import (
     BundleError,
     CutPromptWarning,
+    TiledWarning,
     UnmeasuredSkipsWarning,
     UnusedArgumentWarning,
     UsageError,
@@ -32,6 +33,7 @@ from fluxdeploy.host.course import unmeasured
 from fluxdeploy.host.demand import demand
 from fluxdeploy.host.diffusers_names import ATTRIBUTES, missing_attribute, refuse_arguments
 from fluxdeploy.host.making import LevelCallback, make_pictures
+from fluxdeploy.host.memory import check_memory
 from fluxdeploy.host.options import CallOptions, FluxPipelineOutput, replaced_latents
 from fluxdeploy.host.previews import Show
 from fluxdeploy.host.prompts import PromptEncoder
@@ -255,7 +257,9 @@ class FluxPipeline:
 
         Warns once, with `UnusedArgumentWarning`, of an argument that does nothing beside the
         others, and with `CutPromptWarning` of a prompt that an encoder does not read to its end.
-        Raises `UsageError` for an argument outside its range, `NumericError` where a
+        Warns once, with `TiledWarning`, where memory made the VAE run in tiles.
+        Raises `UsageError` for an argument outside its range, and for what takes far more memory
+        than is free, before anything runs; `NumericError` where a
         component gave NaN or infinity, `Cancelled` where `cancel` was, `EngineError` where an
         engine fails, `QueueFullError` where as many calls wait as `limits` allow.
         """
@@ -414,9 +418,13 @@ class FluxPipeline:
             warnings.warn(notice, CutPromptWarning, stacklevel=3)
         if request.skip is not None and isinstance(arguments["skip"], str):
             cuts += self._tell_unmeasured(request)
+        asked = demand(task, options.priority)
+        latents_only = options.output_type == "latent"
+        check_memory(task, asked.memory, latents_only)
         token = CancelToken() if options.cancel is None else options.cancel
+        tiles: list[str] = []
         with (
-            self._turns.taken(token, demand(task, options.priority)) as turn,
+            self._turns.taken(token, asked) as turn,
             self._shown_steps(task.steps) as advance,
         ):
             self._is_interrupted, interrupts = False, self._interrupts
@@ -429,14 +437,17 @@ class FluxPipeline:
                     self._previews(options, task),
                     turn,
                     lambda: self._interrupts != interrupts,
-                    latents_only=options.output_type == "latent",
+                    tiles.append,
+                    latents_only=latents_only,
                 )
                 self._pictures += len(pictures)
             except BaseException:
                 self._components.release_all()
                 raise
+        self._tell(tiles, TiledWarning)
+        notices = (*idle, *cuts, *tiles)
         return FluxPipelineOutput(
-            options.finished(task, pictures), request.seed, turn.seconds, (*idle, *cuts)
+            options.finished(task, pictures), request.seed, turn.seconds, notices
         )
 
     def _previews(self, options: CallOptions, task: Task) -> tuple[int, Show] | None:
@@ -450,12 +461,12 @@ class FluxPipeline:
 
         return options.num_previews, show
 
-    def _tell(self, notices: Sequence[str]) -> None:
+    def _tell(self, notices: Sequence[str], kind: type[Warning] = UnusedArgumentWarning) -> None:
         """Warn the caller of `__call__`, of each thing once."""
         for notice in notices:
             if notice not in self._told:
                 self._told.add(notice)
-                warnings.warn(notice, UnusedArgumentWarning, stacklevel=4)
+                warnings.warn(notice, kind, stacklevel=4)
 
     def _tell_unmeasured(self, request: GenerationRequest) -> list[str]:
         """Warn the caller of `__call__` where skips were measured at another size."""

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from exporters.components.activations import transformer_bytes
+from exporters.components.registry import COMPONENTS
 from fluxdeploy.build import build as build_module
 from fluxdeploy.build.checkpoint import (
     check_family,
@@ -26,6 +28,7 @@ from fluxdeploy.bundle.manifest import ComponentRecord, DimensionRange, EngineRe
 from fluxdeploy.bundle.tensorfile import read_header, write_sparse
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from fluxdeploy.errors import CheckpointError, UsageError
+from fluxdeploy.kernels import AttentionKernels, CallSizes
 from fluxdeploy.progress import Progress
 
 pytest.importorskip("torch")
@@ -101,21 +104,42 @@ def test_a_bundle_says_what_its_checkpoint_is_for_and_it_does_not_do(
         assert "text to image and image to image, and not the editing" in str(limit)
 
 
-def _described(checkpoint: Any) -> Any:
+@pytest.mark.parametrize("kernels", [AttentionKernels.PLAIN, AttentionKernels.ONNX_RUNTIME])
+def test_a_bundle_says_what_memory_its_transformer_takes(kernels: AttentionKernels) -> None:
+    checkpoint = find_checkpoint("demo:dev")
+
+    def recorded(runtime: str) -> Any:
+        component = SimpleNamespace(
+            name="transformer",
+            runtime=SimpleNamespace(name=runtime),
+            targets=("cpu",),
+            kernels=kernels,
+            compute="fp32",
+            export=SimpleNamespace(component=COMPONENTS["transformer"]),
+        )
+        return _described(checkpoint, component).provenance["transformer_bytes"]
+
+    found = recorded("onnxruntime")
+    expected = transformer_bytes(checkpoint, CallSizes(1, 20, 980, 28), kernels, 4)
+    assert found["per_token"] * 1000 + found["per_pair_of_tokens"] * 1000**2 == expected
+    assert (found["per_pair_of_tokens"] == 0) == (kernels is AttentionKernels.ONNX_RUNTIME)
+    assert recorded("openvino") == {}, "not measured"
+
+
+def _described(checkpoint: Any, *components: Any) -> Any:
     sides = {"H": DimensionRange(64, 96, 128), "W": DimensionRange(64, 160, 192)}
     engine = EngineRecord("memory", "1", "cpu", "", sides)
     record = ComponentRecord("", "fp32", "fp32", (), (), (), (engine,), None)
     request = SimpleNamespace(checkpoint=None, precision="fp32")
     spec = SimpleNamespace(
-        components=(),
+        components=components,
         checkpoint=checkpoint,
         request=request,
         schedule=None,
         defaults=checkpoint.defaults,
     )
     run = SimpleNamespace(spec=spec, hashes=SimpleNamespace(digest="0" * 64))
-    components = {"transformer": record, "vae_decoder": record}
-    return describe(run, {}, components)  # type: ignore[arg-type]
+    return describe(run, {}, {"transformer": record, "vae_decoder": record})  # type: ignore[arg-type]
 
 
 VAE = "vae/diffusion_pytorch_model.safetensors"

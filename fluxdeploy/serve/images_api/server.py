@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 
 import uvicorn
 
-from fluxdeploy.errors import CutPromptWarning, UnusedArgumentWarning, UsageError
+from fluxdeploy.errors import CutPromptWarning, TiledWarning, UnusedArgumentWarning, UsageError
 from fluxdeploy.host.asynchronous import AsyncFluxPipeline
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.serve.images_api.app import create_app
@@ -78,7 +78,7 @@ def run(
             signal.signal(signal.SIGTERM, before)
 
     # They are told to the request that they are of, as its notices.
-    for kind in (CutPromptWarning, UnusedArgumentWarning):
+    for kind in (CutPromptWarning, TiledWarning, UnusedArgumentWarning):
         warnings.simplefilter("ignore", kind)
     asyncio.run(serve())
 
