@@ -78,6 +78,11 @@ def test_position_tables_are_pythons(inside: Inside, demo_bundle: Path) -> None:
         ((16, 300), (48, 16)),
         ((1, 1), (16, 32)),
         ((33, 64), (32, 64)),
+        # Lower, and hardly narrower: the rows first. The second is where the order turns.
+        ((90, 64), (32, 96)),
+        ((90, 60), (50, 40)),
+        ((90, 60), (49, 40)),
+        ((64, 90), (63, 32)),
     ],
 )
 def test_resizing_is_pillows(inside: Inside, old: tuple[int, int], new: tuple[int, int]) -> None:

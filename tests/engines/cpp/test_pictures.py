@@ -48,7 +48,7 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
         },
     ),
     (
-        "dev",
+        "constant",
         {
             "prompt": list(PROMPTS[:2]),
             "num_images_per_prompt": 2,
@@ -106,6 +106,9 @@ def test_a_picture_is_pythons(pair: Callable[[str], Pair], name: str, call: dict
         ((slice(0, 45), slice(30, 33)), 0, (48, 32)),
         ((slice(7, 8), slice(63, 64)), 40, (32, 64)),
         ((slice(20, 30), slice(20, 40)), 2, (32, 48)),
+        # Wider, and narrower, than a part can be: bars above and below, and at the sides.
+        ((slice(10, 40), slice(0, 64)), 0, (64, 32)),
+        ((slice(0, 50), slice(30, 34)), 0, (32, 96)),
     ],
 )
 def test_the_part_around_a_mask_is_drawn_and_laid_over_as_by_python(
