@@ -253,12 +253,17 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
         std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
     const auto& first = images.front();
     if (line.json) {
+        std::string seeds;
+        for (std::size_t i = 0; i < images.size(); ++i) {
+            seeds += (i > 0 ? ", " : "") + std::to_string(*request.seed);
+        }
         std::printf(
-            "{\"paths\": %s, \"prompts\": %s, \"sheet\": null, \"seed\": %llu, \"width\": %lld, "
-            "\"height\": %lld, \"steps\": %lld, \"seconds\": %.3f, \"warnings\": %s}\n",
+            "{\"paths\": %s, \"prompts\": %s, \"sheet\": null, \"seed\": %llu, \"seeds\": [%s], "
+            "\"width\": %lld, \"height\": %lld, \"steps\": %lld, \"seconds\": %.3f, \"warnings\": %s}\n",
             json_list(paths).c_str(), json_list(captions).c_str(),
-            static_cast<unsigned long long>(*request.seed), static_cast<long long>(first.width),
-            static_cast<long long>(first.height), static_cast<long long>(steps), seconds,
+            static_cast<unsigned long long>(*request.seed), seeds.c_str(),
+            static_cast<long long>(first.width), static_cast<long long>(first.height),
+            static_cast<long long>(steps), seconds,
             json_list(warnings).c_str());
         return;
     }

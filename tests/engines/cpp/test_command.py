@@ -55,7 +55,7 @@ def test_pictures_and_their_metadata_are_generates(
     done = call(built, demo_bundle, *words, "-o", tmp_path / "x.png", "--json")
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
-    for name in ("prompts", "seed", "width", "height", "steps", "warnings", "sheet"):
+    for name in ("prompts", "seed", "seeds", "width", "height", "steps", "warnings", "sheet"):
         assert found[name] == wanted[name]
     assert len(found["paths"]) == 4
     for own, other in zip(found["paths"], wanted["paths"], strict=True):

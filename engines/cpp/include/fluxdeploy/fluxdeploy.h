@@ -200,9 +200,9 @@ FLUXDEPLOY_API void fluxdeploy_request_set_strength(fluxdeploy_request* request,
  * each, of one size. Since version 2. */
 FLUXDEPLOY_API void fluxdeploy_request_set_padding_mask_crop(fluxdeploy_request* request,
                                                              int64_t pixels);
-/* How steps use the velocity: "euler", which it is where none is set; "ab2" or "dpmpp_2m", of second
- * order at the same cost; "heun" or "midpoint", at twice the cost; "rk4", at four times. Since
- * version 3. */
+/* How steps use the velocity: "euler", which it is where none is set; "ab2" or "dpmpp_2m", of
+ * second order at the same cost; "heun" or "midpoint", at twice the cost; "rk4", at four times.
+ * Since version 3. */
 FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_sampler(fluxdeploy_request* request,
                                                               const char* name);
 /* Steps in which the transformer does not run, counted from 0, which is none of them; the velocity

@@ -17,9 +17,9 @@ using Blend = std::function<void(std::int64_t step, Floats& latents)>;
 // Integrate dx/dsigma = v(x, sigma) from sigmas[0] to sigmas[N], in place.
 //
 // With `negative`, true classifier-free guidance: v = v_neg + true_cfg_scale * (v - v_neg). With
-// `skips`, the sampler is one that takes a velocity a step. `blend` comes before the check for finite numbers and the callback. Raises `Error` (cancelled) before a
-// step where the token or the callback says so, and `Error` (numeric) after one that left NaN or
-// infinity.
+// `skips`, the sampler is one that takes a velocity a step. `blend` comes before the check for
+// finite numbers and the callback. Raises `Error` (cancelled) before a step where the token or the
+// callback says so, and `Error` (numeric) after one that left NaN or infinity.
 void denoise(const Sampler& sampler, Floats& latents, const std::vector<float>& sigmas,
              Velocity velocity, const Velocity& negative, double true_cfg_scale,
              const Skips& skips, const Blend& blend, const StepCallback& on_step_end,

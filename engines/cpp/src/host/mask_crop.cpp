@@ -44,8 +44,8 @@ Picture resized(const Picture& picture, std::int64_t width, std::int64_t height)
             resize_lanczos(picture.rgb, picture.height, picture.width, 3, height, width), {}};
 }
 
-// Beyond the nearest pixel at an edge, from it and the one behind it: Pillow's bicubic filter half a
-// pixel outside, with its weights in 22 bits after the point.
+// What lies beyond an edge, from the nearest pixel and the one behind it: Pillow's bicubic filter
+// half a pixel outside, with its weights in 22 bits after the point.
 std::uint8_t at_edge(std::uint8_t nearest, std::uint8_t behind) {
     constexpr std::int32_t near_weight = 9 << 19, behind_weight = -(1 << 19);  // 9/8 and -1/8
     const std::int32_t sum = (1 << 21) + near_weight * nearest + behind_weight * behind;

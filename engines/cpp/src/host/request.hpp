@@ -48,7 +48,7 @@ struct Arguments {
     std::optional<double> strength;
     std::optional<std::int64_t> padding_mask_crop;
     std::string sampler = "euler";
-    // Steps in which the velocity is extrapolated, or whether they are those of the bundle's record.
+    // Steps in which the velocity is extrapolated, or whether they are the bundle's record's.
     std::vector<std::int64_t> skip;
     bool skip_recorded = false;
     StepCallback on_step_end;

@@ -169,9 +169,12 @@ Step dpmpp_2m(Floats& latents, const std::vector<float>& sigmas) {
 // Euler's first, which is the one where none is asked for.
 const std::vector<Sampler>& samplers() {
     static const std::vector<Sampler> all{
-        {"euler", true, beginnings, euler},        {"ab2", true, beginnings, ab2},
-        {"dpmpp_2m", true, beginnings, dpmpp_2m},  {"heun", false, beginnings, heun},
-        {"midpoint", false, with_middles, midpoint}, {"rk4", false, with_thirds, rk4},
+        {"euler", true, beginnings, euler},
+        {"ab2", true, beginnings, ab2},
+        {"dpmpp_2m", true, beginnings, dpmpp_2m},
+        {"heun", false, beginnings, heun},
+        {"midpoint", false, with_middles, midpoint},
+        {"rk4", false, with_thirds, rk4},
     };
     return all;
 }
