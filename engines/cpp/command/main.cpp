@@ -177,6 +177,9 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
     request.strength = line.strength;
     request.padding_mask_crop = line.mask_crop;
     request.max_sequence_length = line.max_sequence_length;
+    request.sampler = line.sampler;
+    request.skip = line.skip;
+    request.skip_recorded = line.skip_recorded;
     request.cancel = cancel;
     const bool shown = !line.json && ::isatty(2) != 0;
     request.on_step_end = [shown](const fluxdeploy_step& step) {
@@ -222,6 +225,10 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
         text.add("index", std::to_string(number % static_cast<std::size_t>(line.num_images)));
         text.add("num_inference_steps", std::to_string(steps));
         text.add("guidance_scale", in_digits(line.guidance.value_or(by_default("guidance_scale"))));
+        if (line.sampler != "euler") text.add("sampler", line.sampler);
+        if (line.skip_recorded || !line.skip.empty()) {
+            text.add("skip", line.skip_recorded ? "auto" : joined(line.skip));
+        }
         text.add("max_sequence_length",
                  std::to_string(line.max_sequence_length.value_or(
                      static_cast<std::int64_t>(by_default("max_sequence_length")))));
@@ -246,12 +253,17 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
         std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
     const auto& first = images.front();
     if (line.json) {
+        std::string seeds;
+        for (std::size_t i = 0; i < images.size(); ++i) {
+            seeds += (i > 0 ? ", " : "") + std::to_string(*request.seed);
+        }
         std::printf(
-            "{\"paths\": %s, \"prompts\": %s, \"sheet\": null, \"seed\": %llu, \"width\": %lld, "
-            "\"height\": %lld, \"steps\": %lld, \"seconds\": %.3f, \"warnings\": %s}\n",
+            "{\"paths\": %s, \"prompts\": %s, \"sheet\": null, \"seed\": %llu, \"seeds\": [%s], "
+            "\"width\": %lld, \"height\": %lld, \"steps\": %lld, \"seconds\": %.3f, \"warnings\": %s}\n",
             json_list(paths).c_str(), json_list(captions).c_str(),
-            static_cast<unsigned long long>(*request.seed), static_cast<long long>(first.width),
-            static_cast<long long>(first.height), static_cast<long long>(steps), seconds,
+            static_cast<unsigned long long>(*request.seed), seeds.c_str(),
+            static_cast<long long>(first.width), static_cast<long long>(first.height),
+            static_cast<long long>(steps), seconds,
             json_list(warnings).c_str());
         return;
     }

@@ -54,6 +54,22 @@ std::vector<std::int64_t> margins(const std::string& text) {
     return sides;
 }
 
+// `none`, `auto`, or numbers of steps, of at most five digits each.
+void set_skip(CommandLine& line, const std::string& text) {
+    static const std::regex form(R"(\s*(none|auto|\d{1,5}(\s*,\s*\d{1,5})*)\s*)");
+    std::smatch found;
+    if (!std::regex_match(text, found, form)) {
+        throw UsageError("Invalid value for '--skip': '" + text +
+                         "' is not none, auto or steps such as 3,5,7.");
+    }
+    line.skip.clear();
+    line.skip_recorded = found[1] == "auto";
+    static const std::regex digits(R"(\d+)");
+    for (std::sregex_iterator at(text.begin(), text.end(), digits), end; at != end; ++at) {
+        line.skip.push_back(std::stoll(at->str()));
+    }
+}
+
 const std::vector<Option>& options() {
     static const std::vector<Option> all{
         {"--negative-prompt", "TEXT", "What to steer away from; needs --true-cfg-scale.",
@@ -93,6 +109,10 @@ const std::vector<Option>& options() {
          [](auto& line, const auto& text) {
              line.max_sequence_length = integer("--max-sequence-length", text);
          }},
+        {"--sampler", "NAME",
+         "How steps use the velocity: euler, ab2, dpmpp_2m, heun, midpoint or rk4.",
+         [](auto& line, const auto& text) { line.sampler = text; }},
+        {"--skip", "none|auto|STEP,...", "Steps in which the transformer does not run.", set_skip},
         {"--runtime", "NAME", "What runs the engines.  [default: auto]",
          [](auto& line, const auto& text) { line.runtime = text; }},
         {"--library", "PATH", "The shared library of --runtime, or of ONNX Runtime.",

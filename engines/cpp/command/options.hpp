@@ -30,6 +30,10 @@ struct CommandLine {
     std::vector<std::int64_t> outpaint;
     std::optional<double> strength;
     std::optional<std::int64_t> max_sequence_length;
+    std::string sampler = "euler";
+    // The steps, or whether they are those of the bundle's record.
+    std::vector<std::int64_t> skip;
+    bool skip_recorded = false;
     std::string runtime = "auto";
     std::optional<std::string> library;
     std::int64_t device = 0;

@@ -217,6 +217,8 @@ class Pipeline:
         latents: NDArray[np.float32] | None = None,
         image: Sequence[NDArray[np.uint8]] = (),
         mask_image: Sequence[NDArray[np.uint8]] = (),
+        sampler: str | None = None,
+        skip: str | Sequence[int] = "none",
         on_step: Callable[[Step], int] | None = None,
         cancel: c_void_p | None = None,
         **numbers: Any,
@@ -238,6 +240,14 @@ class Pipeline:
                 )
             for name, value in numbers.items():
                 getattr(c, f"fluxdeploy_request_set_{name}")(request, _SETTERS[name](value))
+            if sampler is not None:
+                c.fluxdeploy_request_set_sampler(request, sampler.encode())
+            if skip == "auto":
+                c.fluxdeploy_request_set_skip_recorded(request, 1)
+            elif skip != "none":
+                steps = np.asarray(skip, np.int64)
+                address = c_void_p(steps.ctypes.data)
+                c.fluxdeploy_request_set_skip(request, address, c_size_t(steps.size))
             if latents is not None:
                 array = np.ascontiguousarray(latents, np.float32)
                 c.fluxdeploy_request_set_latents(

@@ -17,6 +17,7 @@ from fluxdeploy.bundle.manifest import (
     DimensionRange,
     EngineRecord,
     Manifest,
+    SkipRecord,
     TensorSpec,
     TokenizerRecord,
     to_json,
@@ -58,13 +59,18 @@ def write_seeds(folder: Path) -> Path:
 
 
 def full_manifest(manifest: Manifest) -> Manifest:
-    """`manifest` with all components that a host knows, and a second tokenizer."""
+    """`manifest` with all fields and components that a host knows, and a second tokenizer."""
     (t5,) = manifest.components.values()
     record = manifest.tokenizers["clip"]
     return replace(
         manifest,
         components={name: _component(name, t5) for name in _BOUNDARY},
         tokenizers={"clip": record, "t5": _t5_record(record)},
+        schedule=replace(manifest.schedule, spacing="karras"),
+        skips=(
+            SkipRecord("euler", 28, (5, 7, 27), 1, 1024, 1024, 30.0, 33.5, 8),
+            SkipRecord("ab2", 28, (), 0, 512, 768, 30.0, 30.0, 1),
+        ),
     )
 
 

@@ -33,7 +33,7 @@ def call(built: Path, *words: object) -> subprocess.CompletedProcess[str]:
 def test_the_options_are_those_of_generate(built: Path) -> None:
     said = call(built, "--help").stdout
     own = {option for parameter in generate.params for option in parameter.opts}
-    missing = {"--sheet", "--bundle", "prompts"}
+    missing = {"--sheet", "--bundle", "prompts", "--prompt-2", "--negative-prompt-2"}
     assert {option for option in own if option not in said} == missing
 
 
@@ -45,7 +45,7 @@ def test_pictures_and_their_metadata_are_generates(
     options = [
         *(*SMALL, "--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png"),
         *("--strength", "0.9", "--num-images", "2", "--guidance", "2.5"),
-        *("--negative-prompt", "grün", "--true-cfg-scale", "2"),
+        *("--negative-prompt", "grün", "--true-cfg-scale", "2", "--sampler", "ab2", "--skip", "1"),
     ]
     words = [*map(str, options), "a red ring", "狐狸"]
     folder = tmp_path / "python"
@@ -55,7 +55,7 @@ def test_pictures_and_their_metadata_are_generates(
     done = call(built, demo_bundle, *words, "-o", tmp_path / "x.png", "--json")
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
-    for name in ("prompts", "seed", "width", "height", "steps", "warnings", "sheet"):
+    for name in ("prompts", "seed", "seeds", "width", "height", "steps", "warnings", "sheet"):
         assert found[name] == wanted[name]
     assert len(found["paths"]) == 4
     for own, other in zip(found["paths"], wanted["paths"], strict=True):
@@ -104,6 +104,11 @@ BAD_CALLS: dict[str, dict[str, Any]] = {
     "images": {"image": 2},
     "a mask alone": {"mask_image": 1},
     "masks": {"image": 1, "mask_image": 2},
+    "a sampler": {"sampler": "rk5"},
+    "a step that is not skipped": {"num_inference_steps": 4, "skip": [0]},
+    "a step that is not there": {"num_inference_steps": 4, "skip": [1, 4]},
+    "no record": {"num_inference_steps": 4, "skip": "auto"},
+    "skips of a sampler that cannot": {"sampler": "heun", "skip": [1]},
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fluxdeploy.bundle import open_bundle
-from fluxdeploy.bundle.manifest import to_json
+from fluxdeploy.bundle.manifest import SPACINGS, to_json
 from fluxdeploy.sampling.noise import TorchGenerator
 from fluxdeploy.sampling.rope import joint_ids, rope_tables
 from fluxdeploy.sampling.schedule import sigmas
@@ -60,6 +60,17 @@ def test_noise_levels_are_bit_equal(
         np.testing.assert_array_equal(found, sigmas(manifest.schedule, steps, tokens))
 
 
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_spaced_noise_levels_are_pythons(inside: Inside, demo_bundle: Path, spacing: str) -> None:
+    manifest = open_bundle(demo_bundle).manifest
+    manifest = replace(manifest, schedule=replace(manifest.schedule, spacing=spacing))
+    text = to_json(manifest).encode()
+    for steps in (1, 2, 28, 333):
+        found = np.frombuffer(inside("sigmas", steps, 64, given=text), np.float32)
+        # Exponentials and powers are those of the C library, which may differ in their last digit.
+        np.testing.assert_allclose(found, sigmas(manifest.schedule, steps, 64), rtol=1.2e-7, atol=0)
+
+
 def test_position_tables_are_pythons(inside: Inside, demo_bundle: Path) -> None:
     bundle = open_bundle(demo_bundle)
     text = (demo_bundle / "fluxdeploy.json").read_bytes()
@@ -78,6 +89,11 @@ def test_position_tables_are_pythons(inside: Inside, demo_bundle: Path) -> None:
         ((16, 300), (48, 16)),
         ((1, 1), (16, 32)),
         ((33, 64), (32, 64)),
+        # Lower, and hardly narrower: the rows first. The second is where the order turns.
+        ((90, 64), (32, 96)),
+        ((90, 60), (50, 40)),
+        ((90, 60), (49, 40)),
+        ((64, 90), (63, 32)),
     ],
 )
 def test_resizing_is_pillows(inside: Inside, old: tuple[int, int], new: tuple[int, int]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fluxdeploy.bundle.manifest import SkipRecord, from_json, to_json
+from fluxdeploy.errors import UnmeasuredSkipsWarning
 from fluxdeploy.host.outpainting import outpaint_canvas
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.sampling.schedule import sigmas
@@ -48,7 +52,7 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
         },
     ),
     (
-        "dev",
+        "constant",
         {
             "prompt": list(PROMPTS[:2]),
             "num_images_per_prompt": 2,
@@ -60,6 +64,17 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
         },
     ),
     ("constant", {"prompt": PROMPTS[0] * 40, "seed": 12, "max_sequence_length": 24}),
+    *(
+        ("dev", {"prompt": PROMPTS[0], "num_inference_steps": 4, "sampler": sampler, **more})
+        for sampler, more in (
+            ("heun", {"negative_prompt": "x", "true_cfg_scale": 2.0}),
+            ("midpoint", {"image": 1, "mask_image": 1, "strength": 0.8}),
+            ("rk4", {}),
+            ("ab2", {"skip": [2]}),
+            ("dpmpp_2m", {"image": 1, "strength": 0.8, "skip": [1, 2]}),
+            ("euler", {"negative_prompt": "x", "true_cfg_scale": 2.0, "skip": [2, 3]}),
+        )
+    ),
 )
 
 
@@ -106,6 +121,9 @@ def test_a_picture_is_pythons(pair: Callable[[str], Pair], name: str, call: dict
         ((slice(0, 45), slice(30, 33)), 0, (48, 32)),
         ((slice(7, 8), slice(63, 64)), 40, (32, 64)),
         ((slice(20, 30), slice(20, 40)), 2, (32, 48)),
+        # Wider, and narrower, than a part can be: bars above and below, and at the sides.
+        ((slice(10, 40), slice(0, 64)), 0, (64, 32)),
+        ((slice(0, 50), slice(30, 34)), 0, (32, 96)),
     ],
 )
 def test_the_part_around_a_mask_is_drawn_and_laid_over_as_by_python(
@@ -130,6 +148,30 @@ def test_the_part_around_a_mask_is_drawn_and_laid_over_as_by_python(
     found, _, _ = cpp(image=[image], mask_image=[mask], **call)
     assert found.shape == (1, 50, 64, 3)
     assert np.abs(found[0].astype(int) - np.asarray(wanted[0])).max() <= 1
+
+
+def test_recorded_skips_and_spacings_are_pythons(
+    library: Library, bundle: BundleFactory, tmp_path: Path
+) -> None:
+    shutil.copytree(bundle("dev"), tmp_path / "x", copy_function=os.link)
+    text = tmp_path / "x/fluxdeploy.json"
+    manifest = from_json(text.read_text(encoding="utf-8"), "x")
+    record = SkipRecord("euler", 6, (3, 5), 2, 32, 48, 30.0, 31.0, 2)
+    spaced = replace(manifest.schedule, spacing="beta")
+    text.unlink()
+    text.write_text(to_json(replace(manifest, schedule=spaced, skips=(record,))), encoding="utf-8")
+    call: dict[str, Any] = {"prompt": "a fox", "num_inference_steps": 6, "seed": 1, "skip": "auto"}
+    call |= {"height": 48, "width": 32}
+    cpp = library.pipeline(tmp_path / "x")
+    with FluxPipeline.from_bundle(tmp_path / "x", "onnxruntime") as python:
+        with pytest.warns(UnmeasuredSkipsWarning) as warned:
+            wanted = python(**call).images[0]
+        found, notices, _ = cpp(**call)
+    assert notices == [str(each.message) for each in warned]
+    assert np.abs(found[0].astype(int) - np.asarray(wanted)).max() <= 1
+    whole, _, _ = cpp(**{**call, "skip": "none"})
+    assert np.abs(whole[0].astype(int) - found[0]).max() > 0
+    cpp.close()
 
 
 @pytest.mark.parametrize("margins", [(3, 0, 5, 16), (0, 0, 0, 1), (16, 16, 16, 16)])

@@ -27,7 +27,7 @@
 
 #define FLUXDEPLOY_VERSION "0.1.0"
 /* Grows with each function that is added; the library's soversion with each that changes. */
-#define FLUXDEPLOY_API_VERSION 2
+#define FLUXDEPLOY_API_VERSION 3
 
 #if defined(FLUXDEPLOY_STATIC)
 #define FLUXDEPLOY_API
@@ -200,6 +200,19 @@ FLUXDEPLOY_API void fluxdeploy_request_set_strength(fluxdeploy_request* request,
  * each, of one size. Since version 2. */
 FLUXDEPLOY_API void fluxdeploy_request_set_padding_mask_crop(fluxdeploy_request* request,
                                                              int64_t pixels);
+/* How steps use the velocity: "euler", which it is where none is set; "ab2" or "dpmpp_2m", of
+ * second order at the same cost; "heun" or "midpoint", at twice the cost; "rk4", at four times.
+ * Since version 3. */
+FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_sampler(fluxdeploy_request* request,
+                                                              const char* name);
+/* Steps in which the transformer does not run, counted from 0, which is none of them; the velocity
+ * is extrapolated along a line. Since version 3. */
+FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_skip(fluxdeploy_request* request,
+                                                           const int64_t* steps, size_t count);
+/* Not 0: skip the steps that `fluxdeploy tune` has found for this bundle, this sampler and so many
+ * steps. Since version 3. */
+FLUXDEPLOY_API void fluxdeploy_request_set_skip_recorded(fluxdeploy_request* request,
+                                                         int recorded);
 
 /* After a step: `step` of `total` are done, from 1. `timestep` is 1000 times the noise level that
  * the step began at. `latents` are the live ones, float32 [batch, tokens, channels]: they may be
@@ -408,6 +421,10 @@ struct Request {
     std::vector<Image> mask_images;
     std::optional<double> strength;
     std::optional<std::int64_t> padding_mask_crop;
+    std::optional<std::string> sampler;
+    // Steps that are skipped, or whether they are those of the bundle's record.
+    std::vector<std::int64_t> skip;
+    bool skip_recorded = false;
     // Returns whether to go on. What it throws ends the call, and leaves `generate`.
     std::function<bool(const fluxdeploy_step&)> on_step_end;
     std::optional<CancelToken> cancel;
@@ -582,6 +599,11 @@ private:
         set(request.seed, fluxdeploy_request_set_seed);
         set(request.strength, fluxdeploy_request_set_strength);
         set(request.padding_mask_crop, fluxdeploy_request_set_padding_mask_crop);
+        if (request.sampler) {
+            require(fluxdeploy_request_set_sampler(given, request.sampler->c_str()));
+        }
+        require(fluxdeploy_request_set_skip(given, request.skip.data(), request.skip.size()));
+        fluxdeploy_request_set_skip_recorded(given, request.skip_recorded);
         if (!request.latents.empty()) {
             require(fluxdeploy_request_set_latents(given, request.latents.data(),
                                                    request.latents.size()));

@@ -345,6 +345,19 @@ void fluxdeploy_request_set_strength(fluxdeploy_request* request, double strengt
 void fluxdeploy_request_set_padding_mask_crop(fluxdeploy_request* request, int64_t pixels) {
     request->arguments.padding_mask_crop = pixels;
 }
+fluxdeploy_code fluxdeploy_request_set_sampler(fluxdeploy_request* request, const char* name) {
+    return guarded(nullptr,
+                   [&] { given(request, "request").arguments.sampler = &given(name, "name"); });
+}
+fluxdeploy_code fluxdeploy_request_set_skip(fluxdeploy_request* request, const int64_t* steps,
+                                            size_t count) {
+    return guarded(nullptr, [&] {
+        given(request, "request").arguments.skip = copied(steps, count, "steps");
+    });
+}
+void fluxdeploy_request_set_skip_recorded(fluxdeploy_request* request, int recorded) {
+    request->arguments.skip_recorded = recorded != 0;
+}
 
 fluxdeploy_code fluxdeploy_request_set_callback(fluxdeploy_request* request,
                                                 fluxdeploy_step_callback callback, void* user) {

@@ -72,10 +72,19 @@ std::optional<double> as_optional_number(const Json& json, const std::string& wh
     return as_number(json, where);
 }
 
-Fields::Fields(const Json& json, std::string where, std::initializer_list<std::string_view> names)
+std::optional<std::string> as_optional_text(const Json& json, const std::string& where) {
+    if (json.as<std::nullptr_t>()) return std::nullopt;
+    if (!json.as<std::string>()) refuse(json, where, "a string or null");
+    return as_text(json, where);
+}
+
+Fields::Fields(const Json& json, std::string where, std::initializer_list<std::string_view> names,
+               std::initializer_list<std::string_view> optional)
     : json_(json), where_(std::move(where)) {
     for (const auto& member : as_object(json_, where_)) {
-        const bool known = std::find(names.begin(), names.end(), member.key) != names.end();
+        const bool known =
+            std::find(names.begin(), names.end(), member.key) != names.end() ||
+            std::find(optional.begin(), optional.end(), member.key) != optional.end();
         require(known, join(where_, member.key), "is not a known field");
     }
     for (const auto name : names) {

@@ -37,11 +37,16 @@ const std::string& as_text(const Json& json, const std::string& where);
 const Json::Array& as_list(const Json& json, const std::string& where);
 const Json::Object& as_object(const Json& json, const std::string& where);
 std::optional<double> as_optional_number(const Json& json, const std::string& where);
+std::optional<std::string> as_optional_text(const Json& json, const std::string& where);
 
-// An object with exactly the fields `names`: unknown and missing ones are refused.
+// An object with exactly the fields `names`, and such of `optional` as it has: unknown and missing
+// ones are refused.
 class Fields {
 public:
-    Fields(const Json& json, std::string where, std::initializer_list<std::string_view> names);
+    Fields(const Json& json, std::string where, std::initializer_list<std::string_view> names,
+           std::initializer_list<std::string_view> optional = {});
+
+    bool has(std::string_view name) const { return json_.find(std::string(name)) != nullptr; }
 
     const Json& get(std::string_view name) const;
     std::string where(std::string_view name) const { return join(where_, name); }
@@ -52,6 +57,10 @@ public:
     std::string text(std::string_view name) const { return as_text(get(name), where(name)); }
     std::optional<double> optional_number(std::string_view name) const {
         return as_optional_number(get(name), where(name));
+    }
+
+    std::optional<std::string> optional_text(std::string_view name) const {
+        return as_optional_text(get(name), where(name));
     }
 
     // The entries of a list, each read by `read(json, where)`.

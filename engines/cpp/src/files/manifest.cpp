@@ -89,7 +89,8 @@ RopeSpec read_rope(const Json& json, const std::string& where) {
 ScheduleSpec read_schedule(const Json& json, const std::string& where) {
     const Fields fields(json, where,
                         {"shift", "use_dynamic_shifting", "time_shift_type", "base_shift",
-                         "max_shift", "base_image_seq_len", "max_image_seq_len", "shift_terminal"});
+                         "max_shift", "base_image_seq_len", "max_image_seq_len", "shift_terminal"},
+                        {"spacing"});
     ScheduleSpec schedule;
     schedule.shift = fields.number("shift");
     schedule.use_dynamic_shifting = fields.boolean("use_dynamic_shifting");
@@ -99,6 +100,7 @@ ScheduleSpec read_schedule(const Json& json, const std::string& where) {
     schedule.base_image_seq_len = fields.integer("base_image_seq_len");
     schedule.max_image_seq_len = fields.integer("max_image_seq_len");
     schedule.shift_terminal = fields.optional_number("shift_terminal");
+    if (fields.has("spacing")) schedule.spacing = fields.optional_text("spacing");
     return schedule;
 }
 
@@ -136,11 +138,29 @@ QualityRecord read_quality(const Json& json, const std::string& where) {
             fields.optional_number("min_sqnr")};
 }
 
+SkipRecord read_skips(const Json& json, const std::string& where) {
+    const Fields fields(json, where,
+                        {"sampler", "num_inference_steps", "steps", "order", "height", "width",
+                         "min_psnr", "psnr", "pictures"});
+    SkipRecord record;
+    record.sampler = fields.text("sampler");
+    record.num_inference_steps = fields.integer("num_inference_steps");
+    record.steps = fields.list("steps", as_integer);
+    record.order = fields.integer("order");
+    record.height = fields.integer("height");
+    record.width = fields.integer("width");
+    record.min_psnr = fields.number("min_psnr");
+    record.psnr = fields.number("psnr");
+    record.pictures = fields.integer("pictures");
+    return record;
+}
+
 Manifest read_fields(const Json& json) {
     const Fields fields(
         json, "",
         {"schema_version", "family", "variant", "guidance_embedding", "components", "latents",
-         "rope", "schedule", "tokenizers", "defaults", "quality", "provenance"});
+         "rope", "schedule", "tokenizers", "defaults", "quality", "provenance"},
+        {"skips"});
     Manifest manifest;
     manifest.schema_version = fields.integer("schema_version");
     manifest.family = fields.text("family");
@@ -154,6 +174,7 @@ Manifest read_fields(const Json& json) {
     manifest.defaults = read_defaults(fields.get("defaults"), "defaults");
     manifest.quality = read_quality(fields.get("quality"), "quality");
     as_object(fields.get("provenance"), "provenance");
+    if (fields.has("skips")) manifest.skips = fields.list("skips", read_skips);
     return manifest;
 }
 

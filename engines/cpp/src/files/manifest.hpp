@@ -81,7 +81,8 @@ struct RopeSpec {
     double theta = 0;
 };
 
-// The constants of the noise levels. `time_shift_type` is "exponential" or "linear".
+// The constants of the noise levels. `time_shift_type` is "exponential" or "linear"; `spacing` is
+// "karras", "exponential", "beta" or none.
 struct ScheduleSpec {
     double shift = 0;
     bool use_dynamic_shifting = false;
@@ -91,6 +92,7 @@ struct ScheduleSpec {
     std::int64_t base_image_seq_len = 0;
     std::int64_t max_image_seq_len = 0;
     std::optional<double> shift_terminal;
+    std::optional<std::string> spacing;
 };
 
 // What a tokenizer's file gives for a prompt, and what is done with it. A side is "left" or
@@ -123,6 +125,20 @@ struct QualityRecord {
     std::optional<double> min_sqnr;
 };
 
+// Steps in which the velocity is extrapolated, by a polynomial of this order, for calls with this
+// sampler and so many steps; and what pictures then keep, in dB, at this size.
+struct SkipRecord {
+    std::string sampler;
+    std::int64_t num_inference_steps = 0;
+    std::vector<std::int64_t> steps;
+    std::int64_t order = 0;
+    std::int64_t height = 0;
+    std::int64_t width = 0;
+    double min_psnr = 0;
+    double psnr = 0;
+    std::int64_t pictures = 0;
+};
+
 // A whole bundle. `provenance` is checked to be an object and not kept: it is for people.
 struct Manifest {
     std::int64_t schema_version = 0;
@@ -136,6 +152,7 @@ struct Manifest {
     std::map<std::string, TokenizerRecord> tokenizers;
     Defaults defaults;
     QualityRecord quality;
+    std::vector<SkipRecord> skips;
 
     // Every file record by its path; records of one path are equal.
     std::map<std::string, FileRecord> files() const;

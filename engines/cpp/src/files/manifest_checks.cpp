@@ -28,6 +28,10 @@ constexpr std::int64_t kMaxTokens = 1 << 16;
 constexpr std::int64_t kMaxAxis = 4096;
 constexpr std::size_t kMaxEntries = 64;
 constexpr std::size_t kMaxFiles = 4096;
+constexpr std::int64_t kMaxSide = 1 << 16, kMaxSteps = 10'000;
+// Of the extrapolation of a velocity: a parabola.
+constexpr std::int64_t kMaxOrder = 2;
+constexpr const char* kSpacings[] = {"beta", "exponential", "karras"};
 constexpr std::string_view kSymbols[] = {"B", "S", "L", "T", "N", "H", "W", "h", "w"};
 
 std::string text(std::int64_t value) { return std::to_string(value); }
@@ -88,6 +92,7 @@ void check_counts(const Manifest& manifest) {
     check_count(manifest.components.size(), "components");
     check_count(manifest.tokenizers.size(), "tokenizers");
     check_count(manifest.rope.axes_dims.size(), "rope.axes_dims");
+    check_count(manifest.skips.size(), "skips");
     std::size_t files = 0;
     for (const auto& [name, component] : manifest.components) {
         const std::string where = join("components", name);
@@ -268,9 +273,9 @@ void check_sizes(const Manifest& manifest) {
     check_size("latents.channels", manifest.latents.channels, 4096);
     check_size("latents.patch_size", manifest.latents.patch_size, 64);
     check_size("latents.spatial_factor", manifest.latents.spatial_factor, 1024);
-    check_size("defaults.height", manifest.defaults.height, 1 << 16);
-    check_size("defaults.width", manifest.defaults.width, 1 << 16);
-    check_size("defaults.num_inference_steps", manifest.defaults.num_inference_steps, 10'000);
+    check_size("defaults.height", manifest.defaults.height, kMaxSide);
+    check_size("defaults.width", manifest.defaults.width, kMaxSide);
+    check_size("defaults.num_inference_steps", manifest.defaults.num_inference_steps, kMaxSteps);
     check_size("defaults.max_sequence_length", manifest.defaults.max_sequence_length, kMaxTokens);
 }
 
@@ -337,7 +342,43 @@ void check_schedule(const Manifest& manifest) {
     require(schedule.time_shift_type == "exponential" || schedule.time_shift_type == "linear",
             "schedule.time_shift_type",
             "is " + in_quotes(schedule.time_shift_type) + "; it must be 'exponential' or 'linear'");
+    const std::string spacing = schedule.spacing.value_or("beta");
+    require(std::count(std::begin(kSpacings), std::end(kSpacings), spacing) > 0,
+            "schedule.spacing",
+            "is " + in_quotes(spacing) + "; it must be null or one of " + listed(kSpacings));
     if (schedule.use_dynamic_shifting) check_dynamic_shift(manifest);
+}
+
+// `records[index]`, whose place is `where`.
+void check_skips(const std::vector<SkipRecord>& records, std::size_t index,
+                 const std::string& where) {
+    const SkipRecord& record = records[index];
+    const std::int64_t count = record.num_inference_steps;
+    require(1 <= count && count <= kMaxSteps, join(where, "num_inference_steps"),
+            "is " + text(count) + "; it must be from 1 to " + text(kMaxSteps));
+    bool rising = true;
+    std::int64_t before = 0;
+    for (const std::int64_t step : record.steps) {
+        rising = rising && before < step && step < count;
+        before = step;
+    }
+    require(rising, join(where, "steps"), "must rise, from 1 to at most " + text(count - 1));
+    require(0 <= record.order && record.order <= kMaxOrder, join(where, "order"),
+            "is " + text(record.order) + "; it must be from 0 to " + text(kMaxOrder));
+    for (const auto& [name, size] :
+         {std::pair{"height", record.height}, {"width", record.width}}) {
+        require(1 <= size && size <= kMaxSide, join(where, name),
+                "is " + text(size) + "; it is 1 to " + text(kMaxSide));
+    }
+    check_range(join(where, "min_psnr"), record.min_psnr, 0, kMaxDecibels);
+    check_range(join(where, "psnr"), record.psnr, record.min_psnr, kMaxDecibels);
+    require(record.pictures >= 1, join(where, "pictures"),
+            "is " + text(record.pictures) + "; 1 is the least");
+    const auto end = records.begin() + static_cast<std::ptrdiff_t>(index);
+    const bool first = std::none_of(records.begin(), end, [&](const SkipRecord& other) {
+        return other.sampler == record.sampler && other.num_inference_steps == count;
+    });
+    require(first, where, "has the sampler and the steps of an earlier one");
 }
 
 // A picture has `factor` pixels a latent along each side, in each size that an engine takes.
@@ -482,6 +523,9 @@ void check_manifest(const Manifest& manifest) {
     check_sizes(manifest);
     check_constants(manifest);
     check_schedule(manifest);
+    for (std::size_t i = 0; i < manifest.skips.size(); ++i) {
+        check_skips(manifest.skips, i, at("skips", i));
+    }
     check_boundary(manifest);
     check_defaults(manifest);
 }

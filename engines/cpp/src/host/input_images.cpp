@@ -66,6 +66,29 @@ void weigh(const std::uint8_t* old, std::uint8_t* made, const std::vector<Taps>&
     }
 }
 
+// `pixels` [height, width, channels] with another number of columns.
+std::vector<std::uint8_t> resize_columns(const std::vector<std::uint8_t>& pixels,
+                                         std::int64_t height, std::int64_t width,
+                                         std::int64_t channels, std::int64_t new_width) {
+    if (new_width == width) return pixels;
+    std::vector<std::uint8_t> made(static_cast<std::size_t>(height * new_width * channels));
+    const auto taps = taps_for(width, new_width);
+    for (std::int64_t row = 0; row < height; ++row) {
+        weigh(pixels.data() + row * width * channels, made.data() + row * new_width * channels,
+              taps, channels);
+    }
+    return made;
+}
+
+// `pixels` [height, line] with another number of rows.
+std::vector<std::uint8_t> resize_rows(const std::vector<std::uint8_t>& pixels, std::int64_t height,
+                                      std::int64_t line, std::int64_t new_height) {
+    if (new_height == height) return pixels;
+    std::vector<std::uint8_t> made(static_cast<std::size_t>(new_height * line));
+    weigh(pixels.data(), made.data(), taps_for(height, new_height), line);
+    return made;
+}
+
 // A picture of the caller's in another size.
 std::vector<std::uint8_t> resized_to(const Picture& image, std::int64_t height,
                                      std::int64_t width) {
@@ -102,19 +125,14 @@ std::vector<std::uint8_t> resize_lanczos(const std::vector<std::uint8_t>& pixels
                                          std::int64_t height, std::int64_t width,
                                          std::int64_t channels, std::int64_t new_height,
                                          std::int64_t new_width) {
-    std::vector<std::uint8_t> wide = pixels;
-    if (new_width != width) {
-        wide.resize(static_cast<std::size_t>(height * new_width * channels));
-        const auto taps = taps_for(width, new_width);
-        for (std::int64_t row = 0; row < height; ++row) {
-            weigh(pixels.data() + row * width * channels, wide.data() + row * new_width * channels,
-                  taps, channels);
-        }
+    // Each direction rounds to 8 bits. The order is that of Pillow 13.
+    const bool lower_first = new_height < height && height - new_height > 2 * (width - new_width);
+    if (lower_first) {
+        const auto low = resize_rows(pixels, height, width * channels, new_height);
+        return resize_columns(low, new_height, width, channels, new_width);
     }
-    if (new_height == height) return wide;
-    std::vector<std::uint8_t> made(static_cast<std::size_t>(new_height * new_width * channels));
-    weigh(wide.data(), made.data(), taps_for(height, new_height), new_width * channels);
-    return made;
+    const auto wide = resize_columns(pixels, height, width, channels, new_width);
+    return resize_rows(wide, height, new_width * channels, new_height);
 }
 
 Floats to_pixels(const std::vector<Picture>& images, std::int64_t height, std::int64_t width) {

@@ -44,11 +44,12 @@ Picture resized(const Picture& picture, std::int64_t width, std::int64_t height)
             resize_lanczos(picture.rgb, picture.height, picture.width, 3, height, width), {}};
 }
 
-// Of the nearest pixel at an edge and the one behind it, as Pillow's bicubic filter has them.
+// What lies beyond an edge, from the nearest pixel and the one behind it: Pillow's bicubic filter
+// half a pixel outside, with its weights in 22 bits after the point.
 std::uint8_t at_edge(std::uint8_t nearest, std::uint8_t behind) {
-    constexpr std::int32_t near_weight = 3774874, behind_weight = 419430;  // 0.9 and 0.1
+    constexpr std::int32_t near_weight = 9 << 19, behind_weight = -(1 << 19);  // 9/8 and -1/8
     const std::int32_t sum = (1 << 21) + near_weight * nearest + behind_weight * behind;
-    return static_cast<std::uint8_t>(std::min(sum >> 22, 255));
+    return static_cast<std::uint8_t>(std::clamp(sum >> 22, 0, 255));
 }
 
 // Fill `width` x `height` with the edge of a picture that begins or ends there.

@@ -8,10 +8,10 @@
 
 #include "arguments.hpp"
 #include "errors.hpp"
+#include "host/course.hpp"
 #include "host/loop.hpp"
 #include "host/tasks.hpp"
 #include "host/velocity.hpp"
-#include "sampling/euler.hpp"
 #include "sampling/latents.hpp"
 #include "sampling/schedule.hpp"
 
@@ -124,6 +124,7 @@ Result FluxPipeline::generate(const Arguments& arguments) {
     const std::int64_t length = request.max_sequence_length;
     append(notices, encoder_.cuts(request.prompts, length, "The prompt"));
     append(notices, encoder_.cuts(request.negative_prompts, length, "The negative prompt"));
+    if (arguments.skip_recorded) append(notices, unmeasured(manifest, request));
     const Turns::Taken turn(turns_, arguments.cancel);
     const ReleaseAll on_exit(components_);
     Result result = make(request, *task, arguments);
@@ -140,13 +141,17 @@ Result FluxPipeline::make(const Request& request, const Task& task, const Argume
     const TokenGrid grid = token_grid(request.height, request.width, manifest.latents);
     const std::vector<float> schedule =
         sigmas(manifest.schedule, request.num_inference_steps, grid.rows * grid.columns);
-    AskedSizes sizes = request.engine_sizes(manifest, task.steps());
+    const Sampler& sampler = find_sampler(request.sampler);
+    const std::int64_t first = request.num_inference_steps - task.steps();
+    const std::vector<float> ahead(schedule.begin() + first, schedule.end());
+    const auto evaluated = static_cast<std::int64_t>(sampler.levels(ahead).size());
+    AskedSizes sizes = request.engine_sizes(manifest, evaluated);
     for (auto& more : task.engine_sizes()) sizes.push_back(std::move(more));
     components_.check_sizes(cancel, sizes);
 
     Start start = task.prepare(schedule, run);
     components_.release("vae_encoder");
-    const std::vector<float> levels = euler_levels(start.sigmas);
+    const std::vector<float> levels = sampler.levels(start.sigmas);
     const std::optional<double> guidance =
         manifest.guidance_embedding ? std::optional<double>(request.guidance_scale) : std::nullopt;
     const auto condition = [&](const std::vector<Prompt>& prompts) {
@@ -167,9 +172,9 @@ Result FluxPipeline::make(const Request& request, const Task& task, const Argume
         ModulatedTransformer velocity(transformer, towards, positions, cancel);
         std::optional<ModulatedTransformer> negative;
         if (!away.pictures.empty()) negative.emplace(transformer, away, positions, cancel);
-        denoise(start.latents, start.sigmas, std::ref(velocity),
+        denoise(sampler, start.latents, start.sigmas, std::ref(velocity),
                 negative ? Velocity(std::ref(*negative)) : Velocity(), request.true_cfg_scale,
-                start.blend, arguments.on_step_end, cancel);
+                request.skip.after(first), start.blend, arguments.on_step_end, cancel);
     }
     components_.release("transformer");
     Result result;

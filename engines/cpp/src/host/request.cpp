@@ -5,6 +5,7 @@
 
 #include "arguments.hpp"
 #include "errors.hpp"
+#include "host/course.hpp"
 #include "sampling/latents.hpp"
 
 namespace fluxdeploy {
@@ -138,6 +139,7 @@ Request check_request(const Manifest& manifest, const Arguments& arguments) {
     request.true_cfg_scale =
         check_number("true_cfg_scale", arguments.true_cfg_scale, -kMaxScale, kMaxScale);
     if (request.true_cfg_scale > 1) request.negative_prompts = std::move(negative);
+    request.sampler = find_sampler(arguments.sampler).name;
     request.height = arguments.height.value_or(defaults.height);
     request.width = arguments.width.value_or(defaults.width);
     check_size(request.height, request.width, manifest.latents);
@@ -149,6 +151,7 @@ Request check_request(const Manifest& manifest, const Arguments& arguments) {
     request.guidance_scale =
         check_number("guidance_scale", arguments.guidance_scale.value_or(defaults.guidance_scale),
                      -kMaxScale, kMaxScale);
+    request.skip = check_skip(manifest, arguments, request.num_inference_steps);
     // Told without multiplying, which may not be possible.
     const auto prompts = static_cast<std::int64_t>(request.prompts.size());
     if (prompts > kMaxPictures || request.num_images_per_prompt > kMaxPictures / prompts) {

@@ -11,6 +11,7 @@
 #include "files/png.hpp"
 #include "host/cancel.hpp"
 #include "host/components.hpp"
+#include "sampling/skipping.hpp"
 
 namespace fluxdeploy {
 
@@ -46,13 +47,18 @@ struct Arguments {
     std::vector<Picture> mask_images;
     std::optional<double> strength;
     std::optional<std::int64_t> padding_mask_crop;
+    std::string sampler = "euler";
+    // Steps in which the velocity is extrapolated, or whether they are the bundle's record's.
+    std::vector<std::int64_t> skip;
+    bool skip_recorded = false;
     StepCallback on_step_end;
     CancelToken cancel;
 };
 
 // What to generate, defaults filled in: for each prompt, `num_images_per_prompt` pictures.
 // `negative_prompts` has one for each prompt, or none where true CFG is off. `latents` are the
-// caller's, [B, L, C], packed; where there are none there is a seed, and else none.
+// caller's, [B, L, C], packed; where there are none there is a seed, and else none. `skip` counts
+// the steps of the whole schedule.
 struct Request {
     std::vector<Prompt> prompts;
     std::vector<Prompt> negative_prompts;
@@ -65,6 +71,8 @@ struct Request {
     std::int64_t max_sequence_length = 0;
     std::optional<std::uint64_t> seed;
     std::optional<Floats> latents;
+    std::string sampler;
+    Skips skip;
 
     // B: the number of pictures.
     std::int64_t batch() const {

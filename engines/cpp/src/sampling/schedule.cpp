@@ -5,6 +5,7 @@
 
 #include "arguments.hpp"
 #include "errors.hpp"
+#include "sampling/spacing.hpp"
 
 namespace fluxdeploy {
 namespace {
@@ -32,6 +33,13 @@ void shift_by_size(std::vector<float>& levels, const std::string& kind, double m
     }
     const float factor = static_cast<float>(exponential ? std::exp(mu) : mu);
     for (float& level : levels) level = factor / (factor + (1.0f / level - 1.0f));
+    if (levels.size() > 1 && levels.back() == 1.0f) {
+        throw Error(ErrorCode::usage,
+                    "This bundle's schedule makes no noise levels for a picture of this size: with "
+                    "a shift of " +
+                        general(mu) + " all of the " + std::to_string(levels.size()) +
+                        " levels are 1. Ask for a size nearer to the bundle's default.");
+    }
 }
 
 // Stretch the levels, seen from 1, so that the last one before 0 is `terminal`.
@@ -70,6 +78,7 @@ std::vector<float> sigmas(const ScheduleSpec& spec, std::int64_t num_inference_s
     }
     // As in diffusers, 0 means no stretching.
     if (spec.shift_terminal && *spec.shift_terminal != 0) stretch(levels, *spec.shift_terminal);
+    if (spec.spacing) levels = spaced(*spec.spacing, levels);
     levels.push_back(0.0f);
     return levels;
 }

@@ -1,4 +1,4 @@
-// The noise levels of a rectified flow, bit-equal to diffusers'.
+// The noise levels of a rectified flow, bit-equal to diffusers' where nothing spaces them anew.
 #pragma once
 
 #include <cstdint>

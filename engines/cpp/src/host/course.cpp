@@ -1,0 +1,58 @@
+#include "host/course.hpp"
+
+#include "arguments.hpp"
+#include "errors.hpp"
+#include "files/words.hpp"
+
+namespace fluxdeploy {
+namespace {
+
+const SkipRecord& recorded(const Manifest& manifest, const std::string& sampler,
+                           std::int64_t steps) {
+    std::string known;
+    for (const SkipRecord& record : manifest.skips) {
+        if (record.sampler == sampler && record.num_inference_steps == steps) return record;
+        known += (known.empty() ? "" : ", ") + std::to_string(record.num_inference_steps) +
+                 " steps of " + in_quotes(record.sampler);
+    }
+    throw Error(ErrorCode::usage,
+                "This bundle has no steps to skip for " + std::to_string(steps) + " steps of " +
+                    in_quotes(sampler) + "; it has " +
+                    (known.empty() ? "none at all" : "those for " + known) +
+                    ". Find some with `fluxdeploy tune`, or leave out `skip`.");
+}
+
+}  // namespace
+
+Skips check_skip(const Manifest& manifest, const Arguments& arguments, std::int64_t steps) {
+    if (!arguments.skip_recorded && arguments.skip.empty()) return {};
+    if (!find_sampler(arguments.sampler).one_a_step) {
+        throw Error(ErrorCode::usage, "Steps cannot be skipped with the sampler " +
+                                          in_quotes(arguments.sampler) +
+                                          ", which evaluates the velocity several times a step. "
+                                          "Leave out `skip`, or use 'euler'.");
+    }
+    if (arguments.skip_recorded) {
+        const SkipRecord& record = recorded(manifest, arguments.sampler, steps);
+        return {{record.steps.begin(), record.steps.end()}, record.order};
+    }
+    for (const std::int64_t step : arguments.skip) {
+        if (0 < step && step < steps) continue;
+        throw Error(ErrorCode::usage,
+                    "`skip` has the step " + std::to_string(step) + "; of " +
+                        std::to_string(steps) + " steps, 1 to " + std::to_string(steps - 1) +
+                        " can be skipped." +
+                        (step == 0 ? " The first step has none before it to go on from." : ""));
+    }
+    return {{arguments.skip.begin(), arguments.skip.end()}, 1};
+}
+
+std::vector<std::string> unmeasured(const Manifest& manifest, const Request& request) {
+    const SkipRecord& record = recorded(manifest, request.sampler, request.num_inference_steps);
+    if (record.height == request.height && record.width == request.width) return {};
+    return {"The skipped steps were measured at " + std::to_string(record.width) + "x" +
+            std::to_string(record.height) + "; what they keep of pictures of " +
+            std::to_string(request.width) + "x" + std::to_string(request.height) + " was not."};
+}
+
+}  // namespace fluxdeploy
