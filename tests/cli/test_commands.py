@@ -150,7 +150,7 @@ def test_ctrl_c_promises_to_resume_only_where_that_is_so(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     result = run_failing(monkeypatch, KeyboardInterrupt(), name)
-    then = "; run the same command again to resume" if name == "build" else ""
+    then = "; run the same command again to resume" if name in ("build", "refit") else ""
     assert result.stderr.strip() == f"Error: Interrupted{then}."
 
 

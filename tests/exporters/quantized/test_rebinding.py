@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from exporters.calibrate.ranges import ActivationRanges
-from exporters.checkpoint import Checkpoint
+from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.checkpoint.lora import merge_loras
 from exporters.components.registry import COMPONENTS
 from exporters.export import ExportSpec, export_component, specify
 from exporters.quality.layers import Smoothing
 from exporters.weights.bind import WeightFolder
+from fluxdeploy.demo import DEMO_CHECKPOINTS
 from fluxdeploy.errors import ExportError
 from fluxdeploy.lora import LoraFile
 from tests.exporters.quantized.conftest import ExportInto, Quantized
@@ -61,6 +64,32 @@ def test_a_graph_with_other_weights_is_one_made_from_nothing(
     again = WeightFolder(tmp_path / "again" / "weights")
     export_component(_spec(opened, precision, ranges), again, earlier=graph)
     assert _bytes(tmp_path / "again" / "transformer.onnx") == _bytes(base)
+
+
+def test_a_weight_that_the_graph_widens_may_become_one_that_it_does_not(
+    remembered_traces: Path, tmp_path: Path
+) -> None:
+    base = open_checkpoint(DEMO_CHECKPOINTS["demo:dev"])
+    linear = "text_model.encoder.layers.0.self_attn.q_proj"
+    stored = base.part("clip").weights[f"{linear}.weight"]
+    assert stored.dtype == "BF16"
+    rows, columns = stored.shape
+    factors = {
+        f"text_encoder.{linear}.lora_A.weight": torch.ones(1, columns),
+        f"text_encoder.{linear}.lora_B.weight": torch.ones(rows, 1),
+    }
+    save_file(factors, tmp_path / "x.safetensors")
+    merged = merge_loras(base, [LoraFile(tmp_path / "x.safetensors")])
+
+    def export(checkpoint: Checkpoint, name: str, earlier: Path | None = None) -> Path:
+        spec = specify(checkpoint, COMPONENTS["clip"], "fp32")
+        export_component(spec, WeightFolder(tmp_path / name / "weights"), earlier=earlier)
+        return tmp_path / name / "clip.onnx"
+
+    first, wanted = export(base, "base"), export(merged, "wanted")
+    found = export(merged, "found", first)
+    assert _bytes(found) == _bytes(wanted)
+    assert _bytes(export(base, "again", found)) == _bytes(first)
 
 
 def test_moved_outliers_are_moved_in_other_weights_too(
