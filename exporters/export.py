@@ -14,9 +14,11 @@ from exporters.checkpoint import Checkpoint, Weights
 from exporters.checkpoint.text_configs import is_spare
 from exporters.components.chain import Chain
 from exporters.components.component import Component
+from exporters.components.side_paths import with_side_paths
 from exporters.formats import Packed
 from exporters.graph.fuse import fuse_attention
 from exporters.graph.quantize import quantize
+from exporters.graph.side_paths import add_side_paths
 from exporters.graph.trace import trace_chain
 from exporters.quality.layers import Layers
 from exporters.weights.bind import NO_LEDGER, Ledger, WeightFolder, bind
@@ -66,6 +68,10 @@ class ExportSpec:
         """The same, with other layers: weights that these spare stay as they are."""
         placements = _place(self.component, self.chain, self.weights, layers)
         return replace(self, placements=placements, layers=layers)
+
+    def with_side_paths(self) -> ExportSpec:
+        """The same, with the inputs of a low-rank side path at every linear."""
+        return replace(self, chain=with_side_paths(self.chain))
 
     def copied(self) -> ExportSpec:
         """The same, with weights of its own: copies of what the graph needs of those files."""
@@ -167,6 +173,7 @@ def export_component(
     task = progress.task(f"  {name}: tracing ({precision})")
     model = trace_chain(spec.chain)
     task.finish()
+    add_side_paths(model, spec.chain)
     boundary = len(spec.chain.inputs)
     packed: Mapping[str, Packed] = {}
     if layers is not None:

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines import Runtime
+from engines import Runtime, runtimes
 from fluxdeploy.build.checkpoint import check_drawable, check_family, check_limits
-from fluxdeploy.build.sizes import SizeRange, any_size, overall, resolution_buckets
+from fluxdeploy.arguments import check_integer
+from fluxdeploy.build.sizes import MOST_RANK, SizeRange, any_size, overall, resolution_buckets
 from fluxdeploy.bundle.manifest import Defaults, DimensionRange, EngineRecord, ScheduleSpec
 from fluxdeploy.bundle.recipe import Promise
+from fluxdeploy.errors import UsageError
 from fluxdeploy.kernels import AttentionKernels
 from fluxdeploy.precision import PRECISIONS
 
@@ -37,6 +39,7 @@ class BuildRequest:
     calibration.json of another bundle of the same checkpoint. `promise` is what pictures have to
     keep in few bits, None for what the precision promises; with one that asks for nothing they are
     not looked at. With `strict` a precision that does not keep it is an error.
+    With a `lora_rank` it takes LoRAs of ranks up to it with each call.
     `sizes` are for runtimes whose engines are tuned, `memory_limit` and `weight_streaming` for
     TensorRT. `replace` lets a bundle that runs on this machine be replaced by one that does not.
     """
@@ -50,6 +53,7 @@ class BuildRequest:
     calibration: Path | None = None
     promise: Promise | None = None
     strict: bool = False
+    lora_rank: int = 0
     memory_limit: int | None = None
     weight_streaming: bool = False
     replace: bool = False
@@ -152,6 +156,9 @@ def resolve(
         usual = own.compute(devices[0], precision)
         compute = component.compute_type(precision, usual)
         export = specify(checkpoint, component, precision, compute)
+        if request.lora_rank and component.part == "transformer":
+            _check_lora(own, request.lora_rank)
+            export = export.with_side_paths()
         specs = export.chain.inputs + export.chain.outputs
         symbols = {d for spec in specs for d in spec.shape if isinstance(d, str)}
         profiles = _profiles(symbols, request, checkpoint, own)
@@ -192,10 +199,20 @@ def _defaults(request: BuildRequest, checkpoint: Checkpoint, runtime: Runtime) -
 def _profiles(
     symbols: set[str], request: BuildRequest, checkpoint: Checkpoint, runtime: Runtime
 ) -> tuple[Mapping[str, DimensionRange], ...]:
-    defaults, latents = checkpoint.defaults, checkpoint.latents
+    defaults, latents, rank = checkpoint.defaults, checkpoint.latents, request.lora_rank
     if runtime.tuned:
-        return resolution_buckets(symbols, request.sizes, defaults, latents)
-    return (any_size(symbols, defaults, latents),)
+        return resolution_buckets(symbols, request.sizes, defaults, latents, rank)
+    return (any_size(symbols, defaults, latents, rank),)
+
+
+def _check_lora(runtime: Runtime, rank: int) -> None:
+    check_integer("--lora-rank", rank, 0, MOST_RANK)
+    if not runtime.side_paths:
+        able = ", ".join(known.name for known in runtimes() if known.side_paths)
+        raise UsageError(
+            f"{runtime.name} has no side paths for LoRAs. Build without --lora-rank, or for a "
+            f"runtime that has them: {able}."
+        )
 
 
 def list_engines(
