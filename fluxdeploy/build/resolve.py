@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines import Runtime, runtimes
-from fluxdeploy.build.checkpoint import check_drawable, check_family, check_limits
 from fluxdeploy.arguments import check_integer
+from fluxdeploy.build.checkpoint import check_drawable, check_family, check_limits
 from fluxdeploy.build.sizes import MOST_RANK, SizeRange, any_size, overall, resolution_buckets
 from fluxdeploy.bundle.manifest import Defaults, DimensionRange, EngineRecord, ScheduleSpec
 from fluxdeploy.bundle.recipe import Promise
