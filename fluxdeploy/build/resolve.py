@@ -53,10 +53,10 @@ class BuildRequest:
     calibration: Path | None = None
     promise: Promise | None = None
     strict: bool = False
-    lora_rank: int = 0
     memory_limit: int | None = None
     weight_streaming: bool = False
     replace: bool = False
+    lora_rank: int = 0
 
     @property
     def transformer_precision(self) -> str:
