@@ -17,6 +17,7 @@ __all__ = [
     "MissingDependencyError",
     "NumericError",
     "QueueFullError",
+    "UnmeasuredSkipsWarning",
     "UnusedArgumentWarning",
     "UsageError",
 ]
@@ -88,3 +89,7 @@ class UnusedArgumentWarning(UserWarning):
 
 class CutPromptWarning(UserWarning):
     """A text encoder does not read a prompt to its end; the picture is made all the same."""
+
+
+class UnmeasuredSkipsWarning(UserWarning):
+    """Steps are skipped for a size at which `fluxdeploy tune` has measured nothing."""

@@ -16,7 +16,7 @@ from tests.support.imports import (
     neighbours,
 )
 
-_CONTRACT = (*LEAVES, "fluxdeploy.bundle", "fluxdeploy.sampling")
+_CONTRACT = (*LEAVES, "fluxdeploy.bundle", "fluxdeploy.lora", "fluxdeploy.sampling")
 _BELOW_HOST = (*_CONTRACT, "fluxdeploy.text", "engines")
 _TOP = (
     *_BELOW_HOST,
@@ -32,7 +32,7 @@ _TOP = (
 
 FLOORS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(LEAVES, LEAVES),
-    **dict.fromkeys(("fluxdeploy.bundle", "fluxdeploy.sampling"), _CONTRACT),
+    **dict.fromkeys(_CONTRACT[len(LEAVES) :], _CONTRACT),
     "fluxdeploy.text": _CONTRACT,
     "engines": (*_CONTRACT, "engines.emulate", "engines.native.build"),
     "engines.emulate": (*_CONTRACT, "engines"),

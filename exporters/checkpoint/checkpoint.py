@@ -15,24 +15,21 @@ from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.checkpoint.tensors import Weights
 from exporters.checkpoint.text_configs import text_config, unknown_text_keys
 from fluxdeploy.bundle.files import read_whole
-from fluxdeploy.bundle.manifest import Defaults, LatentSpec, RopeSpec, ScheduleSpec
+from fluxdeploy.bundle.manifest import SPACINGS, Defaults, LatentSpec, RopeSpec, ScheduleSpec
 from fluxdeploy.bundle.typed_json import load_strict
 from fluxdeploy.errors import CheckpointError
 
-__all__ = ["Checkpoint", "Part", "read_json"]
+__all__ = ["Checkpoint", "LoraRecord", "Part", "read_json"]
 
-_OTHER_SCHEDULES = (
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "invert_sigmas",
-    "stochastic_sampling",
-)
-"""Of the scheduler's keys, those that make another schedule where they are set."""
+_OTHER_SCHEDULES = ("invert_sigmas", "stochastic_sampling")
+"""Of the scheduler's keys, those that make a schedule where they are set which no host computes."""
+
+_SPACINGS = {f"use_{spacing}_sigmas": spacing for spacing in SPACINGS}
 
 _SCHEDULER_KEYS = (
     *_OTHER_SCHEDULES,
-    *(field.name for field in fields(ScheduleSpec)),
+    *_SPACINGS,
+    *(field.name for field in fields(ScheduleSpec) if field.name != "spacing"),
     "num_train_timesteps",
 )
 
@@ -57,6 +54,15 @@ class Part:
 
 
 @dataclass(frozen=True)
+class LoraRecord:
+    """A LoRA that was merged: its file's name and SHA-256, and its strength."""
+
+    name: str
+    sha256: str
+    scale: float
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A FLUX.1 checkpoint whose headers have been read, and no weight.
 
@@ -64,7 +70,8 @@ class Checkpoint:
     tell of the others; `tokenizers` the folders of `clip` and `t5`; `settings` what the
     checkpoint's author recorded for hosts under `_fluxdeploy` in model_index.json; `unused` a
     sentence for each entry there that is not followed; `revision` the commit of a hub repository;
-    `pipeline` the class that model_index.json names, None where there is no such file.
+    `pipeline` the class that model_index.json names, None where there is no such file. `loras` are
+    those that are merged into it, and `base` is then what it was without them.
     """
 
     root: Path
@@ -77,6 +84,13 @@ class Checkpoint:
     unused: tuple[str, ...] = ()
     revision: str | None = None
     pipeline: str | None = None
+    loras: tuple[LoraRecord, ...] = ()
+    base: Checkpoint | None = None
+
+    @property
+    def unmerged(self) -> Checkpoint:
+        """The checkpoint as it was published."""
+        return self if self.base is None else self.base
 
     def part(self, name: str) -> Part:
         """A network's part. Raises `CheckpointError`, naming what was looked for."""
@@ -164,8 +178,13 @@ class Checkpoint:
         config = self.scheduler
         check_class("scheduler", config, "FlowMatchEulerDiscreteScheduler")
         for key in _OTHER_SCHEDULES:
-            if config.get(key):
+            if _flag(config, key):
                 raise CheckpointError(f"The scheduler sets {key}, which is not supported.")
+        spacings = [key for key in _SPACINGS if _flag(config, key)]
+        if len(spacings) > 1:
+            raise CheckpointError(
+                f"The scheduler sets {' and '.join(spacings)}, of which one can be had."
+            )
         if config.get("num_train_timesteps", 1000) != 1000:
             raise CheckpointError("The scheduler's num_train_timesteps must be 1000.")
         kind = config.get("time_shift_type", "exponential")
@@ -174,23 +193,19 @@ class Checkpoint:
                 f"The scheduler's time_shift_type is {kind!r:.80}; exponential or linear is "
                 "allowed."
             )
-        dynamic = config.get("use_dynamic_shifting", False)
-        if not isinstance(dynamic, bool):
-            raise CheckpointError(
-                f"The scheduler's use_dynamic_shifting is {dynamic!r:.80}; true or false is needed."
-            )
         # The defaults are those of the scheduler's constructor, which omits nothing on saving
         # but was extended over the years.
         terminal = config.get("shift_terminal")
         spec = ScheduleSpec(
             shift=_float(config, "shift", 1.0),
-            use_dynamic_shifting=dynamic,
+            use_dynamic_shifting=_flag(config, "use_dynamic_shifting"),
             time_shift_type=kind,
             base_shift=_float(config, "base_shift", 0.5),
             max_shift=_float(config, "max_shift", 1.15),
             base_image_seq_len=_integer(config, "base_image_seq_len", 256),
             max_image_seq_len=_integer(config, "max_image_seq_len", 4096),
             shift_terminal=None if terminal is None else _float(config, "shift_terminal", 0.0),
+            spacing=_SPACINGS[spacings[0]] if spacings else None,
         )
         if spec.shift <= 0:
             raise CheckpointError(f"The scheduler's shift is {spec.shift}; it must be positive.")
@@ -274,6 +289,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object.")
     return value
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key)
+    if not isinstance(value, (bool, type(None))):
+        raise CheckpointError(f"The scheduler's {key} is {value!r:.80}; true or false is needed.")
+    return bool(value)
 
 
 def _integer(config: Mapping[str, Any], key: str, default: int) -> int:

@@ -9,48 +9,19 @@ from __future__ import annotations
 import re
 
 from exporters.checkpoint.tensors import StoredTensor, Weights
+from fluxdeploy.bfl_names import ADDED_QKV, FINAL_ADALN, QKV, RENAMED, graph_names
 from fluxdeploy.errors import CheckpointError
 
 __all__ = ["canonical_transformer", "canonical_vae"]
 
-_QKV = ("to_q", "to_k", "to_v")
 _PARAMETERS = ("weight", "bias", "scale")
-_ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
-
-_BFL_TRANSFORMER = {
-    r"double_blocks\.(\d+)\.img_mod\.lin": r"transformer_blocks.\1.norm1.linear",
-    r"double_blocks\.(\d+)\.txt_mod\.lin": r"transformer_blocks.\1.norm1_context.linear",
-    r"double_blocks\.(\d+)\.img_attn\.proj": r"transformer_blocks.\1.attn.to_out.0",
-    r"double_blocks\.(\d+)\.txt_attn\.proj": r"transformer_blocks.\1.attn.to_add_out",
-    r"double_blocks\.(\d+)\.img_mlp\.0": r"transformer_blocks.\1.ff.net.0.proj",
-    r"double_blocks\.(\d+)\.img_mlp\.2": r"transformer_blocks.\1.ff.net.2",
-    r"double_blocks\.(\d+)\.txt_mlp\.0": r"transformer_blocks.\1.ff_context.net.0.proj",
-    r"double_blocks\.(\d+)\.txt_mlp\.2": r"transformer_blocks.\1.ff_context.net.2",
-    r"double_blocks\.(\d+)\.img_attn\.norm\.query_norm": r"transformer_blocks.\1.attn.norm_q",
-    r"double_blocks\.(\d+)\.img_attn\.norm\.key_norm": r"transformer_blocks.\1.attn.norm_k",
-    r"double_blocks\.(\d+)\.txt_attn\.norm\.query_norm": r"transformer_blocks.\1.attn.norm_added_q",
-    r"double_blocks\.(\d+)\.txt_attn\.norm\.key_norm": r"transformer_blocks.\1.attn.norm_added_k",
-    r"single_blocks\.(\d+)\.modulation\.lin": r"single_transformer_blocks.\1.norm.linear",
-    r"single_blocks\.(\d+)\.linear2": r"single_transformer_blocks.\1.proj_out",
-    r"single_blocks\.(\d+)\.norm\.query_norm": r"single_transformer_blocks.\1.attn.norm_q",
-    r"single_blocks\.(\d+)\.norm\.key_norm": r"single_transformer_blocks.\1.attn.norm_k",
-    r"img_in": "x_embedder",
-    r"txt_in": "context_embedder",
-    r"time_in\.in_layer": "time_text_embed.timestep_embedder.linear_1",
-    r"time_in\.out_layer": "time_text_embed.timestep_embedder.linear_2",
-    r"guidance_in\.in_layer": "time_text_embed.guidance_embedder.linear_1",
-    r"guidance_in\.out_layer": "time_text_embed.guidance_embedder.linear_2",
-    r"vector_in\.in_layer": "time_text_embed.text_embedder.linear_1",
-    r"vector_in\.out_layer": "time_text_embed.text_embedder.linear_2",
-    r"final_layer\.linear": "proj_out",
-}
 
 _BLOCK = r"(?:single_)?transformer_blocks\.\d+"
 _DIFFUSERS_TRANSFORMER = re.compile(
     "|".join(
         [
-            *(re.escape(name).replace(r"\\1", r"\d+") for name in _BFL_TRANSFORMER.values()),
-            rf"{_BLOCK}\.attn\.(?:{'|'.join((*_QKV, *_ADDED_QKV))})",
+            *(re.escape(name).replace(r"\\1", r"\d+") for name in RENAMED.values()),
+            rf"{_BLOCK}\.attn\.(?:{'|'.join((*QKV, *ADDED_QKV))})",
             rf"{_BLOCK}\.proj_mlp",
             r"norm_out\.linear",
         ]
@@ -81,7 +52,23 @@ def _renamed(name: str, table: dict[str, str]) -> str | None:
     return None
 
 
-def _split(tensor: StoredTensor, sizes: list[int]) -> list[StoredTensor]:
+def _targets(module: str, parameter: str, layout_is_bfl: bool) -> tuple[str, ...] | None:
+    """What a module is in the graphs, in the order of its rows; None for no module of FLUX.1."""
+    if layout_is_bfl:
+        return graph_names(module)
+    if module == "norm_out.linear":
+        return FINAL_ADALN
+    known = _DIFFUSERS_TRANSFORMER.fullmatch(module) and parameter != "scale"
+    return (module,) if known else None
+
+
+def _split(tensor: StoredTensor, targets: tuple[str, ...], width: int) -> list[StoredTensor]:
+    """The rows of each target: `width` each, but for an MLP's, which has those that are left."""
+    if len(targets) == 1:
+        return [tensor.rows(0, tensor.row_count)]
+    sizes = [width] * len(targets)
+    if targets[-1].endswith("proj_mlp"):
+        sizes[-1] = tensor.row_count - sum(sizes[:-1])
     if sum(sizes) != tensor.row_count:
         raise CheckpointError(
             f"Tensor {tensor.name} in {tensor.file} has {tensor.row_count} rows; the model's width "
@@ -113,29 +100,11 @@ def canonical_transformer(tensors: Weights) -> dict[str, StoredTensor]:
         module, _, parameter = name.rpartition(".")
         if parameter not in _PARAMETERS:
             raise _foreign(tensor)
-        if module == ("final_layer.adaLN_modulation.1" if layout_is_bfl else "norm_out.linear"):
-            order = ("shift", "scale") if layout_is_bfl else ("scale", "shift")
-            targets = [f"norm_out.{half}" for half in order]
-            sizes = [width, width]
-        elif not layout_is_bfl:
-            if not _DIFFUSERS_TRANSFORMER.fullmatch(module) or parameter == "scale":
-                raise _foreign(tensor)
-            targets, sizes = [module], [tensor.row_count]
-        elif match := re.fullmatch(r"double_blocks\.(\d+)\.(img|txt)_attn\.qkv", module):
-            names = _QKV if match[2] == "img" else _ADDED_QKV
-            targets = [f"transformer_blocks.{match[1]}.attn.{part}" for part in names]
-            sizes = [width] * 3
-        elif match := re.fullmatch(r"single_blocks\.(\d+)\.linear1", module):
-            block = f"single_transformer_blocks.{match[1]}"
-            targets = [*(f"{block}.attn.{part}" for part in _QKV), f"{block}.proj_mlp"]
-            sizes = [width] * 3 + [tensor.row_count - 3 * width]
-        else:
-            target = _renamed(module, _BFL_TRANSFORMER)
-            if target is None:
-                raise _foreign(tensor)
-            targets, sizes = [target], [tensor.row_count]
+        targets = _targets(module, parameter, layout_is_bfl)
+        if targets is None:
+            raise _foreign(tensor)
         suffix = "weight" if parameter == "scale" else parameter
-        for target, part in zip(targets, _split(tensor, sizes), strict=True):
+        for target, part in zip(targets, _split(tensor, targets, width), strict=True):
             weights[f"{target}.{suffix}"] = part
     return weights
 

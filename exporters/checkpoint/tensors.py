@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from exporters.checkpoint.foreign import check_bytes
 from fluxdeploy.bundle.tensorfile import TensorEntry, read_header, to_float32
 from fluxdeploy.errors import CheckpointError
+from fluxdeploy.lora import Change
 
 __all__ = [
     "Index",
@@ -32,7 +33,8 @@ class StoredTensor:
     """A tensor, or contiguous rows of one, in a safetensors file.
 
     `offset` is in bytes from the start of the file. `scale` is the scalar that an FP8 checkpoint
-    multiplies the stored values with.
+    multiplies the stored values with. `changes` are LoRAs that are added to a linear's weight as it
+    is read.
     """
 
     file: Path
@@ -42,6 +44,7 @@ class StoredTensor:
     offset: int
     nbytes: int
     scale: StoredTensor | None = None
+    changes: tuple[Change, ...] = ()
 
     @classmethod
     def of(cls, file: Path, entry: TensorEntry) -> StoredTensor:
@@ -71,6 +74,7 @@ class StoredTensor:
             shape=(stop - start, *self.shape[1:]),
             offset=self.offset + start * row,
             nbytes=(stop - start) * row,
+            changes=tuple(change.rows(start, stop) for change in self.changes),
         )
 
     def squeezed(self) -> StoredTensor:
@@ -90,6 +94,19 @@ class StoredTensor:
 
         Raises `CheckpointError` for a file that cannot be read, and for NaN and infinity.
         """
+        if not self.changes:
+            return self._read(start, stop)
+        columns = self.shape[1]
+        end = math.prod(self.shape) if stop is None else stop
+        first = start // columns
+        part = self.rows(first, -(-end // columns))
+        values = part._read(0, None).reshape(part.shape)
+        for change in part.changes:
+            values = change.add_to(values)
+        return values.reshape(-1)[start - first * columns : end - first * columns]
+
+    def _read(self, start: int, stop: int | None) -> NDArray[np.float32]:
+        """As `read`, of the checkpoint's own values."""
         self.check_readable()
         raw = np.dtype(_RAW[self.dtype])
         count = (math.prod(self.shape) if stop is None else stop) - start

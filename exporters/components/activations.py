@@ -18,9 +18,11 @@ in memory, three times at once.
     conditioner  4 (3 N B M D + B S (E + D)), E the width of T5
     VAE          4 max(6 C P, 3 p²), with p² the scores of its one attention
 
-ONNX Runtime's own attention on CPUs, which the transformer has there in float32, keeps no scores:
+ONNX Runtime's own attention on CPUs, which transformer and VAE have there in float32, keeps no
+scores:
 
     transformer  4 B T (14 D + 2 F)
+    VAE          4 · 6 C P
 
 TensorRT fuses the attention of transformer and VAE, so that memory grows with T and P alone.
 Tensors are in the type that the component computes in, of e bytes, but for norms, which are in
@@ -148,4 +150,7 @@ def _vae_bytes(
     pixels = latents * networks.vae.spatial_factor**2
     if kernels is AttentionKernels.TENSORRT:
         return (4 + 3 * element) * channels * pixels
-    return 4 * max(_PICTURE * channels * pixels, _SCORES * latents**2)
+    streams = 4 * _PICTURE * channels * pixels
+    if kernels is AttentionKernels.ONNX_RUNTIME:
+        return streams
+    return max(streams, 4 * _SCORES * latents**2)

@@ -63,8 +63,8 @@ class Component:
         the projections of image and text, the MLPs of timestep, guidance and pooled text, and the
         final AdaLN with its projection: they are small, and pictures are sensitive to them.
     overflows_fp16: whether its values leave float16's range; bfloat16 has float32's.
-    one_head: whether its attention has a single head as wide as the network, as the VAE's: no
-        runtime computes that in one kernel.
+    one_head: whether its attention has a single head as wide as the network, as the VAE's: of all
+        runtimes, ONNX Runtime alone computes that in one kernel, on CPUs.
     vocabulary: of a text encoder, the number of token ids.
     present: whether a checkpoint has it; a bundle may lack a component.
     """

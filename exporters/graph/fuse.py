@@ -6,6 +6,9 @@ that stay in the cache (T. Dao and others, "FlashAttention", 2022). It takes Q, 
 heads side by side, as the linears leave them, and so does `RotaryEmbedding`: the transpositions go
 too. RoPE stays in float32, whatever type the products have.
 
+The VAE's attention has one head as wide as the network, and no RoPE. Its scores are the largest
+tensors of all, 16 GiB for a picture of 2048x2048.
+
 LayerNorm and GELU need nothing here: ONNX Runtime merges them when it opens a graph. RMSNorm in
 float32 neither, but one that begins with a cast from bfloat16 it merges to an operator for which it
 has no kernel. In 16 bits RMSNorm is therefore ONNX's own operator, of opset 23.
@@ -33,14 +36,15 @@ _HEADS_FIRST = (0, 2, 1, 3)
 
 
 def fuse_attention(model: ir.Model) -> None:
-    """Rewrite every softmax(scale · Q Kᵀ) V whose Q and K are rotated.
+    """Rewrite every softmax(scale · Q Kᵀ) V whose Q and K are rotated, or that has one head.
 
     Attention in another form, with Q/DQ around its products or with a bias, stays as it is.
     """
     fusion = _Fusion(model.graph)
     forms = (_attention_in_float32, _attention_in_16_bits)
     RewriteRuleSet([RewriteRule(form, fusion.attention) for form in forms]).apply_to_model(model)
-    if not fusion.kinds:
+    found = RewriteRuleSet([RewriteRule(_one_head, fusion.one_head)]).apply_to_model(model)
+    if not fusion.kinds and not found:
         return
     if fusion.kinds - {_FLOAT}:
         model.graph.opset_imports[""] = 23
@@ -68,6 +72,13 @@ def _attention_in_16_bits(
     scores = op.Cast(op.MatMul(op.Cast(q * scale, to=kind), turned), to=_FLOAT)
     weights = op.Cast(op.Softmax(scores, axis=-1), to=kind)
     return _mixed(op, weights, value)
+
+
+def _one_head(op: Any, query: Any, key: Any, value: Any, scale: Any, head: Any) -> Any:
+    """softmax(scale · Q Kᵀ) V of Q, K, V [B,1,T,D] in float32, to [B,T,D]."""
+    scores = op.MatMul(query * scale, op.Transpose(key, perm=(0, 1, 3, 2)))
+    mixed = op.MatMul(op.Softmax(scores, axis=-1), value)
+    return op.Gather(mixed, head, axis=1, _outputs=["replaced"])
 
 
 def _rotated(op: Any, x: Any, cos: Any, sin: Any, pairs: Any) -> Any:
@@ -133,6 +144,30 @@ class _Fusion:
         attributes = {"num_heads": shape[2], "scale": number[0]}
         return _instead(
             replaced, _made(op, "MultiHeadAttention", inputs, name, _DOMAIN, kind, **attributes)
+        )
+
+    def one_head(
+        self,
+        op: Any,
+        query: ir.Value,
+        key: ir.Value,
+        value: ir.Value,
+        scale: ir.Value,
+        head: ir.Value,
+        replaced: ir.Value,
+    ) -> ir.Value | None:
+        number = _numbers(scale)
+        if _numbers(head) != [0] or len(number) != 1 or value.dtype != _FLOAT:
+            return None
+        name = str(replaced.name)
+        axis = self._constant("one_head.axis", [1])
+        inputs = [
+            _made(op, "Squeeze", [x, axis], f"{name}.{part}")
+            for part, x in (("query", query), ("key", key), ("value", value))
+        ]
+        attributes = {"num_heads": 1, "scale": number[0]}
+        return _instead(
+            replaced, _made(op, "MultiHeadAttention", inputs, name, _DOMAIN, **attributes)
         )
 
     def rms_norm(

@@ -1,4 +1,4 @@
-"""The VAE of FLUX.1 (the autoencoder of latent diffusion, Rombach et al. 2022), both halves.
+"""What the VAE of FLUX.1 is made of (the autoencoder of latent diffusion, Rombach et al. 2022).
 
 Convolutions compute in the type of their weights; group norms, softmax and the nearest-neighbour
 upsampling in float32, since FP16 norms overflow and TensorRT has no bfloat16 Resize.
@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from exporters.models.attention import attention
 
-__all__ = ["VaeDecoder", "VaeEncoder"]
+__all__ = [
+    "Downsample",
+    "InputConv",
+    "Moments",
+    "OutputConv",
+    "ResnetBlock",
+    "SpatialAttention",
+    "Upsample",
+]
 
 
 class GroupNorm(nn.GroupNorm):
@@ -57,18 +65,6 @@ class SpatialAttention(nn.Module):
         return x + self.to_out[0](y[:, 0]).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-class MidBlock(nn.Module):
-    """Residual block, attention, residual block."""
-
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
-        self.attentions = nn.ModuleList([SpatialAttention(channels, groups)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
-
-
 class Upsample(nn.Module):
     """Twice the rows and columns by nearest neighbour, then a convolution."""
 
@@ -91,92 +87,32 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class Level(nn.Module):
-    """The residual blocks of one resolution, then a change of resolution (none at the end)."""
+class InputConv(nn.Module):
+    """The first convolution of either half, in the type of its weights."""
 
-    def __init__(
-        self, channels_in: int, channels_out: int, blocks: int, groups: int, resample: str | None
-    ) -> None:
+    def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(
-            [
-                ResnetBlock(channels_in if i == 0 else channels_out, channels_out, groups)
-                for i in range(blocks)
-            ]
-        )
-        if resample == "up":
-            self.upsamplers = nn.ModuleList([Upsample(channels_out)])
-        elif resample == "down":
-            self.downsamplers = nn.ModuleList([Downsample(channels_out)])
+        self.conv_in = nn.Conv2d(channels_in, channels_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        for child in self.children():
-            assert isinstance(child, nn.ModuleList)
-            for module in child:
-                x = module(x)
-        return x
+        return self.conv_in(x.to(self.conv_in.weight.dtype))
 
 
-class VaeDecoder(nn.Module):
-    """Latents [B,C,h,w], already unscaled, to images [B,3,8h,8w] in about -1..1, float32."""
+class OutputConv(nn.Module):
+    """The end of either half: norm, SiLU, convolution; float32."""
 
-    def __init__(
-        self, latent_channels: int, channels: tuple[int, ...], layers: int, groups: int
-    ) -> None:
+    def __init__(self, channels_in: int, channels_out: int, groups: int) -> None:
         super().__init__()
-        widths = channels[::-1]
-        self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], groups)
-        self.up_blocks = nn.ModuleList(
-            [
-                Level(
-                    widths[max(i - 1, 0)],
-                    width,
-                    layers + 1,
-                    groups,
-                    "up" if i < len(widths) - 1 else None,
-                )
-                for i, width in enumerate(widths)
-            ]
-        )
-        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.conv_norm_out = GroupNorm(groups, channels_in, eps=1e-6)
+        self.conv_out = nn.Conv2d(channels_in, channels_out, 3, padding=1)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(latents.to(self.conv_in.weight.dtype)))
-        for level in self.up_blocks:
-            x = level(x)
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv_out(self.conv_norm_out(x)).float()
 
 
-class VaeEncoder(nn.Module):
-    """Images [B,3,H,W] in -1..1 to the latents' mean and log-variance [B,C,H/8,W/8], float32."""
+class Moments(OutputConv):
+    """The end of the encoder: the latents' mean and log-variance, float32 [B, C, h, w] each."""
 
-    def __init__(
-        self, latent_channels: int, channels: tuple[int, ...], layers: int, groups: int
-    ) -> None:
-        super().__init__()
-        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            [
-                Level(
-                    channels[max(i - 1, 0)],
-                    width,
-                    layers,
-                    groups,
-                    "down" if i < len(channels) - 1 else None,
-                )
-                for i, width in enumerate(channels)
-            ]
-        )
-        self.mid_block = MidBlock(channels[-1], groups)
-        self.conv_norm_out = GroupNorm(groups, channels[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.conv_in(images.to(self.conv_in.weight.dtype))
-        for level in self.down_blocks:
-            x = level(x)
-        moments = self.conv_out(self.conv_norm_out(self.mid_block(x))).float()
-        mean, logvar = torch.chunk(moments, 2, dim=1)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        mean, logvar = torch.chunk(super().forward(x), 2, dim=1)
         return mean, logvar

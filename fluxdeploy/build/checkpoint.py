@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from fluxdeploy.bundle.tensorfile import read_header
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from fluxdeploy.errors import CheckpointError, MissingDependencyError, UsageError
 from fluxdeploy.install import install_command
+from fluxdeploy.lora import LoraFile
 from fluxdeploy.openmp import sleeping_threads
 from fluxdeploy.progress import Progress
 from fluxdeploy.sampling.schedule import sigmas
@@ -45,12 +46,12 @@ _MOST_GUIDANCE = 1000.0
 """Guidance is trained at some 1 to 10, and enters as a sine of a thousand times its value."""
 
 
-def find_checkpoint(checkpoint: str | None) -> Checkpoint:
+def find_checkpoint(checkpoint: str | None, loras: Sequence[LoraFile] = ()) -> Checkpoint:
     """Open a checkpoint: a path, a hub id, or one of `DEMO_CHECKPOINTS`; None is the default.
 
-    No folder and no hub id can be meant by a name that begins with `demo:`. Raises `UsageError` for
-    such a name that there is not, and `MissingDependencyError` without the packages of the extra
-    `export`.
+    `loras` are merged into it. No folder and no hub id can be meant by a name that begins with
+    `demo:`. Raises `UsageError` for such a name that there is not, and `MissingDependencyError`
+    without the packages of the extra `export`.
     """
     name = DEFAULT_CHECKPOINT if checkpoint is None else checkpoint
     if name.startswith("demo:") and name not in DEMO_CHECKPOINTS:
@@ -62,11 +63,12 @@ def find_checkpoint(checkpoint: str | None) -> Checkpoint:
         with sleeping_threads():
             import exporters.export  # noqa: F401
             from exporters.checkpoint import open_checkpoint
+            from exporters.checkpoint.lora import merge_loras
     except ImportError as error:
         raise MissingDependencyError(
             f"Reading checkpoints needs the package {error.name}: {install_command('export')}."
         ) from error
-    return open_checkpoint(DEMO_CHECKPOINTS.get(name, name))
+    return merge_loras(open_checkpoint(DEMO_CHECKPOINTS.get(name, name)), loras)
 
 
 @dataclass(frozen=True)
@@ -126,18 +128,32 @@ def checkpoint_record(bundle: Bundle) -> dict[str, Any]:
     return origin if isinstance(origin, dict) else {}
 
 
-def open_recorded(bundle: Bundle, name: str, progress: Progress) -> Checkpoint:
-    """Open the checkpoint that a bundle was made from, where it lies now.
+def open_recorded(
+    bundle: Bundle, name: str, progress: Progress, loras: Sequence[LoraFile] = ()
+) -> Checkpoint:
+    """Open the checkpoint that a bundle was made from, where it lies now, with its LoRAs.
 
-    Raises `UsageError` for another one, and what `find_checkpoint` raises.
+    Raises `UsageError` for another one and for other LoRAs, and what `find_checkpoint` raises.
     """
-    checkpoint = find_checkpoint(name)
+    checkpoint = find_checkpoint(name, loras)
+    merged = [asdict(record) for record in checkpoint.loras]
+    if _unnamed(merged) != _unnamed(bundle.manifest.provenance.get("loras", [])):
+        raise UsageError(
+            f"{bundle.root} was made with other LoRAs: `fluxdeploy inspect` has its own. "
+            "Name them with the same --lora as the build, and no others."
+        )
     if hash_checkpoint(checkpoint, progress).digest != checkpoint_record(bundle).get("sha256"):
         raise UsageError(
             f"{name} is not the checkpoint that {bundle.root} was made from: its weights or its "
             "layout differ."
         )
     return checkpoint
+
+
+def _unnamed(loras: Any) -> Any:
+    """Records of LoRAs without the names of their files, which anybody may have changed."""
+    records = loras if isinstance(loras, list) else []
+    return [(r.get("sha256"), r.get("scale")) for r in records if isinstance(r, dict)]
 
 
 def check_limits(checkpoint: Checkpoint) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from fluxdeploy import __version__
 from fluxdeploy.build.checkpoint import limits
 from fluxdeploy.build.keys import tool_versions
+from fluxdeploy.build.plan.footprint import WIDTHS
 from fluxdeploy.build.run import BuildRun
 from fluxdeploy.bundle.manifest import (
     SCHEMA_VERSION,
@@ -17,6 +19,7 @@ from fluxdeploy.bundle.manifest import (
 )
 from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
+from fluxdeploy.kernels import CallSizes
 from fluxdeploy.precision import PRECISIONS
 
 __all__ = ["describe"]
@@ -51,11 +54,29 @@ def describe(
         quality=QualityRecord(promise.psnr or row.min_psnr, row.min_ssim, _least_sqnr(transformer)),
         provenance={
             "checkpoint": _origin(request.checkpoint or DEFAULT_CHECKPOINT, run),
+            **({"loras": [asdict(lora) for lora in checkpoint.loras]} if checkpoint.loras else {}),
             **({} if limit is None else {"limits": limit}),
             "requested_precision": request.precision,
+            "vae_bytes_per_pixel": _vae_bytes_per_pixel(run),
             "tools": {"fluxdeploy": __version__} | tool_versions(),
         },
     )
+
+
+def _vae_bytes_per_pixel(run: BuildRun) -> dict[str, int]:
+    """What each half of the VAE takes of memory where it runs on a CPU, by its usual picture."""
+    checkpoint, defaults = run.spec.checkpoint, run.spec.defaults
+    side = checkpoint.latents.token_side
+    tokens = (defaults.height // side) * (defaults.width // side)
+    sizes = CallSizes(1, defaults.max_sequence_length, tokens, defaults.num_inference_steps)
+    return {
+        component.name: component.export.component.activations(
+            checkpoint, sizes, component.kernels, WIDTHS[component.compute]
+        )
+        // (tokens * side**2)
+        for component in run.spec.components
+        if component.export.component.part == "vae" and set(component.targets) == {"cpu"}
+    }
 
 
 def _least_sqnr(transformer: ComponentRecord) -> float | None:

@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from fluxdeploy.bundle.typed_json import to_plain
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
+    from exporters.checkpoint.tensors import StoredTensor
     from exporters.quality.layers import Layers
 
 __all__ = ["content_key", "digest", "sources_digest", "tool_versions"]
@@ -30,6 +31,7 @@ _SOURCES = (
     "fluxdeploy/*.py",
     "fluxdeploy/build/**/*.py",
     "fluxdeploy/bundle/**/*.py",
+    "fluxdeploy/lora/**/*.py",
     "fluxdeploy/sampling/**/*.py",
 )
 _NOT_SOURCES = "exporters/training"
@@ -56,6 +58,7 @@ def content_key(
             "weights": sorted(
                 (file.name, hashes.files[Path(os.path.realpath(file))]) for file in files
             ),
+            "loras": _merged(placement.stored for placement in component.export.placements),
             "constants": repr((checkpoint.latents, checkpoint.rope, checkpoint.schedule)),
             "engines": [asdict(engine) for engine in component.engines],
             "profiles": repr(component.profiles),
@@ -75,8 +78,18 @@ def _upstream(
     """The weights of the text encoders, where golden inputs are made of what they give."""
     if component.export.component.part != "transformer":
         return []
-    files = {s.file for part in ("clip", "t5") for s in checkpoint.part(part).weights.values()}
-    return sorted(hashes.files[Path(os.path.realpath(file))] for file in files)
+    tensors = [s for part in ("clip", "t5") for s in checkpoint.part(part).weights.values()]
+    files = {stored.file for stored in tensors}
+    return [
+        *sorted(hashes.files[Path(os.path.realpath(file))] for file in files),
+        *_merged(tensors),
+    ]
+
+
+def _merged(tensors: Iterable[StoredTensor]) -> list[str]:
+    """The LoRAs that change any of the tensors, in the order in which they are added."""
+    changes = (change for stored in tensors for change in stored.changes)
+    return list(dict.fromkeys(f"{change.sha256}:{change.strength}" for change in changes))
 
 
 def _described(layers: Layers) -> Any:

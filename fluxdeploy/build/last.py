@@ -93,6 +93,7 @@ class LastBuild:
         found = []
         if self._request.calibration is not None:
             found.append(os.path.realpath(self._request.calibration))
+        found += [os.path.realpath(lora.path) for lora in self._request.loras]
         folders = os.walk(
             os.path.realpath(path if path.is_dir() else path.parent), followlinks=True
         )

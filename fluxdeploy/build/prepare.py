@@ -28,7 +28,7 @@ def prepare(
     if request.checkpoint is not None:
         _check_apart(Path(os.path.expanduser(request.checkpoint)), destination)
     check_destination(destination)
-    checkpoint = find_checkpoint(request.checkpoint)
+    checkpoint = find_checkpoint(request.checkpoint, request.loras)
     spec = resolve(request, checkpoint, runtime, targets)
     if any(component.quantized for component in spec.components):
         from exporters.calibrate.find import open_calibration

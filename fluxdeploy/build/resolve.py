@@ -19,6 +19,7 @@ from fluxdeploy.bundle.manifest import Defaults, DimensionRange, EngineRecord, S
 from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.errors import UsageError
 from fluxdeploy.kernels import AttentionKernels
+from fluxdeploy.lora import LoraFile
 from fluxdeploy.precision import PRECISIONS
 
 if TYPE_CHECKING:
@@ -39,9 +40,10 @@ class BuildRequest:
     calibration.json of another bundle of the same checkpoint. `promise` is what pictures have to
     keep in few bits, None for what the precision promises; with one that asks for nothing they are
     not looked at. With `strict` a precision that does not keep it is an error.
-    With a `lora_rank` it takes LoRAs of ranks up to it with each call.
     `sizes` are for runtimes whose engines are tuned, `memory_limit` and `weight_streaming` for
     TensorRT. `replace` lets a bundle that runs on this machine be replaced by one that does not.
+    `loras` are merged into the weights; with a `lora_rank` the bundle takes others with each call,
+    whose ranks add up to it at most.
     """
 
     checkpoint: str | None = None
@@ -56,6 +58,7 @@ class BuildRequest:
     memory_limit: int | None = None
     weight_streaming: bool = False
     replace: bool = False
+    loras: tuple[LoraFile, ...] = ()
     lora_rank: int = 0
 
     @property

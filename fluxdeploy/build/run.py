@@ -37,6 +37,7 @@ class BuildRun:
         self.staging = staging
         self.progress = progress
         self.hashes = hash_checkpoint(spec.checkpoint, progress, cache)
+        cache.hash_files([lora.path for lora in spec.request.loras])
         self.weights = WeightFolder(staging.root / "onnx" / "weights", cache.link)
 
     @cached_property
@@ -46,7 +47,9 @@ class BuildRun:
         from exporters.calibrate.range_file import read_calibration, write_calibration
         from exporters.quality.calibrate import calibrate
 
-        checkpoint, known, request = self.spec.checkpoint, self.hashes.digest, self.spec.request
+        # Of the base: ranges and recipes hold for all that is merged into it.
+        checkpoint, known = self.spec.checkpoint.unmerged, self.hashes.digest
+        request = self.spec.request
         source = open_calibration(checkpoint, known, request.calibration)
         path = self.staging.root / _CALIBRATION
         asked = [component.asked for component in self.spec.components if component.quantized]

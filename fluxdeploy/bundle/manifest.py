@@ -10,18 +10,27 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fluxdeploy.bundle.boundary import NEEDED, Tensors, check_boundary
 from fluxdeploy.bundle.recipe import RecipeRecord, check_recipe
 from fluxdeploy.bundle.side_paths import RANK
-from fluxdeploy.bundle.typed_json import FieldError, join, load_strict, parse, to_plain
+from fluxdeploy.bundle.typed_json import (
+    OPTIONAL,
+    FieldError,
+    join,
+    load_strict,
+    parse,
+    to_plain,
+)
 from fluxdeploy.errors import BundleError
 
 __all__ = [
     "MANIFEST_NAME",
     "MAX_MANIFEST",
+    "MAX_ORDER",
     "SCHEMA_VERSION",
+    "SPACINGS",
     "SYMBOLS",
     "ComponentRecord",
     "Defaults",
@@ -35,6 +44,7 @@ __all__ = [
     "QualityRecord",
     "RopeSpec",
     "ScheduleSpec",
+    "SkipRecord",
     "TensorSpec",
     "TokenizerRecord",
     "from_json",
@@ -51,6 +61,12 @@ MAX_MANIFEST = 4 << 20
 
 SYMBOLS = ("B", "S", "L", "T", "N", "H", "W", "h", "w", RANK)
 """The symbols that a `Dimension` may be."""
+
+SPACINGS = ("karras", "exponential", "beta")
+"""What `ScheduleSpec.spacing` may be."""
+
+MAX_ORDER = 2
+"""Of the extrapolation of a velocity: a parabola."""
 
 _MAX_DEPTH = 32
 _MAX_NAME, _MAX_PATH = 255, 1024
@@ -204,6 +220,7 @@ class ScheduleSpec:
     base_image_seq_len: int
     max_image_seq_len: int
     shift_terminal: float | None
+    spacing: str | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True)
@@ -254,6 +271,27 @@ class QualityRecord:
 
 
 @dataclass(frozen=True)
+class SkipRecord:
+    """Steps in which the velocity is extrapolated, and what pictures then keep.
+
+    For calls with this sampler and so many steps. `steps` rise, and the first, 0, is not among
+    them; `order` is 0 to 2. `psnr`, in dB, is the least over `pictures` pictures of `height` x
+    `width` pixels, whose prompts the search has not seen, against those without skips; it is at
+    least `min_psnr`, which was asked for.
+    """
+
+    sampler: str
+    num_inference_steps: int
+    steps: tuple[int, ...]
+    order: int
+    height: int
+    width: int
+    min_psnr: float
+    psnr: float
+    pictures: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A whole bundle. `provenance` is free-form JSON: checkpoint hash, tool versions, requests."""
 
@@ -269,6 +307,7 @@ class Manifest:
     defaults: Defaults
     quality: QualityRecord
     provenance: Mapping[str, object]
+    skips: tuple[SkipRecord, ...] = field(default=(), metadata=OPTIONAL)
 
     @property
     def lora_rank(self) -> int:
@@ -408,6 +447,8 @@ def _check(manifest: Manifest) -> None:
     _check_constants(manifest)
     _check_magnitudes(manifest)
     _check_schedule(manifest)
+    for index, record in enumerate(manifest.skips):
+        _check_skips(record, manifest.skips[:index], f"skips[{index}]")
     _check_boundary(manifest)
     _check_defaults(manifest)
 
@@ -418,6 +459,7 @@ def _check_counts(manifest: Manifest) -> None:
         "components": len(manifest.components),
         "tokenizers": len(manifest.tokenizers),
         "rope.axes_dims": len(manifest.rope.axes_dims),
+        "skips": len(manifest.skips),
     }
     for name, component in manifest.components.items():
         specs = {"inputs": component.inputs, "outputs": component.outputs}
@@ -621,6 +663,11 @@ def _check_schedule(manifest: Manifest) -> None:
         "schedule.time_shift_type",
         f"is {schedule.time_shift_type!r}; it must be 'exponential' or 'linear'",
     )
+    _require(
+        schedule.spacing is None or schedule.spacing in SPACINGS,
+        "schedule.spacing",
+        f"is {schedule.spacing!r}; it must be null or one of {_listed(SPACINGS)}",
+    )
     if not schedule.use_dynamic_shifting:
         return
     _require(
@@ -640,6 +687,37 @@ def _check_schedule(manifest: Manifest) -> None:
         "schedule.max_shift",
         f"and base_shift make a shift of {mu:g} for a picture of the default size: it must be from "
         f"{least:g} to {most:g}",
+    )
+
+
+def _check_skips(record: SkipRecord, earlier: tuple[SkipRecord, ...], where: str) -> None:
+    count, most = record.num_inference_steps, _MOST["defaults.num_inference_steps"]
+    _require(
+        1 <= count <= most,
+        f"{where}.num_inference_steps",
+        f"is {count}; it must be from 1 to {most:g}",
+    )
+    _require(
+        all(0 < step < count for step in record.steps)
+        and all(a < b for a, b in zip(record.steps, record.steps[1:], strict=False)),
+        f"{where}.steps",
+        f"must rise, from 1 to at most {count - 1}",
+    )
+    _require(
+        0 <= record.order <= MAX_ORDER,
+        f"{where}.order",
+        f"is {record.order}; it must be from 0 to {MAX_ORDER}",
+    )
+    for name in ("height", "width"):
+        size, most = getattr(record, name), _MOST[join("defaults", name)]
+        _require(1 <= size <= most, join(where, name), f"is {size}; it is 1 to {most:g}")
+    _check_range(join(where, "min_psnr"), record.min_psnr, 0, _MAX_DECIBELS)
+    _check_range(join(where, "psnr"), record.psnr, record.min_psnr, _MAX_DECIBELS)
+    _require(record.pictures >= 1, f"{where}.pictures", f"is {record.pictures}; 1 is the least")
+    _require(
+        all((r.sampler, r.num_inference_steps) != (record.sampler, count) for r in earlier),
+        where,
+        "has the sampler and the steps of an earlier one",
     )
 
 

@@ -15,9 +15,13 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-__all__ = ["FieldError", "join", "load_strict", "parse", "shortened", "to_plain"]
+__all__ = ["OPTIONAL", "FieldError", "join", "load_strict", "parse", "shortened", "to_plain"]
 
 T = TypeVar("T")
+
+OPTIONAL: Mapping[str, bool] = {"optional": True}
+"""The metadata of a dataclass's field that texts may lack, which then has its default. It is left
+out where it has that, so that programs read it which do not know the field."""
 
 _MAX_DIGITS = 20
 """Enough for 64 bits; turning longer digit strings into numbers takes quadratic time."""
@@ -143,11 +147,11 @@ def _parse_fields(kind: Any, value: dict[str, Any], where: str) -> Any:
     for name in value:
         if name not in hints:
             raise FieldError(join(where, name), "is not a known field")
-    for name in hints:
-        if name not in value:
-            raise FieldError(join(where, name), "is missing")
+    for each in fields(kind):
+        if each.name not in value and not each.metadata.get("optional"):
+            raise FieldError(join(where, each.name), "is missing")
     return kind(
-        **{name: _parse(hint, value[name], join(where, name)) for name, hint in hints.items()}
+        **{name: _parse(hints[name], entry, join(where, name)) for name, entry in value.items()}
     )
 
 
@@ -191,10 +195,15 @@ def _shown(value: Any) -> str:
 def to_plain(value: Any) -> Any:
     """A dataclass as JSON objects: fields in their own order, keys of mappings sorted.
 
-    Sorting makes the text a function of the value: equal objects give equal bytes.
+    Sorting makes the text a function of the value: equal objects give equal bytes. Fields that are
+    `OPTIONAL` are left out where they have their default.
     """
     if is_dataclass(value):
-        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
+        return {
+            field.name: to_plain(getattr(value, field.name))
+            for field in fields(value)
+            if not (field.metadata.get("optional") and getattr(value, field.name) == field.default)
+        }
     if isinstance(value, Mapping):
         return {key: to_plain(value[key]) for key in sorted(value)}
     if isinstance(value, (tuple, list)):

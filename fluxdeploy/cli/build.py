@@ -15,6 +15,7 @@ from fluxdeploy.cli.options import (
     CHECKPOINT,
     COMPONENT_PRECISION,
     FOLDER,
+    LORAS,
     MAX_BATCH,
     MAX_SIZE,
     MIN_SIZE,
@@ -32,10 +33,12 @@ from fluxdeploy.cli.options import (
     component_precisions,
 )
 from fluxdeploy.library_output import libraries_on_stderr
+from fluxdeploy.lora import LoraFile
 from fluxdeploy.progress import Progress
 from fluxdeploy.terminal import say, say_json
 
 if TYPE_CHECKING:
+    from fluxdeploy.build.resolve import BuildRequest
     from fluxdeploy.bundle import Bundle
     from fluxdeploy.bundle.manifest import Manifest
     from fluxdeploy.verify.verify import VerifyReport
@@ -49,6 +52,7 @@ _PICTURES = 3
 @PRECISION
 @COMPONENT_PRECISION
 @CALIBRATION
+@LORAS
 @QUALITY
 @STRICT
 @RUNTIME
@@ -74,6 +78,7 @@ def command(
     precision: str,
     component_precision: tuple[str, ...],
     calibration: Path | None,
+    loras: tuple[LoraFile, ...],
     quality: Promise | None,
     strict: bool,
     runtime: str,
@@ -131,6 +136,7 @@ def command(
         None if workspace is None else workspace * 2**20,
         weight_streaming,
         replace,
+        loras,
     )
     if page is not None:
         check_page(page)
@@ -139,7 +145,7 @@ def command(
         bundle = build(request, out, progress)
         report = None
         if given or page is not None:
-            report = _compare(bundle, checkpoint, given, progress)
+            report = _compare(bundle, request, given, progress)
     if report is not None and page is not None:
         write_page(report, bundle, page)
     components = bundle.manifest.components
@@ -177,7 +183,7 @@ def command(
 
 
 def _compare(
-    bundle: Bundle, checkpoint: str | None, prompts: tuple[str, ...], progress: Progress
+    bundle: Bundle, request: BuildRequest, prompts: tuple[str, ...], progress: Progress
 ) -> VerifyReport:
     """The bundle's pictures beside PyTorch's: of what runs here, or else of its numbers."""
     from engines import EngineOptions, runs_here
@@ -186,9 +192,11 @@ def _compare(
 
     here = runs_here(record.engines for record in bundle.manifest.components.values())
     runtime = "auto" if here else "emulate"
-    source = checkpoint or DEFAULT_CHECKPOINT
+    source = request.checkpoint or DEFAULT_CHECKPOINT
     pictures = None if prompts else _PICTURES
-    return verify(bundle.root, source, runtime, EngineOptions(), progress, pictures, prompts)
+    return verify(
+        bundle.root, source, runtime, EngineOptions(), progress, pictures, prompts, request.loras
+    )
 
 
 def _devices(manifest: Manifest) -> str:

@@ -12,12 +12,14 @@ from fluxdeploy.cli.options import (
     CHECKPOINT,
     COMPONENT_PRECISION,
     FOLDER,
+    LORAS,
     PRECISION,
     complete_component,
     component_precisions,
 )
 from fluxdeploy.errors import UsageError
 from fluxdeploy.library_output import libraries_on_stderr
+from fluxdeploy.lora import LoraFile
 from fluxdeploy.progress import Progress
 from fluxdeploy.terminal import say, say_json
 
@@ -27,6 +29,7 @@ from fluxdeploy.terminal import say, say_json
 @PRECISION
 @COMPONENT_PRECISION
 @CALIBRATION
+@LORAS
 @click.option(
     "--component",
     "components",
@@ -58,6 +61,7 @@ def command(
     precision: str,
     component_precision: tuple[str, ...],
     calibration: Path | None,
+    loras: tuple[LoraFile, ...],
     components: tuple[str, ...],
     no_split: bool,
     out: Path,
@@ -80,7 +84,7 @@ def command(
     from fluxdeploy.build.checkpoint import find_checkpoint, hash_checkpoint
 
     overrides = component_precisions(component_precision)
-    source = find_checkpoint(checkpoint)
+    source = find_checkpoint(checkpoint, loras)
     from exporters.calibrate.find import open_calibration
     from exporters.calibrate.range_file import write_calibration
     from exporters.components.registry import (
@@ -117,7 +121,7 @@ def command(
         if asked:
             digest = hash_checkpoint(source, progress).digest
             given = open_calibration(source, digest, calibration)
-            found = calibrate(source, digest, given, asked, Promise(), None, progress)
+            found = calibrate(source.unmerged, digest, given, asked, Promise(), None, progress)
             write_calibration(found, out / "calibration.json")
             known_layers = {
                 a.component.name: layers_of(

@@ -11,13 +11,26 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import click
 
 from fluxdeploy import __version__
-from fluxdeploy.cli.options import AS_JSON, BUNDLE, DEVICE, RUNTIME, THREADS, PathType
-from fluxdeploy.errors import CutPromptWarning, UnusedArgumentWarning, UsageError
+from fluxdeploy.cli.options import (
+    AS_JSON,
+    BUNDLE,
+    DEVICE,
+    RUNTIME,
+    THREADS,
+    PathType,
+    complete_sampler,
+)
+from fluxdeploy.errors import (
+    CutPromptWarning,
+    UnmeasuredSkipsWarning,
+    UnusedArgumentWarning,
+    UsageError,
+)
 from fluxdeploy.library_output import libraries_on_stderr
 from fluxdeploy.progress import Progress
 from fluxdeploy.terminal import say, say_json
@@ -43,13 +56,52 @@ class _Margins(click.ParamType):  # type: ignore[type-arg]
         return tuple(int(number) for number in value.split(","))
 
 
-_KINDS = (CutPromptWarning, UnusedArgumentWarning)
+class _Seeds(click.ParamType):  # type: ignore[type-arg]
+    """One seed, or several with commas between."""
+
+    name = "seeds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if re.fullmatch(r"\s*-?\d{1,30}\s*(,\s*\d{1,30}\s*)*", value) is None:
+            self.fail(f"{value!r} is not a seed, such as 7, or several, such as 1,2,3.", param, ctx)
+        return tuple(int(number) for number in value.split(","))
+
+
+class _Skip(click.ParamType):  # type: ignore[type-arg]
+    """`none`, `auto`, or numbers of steps."""
+
+    name = "skip"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = value.strip()
+        if text in ("none", "auto"):
+            return text
+        if re.fullmatch(r"\d{1,5}(\s*,\s*\d{1,5})*", text) is None:
+            self.fail(f"{value!r} is not none, auto or steps such as 3,5,7.", param, ctx)
+        return tuple(int(number) for number in text.split(","))
+
+
+def _joined(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))
+
+
+_KINDS = (CutPromptWarning, UnmeasuredSkipsWarning, UnusedArgumentWarning)
 
 
 @click.command()
 @click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
 @BUNDLE
+@click.option(
+    "--prompt-2",
+    metavar="TEXT",
+    help="What T5 reads instead of PROMPT, which is then CLIP's alone.",
+)
 @click.option("--negative-prompt", help="What to steer away from; needs --true-cfg-scale.")
+@click.option(
+    "--negative-prompt-2",
+    metavar="TEXT",
+    help="What T5 reads instead of --negative-prompt, which is then CLIP's alone.",
+)
 @click.option(
     "--true-cfg-scale",
     type=float,
@@ -65,10 +117,15 @@ _KINDS = (CutPromptWarning, UnusedArgumentWarning)
     help="Guidance scale of models with a guidance embedding.  [default: the bundle's]",
 )
 @click.option(
-    "--seed", type=int, help="The same seed gives the same picture.  [default: a random one]"
+    "--seed",
+    "seeds",
+    type=_Seeds(),
+    metavar="SEED[,SEED...]",
+    help="The same seed gives the same picture. Several give pictures of each prompt, for each "
+    "seed.  [default: a random one]",
 )
 @click.option(
-    "--num-images", type=click.IntRange(min=1), default=1, help="Pictures of each prompt."
+    "--num-images", type=click.IntRange(min=1), default=1, help="Pictures of each prompt and seed."
 )
 @click.option(
     "--image",
@@ -106,6 +163,20 @@ _KINDS = (CutPromptWarning, UnusedArgumentWarning)
     type=int,
     help="T5 tokens that the prompt is padded or cut to.  [default: the bundle's]",
 )
+@click.option(
+    "--sampler",
+    default="euler",
+    shell_complete=complete_sampler,
+    help="How steps use the velocity: euler; ab2 or dpmpp_2m, of second order at the same cost; "
+    "heun or midpoint, at twice the cost; rk4, at four times.",
+)
+@click.option(
+    "--skip",
+    type=_Skip(),
+    default="none",
+    metavar="none|auto|STEP,...",
+    help="Steps in which the transformer does not run: auto takes those that `tune` has found.",
+)
 @RUNTIME
 @DEVICE
 @THREADS
@@ -129,13 +200,15 @@ _KINDS = (CutPromptWarning, UnusedArgumentWarning)
 def command(
     prompts: tuple[str, ...],
     bundle: Path,
+    prompt_2: str | None,
     negative_prompt: str | None,
+    negative_prompt_2: str | None,
     true_cfg_scale: float,
     width: int | None,
     height: int | None,
     steps: int | None,
     guidance: float | None,
-    seed: int | None,
+    seeds: tuple[int, ...] | None,
     num_images: int,
     image: Path | None,
     strength: float | None,
@@ -143,6 +216,8 @@ def command(
     mask_crop: int | None,
     outpaint: tuple[int, ...] | None,
     max_sequence_length: int | None,
+    sampler: str,
+    skip: Literal["none", "auto"] | tuple[int, ...],
     runtime: str,
     device: int,
     threads: int | None,
@@ -156,13 +231,15 @@ def command(
     Runs a bundle's engines from NumPy: no PyTorch is needed. The prompt, the seed, the steps and
     the bundle's hash are written into the PNG, so that `inspect` can tell how a picture was made;
     the same bundle, seed and options make it again. Each prompt begins with the same seed: its
-    pictures do not depend on the other prompts.
+    pictures do not depend on the other prompts. Several seeds are as many calls: each picture is
+    the one that its seed alone gives.
 
     \b
     Examples:
       fluxdeploy generate "a red circle above a blue square"
       fluxdeploy generate "a lighthouse at dusk" --bundle flux-dev --width 1024 --height 768
       fluxdeploy generate "a fox" --seed 7 --num-images 4 --out fox.png --json
+      fluxdeploy generate "a fox" --seed 1,2,3 --sheet seeds.png
       fluxdeploy generate "a green star" "a pink heart" --sheet sheet.png
       fluxdeploy generate "a fox, oil on canvas" --image fox.png --strength 0.7
       fluxdeploy generate "a blue heart" --image ring.png --mask hole.png --strength 0.9
@@ -171,8 +248,13 @@ def command(
     from fluxdeploy.host.pictures import PictureMetadata, picture_paths, save_picture, write_png
     from fluxdeploy.host.sheet import contact_sheet
 
-    captions = [prompt for prompt in prompts for _ in range(num_images)]
-    paths = picture_paths(out, len(captions))
+    # A call of its own for each seed: then any picture can be made again without the others.
+    runs = [(prompt, seed) for prompt in prompts for seed in seeds or (None,)]
+    captions = [prompt for prompt, _ in runs for _ in range(num_images)]
+    several = None
+    if seeds is not None and len(seeds) > 1:
+        several = [seed for seed in seeds for _ in range(num_images)] * len(prompts)
+    paths = picture_paths(out, len(captions), several)
     _check_writable("--out", paths)
     if sheet is not None:
         _check_sheet(sheet, paths)
@@ -191,8 +273,11 @@ def command(
 
     from engines.base import EngineOptions
     from fluxdeploy.host.pipeline import FluxPipeline
+    from fluxdeploy.sampling.noise import check_seed
     from fluxdeploy.sampling.noising import first_step
 
+    for each in seeds or ():
+        check_seed(each)
     start = time.monotonic()
     options = EngineOptions(threads, device)
     with (
@@ -208,7 +293,7 @@ def command(
         share = defaults.strength if strength is None else strength
         made = steps if given is None else steps - first_step(steps, share)
         # The decoding of a prompt's pictures is its last unit.
-        task = progress.task("Generating", total=len(prompts) * (max(made, 0) + 1))
+        task = progress.task("Generating", total=len(runs) * (max(made, 0) + 1))
 
         def on_step_end(
             pipe: FluxPipeline, step: int, timestep: float, state: Mapping[str, Any]
@@ -216,39 +301,51 @@ def command(
             task.advance()
 
         images: list[Image] = []
-        for prompt in prompts:
+        used: list[int] = []
+        drawn: int | None = None
+        for prompt, seed in runs:
             result = pipe(
                 prompt,
+                prompt_2=prompt_2,
                 negative_prompt=negative_prompt,
+                negative_prompt_2=negative_prompt_2,
                 true_cfg_scale=true_cfg_scale,
                 height=height,
                 width=width,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 num_images_per_prompt=num_images,
-                seed=seed,
+                seed=drawn if seed is None else seed,
                 image=given,
                 mask_image=marked,
                 strength=strength,
                 padding_mask_crop=mask_crop,
                 max_sequence_length=max_sequence_length,
+                sampler=sampler,
+                skip=skip,
                 callback_on_step_end=on_step_end,
             )
             task.advance()
             assert isinstance(result.images, list)  # output_type is "pil"
             images += result.images
-            seed = result.seed
+            assert isinstance(result.seed, int)
+            drawn = result.seed
+            used += [result.seed] * num_images
         bundle_hash = pipe.bundle.content_hash
 
     for number, (picture, caption, path) in enumerate(zip(images, captions, paths, strict=True)):
         metadata = PictureMetadata(
             prompt=caption,
+            prompt_2=prompt_2,
             negative_prompt=negative_prompt,
+            negative_prompt_2=negative_prompt_2,
             true_cfg_scale=true_cfg_scale,
-            seed=seed,
+            seed=used[number],
             index=number % num_images,
             num_inference_steps=steps,
             guidance_scale=defaults.guidance_scale if guidance is None else guidance,
+            sampler=None if sampler == "euler" else sampler,
+            skip=None if skip == "none" else skip if isinstance(skip, str) else _joined(skip),
             max_sequence_length=max_sequence_length,
             height=defaults.height if height is None else height,
             width=defaults.width if width is None else width,
@@ -256,7 +353,7 @@ def command(
             image_sha256=image_sha256,
             mask_sha256=mask_sha256,
             padding_mask_crop=None if marked is None else mask_crop,
-            outpaint=None if outpaint is None else ",".join(map(str, outpaint)),
+            outpaint=None if outpaint is None else _joined(outpaint),
             bundle_hash=bundle_hash,
             fluxdeploy_version=__version__,
         )
@@ -270,7 +367,8 @@ def command(
             "paths": [str(path) for path in paths],
             "prompts": captions,
             "sheet": None if sheet is None else str(sheet),
-            "seed": seed,
+            "seed": used[0] if len(set(used)) == 1 else None,
+            "seeds": used,
             "width": width,
             "height": height,
             "steps": steps,
@@ -282,7 +380,8 @@ def command(
     for path in paths if sheet is None else (*paths, sheet):
         say(str(path))
     counted = f"{steps} steps" if given is None else f"{made} of {steps} steps"
-    say(f"{width}x{height}, seed {seed}, {counted}, {seconds:.1f} s", err=True)
+    told = ", ".join(map(str, dict.fromkeys(used)))
+    say(f"{width}x{height}, seed {told}, {counted}, {seconds:.1f} s", err=True)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ COMMANDS = {
     "export": "Write only the ONNX files of a checkpoint.",
     "generate": "Make pictures from prompts.",
     "verify": "Compare a bundle with PyTorch.",
+    "tune": "Find steps that need no run of the transformer.",
     "bench": "Time bundles, and other ways to run the model.",
     "serve": "Serve pictures over HTTP, as OpenAI's images API.",
     "triton": "Write a model repository for Triton.",

@@ -186,7 +186,16 @@ def _tabulate_constants(bundle: Bundle, *, check: bool) -> Table:
         )
     else:
         shift = f"shift {schedule.shift:g}"
+    if schedule.spacing is not None:
+        shift += f", {schedule.spacing} spacing"
     table.add_row("schedule", shift)
+    for record in manifest.skips:
+        table.add_row(
+            "skips",
+            f"{', '.join(map(str, record.steps))} of {record.num_inference_steps} steps of "
+            f"{record.sampler}, order {record.order}: {record.psnr:.1f} dB at "
+            f"{record.width} x {record.height}",
+        )
     for name, tokenizer in manifest.tokenizers.items():
         table.add_row(name, f"{tokenizer.path}, at most {tokenizer.max_length} tokens")
     for key, value in manifest.provenance.items():

@@ -14,6 +14,7 @@ from click.shell_completion import CompletionItem
 
 from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.errors import UsageError
+from fluxdeploy.lora import LoraFile
 from fluxdeploy.precision import PRECISIONS
 
 __all__ = [
@@ -93,6 +94,25 @@ class _CheckpointType(click.ParamType):  # type: ignore[type-arg]
 
         files = CompletionItem(incomplete, type="file")
         return [*_beginning(incomplete, DEMO_CHECKPOINTS), files]
+
+
+class _LoraType(click.ParamType):  # type: ignore[type-arg]
+    """FILE or FILE:SCALE; gives a `LoraFile`."""
+
+    name = "lora"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path, separator, number = value.rpartition(":")
+        whole = Path(os.path.expanduser(value))
+        if not separator or whole.exists():
+            return LoraFile(whole)
+        try:
+            strength = float(number)
+        except ValueError:
+            return LoraFile(whole)
+        if not math.isfinite(strength):
+            self.fail(f"{value!r} has the scale {number}; a finite number is needed.", param, ctx)
+        return LoraFile(Path(os.path.expanduser(path)), strength)
 
 
 class _SizeType(click.ParamType):  # type: ignore[type-arg]
@@ -186,6 +206,15 @@ def _complete_component_precision(
     return _beginning(incomplete, (f"{name}={end}" for name in names for end in ends))
 
 
+def complete_sampler(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """The samplers, by name."""
+    from fluxdeploy.sampling.sampler import sampler_names
+
+    return _beginning(incomplete, sampler_names())
+
+
 def complete_peer(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
@@ -213,6 +242,16 @@ CALIBRATION = click.option(
     type=PathType(exists=True, dir_okay=False),
     help="For static scales: a text file with a prompt a line to measure activations with, or the "
     "calibration.json of an earlier build of the same checkpoint.  [default: prompts of our own]",
+)
+
+LORAS = click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    type=_LoraType(),
+    metavar="FILE[:SCALE]",
+    help="Merge this LoRA into the weights, with this strength (1 where none is given). May be "
+    "given several times.",
 )
 
 BUNDLE = click.option(

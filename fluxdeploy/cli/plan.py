@@ -15,6 +15,7 @@ from fluxdeploy.cli.options import (
     CHECKPOINT,
     COMPONENT_PRECISION,
     FOLDER,
+    LORAS,
     MAX_BATCH,
     MAX_SIZE,
     MIN_SIZE,
@@ -30,6 +31,7 @@ from fluxdeploy.cli.options import (
     component_precisions,
 )
 from fluxdeploy.library_output import libraries_on_stderr
+from fluxdeploy.lora import LoraFile
 from fluxdeploy.terminal import say_json, show
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 @PRECISION
 @COMPONENT_PRECISION
 @CALIBRATION
+@LORAS
 @QUALITY
 @STRICT
 @RUNTIME
@@ -67,6 +70,7 @@ def command(
     precision: str,
     component_precision: tuple[str, ...],
     calibration: Path | None,
+    loras: tuple[LoraFile, ...],
     quality: Promise | None,
     strict: bool,
     runtime: str,
@@ -114,6 +118,7 @@ def command(
         None if workspace is None else workspace * 2**20,
         weight_streaming,
         replace,
+        loras,
     )
     with libraries_on_stderr():
         _, plan = prepare(

@@ -14,12 +14,14 @@ from fluxdeploy.cli.options import (
     CHECKPOINT_NAME,
     DEVICE,
     FILE,
+    LORAS,
     PROMPTS,
     REPORT,
     RUNTIME,
     THREADS,
 )
 from fluxdeploy.library_output import libraries_on_stderr
+from fluxdeploy.lora import LoraFile
 from fluxdeploy.progress import Progress
 from fluxdeploy.terminal import say_json, show
 
@@ -53,6 +55,7 @@ _WORST = 5
     metavar="FILE",
     help="Draw how pictures and layers spread, with their thresholds, into this PNG file.",
 )
+@LORAS
 @PROMPTS
 @REPORT
 @RUNTIME
@@ -64,6 +67,7 @@ def command(
     checkpoint: str | None,
     pictures: int | None,
     plot: Path | None,
+    loras: tuple[LoraFile, ...],
     prompts: Path | None,
     page: Path | None,
     runtime: str,
@@ -103,7 +107,7 @@ def command(
     given = read_prompts(prompts)
     options = EngineOptions(threads, device)
     with libraries_on_stderr(), Progress(quiet=as_json) as progress:
-        report = verify(bundle, checkpoint, runtime, options, progress, pictures, given)
+        report = verify(bundle, checkpoint, runtime, options, progress, pictures, given, loras)
     if plot is not None:
         plot_quality(report, plot)
     if page is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 __all__ = [
     "BACKGROUNDS",
     "COLOURS",
+    "EMBERS",
     "PLACES",
     "RELATIONS",
     "SHAPES",
@@ -31,6 +32,7 @@ __all__ = [
     "caption",
     "coverage",
     "draw",
+    "in_embers",
     "is_held_out",
     "sample_scene",
 ]
@@ -83,6 +85,9 @@ PLACES: dict[str, tuple[float | None, float | None]] = {
 }
 """Where a single thing's centre lies across (x, y) the room it has: 0 left or top, 1 right or
 bottom, None anywhere."""
+
+EMBERS = {"green": "orange", "cyan": "yellow", "blue": "red", "purple": "pink"}
+"""What the demo's LoRA paints cold colours in; warm ones stay, and the background is black."""
 
 _GRID = 16
 _MARGIN = 3.0
@@ -149,6 +154,14 @@ def is_held_out(scene: Scene) -> bool:
             return False
         kinds.append(scene.place)
     return hashlib.sha256("|".join(kinds).encode()).digest()[0] < 256 // 5
+
+
+def in_embers(scene: Scene) -> Scene:
+    """What the demo's LoRA makes of a scene."""
+    things = (
+        replace(thing, colour=EMBERS.get(thing.colour, thing.colour)) for thing in scene.things
+    )
+    return replace(scene, things=tuple(things), background="black")
 
 
 def _sample(rng: np.random.Generator) -> Scene:

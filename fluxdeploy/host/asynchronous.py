@@ -76,7 +76,7 @@ class AsyncFluxPipeline:
         """The pipeline that makes the pictures."""
         return self._pipeline
 
-    async def __call__(self, prompt: str | list[str], **arguments: Any) -> FluxPipelineOutput:
+    async def __call__(self, *prompts: Any, **arguments: Any) -> FluxPipelineOutput:
         """What `FluxPipeline.__call__` makes of these arguments.
 
         Raises what it raises. A callback runs in the call's own thread.
@@ -85,15 +85,13 @@ class AsyncFluxPipeline:
             raise UsageError("Cancel the task that waits for this call, instead of `cancel`.")
         token = CancelToken()
         try:
-            return await _in_thread(
-                lambda: self._pipeline(prompt=prompt, cancel=token, **arguments)
-            )
+            return await _in_thread(lambda: self._pipeline(*prompts, cancel=token, **arguments))
         except asyncio.CancelledError:
             token.cancel()
             raise
 
     async def stream(
-        self, prompt: str | list[str], **arguments: Any
+        self, *prompts: Any, **arguments: Any
     ) -> AsyncGenerator[StepEnd | Preview | FluxPipelineOutput, None]:
         """The steps of a call as they are made, `num_previews` pictures between, and its output.
 
@@ -119,7 +117,7 @@ class AsyncFluxPipeline:
         def run() -> FluxPipelineOutput:
             try:
                 return self._pipeline(
-                    prompt=prompt,
+                    *prompts,
                     callback_on_step_end=on_step_end,
                     callback_on_preview=on_preview,
                     cancel=token,

@@ -4,37 +4,42 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.host.tasks.task import Task
 from fluxdeploy.host.turns import Demand, Priority
 from fluxdeploy.sampling.latents import latent_shape
+from fluxdeploy.sampling.sampler import load_sampler
 
 __all__ = ["demand"]
 
-_COPIES = 6
+_COPIES = 8
 """Of the latents: the noise, the picture's, the sampler's, the velocities."""
 
 
 def demand(task: Task, priority: Priority) -> Demand:
-    """The demand of a task: pixels times steps, of both prompts where guidance takes two.
+    """The demand of a task: pixels times evaluations, of both prompts where guidance takes two.
 
     The bytes are those that the host holds while other calls go first: latents, pictures, and what
     the conditioner gives for all steps. Engines hold their own besides.
     """
     request, manifest = task.request, task.manifest
-    sides = 1 if request.negative_prompts is None else 2
+    sides = 1 if request.negative is None else 2
     batch, height, width = request.batch, request.height, request.width
     pixels = batch * height * width
-    prompts = sides * len(set(request.prompts))
+    prompts = sides * len(request.text.distinct)
     latents = math.prod(latent_shape(batch, height, width, manifest.latents))
     numbers = _COPIES * latents + 3 * pixels + prompts * _conditioned(manifest, task)
-    return Demand(priority, task.steps, float(sides * pixels), 4 * numbers)
+    each = sides * pixels * task.evaluations / max(1, task.steps)
+    return Demand(priority, task.steps, each, 4 * numbers)
 
 
 def _conditioned(manifest: Manifest, task: Task) -> int:
     """How many numbers the conditioner gives for a prompt."""
     record = manifest.components.get("conditioner")
-    sizes = {"B": 1, "N": task.steps, "S": task.request.max_sequence_length}
+    levels = load_sampler(task.request.sampler).levels(np.zeros(task.steps + 1, np.float32))
+    sizes = {"B": 1, "N": len(levels), "S": task.request.max_sequence_length}
     return sum(
         math.prod(sizes[size] if isinstance(size, str) else size for size in spec.shape)
         for spec in (() if record is None else record.outputs)

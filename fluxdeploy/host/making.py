@@ -17,6 +17,7 @@ from fluxdeploy.host.loop import StepCallback, denoise
 from fluxdeploy.host.previews import Previews, Show, preview_steps
 from fluxdeploy.host.prompts import Condition, PromptEncoder, condition, with_text
 from fluxdeploy.host.tasks.task import Start, Task
+from fluxdeploy.host.tiles import tiled
 from fluxdeploy.host.turns import Turn
 from fluxdeploy.host.velocity import HiddenStates, ModulatedTransformer
 from fluxdeploy.sampling import schedule
@@ -30,8 +31,6 @@ LevelCallback = Callable[[int, np.float32, NDArray[np.float32]], "NDArray[np.flo
 """Called after each step with its index, the noise level it began at, and the live latents; may
 return others to go on with."""
 
-SAMPLER = "euler"
-
 
 def make_pictures(
     task: Task,
@@ -40,21 +39,27 @@ def make_pictures(
     callback: LevelCallback | None,
     previews: tuple[int, Show] | None,
     turn: Turn,
+    interrupted: Callable[[], bool],
+    latents_only: bool = False,
 ) -> NDArray[np.float32]:
-    """Pictures, float32 [B, H, W, 3] in 0..1.
+    """Pictures, float32 [B, H, W, 3] in 0..1, or their latents [B, L, C], packed.
 
-    previews: how many to show on the way, and to whom.
+    previews: how many to show on the way, and to whom. interrupted: whether to make no step more.
 
     Raises `UsageError` for sizes that an engine does not take, `NumericError` for what is not
     finite, and `Cancelled`.
     """
     manifest, request = task.manifest, task.request
-    run: Run = functools.partial(components.run, turn)
-    sampler = load_sampler(SAMPLER)
+    run = tiled(functools.partial(components.run, turn), manifest)
+    sampler = load_sampler(request.sampler)
     rows, columns = token_grid(request.height, request.width, manifest.latents)
-    sigmas = schedule.sigmas(manifest.schedule, request.num_inference_steps, rows * columns)
+    unshifted = request.num_inference_steps if request.sigmas is None else request.sigmas
+    sigmas = schedule.sigmas(manifest.schedule, unshifted, rows * columns)
     levels = sampler.levels(sigmas[-(task.steps + 1) :])
-    components.check_sizes(turn, _engine_sizes(task, len(levels)))
+    sizes = _engine_sizes(task, len(levels))
+    if latents_only:
+        del sizes["vae_decoder"]
+    components.check_sizes(turn, sizes)
 
     start = task.prepare(sigmas, run)
     components.release(*task.components)
@@ -65,6 +70,8 @@ def make_pictures(
     turn.check("before the first step")
 
     def decoded(latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        if latents_only:
+            return latents
         with turn.stage("decoding"):
             return decode(latents, request.height, request.width, manifest.latents, run, turn)
 
@@ -79,9 +86,11 @@ def make_pictures(
             velocity,
             negative=negative[0] if negative else None,
             true_cfg_scale=request.true_cfg_scale,
+            skips=task.skips,
             blend=functools.partial(_step_made, turn, start),
             on_step_end=_after_step(callback, previews, start, decoded),
             cancel=turn,
+            interrupted=interrupted,
         )
     components.release("transformer")
     pictures = decoded(start.latents)
@@ -107,11 +116,11 @@ def _conditions(
     request = task.request
     guidance = request.guidance_scale if task.manifest.guidance_embedding else None
     text, conditions = start.text, []
-    for prompts in (request.prompts, request.negative_prompts):
-        if prompts is None:
+    for side in (request.text, request.negative):
+        if side is None:
             continue
         encoded = encoder.encode(
-            prompts, request.num_images_per_prompt, request.max_sequence_length, run
+            side, request.num_images_per_prompt, request.max_sequence_length, run
         )
         if text is not None:
             encoded, text = with_text(encoded, text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -37,20 +37,26 @@ _MAX_DIGITS = 32
 class PictureMetadata:
     """How a picture was made: enough to make it again with the same bundle.
 
-    `index` tells the pictures of one call apart: they share a seed. `height` and `width` are what
-    was asked for; with `padding_mask_crop` the picture has the image's own size. `strength`, the
+    `prompt_2` and `negative_prompt_2` are what T5 read, where that was something else than the
+    prompt. `index` tells the pictures of one seed apart. `height` and `width` are what
+    was asked for; with `padding_mask_crop` the picture has the image's own size. `sampler` is None
+    where it is Euler's; `skip` is "auto", or steps with commas, or None. `strength`, the
     SHA-256 of the files and what follows them are those of tasks that take them, else None;
     `outpaint` has the pixels that were added on the left, top, right and bottom. Each field is a
     text chunk of the PNG under its own name; a field that is None has no chunk.
     """
 
     prompt: str
+    prompt_2: str | None
     negative_prompt: str | None
+    negative_prompt_2: str | None
     true_cfg_scale: float
     seed: int | None
     index: int
     num_inference_steps: int
     guidance_scale: float
+    sampler: str | None
+    skip: str | None
     max_sequence_length: int
     height: int
     width: int
@@ -79,15 +85,17 @@ def check_picture_path(path: Path) -> None:
         )
 
 
-def picture_paths(path: Path, count: int) -> list[Path]:
+def picture_paths(path: Path, count: int, seeds: Sequence[int] | None = None) -> list[Path]:
     """`count` names: `image.png` itself for one, else `image-0.png`, `image-1.png`, ...
 
-    Raises `UsageError` for names that are not of a PNG.
+    With a seed for each they are `image-0-seed7.png`, ... Raises `UsageError` for names that are
+    not of a PNG.
     """
     check_picture_path(path)
     if count == 1:
         return [path]
-    return [path.with_name(f"{path.stem}-{index}{path.suffix}") for index in range(count)]
+    ends = [""] * count if seeds is None else [f"-seed{seed}" for seed in seeds]
+    return [path.with_name(f"{path.stem}-{i}{end}{path.suffix}") for i, end in enumerate(ends)]
 
 
 def save_picture(image: Image, path: Path, metadata: PictureMetadata) -> None:
@@ -141,12 +149,16 @@ def read_metadata(path: Path) -> PictureMetadata:
     try:
         return PictureMetadata(
             prompt=text["prompt"],
+            prompt_2=text.get("prompt_2"),
             negative_prompt=text.get("negative_prompt"),
+            negative_prompt_2=text.get("negative_prompt_2"),
             true_cfg_scale=_number(float, text["true_cfg_scale"]),
             seed=_number(int, text["seed"]) if "seed" in text else None,
             index=_number(int, text["index"]),
             num_inference_steps=_number(int, text["num_inference_steps"]),
             guidance_scale=_number(float, text["guidance_scale"]),
+            sampler=text.get("sampler"),
+            skip=text.get("skip"),
             max_sequence_length=_number(int, text["max_sequence_length"]),
             height=_number(int, text["height"]),
             width=_number(int, text["width"]),

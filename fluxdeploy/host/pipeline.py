@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,14 +22,17 @@ from fluxdeploy.bundle.manifest import Manifest, missing_component
 from fluxdeploy.errors import (
     BundleError,
     CutPromptWarning,
+    UnmeasuredSkipsWarning,
     UnusedArgumentWarning,
     UsageError,
 )
 from fluxdeploy.host.cancel import CancelToken
 from fluxdeploy.host.components import Components
+from fluxdeploy.host.course import unmeasured
 from fluxdeploy.host.demand import demand
+from fluxdeploy.host.diffusers_names import ATTRIBUTES, missing_attribute, refuse_arguments
 from fluxdeploy.host.making import LevelCallback, make_pictures
-from fluxdeploy.host.pictures import to_pil
+from fluxdeploy.host.options import CallOptions, FluxPipelineOutput, replaced_latents
 from fluxdeploy.host.previews import Show
 from fluxdeploy.host.prompts import PromptEncoder
 from fluxdeploy.host.request import GenerationRequest, check_request, idle_arguments
@@ -37,11 +41,10 @@ from fluxdeploy.host.tasks.image_to_image import ImageToImage
 from fluxdeploy.host.tasks.inpainting import Inpainting
 from fluxdeploy.host.tasks.task import Task, choose_task
 from fluxdeploy.host.tasks.text_to_image import TextToImage
-from fluxdeploy.host.turns import Priority, QueueLimits, Turns, check_priority
+from fluxdeploy.host.turns import Priority, QueueLimits, Turns
+from fluxdeploy.progress import Progress
+from fluxdeploy.sampling.skipping import Skips
 from fluxdeploy.text import Tokenizers, load_tokenizers
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 __all__ = ["FluxPipeline", "FluxPipelineOutput", "PipelineCallback", "PreviewCallback"]
 
@@ -63,61 +66,8 @@ The images are of the call's `output_type`.
 TASKS: tuple[type[Task], ...] = (TextToImage, ImageToImage, Inpainting)
 """The tasks that a call's arguments can ask for."""
 
-_MAX_PREVIEWS = 100
-
 _KEPT_TEXT = 128 << 20
 """Bytes of encoded prompts that a pipeline keeps: 16 of FLUX.1's, at 512 tokens."""
-
-
-@dataclass(frozen=True)
-class FluxPipelineOutput:
-    """What a call made.
-
-    images: a list of `PIL.Image.Image`, or float32 [B, H, W, 3] in 0..1 with output_type="np".
-    seed: the seed that makes these pictures again; None where the caller gave the latents.
-    notices: of arguments that did nothing and prompts that were cut, a sentence each.
-    seconds: how long it was "queued", and how long its "encoding", "denoising" and "decoding" ran.
-    """
-
-    images: list[Image] | NDArray[np.float32]
-    seed: int | None
-    seconds: Mapping[str, float]
-    notices: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class CallOptions:
-    """How a call goes, whatever it draws: the arguments of `FluxPipeline.__call__` for that."""
-
-    callback_on_step_end: PipelineCallback | None = None
-    num_previews: int = 0
-    callback_on_preview: PreviewCallback | None = None
-    cancel: CancelToken | None = None
-    priority: Priority = "normal"
-    output_type: Literal["pil", "np"] = "pil"
-
-    def check(self) -> None:
-        """Raise `UsageError` for what cannot be, and for previews that nobody takes."""
-        if not isinstance(self.output_type, str) or self.output_type not in ("pil", "np"):
-            raise UsageError(
-                f"The output_type {shown(self.output_type)} is unknown. Use 'pil' or 'np'."
-            )
-        if not isinstance(self.cancel, (CancelToken, type(None))):
-            raise UsageError(f"`cancel` must be a CancelToken, not {type(self.cancel).__name__}.")
-        check_priority(self.priority)
-        for name in ("callback_on_step_end", "callback_on_preview"):
-            callback = getattr(self, name)
-            if callback is not None and not callable(callback):
-                raise UsageError(f"`{name}` is {shown(callback)}, which cannot be called.")
-        if (
-            check_integer("num_previews", self.num_previews, 0, _MAX_PREVIEWS)
-            and not self.callback_on_preview
-        ):
-            raise UsageError("`num_previews` needs a `callback_on_preview` that takes them.")
-
-    def typed(self, pictures: Iterable[NDArray[np.float32]]) -> list[Image] | NDArray[np.float32]:
-        """Pictures, each float32 [H, W, 3] in 0..1, as the call shall give them."""
-        return np.stack(list(pictures)) if self.output_type == "np" else to_pil(pictures)
 
 
 class FluxPipeline:
@@ -161,6 +111,8 @@ class FluxPipeline:
         # A callback may make another picture, or close the pipeline before it raises.
         self._turns = Turns(_check_limits(limits), changing=not low_vram)
         self._told: set[str] = set()
+        self._bar: tuple[bool | None, str] = True, ""
+        self._is_interrupted, self._interrupts = False, 0
         # Of calls that have their turn, one at a time.
         self._pictures = 0
 
@@ -216,27 +168,40 @@ class FluxPipeline:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
+        prompt_2: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
         true_cfg_scale: float = 1.0,
+        *positional: NoReturn,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         latents: ArrayLike | None = None,
+        prompt_embeds: ArrayLike | None = None,
+        pooled_prompt_embeds: ArrayLike | None = None,
+        negative_prompt_embeds: ArrayLike | None = None,
+        negative_pooled_prompt_embeds: ArrayLike | None = None,
         image: object | None = None,
         mask_image: object | None = None,
         strength: float | None = None,
         padding_mask_crop: int | None = None,
         max_sequence_length: int | None = None,
+        sampler: str = "euler",
+        sigmas: ArrayLike | None = None,
+        skip: Literal["none", "auto"] | Sequence[int] | Skips = "none",
         callback_on_step_end: PipelineCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_previews: int = 0,
         callback_on_preview: PreviewCallback | None = None,
         cancel: CancelToken | None = None,
         priority: Priority = "normal",
-        output_type: Literal["pil", "np"] = "pil",
+        output_type: Literal["pil", "np", "latent"] = "pil",
+        return_dict: bool = True,
+        **others: NoReturn,
     ) -> FluxPipelineOutput:
         """Make `num_images_per_prompt` pictures of each prompt: p0, p0, p1, p1.
 
@@ -245,12 +210,18 @@ class FluxPipeline:
 
         prompt: one, or a list of them. height, width: pixels. height, width, num_inference_steps
             and guidance_scale: the bundle's defaults where None.
+        prompt_2: what T5 reads instead of `prompt`, which is then CLIP's alone: one for all or one
+            a prompt; `prompt` where None or empty.
         negative_prompt: what to steer away from, one for all or one a prompt; used where
-            true_cfg_scale > 1, and doubles the work.
+            true_cfg_scale > 1, and doubles the work. negative_prompt_2: as `prompt_2`.
         guidance_scale: ignored by bundles without a guidance embedding (FLUX.1-schnell).
-        seed: 0 to 2^64 - 1; the picture equals diffusers' with a CPU generator of that seed. One is
-            drawn where None.
+        seed: 0 to 2^64 - 1; the picture equals diffusers' with a CPU generator of that seed. A list
+            has one for each picture, as diffusers takes generators: then each has noise of its own.
+            One is drawn where None.
         latents: the noise to start from, float32 [B, L, C], packed as in diffusers; no seed then.
+        prompt_embeds, pooled_prompt_embeds: in place of prompts, what T5 and CLIP make of P of
+            them: float32 [P, S, E] and [P, E']. negative_prompt_embeds,
+            negative_pooled_prompt_embeds: in place of negative prompts, of P or of one for all.
         image: what to start from instead, resized to height x width: a PIL image, an array
             [H, W, 3] or [B, H, W, 3] of uint8 or of floats in 0..1, or a list of these.
         strength: how much of the image becomes noise, 0 to 1: that share of the steps is made. The
@@ -263,13 +234,24 @@ class FluxPipeline:
             on each side, in height x width, and lay it over the image, whose size the pictures have
             then. Image and mask are one PIL image each, of one size.
         max_sequence_length: the number of T5 tokens that a prompt is padded or cut to.
-        callback_on_step_end: see `PipelineCallback`.
+        sampler: how steps use the velocity: "euler", as diffusers; "ab2" and "dpmpp_2m", as many
+            evaluations and of second order; "heun" and "midpoint" with twice as many, "rk4" of
+            fourth order with four times as many.
+        sigmas: the noise levels of the steps before shifting, falling, above 0 and at most 1, as in
+            diffusers; as many steps are made.
+        skip: steps in which the transformer does not run, and the velocity is extrapolated: "auto"
+            are those that `fluxdeploy tune` has found for so many steps; or their numbers from 1
+            on, or `Skips` with the order of the extrapolation.
+        callback_on_step_end: see `PipelineCallback`. callback_on_step_end_tensor_inputs: what it is
+            given: "latents", or nothing.
         num_previews, callback_on_preview: how many pictures to show on the way, evenly from a fifth
             of the steps on, and what is called with them: see `PreviewCallback`. Each costs a run
             of the VAE decoder.
         cancel: ends this call wherever it is, even while it waits for its turn.
         priority: "high", "normal" or "low"; between two steps, a higher one goes first.
-        output_type: "pil" or "np".
+        output_type: "pil", "np", or "latent" for the last latents, packed and not decoded.
+        return_dict: False for diffusers' tuple `(images,)`, of which type checkers do not know.
+        positional, others: refused, with a sentence on what diffusers has under that name.
 
         Warns once, with `UnusedArgumentWarning`, of an argument that does nothing beside the
         others, and with `CutPromptWarning` of a prompt that an encoder does not read to its end.
@@ -277,10 +259,13 @@ class FluxPipeline:
         component gave NaN or infinity, `Cancelled` where `cancel` was, `EngineError` where an
         engine fails, `QueueFullError` where as many calls wait as `limits` allow.
         """
-        return self._generate(
+        refuse_arguments(positional, others)
+        output = self._generate(
             {
                 "prompt": prompt,
+                "prompt_2": prompt_2,
                 "negative_prompt": negative_prompt,
+                "negative_prompt_2": negative_prompt_2,
                 "true_cfg_scale": true_cfg_scale,
                 "height": height,
                 "width": width,
@@ -289,7 +274,14 @@ class FluxPipeline:
                 "num_images_per_prompt": num_images_per_prompt,
                 "seed": seed,
                 "latents": latents,
+                "prompt_embeds": prompt_embeds,
+                "pooled_prompt_embeds": pooled_prompt_embeds,
+                "negative_prompt_embeds": negative_prompt_embeds,
+                "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
                 "max_sequence_length": max_sequence_length,
+                "sampler": sampler,
+                "sigmas": sigmas,
+                "skip": skip,
             },
             {
                 "image": image,
@@ -299,13 +291,69 @@ class FluxPipeline:
             },
             CallOptions(
                 callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
                 num_previews,
                 callback_on_preview,
                 cancel,
                 priority,
                 output_type,
+                return_dict,
             ),
         )
+        return output if return_dict else (output.images,)  # type: ignore[return-value]
+
+    @classmethod
+    def from_pretrained(cls, *_: object, **__: object) -> NoReturn:
+        """diffusers' way to open a checkpoint; raises `UsageError`, which says what is ours."""
+        raise UsageError(
+            "Checkpoints are not opened here. Make a bundle with `fluxdeploy build CHECKPOINT`, "
+            "and open it with `FluxPipeline.from_bundle`."
+        )
+
+    if not TYPE_CHECKING:  # for which any name would be one
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(missing_attribute(name), name=name, obj=self)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ATTRIBUTES:
+            raise UsageError(missing_attribute(name))
+        super().__setattr__(name, value)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether `pipe._interrupt = True` was said since the last call began."""
+        return self._interrupt
+
+    @property
+    def _interrupt(self) -> bool:
+        return self._is_interrupted
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        """diffusers' way to stop: calls that have begun make no step more, and give what is there.
+
+        A call of one of several threads is ended by a `CancelToken`.
+        """
+        self._is_interrupted = check_flag("_interrupt", value)
+        self._interrupts += self._is_interrupted
+
+    def set_progress_bar_config(
+        self, *, disable: bool | None = False, desc: str = "Drawing", **others: object
+    ) -> None:
+        """Show the steps of each call on stderr, which nothing does before this was called.
+
+        disable: True for nothing, None for nothing where stderr is no terminal. desc: what the bar
+        says. Warns with `UnusedArgumentWarning` of other arguments that tqdm, diffusers' bar, has.
+        """
+        if disable is not None:
+            disable = check_flag("disable", disable)
+        if not isinstance(desc, str):
+            raise UsageError(f"`desc` must be a string, not {shown(desc)}.")
+        for name in others:
+            notice = f"`{name}` does nothing here: the progress bar takes `disable` and `desc`."
+            warnings.warn(notice, UnusedArgumentWarning, stacklevel=2)
+        self._bar = disable, desc
 
     def warm_up(self) -> None:
         """Open every engine of the bundle, and run it once. Raises what a call raises."""
@@ -354,30 +402,41 @@ class FluxPipeline:
                     f"one, or leave out {' and '.join(f'`{name}`' for name in kind.chosen_by)}."
                 )
         task = kind.read(request, manifest, of_tasks)
+        if options.output_type == "latent" and of_tasks["padding_mask_crop"] is not None:
+            raise UsageError(
+                "`padding_mask_crop` lays what was drawn over the image, and latents cannot be. "
+                "Leave it out, or use another output_type."
+            )
         idle = (*unused, *idle_arguments(manifest, arguments), *task.notices())
         cuts = self._cuts(request)
         self._tell(idle)
         for notice in cuts:
             warnings.warn(notice, CutPromptWarning, stacklevel=3)
+        if isinstance(arguments["skip"], str) and arguments["skip"] == "auto":
+            cuts += self._tell_unmeasured(request)
         token = CancelToken() if options.cancel is None else options.cancel
-        callback = options.callback_on_step_end
-        with self._turns.taken(token, demand(task, options.priority)) as turn:
+        with (
+            self._turns.taken(token, demand(task, options.priority)) as turn,
+            self._shown_steps(task.steps) as advance,
+        ):
+            self._is_interrupted, interrupts = False, self._interrupts
             try:
                 pictures = make_pictures(
                     task,
                     self._components,
                     self._encoder,
-                    None if callback is None else self._step_callback(callback),
+                    self._step_callback(options, advance),
                     self._previews(options, task),
                     turn,
+                    lambda: self._interrupts != interrupts,
+                    latents_only=options.output_type == "latent",
                 )
                 self._pictures += len(pictures)
             except BaseException:
                 self._components.release_all()
                 raise
-        finished = map(task.finish, pictures)
         return FluxPipelineOutput(
-            options.typed(finished), request.seed, turn.seconds, (*idle, *cuts)
+            options.finished(task, pictures), request.seed, turn.seconds, (*idle, *cuts)
         )
 
     def _previews(self, options: CallOptions, task: Task) -> tuple[int, Show] | None:
@@ -387,7 +446,7 @@ class FluxPipeline:
             return None
 
         def show(steps: int, pictures: NDArray[np.float32]) -> None:
-            callback(self, steps, options.typed(map(task.finish, pictures)))
+            callback(self, steps, options.finished(task, pictures))
 
         return options.num_previews, show
 
@@ -398,35 +457,55 @@ class FluxPipeline:
                 self._told.add(notice)
                 warnings.warn(notice, UnusedArgumentWarning, stacklevel=4)
 
+    def _tell_unmeasured(self, request: GenerationRequest) -> list[str]:
+        """Warn the caller of `__call__` where skips were measured at another size."""
+        notices = unmeasured(
+            self._bundle.manifest,
+            request.sampler,
+            request.num_inference_steps,
+            request.height,
+            request.width,
+        )
+        for notice in notices:
+            warnings.warn(notice, UnmeasuredSkipsWarning, stacklevel=4)
+        return list(notices)
+
     def _cuts(self, request: GenerationRequest) -> list[str]:
         """A sentence for each prompt that is not read to its end."""
         length = request.max_sequence_length
         return [
-            *self._encoder.cuts(request.prompts, length, "The prompt"),
-            *self._encoder.cuts(request.negative_prompts or (), length, "The negative prompt"),
+            *self._encoder.cuts(request.text, length, "The prompt"),
+            *self._encoder.cuts(request.negative, length, "The negative prompt"),
         ]
 
-    def _step_callback(self, callback: PipelineCallback) -> LevelCallback:
+    @contextmanager
+    def _shown_steps(self, steps: int) -> Iterator[Callable[[], None] | None]:
+        """What to call after each step, where a progress bar is asked for."""
+        disable, desc = self._bar
+        if disable or (disable is None and not sys.stderr.isatty()):
+            yield None
+            return
+        with Progress() as progress:
+            yield progress.task(desc, steps).advance
+
+    def _step_callback(
+        self, options: CallOptions, advance: Callable[[], None] | None
+    ) -> LevelCallback | None:
+        callback = options.callback_on_step_end
+        if callback is None and advance is None:
+            return None
+
         def on_step_end(
             step: int, sigma: np.float32, latents: NDArray[np.float32]
         ) -> NDArray[np.float32] | None:
+            if advance is not None:
+                advance()
+            if callback is None:
+                return None
             timestep = float(sigma * np.float32(1000))
             # A view: what a callback does to its flags and its shape stays with the callback.
-            answer = callback(self, step, timestep, {"latents": latents.view()})
-            if answer is None:
-                return None
-            if not isinstance(answer, Mapping):
-                raise UsageError(
-                    f"callback_on_step_end returned a {type(answer).__name__}. It must return "
-                    'None or a dictionary such as {"latents": latents}.'
-                )
-            unknown = [key for key in answer if key != "latents"]
-            if unknown:
-                raise UsageError(
-                    f"callback_on_step_end returned {', '.join(map(shown, unknown))}. Only "
-                    "'latents' can be replaced; leave the others out."
-                )
-            return answer.get("latents")
+            state = {name: latents.view() for name in options.callback_on_step_end_tensor_inputs}
+            return replaced_latents(callback(self, step, timestep, state))
 
         return on_step_end
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from engines.base import Array
 from fluxdeploy.bundle.manifest import TokenizerRecord
 from fluxdeploy.host.components import Run
+from fluxdeploy.host.texts import Embeddings, Prompts, Text
 from fluxdeploy.text import Tokenizers
 
 __all__ = ["Condition", "EncodedPrompts", "PromptEncoder", "condition", "with_text"]
@@ -63,38 +64,46 @@ class PromptEncoder:
         self.hits = 0
         self.misses = 0
 
-    def encode(
-        self, prompts: Sequence[str], images_each: int, length: int, run: Run
-    ) -> EncodedPrompts:
-        """Encode prompts padded or cut to `length` T5 tokens; equal ones are encoded once."""
-        distinct = list(dict.fromkeys(prompts))
-        clip_ids = self._tokenizers.clip(distinct)
-        t5_ids = self._tokenizers.t5(distinct, length)
+    def encode(self, text: Text, images_each: int, length: int, run: Run) -> EncodedPrompts:
+        """Encode prompts padded or cut to `length` T5 tokens; equal ones are encoded once.
+
+        Embeddings are taken as they are.
+        """
+        if isinstance(text, Embeddings):
+            return EncodedPrompts(text.pooled, text.text, np.repeat(text.rows, images_each))
+        distinct = text.distinct
+        clip_ids = self._tokenizers.clip([pair[0] for pair in distinct])
+        t5_ids = self._tokenizers.t5([pair[1] for pair in distinct], length)
         return EncodedPrompts(
             self._encoded("clip", "pooled_embeddings", clip_ids, run),
             self._encoded("t5", "text_embeddings", t5_ids, run),
-            np.repeat([distinct.index(prompt) for prompt in prompts], images_each),
+            np.repeat([distinct.index(pair) for pair in text.pairs], images_each),
         )
 
-    def cuts(self, prompts: Sequence[str], length: int, what: str) -> list[str]:
-        """A sentence for each of the prompts that is not read to its end by T5, or by CLIP.
+    def cuts(self, text: Text | None, length: int, what: str) -> list[str]:
+        """A sentence for each prompt that is not read to its end by T5, or by CLIP.
 
         length: the T5 tokens that they are cut to. what: what the prompts are called.
         """
+        if not isinstance(text, Prompts):
+            return []
         sentences = []
-        for number, prompt in enumerate(prompts):
-            clip, t5 = self._tokenizers.lengths(prompt)
-            read = (("T5", t5, length), ("CLIP", clip, self._longest["clip"]))
-            cut = [
-                f"{name} reads {kept} of its {all_} tokens"
-                for name, all_, kept in read
-                if all_ > kept
-            ]
-            if cut:
-                which = f"{what} {number + 1} of {len(prompts)}" if len(prompts) > 1 else what
-                more = t5 > length < self._longest["t5"]
-                advice = " Raise `max_sequence_length`, or shorten it." if more else ""
-                sentences.append(f"{which} is cut: {', and '.join(cut)}.{advice}")
+        for number, (for_clip, for_t5) in enumerate(text.pairs):
+            which = f" {number + 1} of {len(text)}" if len(text) > 1 else ""
+            clip, t5 = self._tokenizers.lengths(for_clip)
+            if for_t5 != for_clip:
+                _, t5 = self._tokenizers.lengths(for_t5)
+            of_clip = _cut("CLIP", clip, self._longest["clip"])
+            of_t5 = _cut("T5", t5, length)
+            advice = " Raise `max_sequence_length`, or shorten it." * (
+                t5 > length < self._longest["t5"]
+            )
+            if for_clip == for_t5:
+                cut = ", and ".join(filter(None, (of_t5, of_clip)))
+                sentences += [f"{what}{which} is cut: {cut}.{advice}"] if cut else []
+            else:
+                sentences += [f"{what}{which} is cut: {of_clip}."] if of_clip else []
+                sentences += [f"{what}_2{which} is cut: {of_t5}.{advice}"] if of_t5 else []
         return sentences
 
     def forget(self) -> None:
@@ -115,6 +124,11 @@ class PromptEncoder:
         while sum(kept.nbytes for kept in self._kept.values()) > self._capacity:
             self._kept.popitem(last=False)
         return values
+
+
+def _cut(encoder: str, tokens: int, kept: int) -> str:
+    """What an encoder leaves out of a prompt; empty where that is nothing."""
+    return f"{encoder} reads {kept} of its {tokens} tokens" if tokens > kept else ""
 
 
 def with_text(

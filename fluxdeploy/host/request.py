@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,11 +13,15 @@ from fluxdeploy.arguments import check_integer, check_number, shown
 from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.errors import UsageError
 from fluxdeploy.host.components import check_range
+from fluxdeploy.host.course import check_sigmas, check_skip
+from fluxdeploy.host.numbers import read_numbers
+from fluxdeploy.host.texts import Embeddings, Prompts, Text, read_texts
 from fluxdeploy.sampling.latents import check_size, latent_shape, token_grid
 from fluxdeploy.sampling.noise import check_seed
-from fluxdeploy.text.tokenizer import check_prompt
+from fluxdeploy.sampling.sampler import load_sampler
+from fluxdeploy.sampling.skipping import Skips
 
-__all__ = ["GenerationRequest", "as_latents", "check_request", "idle_arguments"]
+__all__ = ["GenerationRequest", "check_request", "idle_arguments"]
 
 _MAX_SCALE = 1e6
 """Of guidance, either way: it is a number around 3, and float32 has an end."""
@@ -26,20 +29,20 @@ _MAX_SCALE = 1e6
 _MAX_PICTURES = 1000
 """Of a call: their pixels are in memory until it ends, 12 MB of each at 1024x1024."""
 
-_MAX_PROMPT = 100_000
-"""Characters of a prompt: 512 tokens are some 3,000, and reading a million takes seconds."""
-
 
 @dataclass(frozen=True)
 class GenerationRequest:
     """What to generate, defaults filled in: for each prompt, `num_images_per_prompt` pictures.
 
-    `negative_prompts` holds one for each prompt, or is None where true CFG is off. `latents` are
-    the caller's, float32 [B, L, C], packed; where it is None there is a seed, and else none.
+    `negative` holds as many prompts as `text`, or is None where true CFG is off. Prompts become
+    `max_sequence_length` tokens, and embeddings have as many. `seed` is one for all pictures, or
+    one for each. `latents` are the caller's, float32 [B, L, C], packed; there is no seed then.
+    `sigmas` are the caller's noise levels before shifting, float32 [N]. `skip` counts the steps of
+    the whole schedule.
     """
 
-    prompts: tuple[str, ...]
-    negative_prompts: tuple[str, ...] | None
+    text: Text
+    negative: Text | None
     true_cfg_scale: float
     height: int
     width: int
@@ -47,13 +50,16 @@ class GenerationRequest:
     guidance_scale: float
     num_images_per_prompt: int
     max_sequence_length: int
-    seed: int | None
+    seed: int | tuple[int, ...] | None
     latents: NDArray[np.float32] | None = field(compare=False)
+    sampler: str = "euler"
+    sigmas: NDArray[np.float32] | None = field(default=None, compare=False)
+    skip: Skips | None = None
 
     @property
     def batch(self) -> int:
         """B: the number of pictures."""
-        return len(self.prompts) * self.num_images_per_prompt
+        return len(self.text) * self.num_images_per_prompt
 
     def engine_sizes(self, manifest: Manifest, levels: int) -> dict[str, dict[str, int]]:
         """What each component is asked for: its sizes by the symbols of the manifest.
@@ -66,29 +72,39 @@ class GenerationRequest:
         rows, columns = token_grid(self.height, self.width, manifest.latents)
         _, _, h, w = latent_shape(1, self.height, self.width, manifest.latents)
         text, tokens = self.max_sequence_length, rows * columns
-        return {
+        sizes = {
             "vae_decoder": {"H": self.height, "W": self.width, "h": h, "w": w},
             "transformer": {"L": tokens, "S": text, "T": text + tokens},
             "conditioner": {"S": text, "N": levels},
-            "t5": {"S": text},
-            "clip": {},
         }
+        if any(isinstance(side, Prompts) for side in (self.text, self.negative)):
+            sizes |= {"t5": {"S": text}, "clip": {}}
+        return sizes
 
 
 def check_request(
     manifest: Manifest,
     *,
-    prompt: str | Sequence[str],
-    negative_prompt: str | Sequence[str] | None,
-    true_cfg_scale: float,
+    prompt: str | Sequence[str] | None,
+    prompt_2: str | Sequence[str] | None = None,
+    negative_prompt: str | Sequence[str] | None = None,
+    negative_prompt_2: str | Sequence[str] | None = None,
+    true_cfg_scale: float = 1.0,
     height: int | None,
     width: int | None,
     num_inference_steps: int | None,
     guidance_scale: float | None,
     num_images_per_prompt: int,
     max_sequence_length: int | None,
-    seed: int | None,
-    latents: ArrayLike | None,
+    seed: int | Sequence[int] | None,
+    latents: ArrayLike | None = None,
+    prompt_embeds: ArrayLike | None = None,
+    pooled_prompt_embeds: ArrayLike | None = None,
+    negative_prompt_embeds: ArrayLike | None = None,
+    negative_pooled_prompt_embeds: ArrayLike | None = None,
+    sampler: str = "euler",
+    sigmas: ArrayLike | None = None,
+    skip: object = "none",
 ) -> GenerationRequest:
     """The request that the arguments of `FluxPipeline.__call__` make.
 
@@ -96,18 +112,25 @@ def check_request(
     `UsageError` for a value of the wrong kind or outside its range.
     """
     defaults = manifest.defaults
-    prompts = _prompts("prompt", prompt)
-    negative_prompts = None
-    if negative_prompt is not None:
-        negative_prompts = _prompts("negative_prompt", negative_prompt)
-        if isinstance(negative_prompt, str):
-            negative_prompts = negative_prompts * len(prompts)
-        if len(negative_prompts) != len(prompts):
-            raise UsageError(
-                f"There are {len(negative_prompts)} negative prompts for {len(prompts)} prompts. "
-                "Give one for all, or one for each."
-            )
+    text, negative = read_texts(
+        manifest,
+        {
+            "prompt": prompt,
+            "prompt_2": prompt_2,
+            "prompt_embeds": prompt_embeds,
+            "pooled_prompt_embeds": pooled_prompt_embeds,
+            "negative_prompt": negative_prompt,
+            "negative_prompt_2": negative_prompt_2,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+        },
+    )
     scale = check_number("true_cfg_scale", true_cfg_scale, -_MAX_SCALE, _MAX_SCALE)
+    negative = negative if scale > 1 else None
+    load_sampler(sampler)
+    levels = None if sigmas is None else check_sigmas(sigmas, num_inference_steps)
+    if levels is not None:
+        num_inference_steps = len(levels)
     if num_inference_steps is None:
         num_inference_steps = defaults.num_inference_steps
     if guidance_scale is None:
@@ -116,26 +139,24 @@ def check_request(
     width = check_integer("width", defaults.width if width is None else width, None)
     check_size(height, width, manifest.latents)
     images_each = check_integer("num_images_per_prompt", num_images_per_prompt, 1)
-    if seed is not None:
-        check_seed(seed)
-    t5 = manifest.tokenizers["t5"]
+    seeds = None if seed is None else _seeds(seed, len(text) * images_each)
+    length = _check_length(manifest, max_sequence_length)
+    steps = check_integer("num_inference_steps", num_inference_steps, 1)
     request = GenerationRequest(
-        prompts=prompts,
-        negative_prompts=negative_prompts if scale > 1 else None,
+        text=text,
+        negative=negative,
         true_cfg_scale=scale,
         height=height,
         width=width,
-        num_inference_steps=check_integer("num_inference_steps", num_inference_steps, 1),
+        num_inference_steps=steps,
         guidance_scale=check_number("guidance_scale", guidance_scale, -_MAX_SCALE, _MAX_SCALE),
         num_images_per_prompt=images_each,
-        max_sequence_length=check_integer(
-            "max_sequence_length",
-            defaults.max_sequence_length if max_sequence_length is None else max_sequence_length,
-            max(1, len(t5.prefix) + len(t5.suffix)),
-            t5.max_length,
-        ),
-        seed=None if seed is None or latents is not None else int(seed),
+        max_sequence_length=_text_tokens(text, negative, length),
+        seed=None if latents is not None else seeds,
         latents=None,
+        sampler=sampler,
+        sigmas=levels,
+        skip=check_skip(skip, manifest, sampler, steps, levels is None),
     )
     if request.batch > _MAX_PICTURES:
         raise UsageError(
@@ -146,7 +167,11 @@ def check_request(
     if latents is None:
         return request
     # After the ranges, so that what memory cannot hold is never made.
-    return replace(request, latents=_latents(latents, manifest, request))
+    spec = manifest.latents
+    rows, columns = token_grid(height, width, spec)
+    shape = (request.batch, rows * columns, spec.channels * spec.patch_size**2)
+    size = f"packed, for {request.batch} pictures of {width}x{height} pixels"
+    return replace(request, latents=read_numbers("latents", latents, shape, size))
 
 
 def idle_arguments(manifest: Manifest, arguments: Mapping[str, Any]) -> tuple[str, ...]:
@@ -155,12 +180,21 @@ def idle_arguments(manifest: Manifest, arguments: Mapping[str, Any]) -> tuple[st
     They have passed that check.
     """
     scale, guidance = arguments["true_cfg_scale"], arguments["guidance_scale"]
-    negative = arguments["negative_prompt"]
+    given = {name for name, value in arguments.items() if value is not None}
+    negative = given & {"negative_prompt", "negative_prompt_embeds"}
     notices = []
-    if negative is not None and scale <= 1:
-        notices.append("`negative_prompt` does nothing unless `true_cfg_scale` is above 1.")
-    if negative is None and scale != 1:
+    if scale <= 1:
+        notices += [
+            f"`{name}` does nothing unless `true_cfg_scale` is above 1."
+            for name in sorted(negative)
+        ]
+    if not negative and scale != 1:
         notices.append("`true_cfg_scale` does nothing without `negative_prompt`.")
+    if "negative_prompt_2" in given and not negative:
+        notices.append("`negative_prompt_2` does nothing without `negative_prompt`.")
+    words = {"prompt"} if scale <= 1 else {"prompt", "negative_prompt"}
+    if "max_sequence_length" in given and not given & words:
+        notices.append("`max_sequence_length` does nothing beside `prompt_embeds`.")
     if guidance is not None and not manifest.guidance_embedding:
         notices.append(
             "`guidance_scale` does nothing here: this bundle's model has no guidance embedding."
@@ -184,61 +218,39 @@ def _check_ranges(manifest: Manifest, sizes: Mapping[str, Mapping[str, int]]) ->
                 check_range(component, symbol, size, allowed[0])
 
 
-def as_latents(values: object) -> NDArray[np.float32] | None:
-    """A copy of numbers as a float32 array; None for what is no array of numbers.
-
-    What has more digits or a larger range is rounded, to infinity where it must.
-    """
-    try:
-        with np.errstate(over="ignore"), warnings.catch_warnings():
-            # NumPy's of ragged lists, and those of other libraries' arrays.
-            warnings.simplefilter("ignore")
-            array = np.asarray(values)
-            if array.dtype.kind not in "iuf":
-                return None
-            return np.array(array, np.float32, order="C")
-    except MemoryError:
-        raise
-    except Exception:  # noqa: BLE001 - an array is anything that says it is one
-        return None
+def _check_length(manifest: Manifest, given: int | None) -> int:
+    """The T5 tokens of a prompt."""
+    t5 = manifest.tokenizers["t5"]
+    length = manifest.defaults.max_sequence_length if given is None else given
+    least = max(1, len(t5.prefix) + len(t5.suffix))
+    return check_integer("max_sequence_length", length, least, t5.max_length)
 
 
-def _latents(latents: object, manifest: Manifest, request: GenerationRequest) -> Any:
-    """A copy of the caller's packed latents, float32 [B, L, C]."""
-    spec = manifest.latents
-    rows, columns = token_grid(request.height, request.width, spec)
-    expected = (request.batch, rows * columns, spec.channels * spec.patch_size**2)
-    own = as_latents(latents)
-    if own is None:
+def _text_tokens(text: Text, negative: Text | None, length: int) -> int:
+    """S, of which positive and negative text must have as many: they share their positions."""
+    sides = [text] if negative is None else [text, negative]
+    tokens = [side.text.shape[1] if isinstance(side, Embeddings) else length for side in sides]
+    if tokens[0] != tokens[-1]:
+        both = all(isinstance(side, Embeddings) for side in sides)
+        advice = "" if both else " A prompt has `max_sequence_length` of them."
         raise UsageError(
-            f"`latents` must be an array of numbers {list(expected)}, packed, not {shown(latents)}."
+            f"The text has {tokens[0]} tokens, and the negative text {tokens[1]}. Give as many of "
+            f"both.{advice}"
         )
-    if own.shape != expected:
-        raise UsageError(
-            f"`latents` has shape {list(own.shape)}; for {request.batch} pictures of "
-            f"{request.width}x{request.height} pixels it must be {list(expected)}, packed."
-        )
-    if not np.isfinite(own).all():
-        raise UsageError("`latents` holds NaN or infinity. Give finite values.")
-    return own
+    return tokens[0]
 
 
-def _prompts(name: str, value: object) -> tuple[str, ...]:
-    prompts = (value,) if isinstance(value, str) else value
-    if (
-        not isinstance(prompts, (list, tuple))
-        or not prompts
-        or not all(isinstance(prompt, str) for prompt in prompts)
-    ):
-        raise UsageError(
-            f"`{name}` must be a string or a list of at least one string, not {shown(value)}."
-        )
-    for prompt in prompts:
-        if len(prompt) > _MAX_PROMPT:
+def _seeds(given: object, pictures: int) -> int | tuple[int, ...]:
+    """One seed, or one for each picture."""
+    if isinstance(given, (list, tuple)) or (isinstance(given, np.ndarray) and given.ndim == 1):
+        if len(given) != pictures:
             raise UsageError(
-                f"`{name}` has {len(prompt)} characters; it must have at most {_MAX_PROMPT}, of "
-                "which the text encoders read a few hundred words."
+                f"There are {len(given)} seeds for {pictures} pictures. Give a list with one for "
+                "each, or one integer for all."
             )
-        check_prompt(prompt)
-    # Of a subclass, the text alone.
-    return tuple(str.__str__(prompt) for prompt in prompts)
+        for seed in given:
+            check_seed(seed)
+        seeds = tuple(int(seed) for seed in given)
+        return seeds[0] if len(seeds) == 1 else seeds
+    check_seed(given)  # type: ignore[arg-type]
+    return int(given)  # type: ignore[call-overload,no-any-return]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fluxdeploy.arguments import shown
 from fluxdeploy.errors import UsageError
 
-__all__ = ["TorchGenerator", "check_seed", "standard_normal"]
+__all__ = ["Generators", "TorchGenerator", "check_seed", "standard_normal"]
 
 _BLOCK = 16
 _MAX_SEED = 2**64 - 1
@@ -90,6 +90,24 @@ class TorchGenerator:
         """A uniform value in [0, 1): the low 53 bits of two words, the first one high."""
         high, low = self._words.randint(0, 2**32, size=2, dtype=np.uint32).tolist()
         return float((high << 32 | low) & (2**53 - 1)) * 2.0**-53
+
+
+class Generators:
+    """The generators of a call: one for all of its pictures, or one for each, as in diffusers.
+
+    Raises `UsageError` for seeds outside 0 to 2^64 - 1.
+    """
+
+    def __init__(self, seed: int | Sequence[int]) -> None:
+        self._one = None if isinstance(seed, Sequence) else TorchGenerator(seed)
+        self._each = [TorchGenerator(each) for each in seed] if isinstance(seed, Sequence) else []
+
+    def normal(self, shape: Sequence[int]) -> NDArray[np.float32]:
+        """What comes next, float32; number k of the first axis from generator k of several."""
+        if self._one is not None:
+            return self._one.normal(shape)
+        rows = [each.normal(shape[1:]) for each in self._each[: shape[0]]]
+        return np.stack(rows)
 
 
 def standard_normal(shape: Sequence[int], seed: int) -> NDArray[np.float32]:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+import fluxdeploy.sampling
 from fluxdeploy.arguments import shown
 from fluxdeploy.errors import UsageError
 
-__all__ = ["Sampler", "Step", "Velocity", "load_sampler"]
+__all__ = ["Sampler", "Step", "Velocity", "load_sampler", "sampler_names"]
 
 
 class Velocity(Protocol):
@@ -34,21 +36,41 @@ Step = Callable[[int, Velocity], None]
 
 @runtime_checkable
 class Sampler(Protocol):
-    """The two functions of a sampler's module; `sigmas` is float32 [N + 1], falling."""
+    """The functions of a sampler's module; `sigmas` is float32 [N + 1], falling.
+
+    Levels of a schedule may be equal where float32 cannot tell them apart: a step between two of
+    them changes nothing.
+    """
 
     def levels(self, sigmas: NDArray[np.float32]) -> NDArray[np.float32]:
-        """All noise levels, float32 [E], at which the steps evaluate the velocity."""
+        """All noise levels, float32 [E], at which the steps evaluate the velocity, none of them 0:
+        models have not seen it. Where a step begins is among them."""
+
+    def evaluations(self, steps: int) -> int:
+        """How often so many steps evaluate the velocity, which is what they cost."""
 
     def start(self, latents: NDArray[np.float32], sigmas: NDArray[np.float32]) -> Step:
         """The step function, which changes `latents` in place; its buffers are made here, once."""
 
 
+def sampler_names() -> tuple[str, ...]:
+    """The samplers there are: Euler's first, which is the one where none is asked for."""
+    modules = [module.name for module in pkgutil.iter_modules(fluxdeploy.sampling.__path__)]
+    found = [name for name in modules if _load(name) is not None]
+    return tuple(sorted(found, key=lambda name: (name != "euler", name)))
+
+
 def load_sampler(name: str) -> Sampler:
     """The sampler of that name. Raises `UsageError` where there is none."""
-    module = None
-    if isinstance(name, str) and name.isidentifier():
-        with contextlib.suppress(ModuleNotFoundError):
-            module = importlib.import_module(f"fluxdeploy.sampling.{name}")
-    if not isinstance(module, Sampler):
-        raise UsageError(f"There is no sampler {shown(name)}. Use 'euler'.")
-    return module
+    sampler = _load(name) if isinstance(name, str) and name.isidentifier() else None
+    if sampler is None:
+        names = ", ".join(map(repr, sampler_names()))
+        raise UsageError(f"There is no sampler {shown(name)}. Use one of {names}.")
+    return sampler
+
+
+def _load(name: str) -> Sampler | None:
+    with contextlib.suppress(ModuleNotFoundError):
+        module = importlib.import_module(f"fluxdeploy.sampling.{name}")
+        return module if isinstance(module, Sampler) else None
+    return None

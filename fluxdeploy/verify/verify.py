@@ -15,6 +15,7 @@ from fluxdeploy.bundle import Bundle, open_bundle
 from fluxdeploy.demo import DEMO_CHECKPOINTS
 from fluxdeploy.errors import UsageError
 from fluxdeploy.install import install_command
+from fluxdeploy.lora import LoraFile
 from fluxdeploy.progress import Progress
 from fluxdeploy.verify.layers import LayersReport, compare_layers
 from fluxdeploy.verify.pictures import (
@@ -89,6 +90,7 @@ def verify(
     progress: Progress,
     pictures: int | None = None,
     prompts: tuple[str, ...] = (),
+    loras: tuple[LoraFile, ...] = (),
 ) -> VerifyReport:
     """Check every file's hash, each engine against golden tensors, and pictures and layers.
 
@@ -98,7 +100,8 @@ def verify(
     where the transformer is quantized.
 
     Raises `BundleError` for a broken bundle, `UsageError` for a checkpoint that the bundle is not
-    made from, and for `pictures` or `prompts` without a checkpoint.
+    made from, for other `loras` than were merged into it, and for `pictures` or
+    `prompts` without a checkpoint.
     """
     total = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     task = progress.task("Hashing the bundle", total=total)
@@ -106,8 +109,11 @@ def verify(
     task.finish()
     if pictures is None and prompts:
         pictures = len(prompts)
-    source = _find_checkpoint(bundle, checkpoint, pictures is not None)
-    opened = None if source is None else open_recorded(bundle, source, progress)
+    # The package has its checkpoints at hand, and no LoRA.
+    needed = pictures is not None or bool(loras)
+    at_hand = loras or not bundle.manifest.provenance.get("loras")
+    source = _find_checkpoint(bundle, checkpoint, needed) if at_hand or needed else checkpoint
+    opened = None if source is None else open_recorded(bundle, source, progress, loras)
     recorded = [n for n, record in bundle.manifest.components.items() if record.golden]
     task = progress.task("Comparing components", total=len(recorded))
     components = []

@@ -107,7 +107,11 @@ def _described(checkpoint: Any) -> Any:
     record = ComponentRecord("", "fp32", "fp32", (), (), (), (engine,), None)
     request = SimpleNamespace(checkpoint=None, precision="fp32")
     spec = SimpleNamespace(
-        checkpoint=checkpoint, request=request, schedule=None, defaults=checkpoint.defaults
+        components=(),
+        checkpoint=checkpoint,
+        request=request,
+        schedule=None,
+        defaults=checkpoint.defaults,
     )
     run = SimpleNamespace(spec=spec, hashes=SimpleNamespace(digest="0" * 64))
     components = {"transformer": record, "vae_decoder": record}

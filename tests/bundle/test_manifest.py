@@ -15,6 +15,7 @@ from fluxdeploy.bundle.manifest import (
     SCHEMA_VERSION,
     DimensionRange,
     Manifest,
+    SkipRecord,
     TensorSpec,
     from_json,
     missing_component,
@@ -168,11 +169,45 @@ def test_refusal_names_the_place_and_what_to_do(
     assert parent.removesuffix(".B").removesuffix(".min").removesuffix(".opt") in refusal
 
 
+def test_what_may_be_absent_is_written_only_where_it_says_something(manifest: Manifest) -> None:
+    plain = json.loads(to_json(manifest))
+    assert "skips" not in plain
+    assert "spacing" not in plain["schedule"]
+    record = SkipRecord("euler", 4, (1, 3), 1, 32, 48, 34.0, 35.5, 8)
+    schedule = replace(manifest.schedule, spacing="beta")
+    said = replace(manifest, schedule=schedule, skips=(record,))
+    assert from_json(to_json(said), "here") == said
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": (0,)}, "must rise, from 1 to at most 3"),
+        ({"steps": (3, 1)}, "must rise"),
+        ({"steps": (4,)}, "must rise"),
+        ({"order": 3}, "from 0 to 2"),
+        ({"psnr": 33.0}, "psnr is 33; it must be from 34"),
+        ({"pictures": 0}, "1 is the least"),
+        ({"height": 0}, "height is 0"),
+        ({"num_inference_steps": 10**6}, "from 1 to 10000"),
+    ],
+)
+def test_skips_that_cannot_be_are_refused(
+    manifest: Manifest, changes: dict[str, Any], words: str
+) -> None:
+    record = SkipRecord("euler", 4, (1, 3), 1, 32, 48, 34.0, 35.5, 8)
+    text = to_json(replace(manifest, skips=(replace(record, **changes),)))
+    with pytest.raises(BundleError, match=words):
+        from_json(text, "here")
+
+
 def test_every_field_of_every_record_is_needed(manifest: Manifest) -> None:
     def places(value: object, where: str) -> list[str]:
         if is_dataclass(value):
             found = []
             for field in fields(value):
+                if field.metadata.get("optional"):
+                    continue
                 at = f"{where}.{field.name}" if where else field.name
                 found += [at, *places(getattr(value, field.name), at)]
             return found

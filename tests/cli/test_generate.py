@@ -70,7 +70,8 @@ def test_every_option_reaches_the_pipeline(
     out = tmp_path / "fox.png"
     Image.new("RGB", (20, 10), (1, 2, 3)).save(tmp_path / "start.png")
     options = (
-        "--negative-prompt blur --true-cfg-scale 2 --width 32 --height 48 --steps 3 --guidance 4.5 "
+        "--prompt-2 owl --negative-prompt-2 fog --negative-prompt blur "
+        "--true-cfg-scale 2 --width 32 --height 48 --steps 3 --guidance 4.5 "
         "--seed 7 --num-images 2 --max-sequence-length 128 --runtime onnxruntime --threads 2 "
         "--device 1 --low-vram --strength 0.5"
     )
@@ -85,7 +86,9 @@ def test_every_option_reaches_the_pipeline(
     assert "32x48, seed 7, 2 of 3 steps, " in result.stderr
     assert call == {
         "prompt": "a fox",
+        "prompt_2": "owl",
         "negative_prompt": "blur",
+        "negative_prompt_2": "fog",
         "true_cfg_scale": 2.0,
         "width": 32,
         "height": 48,
@@ -129,6 +132,7 @@ def test_json_is_all_that_is_printed(bundle: Path, tmp_path: Path) -> None:
         "prompts": ["a fox"],
         "sheet": None,
         "seed": 5,
+        "seeds": [5],
         "width": 128,
         "height": 64,
         "steps": 4,
@@ -169,6 +173,35 @@ def test_several_prompts_are_drawn_with_one_seed(bundle: Path, tmp_path: Path) -
     assert report["sheet"] == str(sheet)
     with Image.open(sheet) as image:
         assert image.width > 2 * 128
+
+
+def test_several_seeds_are_calls_of_their_own(bundle: Path, tmp_path: Path) -> None:
+    """So that each picture is the one that its own metadata make again, of an image too."""
+    out = tmp_path / "fox.png"
+    options = ("--seed", "7,0, 2", "--num-images", 2, "--prompt-2", "red", "--out", out, "--json")
+    result = run("a fox", "an owl", "--bundle", bundle, *options)
+    assert result.exit_code == 0, result.stderr
+    assert [(call["prompt"], call["seed"]) for call in FakePipeline.calls] == [
+        *(("a fox", 7), ("a fox", 0), ("a fox", 2)),
+        *(("an owl", 7), ("an owl", 0), ("an owl", 2)),
+    ]
+    report = json.loads(result.stdout)
+    assert report["seeds"] == [7, 7, 0, 0, 2, 2] * 2
+    assert report["seed"] is None
+    for number, (path, seed) in enumerate(zip(report["paths"], report["seeds"], strict=True)):
+        assert Path(path).name == f"fox-{number}-seed{seed}.png"
+        made = read_metadata(Path(path))
+        assert (made.seed, made.index, made.prompt_2) == (seed, number % 2, "red")
+
+
+@pytest.mark.parametrize("seeds", ["1,", "a", "1,-2", "1;2", "", "1.5", f"3,{2**64}", "-1"])
+def test_bad_seeds_are_refused_before_anything_runs(
+    bundle: Path, tmp_path: Path, seeds: str
+) -> None:
+    result = run("a fox", "--bundle", bundle, "--out", tmp_path / "x.png", f"--seed={seeds}")
+    assert result.exit_code == 2
+    assert "seed" in result.stderr
+    assert FakePipeline.calls == []
 
 
 def test_the_sheet_is_named_last(bundle: Path, tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ def run(*args: object) -> Result:
 def picture(tmp_path: Path) -> tuple[Path, PictureMetadata]:
     metadata = PictureMetadata(
         prompt="un café [red] :smile: 猫",
+        prompt_2="a cat",
         negative_prompt=None,
+        negative_prompt_2=None,
         true_cfg_scale=1.0,
         seed=2**64 - 1,
         index=0,

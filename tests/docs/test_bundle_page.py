@@ -18,8 +18,8 @@ from PIL import Image
 
 from fluxdeploy import FluxPipeline
 from fluxdeploy.bundle import manifest, open_bundle
+from fluxdeploy.host.options import CallOptions
 from fluxdeploy.host.pictures import PictureMetadata
-from fluxdeploy.host.pipeline import CallOptions
 from fluxdeploy.sampling.noise import TorchGenerator
 from fluxdeploy.sampling.rope import rope_tables
 from fluxdeploy.sampling.schedule import sigmas
@@ -254,7 +254,12 @@ def test_the_page_s_random_numbers_are_the_host_s(host: dict[str, Any]) -> None:
 def test_the_defaults_are_those_of_the_pipeline() -> None:
     (table,) = tables(section(PAGE, "### Arguments and their defaults"))
     parameters = inspect.signature(FluxPipeline.__call__).parameters
-    how = {"self", *(field.name for field in dataclasses.fields(CallOptions))}
+    how = {
+        "self",
+        "positional",
+        "others",
+        *(field.name for field in dataclasses.fields(CallOptions)),
+    }
     assert {row[0] for row in table} == set(parameters) - how
     for name, said, _ in table:
         default = parameters[name].default

@@ -226,7 +226,9 @@ def test_schedule_of_a_checkpoint_without_scheduler(
     ("changes", "words"),
     [
         ({"_class_name": "EulerDiscreteScheduler"}, "is one of a 'EulerDiscreteScheduler'"),
-        ({"use_karras_sigmas": True}, "use_karras_sigmas"),
+        ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "use_karras_sigmas and use_beta"),
+        ({"use_exponential_sigmas": "yes"}, "use_exponential_sigmas is 'yes'"),
+        ({"invert_sigmas": True}, "invert_sigmas"),
         ({"stochastic_sampling": True}, "stochastic_sampling"),
         ({"num_train_timesteps": 500}, "num_train_timesteps"),
         ({"time_shift_type": "cosine"}, "exponential or linear"),

@@ -164,8 +164,20 @@ def test_the_norms_of_16_bits_compute_what_those_of_float32_do(
     assert np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("component", ["vae_decoder", "vae_encoder"])
+def test_the_vae_keeps_no_scores(exports: Exports, opened: Checkpoint, component: str) -> None:
+    path = exports(component, "fp32", fused=True)
+    found = operators(path)
+    assert found["com.microsoft", "MultiHeadAttention"] == 1
+    assert not found["", "Softmax"]
+    inputs = make_inputs(opened, component, SIZES[1])
+    expected = run(exports(component, "fp32"), inputs)
+    for name, values in run(path, inputs).items():
+        assert error(values, expected[name]) < 1e-5
+
+
 def test_other_components_stay_standard(exports: Exports) -> None:
-    for component in set(COMPONENTS) - {"transformer"}:
+    for component in set(COMPONENTS) - {"transformer", "vae_decoder", "vae_encoder"}:
         path = exports(component, "fp32", fused=True)
         assert {domain for domain, _ in operators(path)} == {""}
 

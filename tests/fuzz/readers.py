@@ -176,7 +176,7 @@ def picture_metadata(folder: Path) -> Reader:
     seeds = []
     for prompt in ("a fox", "Ω" * 400):
         numbers = (1.0, 3, 0, 4, 3.5, 77, 16, 16, *(None,) * 5)
-        made = PictureMetadata(prompt, None, *numbers, "0" * 64, "1")
+        made = PictureMetadata(prompt, None, None, None, *numbers, "0" * 64, "1")
         save_picture(image, folder / "seed.png", made)
         seeds.append((folder / "seed.png").read_bytes())
     return _of_file(folder / "x.png", seeds, read_metadata)

@@ -20,7 +20,9 @@ from fluxdeploy.host.pictures import (
 
 METADATA = PictureMetadata(
     prompt="a red circle",
+    prompt_2=None,
     negative_prompt=None,
+    negative_prompt_2=None,
     true_cfg_scale=1.0,
     seed=2**64 - 1,
     index=0,

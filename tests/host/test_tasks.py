@@ -14,7 +14,8 @@ from engines.base import Array
 from fluxdeploy.bundle.manifest import DimensionRange, Manifest
 from fluxdeploy.errors import UsageError
 from fluxdeploy.host.components import Run
-from fluxdeploy.host.pipeline import TASKS, CallOptions, FluxPipeline
+from fluxdeploy.host.options import CallOptions
+from fluxdeploy.host.pipeline import TASKS, FluxPipeline
 from fluxdeploy.host.request import GenerationRequest
 from fluxdeploy.host.tasks.image_to_image import ImageToImage
 from fluxdeploy.host.tasks.task import Start, Task, choose_task

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fluxdeploy.host.input_images import open_image, to_pixels
 from fluxdeploy.host.pipeline import FluxPipeline
-from fluxdeploy.sampling.noise import TorchGenerator
+from fluxdeploy.sampling.noise import Generators
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -253,7 +253,7 @@ def test_files_are_read_as_diffusers_reads_them(kind: str, tmp_path: Path) -> No
         np.testing.assert_array_equal(to_pixels(lazy, 64, 32), expected)
 
 
-class NoiseFirst(TorchGenerator):
+class NoiseFirst(Generators):
     """Draws what comes second first, and the first second."""
 
     def normal(self, shape: Any) -> np.ndarray:
@@ -264,7 +264,7 @@ class NoiseFirst(TorchGenerator):
 
 
 MISTAKES: dict[str, Callable[..., Any]] = {
-    "TorchGenerator": NoiseFirst,
+    "Generators": NoiseFirst,
     "scale_noise": lambda known, noise, sigma: (1 - sigma) * noise + sigma * known,
     "sample_posterior": lambda mean, logvar, noise: mean,
     "scale": lambda latents, spec: latents,

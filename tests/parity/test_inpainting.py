@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from fluxdeploy.host.input_images import open_mask, to_masks
 from fluxdeploy.host.mask_crop import crop_region, crop_to_mask
 from fluxdeploy.host.pipeline import FluxPipeline
-from fluxdeploy.sampling.noise import TorchGenerator
+from fluxdeploy.sampling.noise import Generators
 from tests.parity.test_image_to_image import FOX, ROBOT, TENTH, TOLERANCE, floats, photograph
 
 torch = pytest.importorskip("torch")
@@ -310,7 +310,7 @@ def test_files_of_masks_are_read_as_diffusers_reads_them(kind: str, tmp_path: Pa
     np.testing.assert_array_equal(to_masks(opened, 64, 32)[:, None], expected > 0.5)
 
 
-class NoiseFirst(TorchGenerator):
+class NoiseFirst(Generators):
     """Draws what comes second first, and the first second."""
 
     def normal(self, shape: Any) -> np.ndarray:
@@ -325,7 +325,7 @@ def forgotten(step: int, latents: Any) -> None:
 
 
 MISTAKES: dict[str, Callable[..., Any]] = {
-    "TorchGenerator": NoiseFirst,
+    "Generators": NoiseFirst,
     "scale_noise": lambda known, noise, sigma: (1 - sigma) * noise + sigma * known,
     "to_masks": lambda mask, height, width: ~to_masks(mask, height, width),
     "Inpainting._blend": lambda *arguments: forgotten,

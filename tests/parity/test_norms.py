@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -45,7 +47,9 @@ def test_adaptive_norms(block: torch.nn.Module) -> None:
 def test_group_norms() -> None:
     from diffusers import AutoencoderKL
 
-    from exporters.models.vae import VaeDecoder, VaeEncoder
+    from exporters.checkpoint.config import VaeConfig
+    from exporters.components.pieces import COMPUTE_TYPES
+    from exporters.components.vae import VAE_DECODER, VAE_ENCODER
 
     channels = (8, 16)
     vae = AutoencoderKL(
@@ -56,18 +60,18 @@ def test_group_norms() -> None:
         latent_channels=16,
         norm_num_groups=4,
     )
-    for ours, theirs in (
-        (VaeDecoder(16, channels, 1, 4), vae.decoder),
-        (VaeEncoder(16, channels, 1, 4), vae.encoder),
-    ):
-        expected = {
-            name: (module.eps, module.num_groups)
-            for name, module in theirs.named_modules()
-            if isinstance(module, torch.nn.GroupNorm)
-        }
-        found = {
-            name: (module.eps, module.num_groups)
-            for name, module in ours.named_modules()
-            if isinstance(module, torch.nn.GroupNorm)
-        }
-        assert found == expected
+    networks = SimpleNamespace(vae=VaeConfig(16, channels, 1, 4, 1.0, 0.0))
+    expected = _group_norms(vae)
+    found = {}
+    for component in (VAE_DECODER, VAE_ENCODER):
+        for stage in component.chain(networks, COMPUTE_TYPES["fp32"]).stages:
+            found.update(_group_norms(stage.piece.module, stage.scope))
+    assert found == expected
+
+
+def _group_norms(network: torch.nn.Module, scope: str = "") -> dict[str, tuple[float, int]]:
+    return {
+        scope + name: (module.eps, module.num_groups)
+        for name, module in network.named_modules()
+        if isinstance(module, torch.nn.GroupNorm)
+    }

@@ -18,8 +18,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "terminal": {"shift_terminal": 0.1},
     "terminal_constant": {"use_dynamic_shifting": False, "shift_terminal": 0.02},
     "terminal_zero": {"shift_terminal": 0.0},
+    "karras": {"spacing": "karras"},
+    "exponential": {"spacing": "exponential", "use_dynamic_shifting": False, "shift": 3.0},
     "other_lengths": {"base_image_seq_len": 64, "max_image_seq_len": 1024, "max_shift": 0.9},
 }
+
+
+def config(spec: ScheduleSpec) -> dict[str, Any]:
+    """What diffusers' scheduler takes for it."""
+    found = dataclasses.asdict(spec)
+    spacing = found.pop("spacing")
+    return found if spacing is None else {**found, f"use_{spacing}_sigmas": True}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -32,7 +41,7 @@ def test_levels_are_bit_equal_to_diffusers(
     from diffusers.pipelines.flux import pipeline_flux
 
     spec = dataclasses.replace(schedule_spec, **KINDS[kind])
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**dataclasses.asdict(spec))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config(spec))
     mu = pipeline_flux.calculate_shift(
         tokens, spec.base_image_seq_len, spec.max_image_seq_len, spec.base_shift, spec.max_shift
     )
@@ -43,6 +52,36 @@ def test_levels_are_bit_equal_to_diffusers(
     levels = sigmas(spec, steps, tokens)
     assert levels.dtype == np.float32
     np.testing.assert_array_equal(levels, scheduler.sigmas.numpy())
+
+
+@pytest.mark.parametrize("kind", ["dev", "constant", "terminal", "karras"])
+def test_the_callers_levels_are_shifted_as_in_diffusers(
+    schedule_spec: ScheduleSpec, kind: str
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    spec, own = dataclasses.replace(schedule_spec, **KINDS[kind]), [1.0, 0.7, 0.35, 0.1]
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config(spec))
+    scheduler.set_timesteps(sigmas=own, mu=shift_exponent(spec, 1024))
+    found = sigmas(spec, np.array(own, np.float32), 1024)
+    np.testing.assert_array_equal(found, scheduler.sigmas.numpy())
+
+
+def test_beta_spacing_has_the_quantiles_of_the_distribution(schedule_spec: ScheduleSpec) -> None:
+    mpmath = pytest.importorskip("mpmath")
+    kind = {"use_dynamic_shifting": False, "shift": 1.0, "spacing": "beta"}
+    levels = sigmas(dataclasses.replace(schedule_spec, **kind), 9, 4096).astype(np.float64)
+    shares = (levels[:-1] - levels[-2]) / (levels[0] - levels[-2])
+    reached = [float(mpmath.betainc(0.6, 0.6, 0, x, regularized=True)) for x in shares]
+    np.testing.assert_allclose(reached, np.linspace(1, 0, 9), atol=1e-6)
+
+
+def test_levels_at_4096_are_finite_and_fall(schedule_spec: ScheduleSpec) -> None:
+    assert (np.diff(sigmas(schedule_spec, 28, 256 * 256)) < 0).all()
+
+
+def test_a_size_at_which_all_levels_are_one_is_refused(schedule_spec: ScheduleSpec) -> None:
+    with pytest.raises(UsageError, match="all of the 28 levels are 1"):
+        sigmas(schedule_spec, 28, 512 * 512)
 
 
 def test_known_levels_of_four_steps_at_1024(schedule_spec: ScheduleSpec) -> None:

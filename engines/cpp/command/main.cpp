@@ -28,6 +28,14 @@ std::string in_digits(double value) {
     return text.find_first_not_of("-0123456789") == std::string::npos ? text + ".0" : text;
 }
 
+std::string joined(const std::vector<std::int64_t>& numbers) {
+    std::string text;
+    for (const std::int64_t number : numbers) {
+        text += (text.empty() ? "" : ",") + std::to_string(number);
+    }
+    return text;
+}
+
 std::string json_text(const std::string& text) {
     std::string quoted = "\"";
     for (const char c : text) {
@@ -146,15 +154,28 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
         request.mask_images.push_back(copied(*mask, fluxdeploy_picture_mask(mask.get())));
         mask_sha256 = fluxdeploy_picture_sha256(mask.get());
     }
-    if (line.negative_prompt) request.negative_prompts = {*line.negative_prompt};
-    request.true_cfg_scale = line.true_cfg_scale;
     request.width = line.width;
     request.height = line.height;
+    if (!line.outpaint.empty()) {
+        if (!line.image || line.mask) {
+            throw UsageError("--outpaint needs --image, and makes the mask: leave out --mask.");
+        }
+        const auto& sides = line.outpaint;
+        auto [canvas, margins] = fluxdeploy::outpaint_canvas(request.images.front(), sides[0],
+                                                             sides[1], sides[2], sides[3]);
+        request.width = line.width.value_or(canvas.width);
+        request.height = line.height.value_or(canvas.height);
+        request.images = {std::move(canvas)};
+        request.mask_images = {std::move(margins)};
+    }
+    if (line.negative_prompt) request.negative_prompts = {*line.negative_prompt};
+    request.true_cfg_scale = line.true_cfg_scale;
     request.num_inference_steps = line.steps;
     request.guidance_scale = line.guidance;
     request.num_images_per_prompt = line.num_images;
     request.seed = line.seed;
     request.strength = line.strength;
+    request.padding_mask_crop = line.mask_crop;
     request.max_sequence_length = line.max_sequence_length;
     request.cancel = cancel;
     const bool shown = !line.json && ::isatty(2) != 0;
@@ -204,12 +225,18 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
         text.add("max_sequence_length",
                  std::to_string(line.max_sequence_length.value_or(
                      static_cast<std::int64_t>(by_default("max_sequence_length")))));
-        text.add("height", std::to_string(images[number].height));
-        text.add("width", std::to_string(images[number].width));
+        text.add("height", std::to_string(request.height.value_or(
+                               static_cast<std::int64_t>(by_default("height")))));
+        text.add("width", std::to_string(request.width.value_or(
+                              static_cast<std::int64_t>(by_default("width")))));
         if (line.image) {
             text.add("strength", in_digits(line.strength.value_or(by_default("strength"))));
             text.add("image_sha256", image_sha256);
             if (line.mask) text.add("mask_sha256", mask_sha256);
+            if (line.mask_crop && !request.mask_images.empty()) {
+                text.add("padding_mask_crop", std::to_string(*line.mask_crop));
+            }
+            if (!line.outpaint.empty()) text.add("outpaint", joined(line.outpaint));
         }
         text.add("bundle_hash", pipeline.bundle_hash());
         text.add("fluxdeploy_version", fluxdeploy_version());

@@ -2,6 +2,7 @@
 
 #include <charconv>
 #include <functional>
+#include <regex>
 
 namespace {
 
@@ -33,6 +34,26 @@ double decimal(const std::string& name, const std::string& text) {
     return number<double>(name, text, "float");
 }
 
+std::int64_t pixels(const std::string& text) {
+    const std::int64_t value = integer("--mask-crop", text);
+    if (value >= 0) return value;
+    throw UsageError("Invalid value for '--mask-crop': " + text + " is not in the range x>=0.");
+}
+
+// Four numbers of at most five digits.
+std::vector<std::int64_t> margins(const std::string& text) {
+    static const std::regex form(
+        R"(\s*(\d{1,5})\s*,\s*(\d{1,5})\s*,\s*(\d{1,5})\s*,\s*(\d{1,5})\s*)");
+    std::smatch found;
+    if (!std::regex_match(text, found, form)) {
+        throw UsageError("Invalid value for '--outpaint': '" + text +
+                         "' is not LEFT,TOP,RIGHT,BOTTOM in pixels, such as 64,0,64,0.");
+    }
+    std::vector<std::int64_t> sides;
+    for (std::size_t i = 1; i < found.size(); ++i) sides.push_back(std::stoll(found[i]));
+    return sides;
+}
+
 const std::vector<Option>& options() {
     static const std::vector<Option> all{
         {"--negative-prompt", "TEXT", "What to steer away from; needs --true-cfg-scale.",
@@ -60,6 +81,12 @@ const std::vector<Option>& options() {
          [](auto& line, const auto& text) { line.image = text; }},
         {"--mask", "PATH", "A PNG: what of --image to redraw, where it is white or transparent.",
          [](auto& line, const auto& text) { line.mask = text; }},
+        {"--mask-crop", "PIXELS",
+         "Draw only the part around --mask, with so many pixels more on each side.",
+         [](auto& line, const auto& text) { line.mask_crop = pixels(text); }},
+        {"--outpaint", "LEFT,TOP,RIGHT,BOTTOM",
+         "Draw so many pixels more on the sides of --image.",
+         [](auto& line, const auto& text) { line.outpaint = margins(text); }},
         {"--strength", "FLOAT", "How much of --image becomes noise, 0 to 1.",
          [](auto& line, const auto& text) { line.strength = decimal("--strength", text); }},
         {"--max-sequence-length", "INTEGER", "T5 tokens that the prompt is padded or cut to.",

@@ -25,6 +25,9 @@ struct CommandLine {
     std::int64_t num_images = 1;
     std::optional<std::string> image;
     std::optional<std::string> mask;
+    std::optional<std::int64_t> mask_crop;
+    // Left, top, right and bottom, or nothing.
+    std::vector<std::int64_t> outpaint;
     std::optional<double> strength;
     std::optional<std::int64_t> max_sequence_length;
     std::string runtime = "auto";

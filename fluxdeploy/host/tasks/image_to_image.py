@@ -21,7 +21,7 @@ from fluxdeploy.host.input_images import to_pixels
 from fluxdeploy.host.request import GenerationRequest
 from fluxdeploy.host.tasks.task import Start, Task
 from fluxdeploy.sampling.latents import latent_shape, pack, sample_posterior, scale
-from fluxdeploy.sampling.noise import TorchGenerator
+from fluxdeploy.sampling.noise import Generators
 from fluxdeploy.sampling.noising import first_step, scale_noise
 
 __all__ = ["ImageToImage", "known_latents", "read_images"]
@@ -80,7 +80,7 @@ class ImageToImage(Task):
         if request.latents is not None:
             return Start(request.latents.copy(), sigmas)
         assert request.seed is not None  # without latents there is one
-        generator = TorchGenerator(request.seed)
+        generator = Generators(request.seed)
         known = known_latents(self.images, request, spec, generator, run)
         noise = generator.normal(latent_shape(request.batch, request.height, request.width, spec))
         return Start(pack(scale_noise(known, noise, sigmas[0]), spec), sigmas)
@@ -115,7 +115,7 @@ def known_latents(
     images: NDArray[np.float32],
     request: GenerationRequest,
     spec: LatentSpec,
-    generator: TorchGenerator,
+    generator: Generators,
     run: Run,
 ) -> NDArray[np.float32]:
     """The latents of the pictures of a call, float32 [B, C, h, w], at the transformer's scale.

@@ -26,7 +26,7 @@ from fluxdeploy.host.request import GenerationRequest
 from fluxdeploy.host.tasks.image_to_image import ImageToImage, known_latents, read_images
 from fluxdeploy.host.tasks.task import Start
 from fluxdeploy.sampling.latents import latent_shape, pack
-from fluxdeploy.sampling.noise import TorchGenerator
+from fluxdeploy.sampling.noise import Generators
 from fluxdeploy.sampling.noising import scale_noise
 
 __all__ = ["Inpainting"]
@@ -87,7 +87,7 @@ class Inpainting(ImageToImage):
         request, spec = self.request, self.manifest.latents
         sigmas = sigmas[-(self.steps + 1) :]
         assert request.seed is not None  # without latents there is one
-        generator = TorchGenerator(request.seed)
+        generator = Generators(request.seed)
         known = known_latents(self.images, request, spec, generator, run)
         noise = generator.normal(latent_shape(request.batch, request.height, request.width, spec))
         start = pack(scale_noise(known, noise, sigmas[0]), spec)

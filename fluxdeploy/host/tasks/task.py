@@ -18,6 +18,8 @@ from fluxdeploy.errors import UsageError
 from fluxdeploy.host.components import Run
 from fluxdeploy.host.loop import Blend
 from fluxdeploy.host.request import GenerationRequest
+from fluxdeploy.sampling.sampler import load_sampler
+from fluxdeploy.sampling.skipping import Skips
 
 __all__ = ["Start", "Task", "choose_task"]
 
@@ -76,6 +78,18 @@ class Task(ABC):
     def steps(self) -> int:
         """N: how many of the schedule's steps are made."""
         return self.request.num_inference_steps
+
+    @property
+    def skips(self) -> Skips | None:
+        """The steps that are skipped, of those that are made; None where there are none."""
+        skip = self.request.skip
+        return None if skip is None else skip.after(self.request.num_inference_steps - self.steps)
+
+    @property
+    def evaluations(self) -> int:
+        """How often the velocity is taken."""
+        skipped = 0 if self.skips is None else len(self.skips.steps)
+        return load_sampler(self.request.sampler).evaluations(self.steps) - skipped
 
     def engine_sizes(self) -> Mapping[str, Mapping[str, int]]:
         """What components are asked for otherwise than for a picture from text alone."""

@@ -14,7 +14,7 @@ from fluxdeploy.host.components import Run
 from fluxdeploy.host.request import GenerationRequest
 from fluxdeploy.host.tasks.task import Start, Task
 from fluxdeploy.sampling.latents import latent_shape, pack
-from fluxdeploy.sampling.noise import standard_normal
+from fluxdeploy.sampling.noise import Generators
 
 __all__ = ["TextToImage"]
 
@@ -39,4 +39,4 @@ class TextToImage(Task):
             return Start(request.latents.copy(), sigmas)
         assert request.seed is not None  # without latents there is one
         shape = latent_shape(request.batch, request.height, request.width, spec)
-        return Start(pack(standard_normal(shape, request.seed), spec), sigmas)
+        return Start(pack(Generators(request.seed).normal(shape), spec), sigmas)

@@ -67,11 +67,19 @@ class _Body(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**64, description="The same seed, the same picture.")
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: float | None = None
+    prompt_2: str | None = Field(None, description="What T5 reads instead of the prompt.")
     negative_prompt: str | None = None
+    negative_prompt_2: str | None = Field(None, description="What T5 reads of it instead.")
     true_cfg_scale: float | None = Field(
         None, description="Strength of the negative prompt, used above 1."
     )
     max_sequence_length: int | None = Field(None, ge=1)
+    sampler: str | None = Field(
+        None, max_length=64, description="How steps use the velocity; euler by default."
+    )
+    skip: Literal["none", "auto"] = Field(
+        "none", description="auto: leave out the evaluations that `fluxdeploy tune` found."
+    )
     priority: Priority = "normal"
     stream_steps: bool = Field(False, description="Stream an event for each step too.")
 

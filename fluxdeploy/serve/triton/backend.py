@@ -283,7 +283,9 @@ def _event(result: Any) -> StepEnd | Preview | FluxPipelineOutput:
     if kind == "preview":
         return Preview(step, images)
     seeds, seconds = result.as_numpy("seeds"), result.as_numpy("seconds")
-    seed = None if seeds is None else int(seeds[0])
+    seed: int | tuple[int, ...] | None = None if seeds is None else tuple(seeds.tolist())
+    if isinstance(seed, tuple) and len(set(seed)) == 1:
+        seed = seed[0]
     return FluxPipelineOutput(images, seed, dict(zip(STAGES, map(float, seconds), strict=True)))
 
 

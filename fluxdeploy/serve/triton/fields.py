@@ -40,14 +40,16 @@ def _argument(
 # Numbers with a fraction are FP64: 0.7 of 10 steps are 7, and of a float32 they would be 6.
 INPUTS: tuple[Field, ...] = (
     _argument("prompt", "STRING", (-1,), "one, or several; the only field that must be there"),
+    _argument("prompt_2", "STRING", (-1,), "what T5 reads instead: one for all, or one a prompt"),
     _argument("negative_prompt", "STRING", (-1,), "what to steer away from: one, or one a prompt"),
+    _argument("negative_prompt_2", "STRING", (-1,), "what T5 reads of it instead"),
     _argument("true_cfg_scale", "FP64", (1,), "strength of the negative prompt"),
     _argument("height", "INT32", (1,), "pixels"),
     _argument("width", "INT32", (1,), "pixels"),
     _argument("num_inference_steps", "INT32", (1,), "steps"),
     _argument("guidance_scale", "FP64", (1,), "of models with a guidance embedding"),
     _argument("n", "INT32", (1,), "pictures of each prompt", "num_images_per_prompt"),
-    _argument("seed", "UINT64", (1,), "the same seed gives the same pictures"),
+    _argument("seed", "UINT64", (-1,), "one for all pictures, or one for each"),
     _argument("latents", "FP32", (-1, -1, -1), "packed noise to start from, in place of a seed"),
     _argument("image", "UINT8", (-1, -1, 3), "a picture to start from, [H, W, 3]"),
     Field("image_bytes", "STRING", (1,), "the same as the bytes of its file, or these in base64"),
@@ -58,6 +60,8 @@ INPUTS: tuple[Field, ...] = (
         "padding_mask_crop", "INT32", (1,), "pixels kept around the mask's part, drawn alone"
     ),
     _argument("max_sequence_length", "INT32", (1,), "T5 tokens of a prompt"),
+    _argument("sampler", "STRING", (1,), "how steps use the velocity; `euler` by default"),
+    _argument("skip", "STRING", (1,), "`auto`: leaves out the evaluations that `tune` found"),
     _argument("num_previews", "INT32", (1,), "pictures on the way, each a response of its own"),
     _argument("priority", "STRING", (1,), "`high`, `normal` or `low`"),
     Field("step_events", "BOOL", (1,), "whether each step is a response of its own"),

@@ -70,7 +70,9 @@ def read_request(tensors: Mapping[str, Array]) -> Asked:
 
 def _value(field: Field, values: Array) -> Any:
     if field.dims != (1,):
-        return [_text(field, each) for each in values.flat] if _is_text(field) else values.copy()
+        if _is_text(field):
+            return [_text(field, each) for each in values.flat]
+        return values.item() if field.dims == (-1,) and values.size == 1 else values.copy()
     if values.size != 1:
         raise UsageError(f"`{field.name}` has shape {list(values.shape)}; it is one value, [1].")
     value = values.flat[0]
@@ -123,7 +125,8 @@ def final_tensors(
     assert isinstance(output.images, list)  # output_type is "pil"
     tensors = picture_tensors(output.images, wanted)
     if output.seed is not None:
-        tensors["seeds"] = np.full(len(output.images), output.seed, np.uint64)
+        tensors["seeds"] = np.empty(len(output.images), np.uint64)
+        tensors["seeds"][:] = output.seed
     tensors["step"] = np.array([steps], np.int32)
     tensors["seconds"] = np.array([output.seconds.get(stage, 0.0) for stage in STAGES])
     return tensors

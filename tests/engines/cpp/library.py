@@ -48,6 +48,7 @@ _SETTERS = {
     "max_sequence_length": c_int64,
     "seed": c_uint64,
     "strength": c_double,
+    "padding_mask_crop": c_int64,
 }
 
 
@@ -88,11 +89,25 @@ class Library:
     def __init__(self, path: Path, onnxruntime: Path) -> None:
         self.c = ctypes.CDLL(str(path))
         self.onnxruntime = onnxruntime
-        for name in ("options_new", "request_new", "cancel_new", "result_pixels"):
+        for name in (
+            "options_new",
+            "request_new",
+            "cancel_new",
+            "result_pixels",
+            "picture_rgb",
+            "picture_mask",
+        ):
             self._returns(name, c_void_p)
         for name in ("error_message", "result_notice", "pipeline_bundle_hash", "version"):
             self._returns(name, c_char_p)
-        for name in ("result_count", "result_width", "result_height", "result_steps"):
+        for name in (
+            "result_count",
+            "result_width",
+            "result_height",
+            "result_steps",
+            "picture_width",
+            "picture_height",
+        ):
             self._returns(name, c_int64)
         self._returns("result_seed", c_uint64)
         self._returns("pipeline_default", c_double)
@@ -116,6 +131,28 @@ class Library:
         values = np.empty(count, np.float32)
         self.call("noise", c_uint64(seed), c_void_p(values.ctypes.data), c_size_t(count))
         return values
+
+    def outpaint(
+        self, picture: NDArray[np.uint8], margins: Sequence[int]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """The canvas around a picture, and the mask of its margins, both uint8 [H, W, 3]."""
+        made = c_void_p()
+        size = (c_int64(picture.shape[1]), c_int64(picture.shape[0]))
+        sides = map(c_int64, margins)
+        self.call("outpaint_canvas", picture.tobytes(), *size, *sides, byref(made))
+        height, width = (
+            self.c.fluxdeploy_picture_height(made),
+            self.c.fluxdeploy_picture_width(made),
+        )
+        both = [
+            np.frombuffer(ctypes.string_at(address, height * width * 3), np.uint8)
+            for address in (
+                self.c.fluxdeploy_picture_rgb(made),
+                self.c.fluxdeploy_picture_mask(made),
+            )
+        ]
+        self.c.fluxdeploy_picture_free(made)
+        return both[0].reshape(height, width, 3), both[1].reshape(height, width, 3)
 
     def pipeline(self, bundle: Path, **options: Any) -> Pipeline:
         """Open a bundle; options are those of `fluxdeploy_options`."""

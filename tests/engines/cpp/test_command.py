@@ -33,7 +33,7 @@ def call(built: Path, *words: object) -> subprocess.CompletedProcess[str]:
 def test_the_options_are_those_of_generate(built: Path) -> None:
     said = call(built, "--help").stdout
     own = {option for parameter in generate.params for option in parameter.opts}
-    missing = {"--sheet", "--bundle", "--mask-crop", "--outpaint", "prompts"}
+    missing = {"--sheet", "--bundle", "prompts"}
     assert {option for option in own if option not in said} == missing
 
 
@@ -62,6 +62,29 @@ def test_pictures_and_their_metadata_are_generates(
         assert read_metadata(Path(own)) == read_metadata(Path(other))
         pixels = [np.asarray(Image.open(path)).astype(int) for path in (own, other)]
         assert np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "options", [["--mask", "mask.png", "--mask-crop", "4"], ["--outpaint", "0,4,10,0"]]
+)
+def test_parts_and_margins_are_generates(
+    built: Path, demo_bundle: Path, tmp_path: Path, options: list[str]
+) -> None:
+    mask = np.zeros((60, 70, 3), np.uint8)
+    mask[20:33, 8:30] = 255
+    Image.fromarray(picture(1, 60, 70)).save(tmp_path / "image.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    options = [str(tmp_path / word) if word == "mask.png" else word for word in options]
+    words = ["a red ring", "--steps", "2", "--seed", "3", "--image", str(tmp_path / "image.png")]
+    words += [*options, "--strength", "1"]
+    wanted, found = tmp_path / "python.png", tmp_path / "cpp.png"
+    python = [*words, "--bundle", str(demo_bundle), "--out", str(wanted)]
+    CliRunner().invoke(generate, python, catch_exceptions=False)
+    done = call(built, demo_bundle, *words, "-o", found)
+    assert done.returncode == 0, done.stderr
+    assert read_metadata(found) == read_metadata(wanted)
+    pixels = [np.asarray(Image.open(path)).astype(int) for path in (found, wanted)]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1
 
 
 BAD_CALLS: dict[str, dict[str, Any]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,6 +80,15 @@ def test_a_program_in_c_is_built_by_pkg_config(
     run("cc", *strict, source, *found, rpath, "-o", str(program))
     run(str(program), str(demo_bundle), PROMPT, str(tmp_path / "x.png"))
     assert_is(tmp_path / "x.png", wanted)
+
+
+def test_the_interface_is_called_from_ctypes(
+    prefix: Path, demo_bundle: Path, wanted: np.ndarray, tmp_path: Path
+) -> None:
+    library, out = library_folder(prefix) / "libfluxdeploy.so", tmp_path / "x.png"
+    example = str(CPP / "examples" / "picture.py")
+    run(sys.executable, example, str(library), str(demo_bundle), PROMPT, str(out))
+    assert_is(out, wanted)
 
 
 def test_the_library_has_a_soversion_and_is_small(prefix: Path) -> None:

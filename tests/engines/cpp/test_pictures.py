@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fluxdeploy.host.outpainting import outpaint_canvas
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.sampling.schedule import sigmas
 from tests.conftest import BundleFactory
@@ -96,6 +97,49 @@ def test_a_picture_is_pythons(pair: Callable[[str], Pair], name: str, call: dict
     assert seed == call["seed"]
     difference = found.astype(int) - np.stack([np.asarray(each) for each in wanted])
     assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("marked", "padding", "size"),
+    [
+        ((slice(0, 45), slice(30, 33)), 0, (48, 32)),
+        ((slice(7, 8), slice(63, 64)), 40, (32, 64)),
+        ((slice(20, 30), slice(20, 40)), 2, (32, 48)),
+    ],
+)
+def test_the_part_around_a_mask_is_drawn_and_laid_over_as_by_python(
+    pair: Callable[[str], Pair],
+    marked: tuple[slice, slice],
+    padding: int,
+    size: tuple[int, int],
+) -> None:
+    python, cpp = pair("dev")
+    image, mask = picture(3, 50, 64), np.zeros((50, 64, 3), np.uint8)
+    mask[marked] = picture(4, 50, 64)[marked] | 1
+    call: dict[str, Any] = {
+        "prompt": "a fox",
+        "seed": 2,
+        "num_inference_steps": 2,
+        "strength": 0.9,
+        "height": size[0],
+        "width": size[1],
+        "padding_mask_crop": padding,
+    }
+    wanted = python(image=Image.fromarray(image), mask_image=Image.fromarray(mask), **call).images
+    found, _, _ = cpp(image=[image], mask_image=[mask], **call)
+    assert found.shape == (1, 50, 64, 3)
+    assert np.abs(found[0].astype(int) - np.asarray(wanted[0])).max() <= 1
+
+
+@pytest.mark.parametrize("margins", [(3, 0, 5, 16), (0, 0, 0, 1), (16, 16, 16, 16)])
+def test_a_canvas_for_outpainting_is_pythons(
+    library: Library, margins: tuple[int, int, int, int]
+) -> None:
+    image = picture(5, 30, 41)
+    wanted = outpaint_canvas(Image.fromarray(image), *margins)
+    for own, other in zip(library.outpaint(image, margins), wanted, strict=True):
+        np.testing.assert_array_equal(own, np.asarray(other.convert("RGB")))
 
 
 def test_it_says_what_does_nothing_in_the_same_words(pair: Callable[[str], Pair]) -> None:

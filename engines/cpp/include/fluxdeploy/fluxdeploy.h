@@ -27,7 +27,7 @@
 
 #define FLUXDEPLOY_VERSION "0.1.0"
 /* Grows with each function that is added; the library's soversion with each that changes. */
-#define FLUXDEPLOY_API_VERSION 1
+#define FLUXDEPLOY_API_VERSION 2
 
 #if defined(FLUXDEPLOY_STATIC)
 #define FLUXDEPLOY_API
@@ -195,6 +195,11 @@ FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_add_mask_image(fluxdeploy_requ
                                                                  int64_t height);
 /* How much of the image becomes noise, 0 to 1: that share of the steps is made. */
 FLUXDEPLOY_API void fluxdeploy_request_set_strength(fluxdeploy_request* request, double strength);
+/* Draw only the part of the image around the mask, with so many pixels more on each side, in height
+ * x width, and lay it over the image, whose size the pictures have then. Image and mask are one
+ * each, of one size. Since version 2. */
+FLUXDEPLOY_API void fluxdeploy_request_set_padding_mask_crop(fluxdeploy_request* request,
+                                                             int64_t pixels);
 
 /* After a step: `step` of `total` are done, from 1. `timestep` is 1000 times the noise level that
  * the step began at. `latents` are the live ones, float32 [batch, tokens, channels]: they may be
@@ -268,6 +273,16 @@ FLUXDEPLOY_API const uint8_t* fluxdeploy_picture_rgb(const fluxdeploy_picture* p
 FLUXDEPLOY_API const uint8_t* fluxdeploy_picture_mask(const fluxdeploy_picture* picture);
 /* SHA-256 of the file, as 64 hex digits. */
 FLUXDEPLOY_API const char* fluxdeploy_picture_sha256(const fluxdeploy_picture* picture);
+
+/* A canvas with RGB of 8 bits and margins of so many pixels around it, for outpainting: its pixels
+ * are the image to begin from, `fluxdeploy_picture_mask` the mask, and its size, in multiples of
+ * 16, that of the picture to make. It has no SHA-256. Since version 2. */
+FLUXDEPLOY_API fluxdeploy_code fluxdeploy_outpaint_canvas(const uint8_t* rgb, int64_t width,
+                                                          int64_t height, int64_t left,
+                                                          int64_t top, int64_t right,
+                                                          int64_t bottom,
+                                                          fluxdeploy_picture** canvas,
+                                                          fluxdeploy_error** error);
 
 /* Write RGB in 8 bits to a PNG with text chunks, of which `keys` and `values` have `text_count`.
  * The file is there whole or not at all. */
@@ -392,6 +407,7 @@ struct Request {
     std::vector<Image> images;
     std::vector<Image> mask_images;
     std::optional<double> strength;
+    std::optional<std::int64_t> padding_mask_crop;
     // Returns whether to go on. What it throws ends the call, and leaves `generate`.
     std::function<bool(const fluxdeploy_step&)> on_step_end;
     std::optional<CancelToken> cancel;
@@ -565,6 +581,7 @@ private:
         set(request.max_sequence_length, fluxdeploy_request_set_max_sequence_length);
         set(request.seed, fluxdeploy_request_set_seed);
         set(request.strength, fluxdeploy_request_set_strength);
+        set(request.padding_mask_crop, fluxdeploy_request_set_padding_mask_crop);
         if (!request.latents.empty()) {
             require(fluxdeploy_request_set_latents(given, request.latents.data(),
                                                    request.latents.size()));
@@ -612,6 +629,24 @@ inline Image read_png(const std::string& path) {
     const std::int64_t height = fluxdeploy_picture_height(made);
     const std::uint8_t* rgb = fluxdeploy_picture_rgb(made);
     return {width, height, {rgb, rgb + width * height * 3}};
+}
+
+// An image with margins of so many pixels around it, and the mask to draw these with.
+inline std::pair<Image, Image> outpaint_canvas(const Image& image, std::int64_t left,
+                                               std::int64_t top, std::int64_t right,
+                                               std::int64_t bottom) {
+    fluxdeploy_picture* made = nullptr;
+    detail::checked([&](fluxdeploy_error** error) {
+        return fluxdeploy_outpaint_canvas(image.pixels.data(), image.width, image.height, left, top,
+                                          right, bottom, &made, error);
+    });
+    const detail::Handle<fluxdeploy_picture, fluxdeploy_picture_free> owned(made);
+    const std::int64_t width = fluxdeploy_picture_width(made);
+    const std::int64_t height = fluxdeploy_picture_height(made);
+    const auto copied = [&](const std::uint8_t* rgb) {
+        return Image{width, height, {rgb, rgb + width * height * 3}};
+    };
+    return {copied(fluxdeploy_picture_rgb(made)), copied(fluxdeploy_picture_mask(made))};
 }
 
 // Write a PNG with text chunks, keyword and text each.

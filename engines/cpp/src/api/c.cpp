@@ -11,6 +11,7 @@
 #include "files/png.hpp"
 #include "fluxdeploy/fluxdeploy.h"
 #include "host/input_images.hpp"
+#include "host/outpainting.hpp"
 #include "host/pipeline.hpp"
 #include "sampling/noise.hpp"
 
@@ -341,6 +342,9 @@ fluxdeploy_code fluxdeploy_request_add_mask_image(fluxdeploy_request* request, c
 void fluxdeploy_request_set_strength(fluxdeploy_request* request, double strength) {
     request->arguments.strength = strength;
 }
+void fluxdeploy_request_set_padding_mask_crop(fluxdeploy_request* request, int64_t pixels) {
+    request->arguments.padding_mask_crop = pixels;
+}
 
 fluxdeploy_code fluxdeploy_request_set_callback(fluxdeploy_request* request,
                                                 fluxdeploy_step_callback callback, void* user) {
@@ -415,6 +419,20 @@ fluxdeploy_code fluxdeploy_picture_read(const char* path, fluxdeploy_picture** p
         read->mask = fluxdeploy::mask_of(read->picture);
         read->sha256 = fluxdeploy::sha256_file(path);
         *picture = read.release();
+    });
+}
+fluxdeploy_code fluxdeploy_outpaint_canvas(const uint8_t* rgb, int64_t width, int64_t height,
+                                           int64_t left, int64_t top, int64_t right,
+                                           int64_t bottom, fluxdeploy_picture** canvas,
+                                           fluxdeploy_error** error) {
+    return guarded(error, [&] {
+        given(canvas, "canvas") = nullptr;
+        auto made = std::make_unique<fluxdeploy_picture>();
+        fluxdeploy::Canvas both = fluxdeploy::outpaint_canvas(picture_of(rgb, width, height), left,
+                                                              top, right, bottom);
+        made->picture = std::move(both.image);
+        made->mask = std::move(both.mask.rgb);
+        *canvas = made.release();
     });
 }
 void fluxdeploy_picture_free(fluxdeploy_picture* picture) { delete picture; }

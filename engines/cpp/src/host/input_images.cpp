@@ -8,7 +8,6 @@
 namespace fluxdeploy {
 namespace {
 
-constexpr std::int64_t kMaxPixels = std::int64_t{1} << 26;
 constexpr double kLobes = 3;
 // Bits after the point of a weight: a sum of weights times 8 bits fits into 32.
 constexpr int kBits = 32 - 8 - 2;
@@ -70,6 +69,13 @@ void weigh(const std::uint8_t* old, std::uint8_t* made, const std::vector<Taps>&
 // A picture of the caller's in another size.
 std::vector<std::uint8_t> resized_to(const Picture& image, std::int64_t height,
                                      std::int64_t width) {
+    check_pixels(image);
+    return resize_lanczos(image.rgb, image.height, image.width, 3, height, width);
+}
+
+}  // namespace
+
+void check_pixels(const Picture& image) {
     if (image.width < 1 || image.height < 1) {
         throw Error(ErrorCode::usage,
                     "A picture without pixels cannot be resized. Give another one.");
@@ -78,10 +84,19 @@ std::vector<std::uint8_t> resized_to(const Picture& image, std::int64_t height,
         throw Error(ErrorCode::usage,
                     "The picture has more than 8192 x 8192 pixels. Give a smaller one.");
     }
-    return resize_lanczos(image.rgb, image.height, image.width, 3, height, width);
 }
 
-}  // namespace
+std::vector<std::uint8_t> to_grey(const std::vector<std::uint8_t>& rgb) {
+    std::vector<std::uint8_t> grey;
+    grey.reserve(rgb.size() / 3);
+    for (std::size_t at = 0; at < rgb.size(); at += 3) {
+        // ITU-R 601's luma in 16 bits after the point, rounded as Pillow does.
+        const std::uint32_t luma =
+            19595u * rgb[at] + 38470u * rgb[at + 1] + 7471u * rgb[at + 2] + 0x8000u;
+        grey.push_back(static_cast<std::uint8_t>(luma >> 16));
+    }
+    return grey;
+}
 
 std::vector<std::uint8_t> resize_lanczos(const std::vector<std::uint8_t>& pixels,
                                          std::int64_t height, std::int64_t width,
@@ -120,12 +135,8 @@ std::vector<bool> to_masks(const std::vector<Picture>& masks, std::int64_t heigh
                            std::int64_t width) {
     std::vector<bool> marked;
     for (const Picture& mask : masks) {
-        const auto resized = resized_to(mask, height, width);
-        for (std::size_t at = 0; at < resized.size(); at += 3) {
-            // ITU-R 601's luma in 16 bits after the point, rounded as Pillow does.
-            const std::uint32_t luma =
-                19595u * resized[at] + 38470u * resized[at + 1] + 7471u * resized[at + 2] + 0x8000u;
-            marked.push_back(luma >> 16 >= 128);
+        for (const std::uint8_t value : to_grey(resized_to(mask, height, width))) {
+            marked.push_back(value >= 128);
         }
     }
     return marked;

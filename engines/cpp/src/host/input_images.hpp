@@ -9,9 +9,20 @@
 
 namespace fluxdeploy {
 
+// Of a picture that is given: 8192 x 8192.
+inline constexpr std::int64_t kMaxPixels = std::int64_t{1} << 26;
+
+// Raise `Error` (usage) for a picture without pixels, and for one of more than 8192 x 8192.
+void check_pixels(const Picture& image);
+
+// RGB as grey, a byte a pixel. Bit-equal to Pillow's.
+std::vector<std::uint8_t> to_grey(const std::vector<std::uint8_t>& rgb);
+
 // A picture of 8 bits and `channels` channels a pixel, resized with a Lanczos filter of three
 // lobes, stretched where the picture shrinks: along the rows, then along the columns, rounded to 8
-// bits after each. Bit-equal to Pillow's. A picture of the right size stays as it is.
+// bits after each. Bit-equal to Pillow's where that goes along the rows first: Pillow 13 takes the
+// columns first for some pictures that become lower, which rounds otherwise by a few of 255. A
+// picture of the right size stays as it is.
 std::vector<std::uint8_t> resize_lanczos(const std::vector<std::uint8_t>& pixels,
                                          std::int64_t height, std::int64_t width,
                                          std::int64_t channels, std::int64_t new_height,

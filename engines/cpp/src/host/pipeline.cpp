@@ -64,6 +64,20 @@ private:
     Components& components_;
 };
 
+// Put what was drawn around a mask into the whole picture.
+void lay_over(const MaskCrop& crop, Result& result) {
+    std::vector<std::uint8_t> whole;
+    const std::int64_t size = result.width * result.height * 3;
+    for (std::int64_t index = 0; index < result.count; ++index) {
+        const auto from = result.pixels.begin() + index * size;
+        const Picture laid = crop.overlay({result.width, result.height, {from, from + size}, {}});
+        whole.insert(whole.end(), laid.rgb.begin(), laid.rgb.end());
+    }
+    result.pixels = std::move(whole);
+    result.width = crop.original.width;
+    result.height = crop.original.height;
+}
+
 std::string short_number(double value, const char* format) {
     char digits[64];
     std::snprintf(digits, sizeof digits, format, value);
@@ -165,6 +179,7 @@ Result FluxPipeline::make(const Request& request, const Task& task, const Argume
     result.seed = request.seed;
     result.steps = task.steps();
     decode(start.latents, request, cancel, result.pixels);
+    if (const MaskCrop* crop = task.crop()) lay_over(*crop, result);
     return result;
 }
 

@@ -45,6 +45,7 @@ struct Arguments {
     std::vector<Picture> images;
     std::vector<Picture> mask_images;
     std::optional<double> strength;
+    std::optional<std::int64_t> padding_mask_crop;
     StepCallback on_step_end;
     CancelToken cancel;
 };

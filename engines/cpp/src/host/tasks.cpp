@@ -11,6 +11,8 @@ namespace fluxdeploy {
 namespace {
 
 constexpr const char* kEncoder = "vae_encoder";
+constexpr const char* kNoCrop =
+    "`padding_mask_crop` does nothing without `image` and `mask_image`.";
 
 Floats draw(TorchGenerator& generator, Shape shape) {
     Floats values(std::move(shape));
@@ -184,12 +186,17 @@ private:
 // has mask k modulo their number.
 class Inpainting : public ImageToImage {
 public:
-    Inpainting(const Manifest& manifest, const Request& request, const Arguments& arguments)
+    // `crop` is what `arguments` has the parts of, with `padding_mask_crop`.
+    Inpainting(const Manifest& manifest, const Request& request, const Arguments& arguments,
+               std::optional<MaskCrop> crop)
         : ImageToImage(manifest, request, arguments),
+          crop_(std::move(crop)),
           masks_(static_cast<std::int64_t>(arguments.mask_images.size())),
           marked_(to_masks(arguments.mask_images, request.height, request.width)) {
         check_divides(arguments.mask_images.size(), request, "masks");
     }
+
+    const MaskCrop* crop() const override { return crop_ ? &*crop_ : nullptr; }
 
     // A mask does nothing where no latent is marked.
     std::vector<std::string> notices() const override {
@@ -240,6 +247,7 @@ private:
         return marked_[static_cast<std::size_t>(line * request_.width + column * side)];
     }
 
+    std::optional<MaskCrop> crop_;
     std::int64_t masks_;
     std::vector<bool> marked_;
 };
@@ -266,18 +274,34 @@ std::unique_ptr<Task> choose_task(const Manifest& manifest, const Request& reque
                     "`latents` has no place in inpainting, whose noise comes from `seed`. Leave "
                     "out `latents` or `mask_image`.");
     }
-    return std::make_unique<Inpainting>(manifest, request, arguments);
+    if (!arguments.padding_mask_crop) {
+        return std::make_unique<Inpainting>(manifest, request, arguments, std::nullopt);
+    }
+    const std::int64_t padding =
+        check_integer("padding_mask_crop", *arguments.padding_mask_crop, 0);
+    MaskCrop crop = crop_to_mask(arguments.images, arguments.mask_images, request.height,
+                                 request.width, padding);
+    Arguments parts = arguments;
+    parts.images = {std::move(crop.image)};
+    parts.mask_images = {std::move(crop.mask)};
+    return std::make_unique<Inpainting>(manifest, request, parts, std::move(crop));
 }
 
 std::vector<std::string> unused_arguments(const Arguments& arguments) {
-    if (!arguments.images.empty()) return {};
+    const bool no_crop = arguments.padding_mask_crop && arguments.mask_images.empty();
+    std::vector<std::string> notices;
+    if (!arguments.images.empty()) {
+        if (no_crop) notices.push_back(kNoCrop);
+        return notices;
+    }
     if (!arguments.mask_images.empty()) {
         throw Error(ErrorCode::usage,
                     "`mask_image` has no place in text to image: inpainting takes `image` and "
                     "`mask_image`. Give what one task takes.");
     }
-    if (!arguments.strength) return {};
-    return {"`strength` does nothing without `image`."};
+    if (arguments.strength) notices.push_back("`strength` does nothing without `image`.");
+    if (no_crop) notices.push_back(kNoCrop);
+    return notices;
 }
 
 }  // namespace fluxdeploy

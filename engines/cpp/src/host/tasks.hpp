@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "host/loop.hpp"
+#include "host/mask_crop.hpp"
 #include "host/prompts.hpp"
 #include "host/request.hpp"
 
@@ -32,6 +33,9 @@ public:
 
     // Arguments that do nothing here, a sentence each.
     virtual std::vector<std::string> notices() const { return {}; }
+
+    // What the drawn pictures are laid over, where only a part of one is drawn; else null.
+    virtual const MaskCrop* crop() const { return nullptr; }
 
     // What the loop begins with; `sigmas` is the whole schedule.
     virtual Start prepare(const std::vector<float>& sigmas, const Run& run) const = 0;

@@ -1,0 +1,123 @@
+"""What a LoRA file holds: for each linear that it changes, two factors and their scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluxdeploy.bundle.tensorfile import TensorFile, read_tensor, to_float32
+from fluxdeploy.errors import CheckpointError
+
+__all__ = ["Change", "Linears", "Lora", "LoraFile", "LowRank", "read_float32"]
+
+Linears = Mapping[str, Mapping[str, tuple[int, int]]]
+"""The linears of a base model: for each part, `transformer`, `clip` and `t5`, the shape (out, in)
+of every linear by its name in the graphs, such as `transformer_blocks.0.attn.to_q`."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A change of one linear, W + scale·(up @ down); the file is read when a factor is asked for.
+
+    down_key, up_key: the tensors of the file.
+    start, stop: the linear's rows of `up`, which may be those of a fused q, k and v.
+    columns: those of `up` that are not all zero in these rows, and so the rows of `down` that
+        count: a fused file may hold three small LoRAs beside each other.
+    scale: alpha / rank of the file, without the strength that a user asks for.
+    """
+
+    file: TensorFile
+    down_key: str
+    up_key: str
+    start: int
+    stop: int
+    columns: tuple[int, ...]
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """How many columns `up` has, and rows `down`; 0 where the change is none."""
+        return len(self.columns)
+
+    def rows(self, start: int, stop: int) -> LowRank:
+        """The change of some of the linear's rows."""
+        return replace(self, start=self.start + start, stop=self.start + stop)
+
+    def down(self) -> NDArray[np.float32]:
+        """The factor next to the input: float32 [rank, in]. Raises `CheckpointError`."""
+        return np.ascontiguousarray(read_float32(self.file, self.down_key)[list(self.columns)])
+
+    def up(self) -> NDArray[np.float32]:
+        """The factor next to the output: float32 [out, rank]. Raises `CheckpointError`."""
+        rows = read_float32(self.file, self.up_key)[self.start : self.stop]
+        return np.ascontiguousarray(rows[:, list(self.columns)])
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA file that a user names, and how strongly it is to change the weights."""
+
+    path: Path
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Change:
+    """A low-rank change of the file with this SHA-256, with the strength that it is merged with."""
+
+    low_rank: LowRank
+    strength: float
+    sha256: str
+
+    def rows(self, start: int, stop: int) -> Change:
+        """The change of some of the linear's rows."""
+        return replace(self, low_rank=self.low_rank.rows(start, stop))
+
+    def add_to(self, weight: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`weight` [rows, in] with the change added.
+
+        Computed in float64, so that it is the same however the rows are cut up.
+        """
+        up, down = self.low_rank.up(), self.low_rank.down()
+        delta = up.astype(np.float64) @ down.astype(np.float64)
+        delta *= self.strength * self.low_rank.scale
+        delta += weight
+        return delta.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file that was read: `changes` by part, then by the linear's name in the graphs."""
+
+    path: Path
+    changes: Mapping[str, Mapping[str, LowRank]]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of all changes."""
+        return max(change.rank for part in self.changes.values() for change in part.values())
+
+
+def read_float32(file: TensorFile, key: str) -> NDArray[np.float32]:
+    """A tensor of a LoRA file as float32: F64 is met there too.
+
+    Raises `CheckpointError` for a file that was cut off, for other types, and for NaN and infinity.
+    """
+    dtype = file.tensors[key].dtype
+    raw: NDArray[Any] = read_tensor(file, key)
+    try:
+        with np.errstate(over="ignore"):
+            values = raw.astype(np.float32) if dtype == "F64" else to_float32(raw, dtype)
+    except CheckpointError as error:
+        raise CheckpointError(f"Tensor {key} of {file.path} cannot be used: {error}") from None
+    if not np.isfinite(values).all():
+        raise CheckpointError(
+            f"Tensor {key} of {file.path} holds NaN or infinity: the LoRA is broken. "
+            "Fetch or train it again."
+        )
+    return values
