@@ -19,6 +19,7 @@ from fluxdeploy import __version__
 from fluxdeploy.cli.options import (
     AS_JSON,
     BUNDLE,
+    CALL_LORAS,
     DEVICE,
     RUNTIME,
     THREADS,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from fluxdeploy.host.pipeline import FluxPipeline
+    from fluxdeploy.lora import LoraFile
 
 
 class _Margins(click.ParamType):  # type: ignore[type-arg]
@@ -177,6 +179,7 @@ _KINDS = (CutPromptWarning, UnmeasuredSkipsWarning, UnusedArgumentWarning)
     metavar="none|auto|STEP,...",
     help="Steps in which the transformer does not run: auto takes those that `tune` has found.",
 )
+@CALL_LORAS
 @RUNTIME
 @DEVICE
 @THREADS
@@ -218,6 +221,7 @@ def command(
     max_sequence_length: int | None,
     sampler: str,
     skip: Literal["none", "auto"] | tuple[int, ...],
+    loras: tuple[LoraFile, ...],
     runtime: str,
     device: int,
     threads: int | None,
@@ -241,6 +245,7 @@ def command(
       fluxdeploy generate "a fox" --seed 7 --num-images 4 --out fox.png --json
       fluxdeploy generate "a fox" --seed 1,2,3 --sheet seeds.png
       fluxdeploy generate "a green star" "a pink heart" --sheet sheet.png
+      fluxdeploy generate "a fox" --bundle flux-dev --lora style.safetensors:0.8
       fluxdeploy generate "a fox, oil on canvas" --image fox.png --strength 0.7
       fluxdeploy generate "a blue heart" --image ring.png --mask hole.png --strength 0.9
       fluxdeploy generate "a red ring" --image ring.png --outpaint 64,0,64,0 --strength 1
@@ -272,12 +277,14 @@ def command(
         height = given.height if height is None else height
 
     from engines.base import EngineOptions
+    from fluxdeploy.host.loras import describe_loras
     from fluxdeploy.host.pipeline import FluxPipeline
     from fluxdeploy.sampling.noise import check_seed
     from fluxdeploy.sampling.noising import first_step
 
     for each in seeds or ():
         check_seed(each)
+    described = describe_loras(loras) if loras else None
     start = time.monotonic()
     options = EngineOptions(threads, device)
     with (
@@ -323,6 +330,7 @@ def command(
                 max_sequence_length=max_sequence_length,
                 sampler=sampler,
                 skip=skip,
+                lora=loras,
                 callback_on_step_end=on_step_end,
             )
             task.advance()
@@ -356,6 +364,7 @@ def command(
             outpaint=None if outpaint is None else _joined(outpaint),
             bundle_hash=bundle_hash,
             fluxdeploy_version=__version__,
+            loras=described,
         )
         save_picture(picture, path, metadata)
     if sheet is not None:

@@ -23,7 +23,9 @@ ARGUMENTS: Mapping[str, str] = {
     "ip_adapter_image_embeds": _NO_ADAPTER,
     "negative_ip_adapter_image": _NO_ADAPTER,
     "negative_ip_adapter_image_embeds": _NO_ADAPTER,
-    "joint_attention_kwargs": "the attention is part of a built engine; leave it out",
+    "joint_attention_kwargs": (
+        "the attention is part of a built engine, and a LoRA's scale of `lora=`; leave it out"
+    ),
     "masked_image_latents": "only FLUX.1-Fill reads them; give `image` and `mask_image`",
     "callback": "it is `callback_on_step_end=` here",
     "callback_steps": "`callback_on_step_end` is called after every step",
@@ -43,7 +45,11 @@ _PLACE = (
 )
 _MEMORY = "for less memory open the bundle with `from_bundle(..., low_vram=True)`"
 _TILES = "the VAE decodes one picture at a time; leave it out"
-_LORA = "weights are part of a bundle; leave it out"
+_LORA = (
+    "give `lora=` to the calls of a bundle that was built with `--lora-rank`, or merge it with "
+    "`fluxdeploy build --lora`"
+)
+_ADAPTER = "weights are part of a bundle; leave it out"
 _SAVED = "a bundle is a folder; copy it"
 
 ATTRIBUTES: Mapping[str, str] = {
@@ -82,10 +88,15 @@ ATTRIBUTES: Mapping[str, str] = {
         (
             *("load_lora_weights", "unload_lora_weights", "set_adapters", "get_active_adapters"),
             *("fuse_lora", "unfuse_lora", "delete_adapters", "get_list_adapters"),
+        ),
+        _LORA,
+    ),
+    **dict.fromkeys(
+        (
             *("load_textual_inversion", "load_ip_adapter", "unload_ip_adapter"),
             "set_ip_adapter_scale",
         ),
-        _LORA,
+        _ADAPTER,
     ),
     **dict.fromkeys(("save_pretrained", "push_to_hub"), _SAVED),
     "from_pipe": "one pipeline does all: give a call `image=` or `mask_image=`",

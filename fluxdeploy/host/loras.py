@@ -13,12 +13,13 @@ import numpy as np
 
 from engines.base import Array, Engine
 from fluxdeploy.arguments import check_number, check_path, shown
+from fluxdeploy.bundle.files import disk_errors, sha256_file
 from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.bundle.side_paths import DOWN, RANK, UP, SidePath, find_side_paths, kind_of
 from fluxdeploy.errors import CheckpointError, UsageError
 from fluxdeploy.lora import Linears, Lora, LoraFile, LowRank, read_lora
 
-__all__ = ["Loras", "SideInputs", "check_loras"]
+__all__ = ["Loras", "SideInputs", "check_loras", "describe_loras"]
 
 _MAX_SCALE = 1e6
 
@@ -160,6 +161,20 @@ def check_loras(given: object) -> _Files:
         return ()
     listed = isinstance(given, (list, tuple)) and not _is_pair(given)
     return tuple(map(_check_lora, given if listed else [given]))  # type: ignore[call-overload]
+
+
+def describe_loras(files: Iterable[LoraFile]) -> str:
+    """Name, strength and SHA-256 of each file, for a picture's metadata. Raises `CheckpointError`.
+
+    The strength is what comes after the last colon before the hash.
+    """
+    described = []
+    for file in files:
+        _identity(file.path)
+        with disk_errors("read", file.path):
+            digest = sha256_file(file.path)
+        described.append(f"{file.path.name}:{file.strength:g} {digest}")
+    return ", ".join(described)
 
 
 def _is_pair(given: object) -> bool:
