@@ -198,7 +198,7 @@ def test_text_encoders_are_left_out_with_a_notice(
     assert "CLIP" in output.notices[0]
     alone = write(tmp_path / "alone.safetensors", pairs(0))
     np.testing.assert_array_equal(output.images, draw(ranked, lora=alone))
-    with pytest.raises(CheckpointError, match="changes CLIP alone"):
+    with pytest.raises(CheckpointError, match="changes the text encoder CLIP alone"):
         draw(ranked, lora=write(tmp_path / "clip.safetensors", {}, **clip))
 
 
@@ -262,7 +262,7 @@ def test_a_quantized_bundle_is_moved_as_the_float32_one_is(
     own = np.sqrt(np.mean((found[0] - exact[0]) ** 2))
     moved = np.sqrt(np.mean(((found[1] - found[0]) - (exact[1] - exact[0])) ** 2))
     assert 0 < moved < 2 * own
-    assert np.sqrt(np.mean((exact[1] - exact[0]) ** 2)) > 4 * moved
+    assert np.sqrt(np.mean((exact[1] - exact[0]) ** 2)) > 3 * moved
 
 
 def test_the_command_draws_with_loras_and_tells_them_in_the_picture(
