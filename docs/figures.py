@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "figures.md"
 CPP = ROOT / "docs" / "cpp.md"
 SERVING = ROOT / "docs" / "serving.md"
+LORA = ROOT / "docs" / "lora.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 CHECKPOINTS = ROOT / "fluxdeploy" / "demo" / "checkpoints"
@@ -466,6 +467,23 @@ def _host_step(report: dict[str, Any]) -> str:
     )
 
 
+def _lora_step(report: dict[str, Any]) -> str:
+    """The report of benchmarks/lora_step.py as a Markdown table."""
+    names = list(report["sizes"][0]["milliseconds"])
+    rows = [["milliseconds of a step", *names], ["---", *("---:" for _ in names)]]
+    for row in report["sizes"]:
+        taken = row["milliseconds"]
+        cells = [f"{taken[name]:.1f} ({taken[name] / taken[names[0]]:.2f}x)" for name in names]
+        rows.append([f"{row['size']}x{row['size']}", *cells])
+    return (
+        f"{_table(rows)}\n"
+        f"`demo:dev` in {report['precision']} on {_RUNTIMES[report['runtime']]}, side paths of "
+        f"rank {report['rank']}, medians of {report['rounds']} runs in turns.\nMeasured by "
+        "[benchmarks/lora_step.py](../benchmarks/lora_step.py) on\n"
+        f"{_machine(report['machine'])}.\n"
+    )
+
+
 def _conditioner_split(report: dict[str, Any]) -> str:
     """The report of benchmarks/conditioner_split.py as a Markdown table."""
     seconds, memory = report["seconds"], report["process_bytes"]
@@ -652,6 +670,7 @@ BLOCKS: Mapping[str, Block] = {
     "gpu_step": Block(RESULTS / "gpu_step.json", (FIGURES,), _gpu_step),
     "gpu_step_kernels": Block(RESULTS / "gpu_step.json", (PERFORMANCE,), _gpu_step_kernels),
     "gpu_kernels": Block(RESULTS / "gpu_kernels.json", (PERFORMANCE,), _gpu_kernels),
+    "lora_step": Block(RESULTS / "lora_step.json", (LORA,), _lora_step),
     "host_step": Block(RESULTS / "host_step.json", (PERFORMANCE,), _host_step),
     "conditioner_split": Block(
         RESULTS / "conditioner_split.json", (PERFORMANCE,), _conditioner_split

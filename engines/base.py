@@ -206,6 +206,7 @@ class Runtime(ABC):
     builds: false where it opens ONNX files as they are, and there is nothing to build.
     tuned: whether its engines are built for a range of sizes, and best at one of them; others take
         any size.
+    side_paths: whether its engines take LoRAs beside their weights, as inputs.
     shares_scratch: whether all open engines compute in one block of memory, by turns.
 
     A precision is a row of `PRECISIONS` by its name. What a runtime does with one follows from the
@@ -218,6 +219,7 @@ class Runtime(ABC):
     extra: Extra | None = None
     builds: bool = False
     tuned: bool = False
+    side_paths: bool = False
     shares_scratch: bool = False
 
     def version(self) -> str:

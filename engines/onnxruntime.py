@@ -48,6 +48,7 @@ class OnnxRuntime(Runtime):
 
     name = "onnxruntime"
     targets = ("cuda", "cpu")
+    side_paths = True
     distributions = ("onnxruntime", "onnxruntime-gpu")
     extra = Extra("gpu", "ONNX Runtime on NVIDIA GPUs", ("nvidia-ml-py", "onnxruntime-gpu"))
 

@@ -40,6 +40,7 @@ class OpenVino(Runtime):
 
     name = "openvino"
     targets = ("cpu",)
+    side_paths = True
     distributions = ("openvino",)
     extra = Extra("openvino", "OpenVINO on CPUs", ("openvino",))
 

@@ -14,9 +14,11 @@ from exporters.checkpoint import Checkpoint, Weights
 from exporters.checkpoint.text_configs import is_spare
 from exporters.components.chain import Chain
 from exporters.components.component import Component
+from exporters.components.side_paths import with_side_paths
 from exporters.formats import Packed
 from exporters.graph.fuse import fuse_attention
 from exporters.graph.quantize import quantize
+from exporters.graph.side_paths import add_side_paths
 from exporters.graph.trace import trace_chain
 from exporters.quality.layers import Layers
 from exporters.weights.bind import NO_LEDGER, Ledger, WeightFolder, bind
@@ -67,6 +69,10 @@ class ExportSpec:
         """The same, with other layers: weights that these spare stay as they are."""
         placements = _place(self.component, self.chain, self.weights, layers)
         return replace(self, placements=placements, layers=layers)
+
+    def with_side_paths(self) -> ExportSpec:
+        """The same, with the inputs of a low-rank side path at every linear."""
+        return replace(self, chain=with_side_paths(self.chain))
 
     def copied(self) -> ExportSpec:
         """The same, with weights of its own: copies of what the graph needs of those files."""
@@ -208,6 +214,7 @@ def _trace(
     task = progress.task(f"  {spec.name}: tracing ({spec.precision})")
     model = trace_chain(spec.chain)
     task.finish()
+    add_side_paths(model, spec.chain)
     packed: Mapping[str, Packed] = {}
     if spec.layers is not None:
         boundary, is_quantized = len(spec.chain.inputs), spec.component.is_quantized

@@ -56,6 +56,7 @@ class Emulator:
         self.attentions = tuple(f"{stage.scope}attn" for stage in chain.stages)
         self._scales = _COMPUTE[compute]
         self._scope = ""
+        self._beside: Callable[[Stage], None] = lambda stage: None
         self._powers: dict[str, tuple[float, float]] | None = None
         self._kept: dict[tuple[str, str, bytes], Tensor] = {}
         self._size = 0
@@ -67,8 +68,13 @@ class Emulator:
                     self._forward, name, module, usual, quantized
                 )
 
+    def put_beside(self, enter: Callable[[Stage], None]) -> None:
+        """Have `enter` called before each stage too: see `run_side_paths`."""
+        self._beside = enter
+
     def enter(self, stage: Stage) -> None:
         self._scope = stage.scope
+        self._beside(stage)
 
     def run(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,6 +15,7 @@ from typing import Any
 from fluxdeploy.arguments import shown
 from fluxdeploy.bundle.manifest import Defaults
 from fluxdeploy.errors import UsageError
+from fluxdeploy.lora import LoraFile
 from fluxdeploy.sampling.noise import check_seed
 
 __all__ = ["COLUMNS", "TEXTS", "Order", "read_orders"]
@@ -72,6 +74,7 @@ class Order:
     max_sequence_length: int | None = None
     sampler: str = "euler"
     skip: str | tuple[int, ...] = "none"
+    lora: tuple[LoraFile, ...] = ()
 
     def filled(self, defaults: Defaults) -> Order:
         """The order with the bundle's defaults in place; a canvas has its own size."""
@@ -84,12 +87,13 @@ class Order:
     def digest(self, files: Mapping[Path, str], bundle: str) -> str:
         """What tells the order apart from every other one: 64 hexadecimal digits.
 
-        files: the SHA-256 of the pictures that are given. bundle: the bundle's content hash.
+        files: the SHA-256 of the pictures and LoRAs that are given. bundle: its content hash.
         """
         plain = {name: value for name, value in asdict(self).items() if value is not None}
         for name in _PATHS:
             if name in plain:
                 plain[name] = files[plain[name]]
+        plain["lora"] = [(files[lora.path], lora.strength) for lora in self.lora]
         text = json.dumps({**plain, "bundle": bundle}, sort_keys=True)
         return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
@@ -144,6 +148,8 @@ def _value(name: str, value: Any, folder: Path) -> Any:
         return _margins(value)
     if name == "skip" and value not in ("none", "auto"):
         return _steps(value)
+    if name == "lora":
+        return _loras(value, folder)
     if not isinstance(value, str):
         raise UsageError(f"`{name}` must be text, not {shown(value)}.")
     return folder / Path(value).expanduser() if name in _PATHS else value
@@ -192,6 +198,25 @@ def _steps(value: Any) -> tuple[int, ...]:
         raise UsageError(
             f"`skip` must be none, auto or steps such as 3,5,7, not {shown(value)}."
         ) from None
+
+
+def _loras(value: Any, folder: Path) -> tuple[LoraFile, ...]:
+    given = value if isinstance(value, list) else [value]
+    if not all(isinstance(each, str) for each in given):
+        raise UsageError(f"`lora` must be a file, or a list of files, not {shown(value)}.")
+    return tuple(_lora(each, folder) for each in given)
+
+
+def _lora(text: str, folder: Path) -> LoraFile:
+    """A file, or FILE:SCALE."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        strength = float(scale) if colon else math.nan
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        path, strength = text, 1.0
+    return LoraFile(folder / Path(path).expanduser(), strength)
 
 
 def _margins(value: Any) -> tuple[int, ...]:

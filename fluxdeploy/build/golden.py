@@ -48,14 +48,15 @@ def write_golden_tensors(component: ComponentSpec, run: BuildRun) -> None:
     that is good enough.
     """
     from exporters.check.golden import golden_inputs, write_golden
-    from exporters.components.run import run_reference
+    from exporters.components.run import run_samples
+    from exporters.components.side_paths import run_side_paths
     from exporters.quality.emulate import Emulator
 
     checkpoint, declared = run.spec.checkpoint, component.export.component
     reference, weights = declared.source(checkpoint, "fp32")
     task = run.progress.task(f"  {component.name}: PyTorch reference", len(reference.stages))
     inputs = golden_inputs(
-        reference,
+        component.export.chain,
         None if declared.vocabulary is None else declared.vocabulary(checkpoint),
         checkpoint.latents,
         checkpoint.rope,
@@ -63,11 +64,13 @@ def write_golden_tensors(component: ComponentSpec, run: BuildRun) -> None:
         component.engines[0].dimensions,
         _upstream(component.name, run.staging.root),
     )
-    outputs = run_reference(reference, weights, inputs, task.advance)
+    enter = run_side_paths(reference, inputs)
+    (outputs,) = run_samples(reference, weights, [inputs], enter, task.advance)
     row, layers = PRECISIONS[component.precision], component.export.layers
     max_error, min_cosine = row.max_error, row.min_cosine
     if layers is not None:
         emulator = Emulator(declared, checkpoint, component.compute)
+        emulator.put_beside(run_side_paths(emulator.chain, inputs))
         (found,) = emulator.run([inputs], layers)
         for name, exact in outputs.items():
             off = Deviation.of(found[name], exact)

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines import Runtime
+from engines import Runtime, runtimes
+from fluxdeploy.arguments import check_integer
 from fluxdeploy.build.checkpoint import check_drawable, check_family, check_limits
-from fluxdeploy.build.sizes import SizeRange, any_size, overall, resolution_buckets
+from fluxdeploy.build.sizes import MOST_RANK, SizeRange, any_size, overall, resolution_buckets
 from fluxdeploy.bundle.manifest import Defaults, DimensionRange, EngineRecord, ScheduleSpec
 from fluxdeploy.bundle.recipe import Promise
+from fluxdeploy.errors import UsageError
 from fluxdeploy.kernels import AttentionKernels
 from fluxdeploy.lora import LoraFile
 from fluxdeploy.precision import PRECISIONS
@@ -40,7 +42,8 @@ class BuildRequest:
     not looked at. With `strict` a precision that does not keep it is an error.
     `sizes` are for runtimes whose engines are tuned, `memory_limit` and `weight_streaming` for
     TensorRT. `replace` lets a bundle that runs on this machine be replaced by one that does not.
-    `loras` are merged into the weights.
+    `loras` are merged into the weights; with a `lora_rank` the bundle takes others with each call,
+    whose ranks add up to it at most.
     """
 
     checkpoint: str | None = None
@@ -56,6 +59,7 @@ class BuildRequest:
     weight_streaming: bool = False
     replace: bool = False
     loras: tuple[LoraFile, ...] = ()
+    lora_rank: int = 0
 
     @property
     def transformer_precision(self) -> str:
@@ -155,6 +159,9 @@ def resolve(
         usual = own.compute(devices[0], precision)
         compute = component.compute_type(precision, usual)
         export = specify(checkpoint, component, precision, compute)
+        if request.lora_rank and component.part == "transformer":
+            _check_lora(own, request.lora_rank)
+            export = export.with_side_paths()
         specs = export.chain.inputs + export.chain.outputs
         symbols = {d for spec in specs for d in spec.shape if isinstance(d, str)}
         profiles = _profiles(symbols, request, checkpoint, own)
@@ -195,10 +202,20 @@ def _defaults(request: BuildRequest, checkpoint: Checkpoint, runtime: Runtime) -
 def _profiles(
     symbols: set[str], request: BuildRequest, checkpoint: Checkpoint, runtime: Runtime
 ) -> tuple[Mapping[str, DimensionRange], ...]:
-    defaults, latents = checkpoint.defaults, checkpoint.latents
+    defaults, latents, rank = checkpoint.defaults, checkpoint.latents, request.lora_rank
     if runtime.tuned:
-        return resolution_buckets(symbols, request.sizes, defaults, latents)
-    return (any_size(symbols, defaults, latents),)
+        return resolution_buckets(symbols, request.sizes, defaults, latents, rank)
+    return (any_size(symbols, defaults, latents, rank),)
+
+
+def _check_lora(runtime: Runtime, rank: int) -> None:
+    check_integer("--lora-rank", rank, 0, MOST_RANK)
+    if not runtime.side_paths:
+        able = ", ".join(known.name for known in runtimes() if known.side_paths)
+        raise UsageError(
+            f"{runtime.name} has no side paths for LoRAs. Build without --lora-rank, or for a "
+            f"runtime that has them: {able}."
+        )
 
 
 def list_engines(

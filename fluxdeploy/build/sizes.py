@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fluxdeploy.bundle.manifest import Defaults, DimensionRange, LatentSpec
+from fluxdeploy.bundle.side_paths import RANK
 from fluxdeploy.errors import UsageError
 
 __all__ = [
     "LONGEST_SIDE",
+    "MOST_RANK",
     "MOST_STEPS",
     "MOST_TEXT",
     "SizeRange",
@@ -23,6 +25,8 @@ __all__ = [
 MOST_TEXT = 4096
 """Text tokens that a checkpoint may record: T5's attention takes their square."""
 MOST_STEPS = 1000
+MOST_RANK = 1024
+"""Of the LoRAs of a call."""
 LONGEST_SIDE = 4096
 """Pixels of a picture's side."""
 _LEAST_TEXT = 64
@@ -50,9 +54,12 @@ class SizeRange:
 
 
 def any_size(
-    symbols: set[str], defaults: Defaults, latents: LatentSpec
+    symbols: set[str], defaults: Defaults, latents: LatentSpec, rank: int = 0
 ) -> dict[str, DimensionRange]:
-    """What a runtime without profiles takes: up to where attention fills any machine's memory."""
+    """What a runtime without profiles takes: up to where attention fills any machine's memory.
+
+    rank: of the LoRAs that a call may have.
+    """
     step = latents.token_side
     most = (LONGEST_SIDE // step) ** 2
     image = (defaults.height // step) * (defaults.width // step)
@@ -60,12 +67,16 @@ def any_size(
         "H": DimensionRange(step, defaults.height, LONGEST_SIDE),
         "W": DimensionRange(step, defaults.width, LONGEST_SIDE),
     }
-    ranges = _ranges(DimensionRange(1, image, most), 1, sides, 64, defaults, latents)
+    ranges = _ranges(DimensionRange(1, image, most), 1, sides, 64, defaults, latents, rank)
     return {symbol: ranges[symbol] for symbol in sorted(symbols)}
 
 
 def resolution_buckets(
-    symbols: set[str], sizes: SizeRange, defaults: Defaults, latents: LatentSpec
+    symbols: set[str],
+    sizes: SizeRange,
+    defaults: Defaults,
+    latents: LatentSpec,
+    rank: int = 0,
 ) -> tuple[Profile, ...]:
     """The optimization profiles of an engine with these symbols, smallest pictures first.
 
@@ -91,7 +102,7 @@ def resolution_buckets(
     text = min(defaults.max_sequence_length, _LEAST_TEXT)
     profiles = []
     for span in spans:
-        ranges = _ranges(span, text, sides, sizes.batch, defaults, latents)
+        ranges = _ranges(span, text, sides, sizes.batch, defaults, latents, rank)
         profiles.append({symbol: ranges[symbol] for symbol in sorted(symbols)})
     return tuple(profiles)
 
@@ -116,6 +127,7 @@ def _ranges(
     batch: int,
     defaults: Defaults,
     latents: LatentSpec,
+    rank: int,
 ) -> dict[str, DimensionRange]:
     """Every symbol's range, given those of the image tokens and of the picture's sides.
 
@@ -129,6 +141,8 @@ def _ranges(
         "L": image,
         "T": DimensionRange(text.min + image.min, text.opt + image.opt, text.max + image.max),
         "N": DimensionRange(1, defaults.num_inference_steps, MOST_STEPS),
+        # Without a LoRA there is one of zeros.
+        RANK: DimensionRange(1, max(rank, 1), max(rank, 1)),
         **sides,
     }
     factor = latents.spatial_factor

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fluxdeploy.bundle.side_paths import find_side_paths, is_side_input
 from fluxdeploy.bundle.typed_json import FieldError
 
 __all__ = ["NEEDED", "Tensors", "check_boundary"]
@@ -19,6 +20,8 @@ Tensors = Mapping[str, tuple[str, Shape]]
 
 NEEDED = ("clip", "t5", "conditioner", "transformer", "vae_decoder")
 """The components that every picture takes."""
+
+_HAVE_SIDE_PATHS = ("conditioner", "transformer")
 
 _PICTURE: Shape = ("B", 3, "H", "W")
 
@@ -80,6 +83,8 @@ def check_boundary(
             ("inputs", "outputs"), components[name], expected, strict=True
         ):
             where = f"components.{name}.{side}"
+            if side == "inputs" and name in _HAVE_SIDE_PATHS:
+                tensors = _without_side_paths(where, tensors)
             names = [each for each in wanted if each != "guidance" or guidance]
             if set(tensors) != set(names):
                 raise FieldError(
@@ -87,6 +92,18 @@ def check_boundary(
                 )
             for tensor in names:
                 _check_tensor(f"{where}.{tensor}", *tensors[tensor], wanted[tensor], known)
+
+
+def _without_side_paths(where: str, tensors: Tensors) -> Tensors:
+    """A component's inputs but for those of low-rank side paths, which are checked here."""
+    try:
+        find_side_paths({name: shape for name, (_, shape) in tensors.items()})
+    except ValueError as error:
+        raise FieldError(where, f"cannot be run: {error}") from error
+    for name, (dtype, _) in tensors.items():
+        if is_side_input(name) and dtype != "float32":
+            raise FieldError(f"{where}.{name}", f"is {dtype}; it must be float32")
+    return {name: tensor for name, tensor in tensors.items() if not is_side_input(name)}
 
 
 def _check_tensor(

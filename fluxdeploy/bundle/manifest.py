@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from fluxdeploy.bundle.boundary import NEEDED, Tensors, check_boundary
 from fluxdeploy.bundle.recipe import RecipeRecord, check_recipe
+from fluxdeploy.bundle.side_paths import RANK
 from fluxdeploy.bundle.typed_json import (
     OPTIONAL,
     FieldError,
@@ -58,7 +59,7 @@ MANIFEST_NAME = "fluxdeploy.json"
 MAX_MANIFEST = 4 << 20
 """Bytes of the file. A full-size model's has some 30 KiB."""
 
-SYMBOLS = ("B", "S", "L", "T", "N", "H", "W", "h", "w")
+SYMBOLS = ("B", "S", "L", "T", "N", "H", "W", "h", "w", RANK)
 """The symbols that a `Dimension` may be."""
 
 SPACINGS = ("karras", "exponential", "beta")
@@ -105,7 +106,8 @@ _MOST: Mapping[str, float] = {
 
 Dimension = int | str
 """A fixed size, or the symbol of a dynamic one: B batch, S text tokens, L image tokens, T = S + L
-joint tokens, N timesteps, H and W image rows and columns, h and w latent rows and columns."""
+joint tokens, N timesteps, H and W image rows and columns, h and w latent rows and columns, R the
+rank of LoRAs."""
 
 
 @dataclass(frozen=True)
@@ -306,6 +308,17 @@ class Manifest:
     quality: QualityRecord
     provenance: Mapping[str, object]
     skips: tuple[SkipRecord, ...] = field(default=(), metadata=OPTIONAL)
+
+    @property
+    def lora_rank(self) -> int:
+        """What the ranks of a call's LoRAs may add up to; 0 where it takes none."""
+        ranks = [
+            engine.dimensions[RANK].max
+            for component in self.components.values()
+            for engine in component.engines
+            if RANK in engine.dimensions
+        ]
+        return min(ranks, default=0)
 
     def files(self) -> Iterator[tuple[str, FileRecord]]:
         """Every file record with its place in the JSON; a shared file comes more than once."""
@@ -780,6 +793,7 @@ def _check_defaults(manifest: Manifest) -> None:
         "W": (defaults.width, "defaults.width"),
         "h": (defaults.height // factor, "defaults.height"),
         "w": (defaults.width // factor, "defaults.width"),
+        RANK: (1, "a picture without a LoRA"),
     }
     for name, component in manifest.components.items():
         for index, engine in enumerate(component.engines):

@@ -15,6 +15,7 @@ from fluxdeploy.cli.options import (
     CHECKPOINT,
     COMPONENT_PRECISION,
     FOLDER,
+    LORA_RANK,
     LORAS,
     MAX_BATCH,
     MAX_SIZE,
@@ -53,6 +54,7 @@ _PICTURES = 3
 @COMPONENT_PRECISION
 @CALIBRATION
 @LORAS
+@LORA_RANK
 @QUALITY
 @STRICT
 @RUNTIME
@@ -79,6 +81,7 @@ def command(
     component_precision: tuple[str, ...],
     calibration: Path | None,
     loras: tuple[LoraFile, ...],
+    lora_rank: int,
     quality: Promise | None,
     strict: bool,
     runtime: str,
@@ -137,6 +140,7 @@ def command(
         weight_streaming,
         replace,
         loras,
+        lora_rank,
     )
     if page is not None:
         check_page(page)

@@ -18,6 +18,7 @@ import click
 from fluxdeploy.cli.options import (
     AS_JSON,
     BUNDLE,
+    CALL_LORAS,
     DEVICE,
     RUNTIME,
     THREADS,
@@ -39,6 +40,7 @@ from fluxdeploy.terminal import say, say_json
 
 if TYPE_CHECKING:
     from fluxdeploy.batch.jobs import Job
+    from fluxdeploy.lora import LoraFile
 
 
 class _Margins(click.ParamType):  # type: ignore[type-arg]
@@ -182,6 +184,7 @@ _KINDS = (CutPromptWarning, TiledWarning, UnmeasuredSkipsWarning, UnusedArgument
     metavar="none|auto|STEP,...",
     help="Steps in which the transformer does not run: auto takes those that `tune` has found.",
 )
+@CALL_LORAS
 @RUNTIME
 @DEVICE
 @THREADS
@@ -230,6 +233,7 @@ def command(
     max_sequence_length: int | None,
     sampler: str,
     skip: Literal["none", "auto"] | tuple[int, ...],
+    loras: tuple[LoraFile, ...],
     runtime: str,
     device: int,
     threads: int | None,
@@ -259,6 +263,7 @@ def command(
       fluxdeploy generate "a fox" --seed 7 --num-images 4 --out fox.png --json
       fluxdeploy generate "a fox" --seed 1,2,3 --sheet seeds.png
       fluxdeploy generate "a green star" "a pink heart" --sheet sheet.png
+      fluxdeploy generate "a fox" --bundle flux-dev --lora style.safetensors:0.8
       fluxdeploy generate "a fox, oil on canvas" --image fox.png --strength 0.7
       fluxdeploy generate "a blue heart" --image ring.png --mask hole.png --strength 0.9
       fluxdeploy generate "a red ring" --image ring.png --outpaint 64,0,64,0 --strength 1
@@ -283,6 +288,7 @@ def command(
         "max_sequence_length": max_sequence_length,
         "sampler": sampler,
         "skip": skip,
+        "lora": loras,
     }
     if (source is None) == (not prompts):
         raise click.UsageError("Give a PROMPT, or a file of them with --prompts.")

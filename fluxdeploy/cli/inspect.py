@@ -31,6 +31,7 @@ _SYMBOLS = {
     "W": "pixels, width",
     "h": "latents, height",
     "w": "latents, width",
+    "R": "rank of LoRAs",
 }
 """What the dimensions of tensors are called, in the order in which they are shown."""
 

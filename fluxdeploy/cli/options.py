@@ -269,6 +269,25 @@ LORAS = click.option(
     "demo:embers, which comes with the package. May be given several times.",
 )
 
+LORA_RANK = click.option(
+    "--lora-rank",
+    type=int,
+    default=0,
+    metavar="R",
+    help="Leave room beside every linear of the transformer for LoRAs that come with a call, whose "
+    "ranks add up to R: `generate --lora`.",
+)
+
+CALL_LORAS = click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    type=_LoraType(),
+    metavar="FILE[:SCALE]",
+    help="Draw with this LoRA, with this strength (1 where none is given), in a bundle that was "
+    "built with --lora-rank. May be given several times.",
+)
+
 BUNDLE = click.option(
     "--bundle",
     type=FOLDER,

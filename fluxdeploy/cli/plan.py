@@ -15,6 +15,7 @@ from fluxdeploy.cli.options import (
     CHECKPOINT,
     COMPONENT_PRECISION,
     FOLDER,
+    LORA_RANK,
     LORAS,
     MAX_BATCH,
     MAX_SIZE,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 @COMPONENT_PRECISION
 @CALIBRATION
 @LORAS
+@LORA_RANK
 @QUALITY
 @STRICT
 @RUNTIME
@@ -71,6 +73,7 @@ def command(
     component_precision: tuple[str, ...],
     calibration: Path | None,
     loras: tuple[LoraFile, ...],
+    lora_rank: int,
     quality: Promise | None,
     strict: bool,
     runtime: str,
@@ -119,6 +122,7 @@ def command(
         weight_streaming,
         replace,
         loras,
+        lora_rank,
     )
     with libraries_on_stderr():
         _, plan = prepare(

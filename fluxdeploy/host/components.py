@@ -33,6 +33,7 @@ _SIZE_WORDS = {
     "W": "columns of pixels (width)",
     "h": "rows of latents (they grow with height)",
     "w": "columns of latents (they grow with width)",
+    "R": "as the rank of LoRAs",
 }
 
 

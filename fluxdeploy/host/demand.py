@@ -18,11 +18,12 @@ _COPIES = 8
 """Of the latents: the noise, the picture's, the sampler's, the velocities."""
 
 
-def demand(task: Task, priority: Priority) -> Demand:
+def demand(task: Task, priority: Priority, lora_bytes: int = 0) -> Demand:
     """The demand of a task: pixels times evaluations, of both prompts where guidance takes two.
 
-    The bytes are those that the host holds while other calls go first: latents, pictures, and what
-    the conditioner gives for all steps. Engines hold their own besides.
+    The bytes are those that the host holds while other calls go first: latents, pictures, what the
+    conditioner gives for all steps, and for each prompt a copy of the LoRAs' `lora_bytes`. Engines
+    hold their own besides.
     """
     request, manifest = task.request, task.manifest
     sides = 1 if request.negative is None else 2
@@ -32,7 +33,7 @@ def demand(task: Task, priority: Priority) -> Demand:
     latents = math.prod(latent_shape(batch, height, width, manifest.latents))
     numbers = _COPIES * latents + 3 * pixels + prompts * _conditioned(manifest, task)
     each = sides * pixels * task.evaluations / max(1, task.steps)
-    return Demand(priority, task.steps, each, 4 * numbers)
+    return Demand(priority, task.steps, each, 4 * numbers + sides * lora_bytes)
 
 
 def _conditioned(manifest: Manifest, task: Task) -> int:

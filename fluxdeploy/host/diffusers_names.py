@@ -23,7 +23,9 @@ ARGUMENTS: Mapping[str, str] = {
     "ip_adapter_image_embeds": _NO_ADAPTER,
     "negative_ip_adapter_image": _NO_ADAPTER,
     "negative_ip_adapter_image_embeds": _NO_ADAPTER,
-    "joint_attention_kwargs": "the attention is part of a built engine; leave it out",
+    "joint_attention_kwargs": (
+        "the attention is part of a built engine, and a LoRA's scale of `lora=`; leave it out"
+    ),
     "masked_image_latents": "only FLUX.1-Fill reads them; give `image` and `mask_image`",
     "callback": "it is `callback_on_step_end=` here",
     "callback_steps": "`callback_on_step_end` is called after every step",
@@ -43,8 +45,8 @@ _PLACE = (
 _MEMORY = "for less memory open the bundle with `from_bundle(..., low_vram=True)`"
 _TILES = "the VAE goes in tiles by itself where memory does not hold a whole picture; leave it out"
 _LORA = (
-    "LoRAs are merged into a bundle, by `fluxdeploy build --lora FILE`, or by "
-    "`fluxdeploy refit --lora FILE` into one that is there"
+    "give `lora=` to the calls of a bundle that was built with `--lora-rank`, or merge it with "
+    "`fluxdeploy build --lora` or `refit`"
 )
 _ADAPTER = "weights are part of a bundle; leave it out"
 _SAVED = "a bundle is a folder; copy it"

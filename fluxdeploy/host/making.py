@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Engine
+from engines.base import Array, Engine
 from fluxdeploy.bundle.manifest import Manifest
+from fluxdeploy.bundle.side_paths import RANK
 from fluxdeploy.host.cancel import Checked
 from fluxdeploy.host.components import Components, Run
 from fluxdeploy.host.decoding import decode
 from fluxdeploy.host.loop import StepCallback, denoise
+from fluxdeploy.host.loras import SideInputs
 from fluxdeploy.host.previews import Previews, Show, preview_steps
 from fluxdeploy.host.prompts import Condition, PromptEncoder, condition, with_text
 from fluxdeploy.host.tasks.task import Start, Task
@@ -36,6 +38,7 @@ def make_pictures(
     task: Task,
     components: Components,
     encoder: PromptEncoder,
+    loras: SideInputs,
     callback: LevelCallback | None,
     previews: tuple[int, Show] | None,
     turn: Turn,
@@ -58,14 +61,15 @@ def make_pictures(
     unshifted = request.num_inference_steps if request.sigmas is None else request.sigmas
     sigmas = schedule.sigmas(manifest.schedule, unshifted, rows * columns)
     levels = sampler.levels(sigmas[-(task.steps + 1) :])
-    sizes = _engine_sizes(task, len(levels))
+    sizes = _engine_sizes(task, len(levels), loras)
     if latents_only:
         del sizes["vae_decoder"]
     components.check_sizes(turn, sizes)
 
     start = task.prepare(sigmas, run)
     components.release(*task.components)
-    conditions = _conditions(task, encoder, start, sampler.levels(start.sigmas), run)
+    beside = _with_loras(run, components, loras)
+    conditions = _conditions(task, encoder, start, sampler.levels(start.sigmas), beside)
     components.release("clip", "t5", "conditioner")
 
     # Before the largest component is opened.
@@ -78,8 +82,16 @@ def make_pictures(
             return decode(latents, request.height, request.width, manifest.latents, run, turn)
 
     with turn.stage("denoising"):
+        transformer = components.engine("transformer")
         velocity, *negative = _velocities(
-            components.engine("transformer"), conditions, start, rows, columns, manifest, turn
+            transformer,
+            conditions,
+            start,
+            rows,
+            columns,
+            manifest,
+            loras.of(transformer),
+            turn,
         )
         denoise(
             sampler,
@@ -100,12 +112,25 @@ def make_pictures(
     return pictures
 
 
-def _engine_sizes(task: Task, levels: int) -> dict[str, dict[str, int]]:
+def _engine_sizes(task: Task, levels: int, loras: SideInputs) -> dict[str, dict[str, int]]:
     """What each component is asked for, by the symbols of the manifest."""
     sizes = task.request.engine_sizes(task.manifest, levels)
     for component, symbols in task.engine_sizes().items():
         sizes[component] = {**sizes.get(component, {}), **symbols}
+    for component, rank in loras.ranks.items():
+        sizes[component][RANK] = rank
     return sizes
+
+
+def _with_loras(run: Run, components: Components, loras: SideInputs) -> Run:
+    """`run`, with what the conditioner's side paths read."""
+
+    def beside(component: str, inputs: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
+        if component == "conditioner":
+            inputs = {**inputs, **loras.of(components.engine(component))}
+        return run(component, inputs)
+
+    return beside
 
 
 def _conditions(
@@ -137,6 +162,7 @@ def _velocities(
     rows: int,
     columns: int,
     manifest: Manifest,
+    side_inputs: Mapping[str, Array],
     cancel: Checked,
 ) -> list[ModulatedTransformer]:
     """The transformer with all that no step changes in place, once for each condition."""
@@ -146,8 +172,8 @@ def _velocities(
         ids = np.concatenate([ids, start.token_ids])
     cos, sin = rope_tables(ids, manifest.rope)
     hidden = HiddenStates(start.latents.shape, start.channels, start.tokens)
-    positions = {"rope_cos": cos, "rope_sin": sin}
-    return [ModulatedTransformer(engine, each, positions, hidden, cancel) for each in conditions]
+    fixed = {"rope_cos": cos, "rope_sin": sin, **side_inputs}
+    return [ModulatedTransformer(engine, each, fixed, hidden, cancel) for each in conditions]
 
 
 def _step_made(turn: Turn, start: Start, step: int, latents: NDArray[np.float32]) -> None:

@@ -45,7 +45,8 @@ class PictureMetadata:
     was asked for; with `padding_mask_crop` the picture has the image's own size. `sampler` is None
     where it is Euler's; `skip` is "auto", or steps with commas, or None. `strength`, the
     SHA-256 of the files and what follows them are those of tasks that take them, else None;
-    `outpaint` has the pixels that were added on the left, top, right and bottom. Each field is a
+    `outpaint` has the pixels that were added on the left, top, right and bottom. `loras` has name,
+    strength and SHA-256 of each LoRA, with commas. Each field is a
     text chunk of the PNG under its own name; a field that is None has no chunk.
     """
 
@@ -70,6 +71,7 @@ class PictureMetadata:
     outpaint: str | None
     bundle_hash: str
     fluxdeploy_version: str
+    loras: str | None = None
 
 
 def to_pil(pictures: Iterable[NDArray[np.float32]]) -> list[Image]:
@@ -190,6 +192,7 @@ def read_metadata(path: Path) -> PictureMetadata:
             outpaint=text.get("outpaint"),
             bundle_hash=text["bundle_hash"],
             fluxdeploy_version=text["fluxdeploy_version"],
+            loras=text.get("loras"),
         )
     except (KeyError, ValueError) as error:
         raise FluxDeployError(

@@ -32,6 +32,7 @@ from fluxdeploy.host.components import Components
 from fluxdeploy.host.course import unmeasured
 from fluxdeploy.host.demand import demand
 from fluxdeploy.host.diffusers_names import ATTRIBUTES, missing_attribute, refuse_arguments
+from fluxdeploy.host.loras import Loras, check_loras
 from fluxdeploy.host.making import LevelCallback, make_pictures
 from fluxdeploy.host.memory import check_memory
 from fluxdeploy.host.options import CallOptions, FluxPipelineOutput, replaced_latents
@@ -44,6 +45,7 @@ from fluxdeploy.host.tasks.inpainting import Inpainting
 from fluxdeploy.host.tasks.task import Task, choose_task
 from fluxdeploy.host.tasks.text_to_image import TextToImage
 from fluxdeploy.host.turns import Priority, QueueLimits, Turns
+from fluxdeploy.lora import LoraFile
 from fluxdeploy.progress import Progress
 from fluxdeploy.sampling.skipping import Skips
 from fluxdeploy.text import Tokenizers, load_tokenizers
@@ -64,6 +66,15 @@ PreviewCallback = Callable[["FluxPipeline", int, Any], None]
 
 The images are of the call's `output_type`.
 """
+
+LoraArgument = (
+    str
+    | os.PathLike[str]
+    | tuple[str | os.PathLike[str], float]
+    | Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float] | LoraFile]
+    | None
+)
+"""`lora` of a call: a file, with a scale or without, or several."""
 
 TASKS: tuple[type[Task], ...] = (TextToImage, ImageToImage, Inpainting)
 """The tasks that a call's arguments can ask for."""
@@ -110,6 +121,7 @@ class FluxPipeline:
         self._bundle = bundle
         self._components = Components(bundle.manifest, open_component, low_vram)
         self._encoder = PromptEncoder(tokenizers, bundle.manifest.tokenizers, kept_text_bytes)
+        self._loras = Loras(bundle.manifest)
         # A callback may make another picture, or close the pipeline before it raises.
         self._turns = Turns(_check_limits(limits), changing=not low_vram)
         self._told: set[str] = set()
@@ -195,6 +207,7 @@ class FluxPipeline:
         sampler: str = "euler",
         sigmas: ArrayLike | None = None,
         skip: Literal["none", "auto"] | Sequence[int] | Skips = "none",
+        lora: LoraArgument = None,
         callback_on_step_end: PipelineCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_previews: int = 0,
@@ -244,6 +257,9 @@ class FluxPipeline:
         skip: steps in which the transformer does not run, and the velocity is extrapolated: "auto"
             are those that `fluxdeploy tune` has found for so many steps; or their numbers from 1
             on, or `Skips` with the order of the extrapolation.
+        lora: a LoRA file, a pair (file, scale), or a list of these, for a bundle that was built
+            with `--lora-rank`: at each linear their ranks add up to that at most. What they change
+            in text encoders is left out.
         callback_on_step_end: see `PipelineCallback`. callback_on_step_end_tensor_inputs: what it is
             given: "latents", or nothing.
         num_previews, callback_on_preview: how many pictures to show on the way, evenly from a fifth
@@ -259,9 +275,10 @@ class FluxPipeline:
         others, and with `CutPromptWarning` of a prompt that an encoder does not read to its end.
         Warns once, with `TiledWarning`, where memory made the VAE run in tiles.
         Raises `UsageError` for an argument outside its range, and for what takes far more memory
-        than is free, before anything runs; `NumericError` where a
-        component gave NaN or infinity, `Cancelled` where `cancel` was, `EngineError` where an
-        engine fails, `QueueFullError` where as many calls wait as `limits` allow.
+        than is free, before anything runs; `NumericError` where a component gave NaN or infinity,
+        `CheckpointError` where a file is no LoRA of this model, `Cancelled` where `cancel` was,
+        `EngineError` where an engine fails, `QueueFullError` where as many calls wait as `limits`
+        allow.
         """
         refuse_arguments(positional, others)
         output = self._generate(
@@ -303,6 +320,7 @@ class FluxPipeline:
                 output_type,
                 return_dict,
             ),
+            check_loras(lora),
         )
         return output if return_dict else (output.images,)  # type: ignore[return-value]
 
@@ -367,13 +385,14 @@ class FluxPipeline:
         self("warm-up", num_inference_steps=2, seed=0, **given)
 
     def close(self) -> None:
-        """Free the engines and the encoded prompts, after the running call.
+        """Free the engines, the encoded prompts and the LoRAs, after the running call.
 
         A later call opens the engines again.
         """
         with self._turns.alone():
             self._components.close()
             self._encoder.forget()
+            self._loras.forget()
 
     def __enter__(self) -> FluxPipeline:
         return self
@@ -391,6 +410,7 @@ class FluxPipeline:
         arguments: Mapping[str, Any],
         of_tasks: Mapping[str, Any],
         options: CallOptions,
+        loras: Sequence[LoraFile],
     ) -> FluxPipelineOutput:
         """A call: `arguments` of every picture, and those that belong to tasks."""
         manifest = self._bundle.manifest
@@ -411,14 +431,20 @@ class FluxPipeline:
                 "`padding_mask_crop` lays what was drawn over the image, and latents cannot be. "
                 "Leave it out, or use another output_type."
             )
-        idle = (*unused, *idle_arguments(manifest, arguments), *task.notices())
+        side_inputs = self._loras.read(tuple(loras))
+        idle = (
+            *unused,
+            *idle_arguments(manifest, arguments),
+            *task.notices(),
+            *side_inputs.notices,
+        )
         cuts = self._cuts(request)
         self._tell(idle)
         for notice in cuts:
             warnings.warn(notice, CutPromptWarning, stacklevel=3)
         if request.skip is not None and isinstance(arguments["skip"], str):
             cuts += self._tell_unmeasured(request)
-        asked = demand(task, options.priority)
+        asked = demand(task, options.priority, side_inputs.nbytes)
         latents_only = options.output_type == "latent"
         check_memory(task, asked.memory, latents_only)
         token = CancelToken() if options.cancel is None else options.cancel
@@ -433,6 +459,7 @@ class FluxPipeline:
                     task,
                     self._components,
                     self._encoder,
+                    side_inputs,
                     self._step_callback(options, advance),
                     self._previews(options, task),
                     turn,

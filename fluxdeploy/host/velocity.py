@@ -56,7 +56,7 @@ class ModulatedTransformer:
     every part: beyond the latents and their velocity, memory grows with a part alone.
 
     condition: what the prompts make of the transformer.
-    positions: its position tables, `rope_cos` and `rope_sin`.
+    fixed: its position tables, `rope_cos` and `rope_sin`, and what its side paths read.
     hidden: what it reads around the latents.
     cancel: ends a step between its parts.
     """
@@ -65,7 +65,7 @@ class ModulatedTransformer:
         self,
         engine: Engine,
         condition: Condition,
-        positions: Mapping[str, Array],
+        fixed: Mapping[str, Array],
         hidden: HiddenStates,
         cancel: Checked,
     ) -> None:
@@ -82,7 +82,7 @@ class ModulatedTransformer:
             first, *others = (rows for _, rows in self._parts if len(rows) == size)
             same = all((rows == first).all() for rows in others)
             resident = {"context": condition.context[first]} if same else {}
-            self._bindings[size] = engine.bind({**positions, **resident}), same
+            self._bindings[size] = engine.bind({**fixed, **resident}), same
         self._velocity: Array | None = None
 
     def __call__(self, level: int, latents: NDArray[np.float32]) -> Array:

@@ -112,10 +112,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file that was read: `changes` by part, then by the linear's name in the graphs."""
+    """A LoRA file that was read: `changes` by part, then by the linear's name in the graphs.
+
+    left_out: the parts that it changes too, and that its reader asked to go without.
+    """
 
     path: Path
     changes: Mapping[str, Mapping[str, LowRank]]
+    left_out: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:

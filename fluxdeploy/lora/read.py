@@ -25,12 +25,15 @@ _ENCODERS = {"clip": "the text encoder CLIP", "t5": "the text encoder T5"}
 _UNUSED = ("clip", "text_projection")
 
 
-def read_lora(path: str | os.PathLike[str], linears: Linears) -> Lora:
+def read_lora(path: str | os.PathLike[str], linears: Linears, without: Sequence[str] = ()) -> Lora:
     """A LoRA file of any trainer as low-rank changes of a base's linears.
 
     Every tensor is read once, one at a time, and checked; the result reads them again when it is
     asked for factors, and so holds none. Changes of zeros alone are left out, since they change
     nothing.
+
+    without: parts whose changes are left out, where `linears` lacks them: `Lora.left_out` has those
+        that the file has.
 
     Raises `CheckpointError`, which names the file and the key: for what is no safetensors file, is
     cut off or is empty; for keys that name no linear of the base, or a part that `linears` lacks;
@@ -42,7 +45,8 @@ def read_lora(path: str | os.PathLike[str], linears: Linears) -> Lora:
     keys = _parse(file)
     scales = Scales(file)
     changes: dict[str, dict[str, LowRank]] = {}
-    for pair, names in _located(file, keys, linears):
+    kept, left_out = _without(file, keys, without)
+    for pair, names in _located(file, kept, linears):
         part = _down(pair).part
         known = changes.setdefault(part, {})
         for name, change in _changes(file, pair, names, linears[part], scales).items():
@@ -52,16 +56,38 @@ def read_lora(path: str | os.PathLike[str], linears: Linears) -> Lora:
                     f"{change.down_key}: keep one of the two sets of keys."
                 )
             known[name] = change
-    kept = {
+    ranked = {
         part: {name: change for name, change in found.items() if change.rank}
         for part, found in changes.items()
     }
-    kept = {part: found for part, found in kept.items() if found}
-    if not kept:
+    ranked = {part: found for part, found in ranked.items() if found}
+    if not ranked and left_out:
+        names_of = " and ".join(_ENCODERS[part] for part in left_out)
+        raise CheckpointError(
+            f"{file.path} changes {names_of} alone, which cannot be changed here. Merge it with "
+            "`fluxdeploy build --lora`."
+        )
+    if not ranked:
         raise CheckpointError(
             f"{file.path} changes nothing: all its factors are zero. It was not trained."
         )
-    return Lora(file.path, kept)
+    return Lora(file.path, ranked, left_out)
+
+
+def _without(
+    file: TensorFile, keys: Sequence[Key], parts: Sequence[str]
+) -> tuple[list[Key], tuple[str, ...]]:
+    """The keys of other parts than these, and which of these the file changes."""
+    changed = {
+        key.part
+        for key in keys
+        if key.part in parts
+        and (key.part, key.module) != _UNUSED
+        and key.role == "up"
+        and read_float32(file, key.text).any()
+    }
+    kept = [key for key in keys if key.part not in parts]
+    return kept, tuple(part for part in parts if part in changed)
 
 
 def _parse(file: TensorFile) -> list[Key]:

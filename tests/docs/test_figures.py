@@ -64,6 +64,7 @@ BLOCKS = (
     "gpu_kernels",
     "latency",
     "host_step",
+    "lora_step",
     "conditioner_split",
     "cost_curves",
     "serving",

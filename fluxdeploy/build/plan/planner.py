@@ -90,7 +90,9 @@ class _Planner:
         """The sizes that engines are to take, by symbol, whatever the runtime."""
         defaults, latents = self.checkpoint.defaults, self.checkpoint.latents
         sizes = self.spec.request.sizes
-        return overall(resolution_buckets(set(SYMBOLS), sizes, defaults, latents))
+        return overall(
+            resolution_buckets(set(SYMBOLS), sizes, defaults, latents, self.spec.request.lora_rank)
+        )
 
     def _calls(self) -> tuple[CallSizes, CallSizes]:
         """The usual one is one picture of the checkpoint's own size."""
