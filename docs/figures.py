@@ -477,8 +477,8 @@ def _lora_step(report: dict[str, Any]) -> str:
         rows.append([f"{row['size']}x{row['size']}", *cells])
     return (
         f"{_table(rows)}\n"
-        f"`demo:dev` in {report['precision']} on {_RUNTIMES[report['runtime']]}, side paths of rank "
-        f"{report['rank']}, medians of {report['rounds']} runs in turns.\nMeasured by "
+        f"`demo:dev` in {report['precision']} on {_RUNTIMES[report['runtime']]}, side paths of "
+        f"rank {report['rank']}, medians of {report['rounds']} runs in turns.\nMeasured by "
         "[benchmarks/lora_step.py](../benchmarks/lora_step.py) on\n"
         f"{_machine(report['machine'])}.\n"
     )
