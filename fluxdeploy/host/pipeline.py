@@ -410,7 +410,7 @@ class FluxPipeline:
         arguments: Mapping[str, Any],
         of_tasks: Mapping[str, Any],
         options: CallOptions,
-        loras: Sequence[LoraFile],
+        loras: Sequence[LoraFile] = (),
     ) -> FluxPipelineOutput:
         """A call: `arguments` of every picture, and those that belong to tasks."""
         manifest = self._bundle.manifest

@@ -99,6 +99,7 @@ def test_every_option_reaches_the_pipeline(
         "seed": 7,
         "num_images_per_prompt": 2,
         "sampler": "ab2",
+        "lora": (),
         "skip": (1, 2),
         "strength": 0.5,
         "mask_image": None,

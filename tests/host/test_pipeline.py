@@ -60,6 +60,7 @@ def test_the_call_has_the_documented_signature() -> None:
         "strength": None,
         "padding_mask_crop": None,
         "max_sequence_length": None,
+        "lora": None,
         "sampler": "euler",
         "sigmas": None,
         "skip": "none",
