@@ -45,10 +45,10 @@ SMALL = {
 
 _ADDRESS = "http://localhost:8000"
 
-NOT_RUN = ("build", "serve", "tune")
+NOT_RUN = ("build", "refit", "serve", "tune")
 """Only parsed: the fixture of the default bundle is a build, and tests/parity builds others; a
-server goes on, and tests/serve has its own; `tune` would write into the fixture, and tests/verify
-has a copy of it."""
+server goes on, and tests/serve has its own; `tune` and `refit` would write into the fixture, and
+tests/verify and tests/lora have their own."""
 
 
 def command_lines(page: Path) -> list[list[str]]:

@@ -330,7 +330,10 @@ def test_the_command_draws_around_an_image(opened: FluxPipeline, tmp_path: Path)
         (("--outpaint", "16,0,16"), "is not LEFT,TOP,RIGHT,BOTTOM in pixels"),
         (("--outpaint", "-1,0,0,0"), "is not LEFT,TOP,RIGHT,BOTTOM in pixels"),
         (("--outpaint", "0,0,0,0"), "No pixels are to be added"),
-        (("--outpaint", "16,0,0,0", "--mask", "start.png"), "Outpainting needs an image, and makes"),
+        (
+            ("--outpaint", "16,0,0,0", "--mask", "start.png"),
+            "Outpainting needs an image, and makes",
+        ),
         (("--mask", "mask.png"), "mask.png is not a picture that can be read"),
         (("--mask-crop", "-1"), "--mask-crop"),
     ],
