@@ -23,6 +23,7 @@ FIGURES = ROOT / "docs" / "figures.md"
 CPP = ROOT / "docs" / "cpp.md"
 SERVING = ROOT / "docs" / "serving.md"
 LORA = ROOT / "docs" / "lora.md"
+RUN = ROOT / "docs" / "run.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 CHECKPOINTS = ROOT / "fluxdeploy" / "demo" / "checkpoints"
@@ -656,6 +657,33 @@ def _cpp_host(report: dict[str, Any]) -> str:
     )
 
 
+def _samplers(report: dict[str, Any]) -> str:
+    """The report of benchmarks/samplers.py as Markdown tables."""
+    steps = list(dict.fromkeys(row["steps"] for row in report["samplers"]))
+    found: dict[str, list[str]] = {}
+    for row in report["samplers"]:
+        cell = f"{row['median']:.1f} dB in {row['evaluations']}"
+        found.setdefault(f"`{row['sampler']}`", []).append(cell)
+    rows = [["median of the pictures, in evaluations", *(f"{count} steps" for count in steps)]]
+    rows += [["---", *("---:" for _ in steps)], *([name, *cells] for name, cells in found.items())]
+    skips = [["worst picture", "evaluations", "against all steps"], ["---", "---:", "---:"]]
+    for row in report["tuned"]:
+        what = f"`tune`, {row['wanted']:g} dB asked"
+        skips.append([what, str(row["evaluations"]), f"{row['least']:.1f} dB"])
+    for row in report["fewer_steps"]:
+        skips.append(["fewer steps", str(row["evaluations"]), f"{row['least']:.1f} dB"])
+    sampler, most = report["exact"]
+    return (
+        f"{_table(rows)}\n"
+        f"Against {most} steps of `{sampler}`. Skipped steps, and fewer of them:\n\n"
+        f"{_table(skips)}\n"
+        f"`demo:dev`, {report['pictures']} pictures of held-out scenes; `tune` searches on one "
+        "half and is held\nto the other. Measured by "
+        "[benchmarks/samplers.py](../benchmarks/samplers.py) on\n"
+        f"{_machine(report['machine'])}.\n"
+    )
+
+
 BLOCKS: Mapping[str, Block] = {
     "export_scale": Block(RESULTS / "export_scale.json", (FIGURES,), _export_scale),
     "demo_scores": Block(RESULTS / "demo_scores.json", (FIGURES, MODEL_CARD), _demo_scores),
@@ -676,6 +704,7 @@ BLOCKS: Mapping[str, Block] = {
         RESULTS / "conditioner_split.json", (PERFORMANCE,), _conditioner_split
     ),
     "cpp_host": Block(RESULTS / "cpp_host.json", (CPP,), _cpp_host),
+    "samplers": Block(RESULTS / "samplers.json", (RUN,), _samplers),
     "serving": Block(RESULTS / "soak.json", (SERVING,), _serving),
     "cost_curves": Block(RESULTS / "cost_curves.json", (PERFORMANCE,), _cost_curves),
 }

@@ -138,4 +138,5 @@ def _request(bundle: Bundle, checkpoint: str, loras: Sequence[LoraFile]) -> Buil
         precision=precision if isinstance(precision, str) else components["transformer"].precision,
         component_precision={name: record.precision for name, record in components.items()},
         loras=tuple(loras),
+        lora_rank=bundle.manifest.lora_rank,
     )

@@ -67,6 +67,7 @@ BLOCKS = (
     "lora_step",
     "conditioner_split",
     "cost_curves",
+    "samplers",
     "serving",
     "cpp_host",
 )
