@@ -202,7 +202,7 @@ def picture_metadata(folder: Path) -> Reader:
     (image,) = to_pil(np.zeros((1, 16, 16, 3), np.float32))
     seeds = []
     for prompt in ("a fox", "Ω" * 400):
-        numbers = (1.0, 3, 0, 4, 3.5, 77, 16, 16, *(None,) * 5)
+        numbers = (1.0, 3, 0, 4, 3.5, None, None, 77, 16, 16, *(None,) * 5)
         made = PictureMetadata(prompt, None, None, None, *numbers, "0" * 64, "1")
         save_picture(image, folder / "seed.png", made)
         seeds.append((folder / "seed.png").read_bytes())

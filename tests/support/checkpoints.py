@@ -42,8 +42,7 @@ class Shape:
     shift: float = 3.0
     text_width: int = 48
     pooled_width: int = 40
-    # Those of the demo: a test session traces each kind of network once.
-    vae_channels: tuple[int, ...] = (16, 16, 32, 64)
+    vae_channels: tuple[int, ...] = (16, 16, 24, 32)
     vae_groups: int = 8
     tokenizers: Form = "json"
     seed: int = 0

@@ -254,7 +254,8 @@ def _values(name: str, field: Field, value: Any) -> Array:
         same = False
     if not same:
         raise UsageError(f"`{name}` is {shown(value)}, which a request to Triton cannot hold.")
-    return values.reshape(1) if field.dims == (1,) and values.size == 1 else values
+    single = field.dims in ((1,), (-1,)) and values.size == 1
+    return values.reshape(1) if single else values
 
 
 def _pixels(name: str, field: Field, value: Any) -> Array:

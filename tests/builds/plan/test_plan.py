@@ -54,7 +54,7 @@ def plan_for(
     return make_plan(resolve(request, checkpoint, runtime, targets), out)
 
 
-@pytest.mark.parametrize("setting", [{"use_karras_sigmas": True}, {"num_train_timesteps": 500}])
+@pytest.mark.parametrize("setting", [{"stochastic_sampling": True}, {"num_train_timesteps": 500}])
 def test_a_scheduler_that_no_host_has_is_no_plan(
     tmp_path: Path, setting: Mapping[str, object]
 ) -> None:

@@ -34,6 +34,7 @@ def test_the_options_are_those_of_generate(built: Path) -> None:
     said = call(built, "--help").stdout
     own = {option for parameter in generate.params for option in parameter.opts}
     missing = {"--sheet", "--bundle", "prompts", "--prompt-2", "--negative-prompt-2"}
+    missing |= {"--prompts", "--batch", "--lora"}
     assert {option for option in own if option not in said} == missing
 
 
