@@ -13,11 +13,10 @@ import numpy as np
 from fluxdeploy import __version__
 from fluxdeploy.batch.jobs import Job
 from fluxdeploy.batch.order import TEXTS, Order
-from fluxdeploy.bundle.files import disk_errors, sha256_file
 from fluxdeploy.errors import Cancelled, UsageError
 from fluxdeploy.host.cancel import CancelToken
 from fluxdeploy.host.input_images import open_image, open_mask
-from fluxdeploy.host.loras import describe_loras
+from fluxdeploy.host.loras import describe_loras, lora_sha256
 from fluxdeploy.host.outpainting import outpaint_canvas
 from fluxdeploy.host.pictures import PictureMetadata, encode_picture
 from fluxdeploy.sampling.latents import latent_shape, pack
@@ -101,9 +100,7 @@ def _arguments(order: Order) -> tuple[dict[str, Any], dict[Path, str]]:
         image, files[order.image] = open_image(order.image)
     if order.mask_image is not None:
         mask, files[order.mask_image] = open_mask(order.mask_image)
-    for lora in order.lora:
-        with disk_errors("read", lora.path):
-            files[lora.path] = sha256_file(lora.path)
+    files |= {lora.path: lora_sha256(lora.path) for lora in order.lora}
     width, height = order.width, order.height
     if order.outpaint is not None:
         if image is None or mask is not None:
@@ -174,7 +171,7 @@ def _metadata(
         outpaint=None if order.outpaint is None else _joined(order.outpaint),
         bundle_hash=pipe.bundle.content_hash,
         fluxdeploy_version=__version__,
-        loras=describe_loras(order.lora) if order.lora else None,
+        loras=describe_loras(order.lora, files) if order.lora else None,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -15,7 +14,7 @@ from typing import Any
 from fluxdeploy.arguments import shown
 from fluxdeploy.bundle.manifest import Defaults
 from fluxdeploy.errors import UsageError
-from fluxdeploy.lora import LoraFile
+from fluxdeploy.lora import LoraFile, parse_lora
 from fluxdeploy.sampling.noise import check_seed
 
 __all__ = ["COLUMNS", "TEXTS", "Order", "read_orders"]
@@ -204,19 +203,7 @@ def _loras(value: Any, folder: Path) -> tuple[LoraFile, ...]:
     given = value if isinstance(value, list) else [value]
     if not all(isinstance(each, str) for each in given):
         raise UsageError(f"`lora` must be a file, or a list of files, not {shown(value)}.")
-    return tuple(_lora(each, folder) for each in given)
-
-
-def _lora(text: str, folder: Path) -> LoraFile:
-    """A file, or FILE:SCALE."""
-    path, colon, scale = text.rpartition(":")
-    try:
-        strength = float(scale) if colon else math.nan
-    except ValueError:
-        strength = math.nan
-    if not math.isfinite(strength):
-        path, strength = text, 1.0
-    return LoraFile(folder / Path(path).expanduser(), strength)
+    return tuple(parse_lora(each, lambda name: folder / Path(name).expanduser()) for each in given)
 
 
 def _margins(value: Any) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from engines import choose_builder
 from fluxdeploy.build.checkpoint import require_unchanged
-from fluxdeploy.build.components import make_component
+from fluxdeploy.build.components import make_components
 from fluxdeploy.build.describe import describe
 from fluxdeploy.build.last import LastBuild
 from fluxdeploy.build.prepare import prepare
@@ -45,11 +45,7 @@ def build(request: BuildRequest, destination: Path, progress: Progress) -> Bundl
     with Staging(destination, cache.link) as staging:
         run = BuildRun(spec, staging, progress, cache)
         tokenizers = {name: make_tokenizer(name, run) for name in spec.tokenizers}
-        task = progress.task("Exporting components", total=len(spec.components))
-        components = {}
-        for component in spec.components:
-            components[component.name] = make_component(component, run)
-            task.advance()
+        components = make_components(run, "Exporting components")
         require_unchanged(cache)
         staging.commit(describe(run, tokenizers, components))
     cache.renew()

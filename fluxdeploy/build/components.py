@@ -17,7 +17,17 @@ from fluxdeploy.bundle.manifest import ComponentRecord, FileRecord
 if TYPE_CHECKING:
     from exporters.export import Exported
 
-__all__ = ["WeightArtifacts", "make_component"]
+__all__ = ["WeightArtifacts", "make_component", "make_components"]
+
+
+def make_components(run: BuildRun, what: str) -> dict[str, ComponentRecord]:
+    """All components of a run, by name, whose progress is called `what`."""
+    task = run.progress.task(what, total=len(run.spec.components))
+    components = {}
+    for component in run.spec.components:
+        components[component.name] = make_component(component, run)
+        task.advance()
+    return components
 
 
 def make_component(component: ComponentSpec, run: BuildRun) -> ComponentRecord:

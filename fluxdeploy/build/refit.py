@@ -13,7 +13,7 @@ from fluxdeploy.build.checkpoint import (
     require_recorded,
     require_unchanged,
 )
-from fluxdeploy.build.components import make_component
+from fluxdeploy.build.components import make_components
 from fluxdeploy.build.keys import tool_versions
 from fluxdeploy.build.resolve import BuildRequest, resolve
 from fluxdeploy.build.run import BuildRun
@@ -55,11 +55,7 @@ def refit(
         run = BuildRun(spec, staging, progress, cache, bundle.root)
         require_recorded(bundle, name, run.hashes)
         tokenizers = {name: make_tokenizer(name, run) for name in spec.tokenizers}
-        task = progress.task("Refitting components", total=len(spec.components))
-        components = {}
-        for component in spec.components:
-            components[component.name] = make_component(component, run)
-            task.advance()
+        components = make_components(run, "Refitting components")
         require_unchanged(cache)
         provenance = {k: v for k, v in bundle.manifest.provenance.items() if k != "loras"}
         if opened.loras:

@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 
 from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.errors import UsageError
-from fluxdeploy.lora import LoraFile
+from fluxdeploy.lora import parse_lora
 from fluxdeploy.precision import PRECISIONS
 
 __all__ = [
@@ -104,22 +104,17 @@ class _LoraType(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from fluxdeploy.demo import DEMO_LORAS
 
-        path, separator, number = value.rpartition(":")
-        whole = DEMO_LORAS.get(value, Path(os.path.expanduser(value)))
-        if not separator or whole.exists():
-            return LoraFile(whole)
+        def place(name: str) -> Path:
+            return DEMO_LORAS.get(name, Path(os.path.expanduser(name)))
+
         try:
-            strength = float(number)
-        except ValueError:
-            if value.startswith("demo:"):
-                names = " and ".join(DEMO_LORAS)
-                self.fail(
-                    f"There is no LoRA {value!r}. The package comes with {names}.", param, ctx
-                )
-            return LoraFile(whole)
-        if not math.isfinite(strength):
-            self.fail(f"{value!r} has the scale {number}; a finite number is needed.", param, ctx)
-        return LoraFile(DEMO_LORAS.get(path, Path(os.path.expanduser(path))), strength)
+            found = parse_lora(value, place)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+        if value.startswith("demo:") and str(found.path) == value and not found.path.exists():
+            names = " and ".join(DEMO_LORAS)
+            self.fail(f"There is no LoRA {value!r}. The package comes with {names}.", param, ctx)
+        return found
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str

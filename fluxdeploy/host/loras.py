@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections import OrderedDict
@@ -19,7 +20,7 @@ from fluxdeploy.bundle.side_paths import DOWN, RANK, UP, SidePath, find_side_pat
 from fluxdeploy.errors import CheckpointError, UsageError
 from fluxdeploy.lora import Linears, Lora, LoraFile, LowRank, read_lora
 
-__all__ = ["Loras", "SideInputs", "check_loras", "describe_loras"]
+__all__ = ["Loras", "SideInputs", "check_loras", "describe_loras", "lora_sha256"]
 
 _MAX_SCALE = 1e6
 
@@ -163,18 +164,23 @@ def check_loras(given: object) -> _Files:
     return tuple(map(_check_lora, given if listed else [given]))  # type: ignore[call-overload]
 
 
-def describe_loras(files: Iterable[LoraFile]) -> str:
-    """Name, strength and SHA-256 of each file, for a picture's metadata. Raises `CheckpointError`.
+def lora_sha256(path: Path) -> str:
+    """The SHA-256 of a file, read again where it was changed. Raises `CheckpointError`."""
+    return _sha256(*_identity(path))
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: str, modified: int, size: int) -> str:
+    with disk_errors("read", Path(path)):
+        return sha256_file(Path(path))
+
+
+def describe_loras(files: Iterable[LoraFile], sha256: Mapping[Path, str]) -> str:
+    """Name, strength and SHA-256 of each file, for a picture's metadata.
 
     The strength is what comes after the last colon before the hash.
     """
-    described = []
-    for file in files:
-        _identity(file.path)
-        with disk_errors("read", file.path):
-            digest = sha256_file(file.path)
-        described.append(f"{file.path.name}:{file.strength:g} {digest}")
-    return ", ".join(described)
+    return ", ".join(f"{f.path.name}:{f.strength:g} {sha256[f.path]}" for f in files)
 
 
 def _is_pair(given: object) -> bool:

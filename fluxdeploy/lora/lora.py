@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxdeploy.bundle.tensorfile import TensorFile, read_tensor, to_float32
-from fluxdeploy.errors import CheckpointError
+from fluxdeploy.errors import CheckpointError, UsageError
 
 __all__ = [
     "Change",
@@ -20,6 +21,7 @@ __all__ = [
     "LoraFile",
     "LowRank",
     "adapter_config",
+    "parse_lora",
     "read_float32",
 ]
 
@@ -84,6 +86,23 @@ class LoraFile:
         """The file, and the one beside it that is read with it."""
         config = adapter_config(self.path)
         return (self.path,) if config is None else (self.path, config)
+
+
+def parse_lora(text: str, place: Callable[[str], Path]) -> LoraFile:
+    """FILE or FILE:SCALE, where what is a file as it stands has no scale.
+
+    place: the path of a file by its name. Raises `UsageError` for a scale that is not finite.
+    """
+    whole, (name, colon, number) = place(text), text.rpartition(":")
+    if not colon or whole.exists():
+        return LoraFile(whole)
+    try:
+        strength = float(number)
+    except ValueError:
+        return LoraFile(whole)
+    if not math.isfinite(strength):
+        raise UsageError(f"{text!r} has the scale {number}; a finite number is needed.")
+    return LoraFile(place(name), strength)
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from fluxdeploy.sampling.euler import evaluations, levels
 from fluxdeploy.sampling.sampler import Step, Velocity
 
 __all__ = ["evaluations", "levels", "start"]
-
-
-def levels(sigmas: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The velocity is taken where a step begins: [N] of the [N + 1] levels."""
-    return sigmas[:-1]
-
-
-def evaluations(steps: int) -> int:
-    """One a step."""
-    return steps
 
 
 def start(latents: NDArray[np.float32], sigmas: NDArray[np.float32]) -> Step:

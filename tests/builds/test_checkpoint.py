@@ -214,7 +214,7 @@ def test_a_build_from_a_file_that_changes_replaces_nothing(
         (copy / VAE).write_bytes(bytes((copy / VAE).stat().st_size))
         os.utime(copy / VAE, (1_600_000_000, 1_600_000_000))
 
-    monkeypatch.setattr(build_module, "make_component", make_component)
+    monkeypatch.setattr("fluxdeploy.build.components.make_component", make_component)
     monkeypatch.setattr(build_module, "make_tokenizer", lambda *_: None)
     request = BuildRequest(str(copy))
     with pytest.raises(CheckpointError, match=f"{VAE} was changed"):

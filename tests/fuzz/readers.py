@@ -400,7 +400,7 @@ def arguments(folder: Path) -> Reader:
 
     import exporters.export
     import exporters.quality.calibrate
-    import fluxdeploy.build.build
+    import fluxdeploy.build.components
     from fluxdeploy.cli import main
     from fluxdeploy.errors import FluxDeployError
 
@@ -408,7 +408,7 @@ def arguments(folder: Path) -> Reader:
         raise FluxDeployError("The work begins.")
 
     for module, name in (
-        (fluxdeploy.build.build, "make_component"),
+        (fluxdeploy.build.components, "make_component"),
         (exporters.export, "export_component"),
         (exporters.quality.calibrate, "calibrate"),
     ):
