@@ -128,6 +128,11 @@ class Checkpoint:
         return find_task(self.pipeline, sizes.in_channels, sizes.out_channels, self.latents)
 
     @property
+    def references(self) -> int:
+        """How many pictures the transformer usually reads behind the one that is drawn."""
+        return 1 if self.task == "kontext" else 0
+
+    @property
     def latents(self) -> LatentSpec:
         """Layout and scaling of the latents: the VAE's, in the MM-DiT's patches."""
         return LatentSpec(

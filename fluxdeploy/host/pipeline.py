@@ -32,6 +32,7 @@ from fluxdeploy.host.components import Components
 from fluxdeploy.host.course import unmeasured
 from fluxdeploy.host.demand import demand
 from fluxdeploy.host.diffusers_names import ATTRIBUTES, missing_attribute, refuse_arguments
+from fluxdeploy.host.examples import example_arguments
 from fluxdeploy.host.loras import Loras, check_loras
 from fluxdeploy.host.making import LevelCallback, make_pictures
 from fluxdeploy.host.memory import check_memory
@@ -50,6 +51,7 @@ from fluxdeploy.host.tasks.text_to_image import TextToImage
 from fluxdeploy.host.turns import Priority, QueueLimits, Turns
 from fluxdeploy.lora import LoraFile
 from fluxdeploy.progress import Progress
+from fluxdeploy.sampling.examples import example_picture
 from fluxdeploy.sampling.skipping import Skips
 from fluxdeploy.text import Tokenizers, load_tokenizers
 
@@ -395,15 +397,11 @@ class FluxPipeline:
 
     def warm_up(self) -> None:
         """Open every engine of the bundle, and run it once. Raises what a call raises."""
-        manifest, white = self._bundle.manifest, np.full((16, 16, 3), 255, np.uint8)
-        kind = [
-            task
-            for task in TASKS
-            if task.name in manifest.tasks and set(task.components) <= set(manifest.components)
-        ][-1]
-        given: dict[str, Any] = dict.fromkeys(kind.chosen_by, white)
-        if "strength" in kind.options:
-            given["strength"] = 0.5
+        manifest = self._bundle.manifest
+        height, width = manifest.defaults.height, manifest.defaults.width
+        given = example_arguments(manifest, height, width)
+        if not given and "vae_encoder" in manifest.components:
+            given = {"image": example_picture(height, width), "strength": 0.5}
         self("warm-up", num_inference_steps=2, seed=0, **given)
 
     def close(self) -> None:
