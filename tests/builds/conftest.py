@@ -64,7 +64,8 @@ def traces(remembered_traces: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 def checkpoints(shared_folder: SharedFolder, request: pytest.FixtureRequest) -> Callable[..., Path]:
     """`checkpoints(dtype="BF16", scale=1.0, name=None)`: a checkpoint in other types or weights.
 
-    It is the default one, or a random one of `tests.support.checkpoints.SHAPES`. Every weight is multiplied by `scale`, a power of two, so that nothing but the numbers changes.
+    It is the default one, or a random one of `tests.support.checkpoints.SHAPES`. Every weight is
+    multiplied by `scale`, a power of two, so that nothing but the numbers changes.
     Not to be written to.
     """
     pytest.importorskip("torch")
