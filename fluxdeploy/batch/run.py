@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from fluxdeploy.batch.draw import Drawn, draw
+from fluxdeploy.batch.draw import Drawn, OnPreview, draw
 from fluxdeploy.batch.index import Entry, Index
 from fluxdeploy.batch.jobs import Job, alike
 from fluxdeploy.batch.plan import Failed
@@ -34,11 +34,13 @@ def run_jobs(
     failed: Failed,
     progress: Progress,
     at_once: int | None = None,
+    on_preview: OnPreview | None = None,
 ) -> None:
     """Draw the jobs that are not done, and write their pictures.
 
     index: where each picture is entered once it is in place. at_once: pictures of a call; as many
-    as pay where None. Raises what ends the batch: what is written stays.
+    as pay where None. on_preview: is shown each step. Raises what ends the batch: what is written
+    stays.
     """
     waiting = [job for job in jobs if not job.done]
     task = progress.task("Generating", total=max(1, sum(map(_work, waiting))))
@@ -50,19 +52,24 @@ def run_jobs(
     for group in alike(waiting, tokens, at_once):
         before = task.done
         step = sum(map(_work, group)) / ((group[0].order.num_inference_steps or 0) + 1)
-        for job, drawn in _drawn(pipe, group, failed, functools.partial(task.advance, step)):
+        advance = functools.partial(task.advance, step)
+        for job, drawn in _drawn(pipe, group, failed, advance, on_preview):
             _write(job, drawn, index)
         # The decoding, and the steps that an image saves.
         task.advance(before + sum(map(_work, group)) - task.done)
 
 
 def _drawn(
-    pipe: FluxPipeline, group: Sequence[Job], failed: Failed, on_step: Callable[[], None]
+    pipe: FluxPipeline,
+    group: Sequence[Job],
+    failed: Failed,
+    on_step: Callable[[], None],
+    on_preview: OnPreview | None,
 ) -> list[tuple[Job, tuple[Drawn, ...]]]:
     """The pictures of a group; one by one where they cannot be drawn together."""
     known: EngineError | NumericError | UsageError
     try:
-        return list(zip(group, draw(pipe, group, on_step), strict=True))
+        return list(zip(group, draw(pipe, group, on_step, on_preview), strict=True))
     except _OF_A_JOB as error:
         known = error
     except Exception as error:
@@ -73,7 +80,7 @@ def _drawn(
     if len(group) == 1:
         failed(group[0].place, known)
         return []
-    return [each for job in group for each in _drawn(pipe, [job], failed, lambda: None)]
+    return [each for job in group for each in _drawn(pipe, [job], failed, lambda: None, on_preview)]
 
 
 def _write(job: Job, drawn: Sequence[Drawn], index: Index | None) -> None:

@@ -14,6 +14,7 @@ from fluxdeploy.bundle.manifest import (
     SCHEMA_VERSION,
     ComponentRecord,
     Manifest,
+    PreviewSpec,
     QualityRecord,
     TokenizerRecord,
 )
@@ -32,6 +33,7 @@ def describe(
     run: BuildRun,
     tokenizers: Mapping[str, TokenizerRecord],
     components: Mapping[str, ComponentRecord],
+    preview: PreviewSpec,
 ) -> Manifest:
     """All that a host must know of what a run has made."""
     checkpoint, request = run.spec.checkpoint, run.spec.request
@@ -61,6 +63,7 @@ def describe(
             "vae_bytes_per_pixel": _vae_bytes_per_pixel(run),
             "tools": {"fluxdeploy": __version__} | tool_versions(),
         },
+        preview=preview,
     )
 
 

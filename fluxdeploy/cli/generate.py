@@ -25,6 +25,7 @@ from fluxdeploy.cli.options import (
     PathType,
     complete_sampler,
 )
+from fluxdeploy.cli.previews import TERMINAL, check_terminal, to_file, to_terminal
 from fluxdeploy.errors import (
     CutPromptWarning,
     FluxDeployError,
@@ -39,7 +40,9 @@ from fluxdeploy.progress import Progress
 from fluxdeploy.terminal import say, say_json
 
 if TYPE_CHECKING:
+    from fluxdeploy.batch.draw import OnPreview
     from fluxdeploy.batch.jobs import Job
+    from fluxdeploy.host.pipeline import FluxPipeline
     from fluxdeploy.lora import LoraFile
 
 
@@ -205,6 +208,13 @@ _KINDS = (CutPromptWarning, TiledWarning, UnmeasuredSkipsWarning, UnusedArgument
     help="Also put all pictures with their prompts into this one PNG.",
 )
 @click.option(
+    "--preview",
+    type=PathType(),
+    metavar="terminal|FILE",
+    help="Show each step as a small picture of where it is going: on the terminal, or in a PNG "
+    "that each step replaces.",
+)
+@click.option(
     "--batch",
     type=click.IntRange(min=1),
     metavar="N",
@@ -240,6 +250,7 @@ def command(
     low_vram: bool,
     out: Path,
     sheet: Path | None,
+    preview: Path | None,
     batch: int | None,
     as_json: bool,
 ) -> None:
@@ -319,7 +330,11 @@ def command(
     paths = [path for request in requests for path in request.paths]
     _check_writable("--out", paths if source is None else [out, *paths])
     if sheet is not None:
-        _check_sheet(sheet, paths)
+        _check_beside("--sheet", sheet, paths)
+    if preview == TERMINAL:
+        check_terminal(as_json)
+    elif preview is not None:
+        _check_beside("--preview", preview, [*paths, *([] if sheet is None else [sheet])])
 
     with (
         libraries_on_stderr(),
@@ -328,11 +343,13 @@ def command(
         Progress(quiet=as_json) as progress,
         _notices(progress, as_json) as warned,
     ):
+        on_preview = _previews(preview, pipe, progress)
         jobs = make_jobs(pipe, requests, index, failed)
         if source is not None:
             interrupted(resumes=True)
         # On the command line each prompt and seed is a call of its own.
-        run_jobs(pipe, jobs, index, failed, progress, 1 if source is None else batch)
+        at_once = 1 if source is None else batch
+        run_jobs(pipe, jobs, index, failed, progress, at_once, on_preview)
     written = [
         (path, job.order.prompt)
         for job in jobs
@@ -348,6 +365,19 @@ def command(
         kept = sum(len(job.made) for job in jobs)
         paths = [path for path, _ in written]
         _report_lines(paths, kept, index_path(out), bad, seconds, warned, as_json)
+
+
+def _previews(preview: Path | None, pipe: FluxPipeline, progress: Progress) -> OnPreview | None:
+    """Who is shown each step. Raises `UsageError` for a bundle that cannot show any."""
+    from fluxdeploy.host.previews import require_linear
+
+    if preview is None:
+        return None
+    manifest = pipe.bundle.manifest
+    require_linear(manifest)
+    if preview == TERMINAL:
+        return to_terminal(progress)
+    return to_file(preview, manifest.latents.spatial_factor)
 
 
 def _report_prompts(
@@ -464,14 +494,14 @@ def _notices(progress: Progress, as_json: bool) -> Iterator[list[str]]:
         yield told
 
 
-def _check_sheet(sheet: Path, paths: list[Path]) -> None:
-    """Raise `UsageError` or `PermissionError` where a contact sheet cannot be written."""
+def _check_beside(option: str, path: Path, paths: list[Path]) -> None:
+    """Raise `UsageError` or `PermissionError` where a file cannot be written beside the others."""
     from fluxdeploy.host.pictures import check_picture_path
 
-    check_picture_path(sheet)
-    _check_writable("--sheet", [sheet])
-    if os.path.realpath(sheet) in map(os.path.realpath, paths):
-        raise UsageError(f"--sheet {sheet} is also the name of a picture. Name another file.")
+    check_picture_path(path)
+    _check_writable(option, [path])
+    if os.path.realpath(path) in map(os.path.realpath, paths):
+        raise UsageError(f"{option} {path} is also the name of a picture. Name another file.")
 
 
 def _check_writable(option: str, paths: list[Path]) -> None:

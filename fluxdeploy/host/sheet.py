@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["contact_sheet"]
+__all__ = ["contact_sheet", "side_by_side"]
 
 _SMALLEST, _LARGEST = 256, 512
 """A picture's longer side on the sheet, in pixels: room for its caption, and still an overview."""
@@ -51,6 +51,18 @@ def contact_sheet(pictures: Sequence[Image.Image], captions: Sequence[str]) -> I
             y = top + height + number * _LINE_HEIGHT + _LINE_HEIGHT // 4
             pen.text((left, y), line, fill=_INK, font=font)
     return sheet
+
+
+def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size in a nearly square grid, row by row, with nothing between them."""
+    width, height = pictures[0].size
+    columns = _columns(len(pictures), width, height)
+    rows = math.ceil(len(pictures) / columns)
+    whole = Image.new("RGB", (columns * width, rows * height), _PAPER)
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        whole.paste(picture, (column * width, row * height))
+    return whole
 
 
 def _resized(picture: Image.Image) -> Image.Image:
