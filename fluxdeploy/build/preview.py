@@ -76,7 +76,8 @@ def linear_map(latents: Floats, images: Floats, spec: LatentSpec) -> PreviewSpec
     middle, mean = given.mean(axis=0), wanted.mean(axis=0)
     given, wanted = given - middle, wanted - mean
     spread = given.T @ given
-    ridge = _RIDGE * max(np.trace(spread) / channels, np.finfo(np.float64).tiny)
+    # What never changes has no spread at all.
+    ridge = _RIDGE * max(np.trace(spread) / channels, 1e-12)
     matrix = np.linalg.solve(spread + ridge * np.eye(channels), given.T @ wanted)
     return PreviewSpec(tuple(map(_rounded, matrix)), _rounded(mean - middle @ matrix))
 

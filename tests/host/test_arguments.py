@@ -135,7 +135,8 @@ PARAMETERS = [
     *("prompt", "negative_prompt", "true_cfg_scale", "height", "width", "num_inference_steps"),
     *("guidance_scale", "num_images_per_prompt", "seed", "latents", "image", "mask_image"),
     *("strength", "padding_mask_crop", "max_sequence_length", "callback_on_step_end"),
-    *("num_previews", "callback_on_preview", "cancel", "priority", "output_type"),
+    *("num_previews", "callback_on_preview", "preview_decoder"),
+    *("cancel", "priority", "output_type"),
 ]
 
 
