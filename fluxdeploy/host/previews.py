@@ -68,9 +68,13 @@ def linear_pictures(
     tokens: NDArray[np.float32], height: int, width: int, spec: LatentSpec, linear: PreviewSpec
 ) -> NDArray[np.float32]:
     """Pictures of packed latents [B, L, C] by a linear map: float32 [B, h, w, 3] in 0..1."""
-    latents = unpack(tokens, height, width, spec).transpose(0, 2, 3, 1)
-    colours = latents @ np.asarray(linear.matrix, np.float32) + np.asarray(linear.bias, np.float32)
-    return np.clip(colours, 0.0, 1.0)
+    latents = unpack(tokens, height, width, spec)
+    batch, channels, rows, columns = latents.shape
+    matrix = np.asarray(linear.matrix, np.float32)
+    colours = matrix.T @ latents.reshape(batch, channels, rows * columns)
+    colours += np.asarray(linear.bias, np.float32)[:, None]
+    np.clip(colours, 0.0, 1.0, out=colours)
+    return np.ascontiguousarray(colours.transpose(0, 2, 1)).reshape(batch, rows, columns, 3)
 
 
 class Previews:
