@@ -15,6 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import click
 
+from fluxdeploy.cli.grid import (
+    GRID_SHEET,
+    AxisType,
+    check_grid,
+    place_of_pictures,
+    read_pictures,
+    report_grid,
+    write_grid,
+)
 from fluxdeploy.cli.options import (
     AS_JSON,
     BUNDLE,
@@ -41,6 +50,7 @@ from fluxdeploy.terminal import say, say_json
 
 if TYPE_CHECKING:
     from fluxdeploy.batch.draw import OnPreview
+    from fluxdeploy.batch.grid import Axis
     from fluxdeploy.batch.jobs import Job
     from fluxdeploy.host.pipeline import FluxPipeline
     from fluxdeploy.lora import LoraFile
@@ -208,6 +218,16 @@ _KINDS = (CutPromptWarning, TiledWarning, UnmeasuredSkipsWarning, UnusedArgument
     help="Also put all pictures with their prompts into this one PNG.",
 )
 @click.option(
+    "--grid",
+    "axes",
+    multiple=True,
+    type=AxisType(),
+    metavar="NAME=VALUE,...",
+    help="Compare: a picture for each value of an option (steps, seed, guidance, true-cfg-scale, "
+    "strength, sampler), or of two, on one sheet. Twice gives rows and columns; several PROMPTs "
+    "are rows too. The sheet is --sheet, grid.png by default; with --out all pictures are kept.",
+)
+@click.option(
     "--preview",
     type=PathType(),
     metavar="terminal|FILE",
@@ -250,6 +270,7 @@ def command(
     low_vram: bool,
     out: Path,
     sheet: Path | None,
+    axes: tuple[Axis, ...],
     preview: Path | None,
     batch: int | None,
     as_json: bool,
@@ -274,6 +295,8 @@ def command(
       fluxdeploy generate "a fox" --seed 7 --num-images 4 --out fox.png --json
       fluxdeploy generate "a fox" --seed 1,2,3 --sheet seeds.png
       fluxdeploy generate "a green star" "a pink heart" --sheet sheet.png
+      fluxdeploy generate "a fox" --grid seed=1,2,3 --grid steps=4,8,28 --sheet grid.png
+      fluxdeploy generate "a fox" --bundle flux-dev --preview terminal
       fluxdeploy generate "a fox" --bundle flux-dev --lora style.safetensors:0.8
       fluxdeploy generate "a fox, oil on canvas" --image fox.png --strength 0.7
       fluxdeploy generate "a blue heart" --image ring.png --mask hole.png --strength 0.9
@@ -303,7 +326,12 @@ def command(
     }
     if (source is None) == (not prompts):
         raise click.UsageError("Give a PROMPT, or a file of them with --prompts.")
+    if axes:
+        check_grid(axes, source)
+        sheet = GRID_SHEET if sheet is None else sheet
+        out = place_of_pictures(out)
     from engines.base import EngineOptions
+    from fluxdeploy.batch.grid import make_grid
     from fluxdeploy.batch.index import Index
     from fluxdeploy.batch.lines import STDIN, read_lines
     from fluxdeploy.batch.plan import index_path, make_jobs, of_lines, of_prompts
@@ -322,7 +350,10 @@ def command(
             bad.append((place, error))
             say(f"{place}: {error}", err=True)
 
-    if source is None:
+    grid = make_grid(prompts, axes, usual, out) if axes else None
+    if grid is not None:
+        requests = grid.requests
+    elif source is None:
         requests = of_prompts(prompts, usual, out)
     else:
         folder = Path() if source == STDIN else Path(source).parent
@@ -356,10 +387,16 @@ def command(
         for path in job.paths
         if index is None or index.find(path, job.request) is not None
     ]
-    if sheet is not None and written:
+    if grid is not None:
+        assert sheet is not None
+        write_grid(sheet, grid, written)
+    elif sheet is not None and written:
         _write_sheet(sheet, written)
     seconds = time.monotonic() - start
-    if source is None:
+    if grid is not None:
+        assert sheet is not None
+        report_grid(sheet, grid, jobs, seconds, warned, as_json)
+    elif source is None:
         _report_prompts(jobs, sheet, seconds, warned, as_json)
     else:
         kept = sum(len(job.made) for job in jobs)
@@ -451,15 +488,10 @@ def _report_lines(
 
 def _write_sheet(sheet: Path, written: list[tuple[Path, str]]) -> None:
     """Put pictures with their prompts into one."""
-    from PIL import Image
-
     from fluxdeploy.host.pictures import write_png
     from fluxdeploy.host.sheet import contact_sheet
 
-    pictures = []
-    for path, _ in written:
-        with Image.open(path) as image:
-            pictures.append(image.convert("RGB"))
+    pictures = read_pictures([path for path, _ in written])
     write_png(contact_sheet(pictures, [prompt for _, prompt in written]), sheet)
 
 
