@@ -257,3 +257,17 @@ def test_a_bundle_without_a_map_says_how_to_make_one(
     assert result.exit_code == 2
     assert "`fluxdeploy build`" in result.stderr
     assert not any(engine.runs for engine in engines.values())
+
+
+def test_a_grid_encodes_its_prompt_once_and_draws_what_calls_draw(
+    opened: FluxPipeline, tmp_path: Path
+) -> None:
+    axes = ("--grid", "guidance=1,5", "--grid", "steps=2,3")
+    result = run(tmp_path, *axes, "--seed", 3, "--sheet", tmp_path / "grid.png")
+    assert result.exit_code == 0, result.stderr
+    assert opened.stats.prompt_misses == 2, "CLIP and T5, once each"
+    assert opened.stats.pictures == 4
+    (alone,) = draw(opened, seed=3, guidance_scale=5.0, num_inference_steps=2)
+    with Image.open(tmp_path / "image-guidance5-steps2.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), alone)
+    assert read_metadata(tmp_path / "image-guidance5-steps2.png").guidance_scale == 5.0
