@@ -18,10 +18,11 @@ from fluxdeploy.sampling.latents import token_grid
 from fluxdeploy.sampling.sampler import load_sampler
 
 if TYPE_CHECKING:
+    from fluxdeploy.batch.cluster import Cluster
     from fluxdeploy.host.pipeline import FluxPipeline
     from fluxdeploy.progress import Progress
 
-__all__ = ["run_jobs"]
+__all__ = ["drawn_here", "run_jobs"]
 
 _OF_A_JOB = (UsageError, NumericError, EngineError)
 """What another job may not meet. A bundle that is gone, or a full disk, ends the batch."""
@@ -35,12 +36,13 @@ def run_jobs(
     progress: Progress,
     at_once: int | None = None,
     on_preview: OnPreview | None = None,
+    cluster: Cluster | None = None,
 ) -> None:
     """Draw the jobs that are not done, and write their pictures.
 
     index: where each picture is entered once it is in place. at_once: pictures of a call; as many
-    as pay where None. on_preview: is shown each step. Raises what ends the batch: what is written
-    stays.
+    as pay where None. on_preview: is shown each step. cluster: what draws in place of `pipe`.
+    Raises what ends the batch: what is written stays.
     """
     waiting = [job for job in jobs if not job.done]
     task = progress.task("Generating", total=max(1, sum(map(_work, waiting))))
@@ -49,22 +51,29 @@ def run_jobs(
         rows, columns = token_grid(*_size(job), pipe.bundle.manifest.latents)
         return rows * columns + (job.order.max_sequence_length or 0)
 
-    for group in alike(waiting, tokens, at_once):
+    groups = alike(waiting, tokens, at_once)
+    if cluster is not None:
+        for group, made in cluster.draw(groups, failed):
+            for job, drawn in made:
+                _write(job, drawn, index)
+            task.advance(sum(map(_work, group)))
+        return
+    for group in groups:
         before = task.done
         step = sum(map(_work, group)) / ((group[0].order.num_inference_steps or 0) + 1)
         advance = functools.partial(task.advance, step)
-        for job, drawn in _drawn(pipe, group, failed, advance, on_preview):
+        for job, drawn in drawn_here(pipe, group, failed, advance, on_preview):
             _write(job, drawn, index)
         # The decoding, and the steps that an image saves.
         task.advance(before + sum(map(_work, group)) - task.done)
 
 
-def _drawn(
+def drawn_here(
     pipe: FluxPipeline,
     group: Sequence[Job],
     failed: Failed,
     on_step: Callable[[], None],
-    on_preview: OnPreview | None,
+    on_preview: OnPreview | None = None,
 ) -> list[tuple[Job, tuple[Drawn, ...]]]:
     """The pictures of a group; one by one where they cannot be drawn together."""
     known: EngineError | NumericError | UsageError
@@ -80,7 +89,9 @@ def _drawn(
     if len(group) == 1:
         failed(group[0].place, known)
         return []
-    return [each for job in group for each in _drawn(pipe, [job], failed, lambda: None, on_preview)]
+    return [
+        each for job in group for each in drawn_here(pipe, [job], failed, lambda: None, on_preview)
+    ]
 
 
 def _write(job: Job, drawn: Sequence[Drawn], index: Index | None) -> None:

@@ -9,7 +9,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -240,6 +240,18 @@ _KINDS = (CutPromptWarning, TiledWarning, UnmeasuredSkipsWarning, UnusedArgument
     metavar="N",
     help="Pictures of one size that --prompts draws at once.  [default: as many as pay]",
 )
+@click.option(
+    "--ray",
+    "address",
+    metavar="ADDRESS|local",
+    help="Draw --prompts on a Ray cluster, a worker a device; `local` begins one here.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Of --ray.  [default: one for each GPU, else for each machine]",
+)
 @AS_JSON
 def command(
     prompts: tuple[str, ...],
@@ -273,6 +285,8 @@ def command(
     axes: tuple[Axis, ...],
     preview: Path | None,
     batch: int | None,
+    address: str | None,
+    workers: int | None,
     as_json: bool,
 ) -> None:
     """Make a picture of each PROMPT.
@@ -302,6 +316,7 @@ def command(
       fluxdeploy generate "a blue heart" --image ring.png --mask hole.png --strength 0.9
       fluxdeploy generate "a red ring" --image ring.png --outpaint 64,0,64,0 --strength 1
       fluxdeploy generate --prompts prompts.jsonl --out pictures/fox.png
+      fluxdeploy generate --prompts prompts.jsonl --bundle flux-dev --ray auto --out fox.png
     """
     usual = {
         "prompt_2": prompt_2,
@@ -326,11 +341,14 @@ def command(
     }
     if (source is None) == (not prompts):
         raise click.UsageError("Give a PROMPT, or a file of them with --prompts.")
+    if address is not None and (source is None or preview is not None):
+        raise UsageError("--ray draws what --prompts has, without --preview: its steps are afar.")
     if axes:
         check_grid(axes, source)
         sheet = GRID_SHEET if sheet is None else sheet
         out = place_of_pictures(out)
     from engines.base import EngineOptions
+    from fluxdeploy.batch.cluster import Cluster
     from fluxdeploy.batch.grid import make_grid
     from fluxdeploy.batch.index import Index
     from fluxdeploy.batch.lines import STDIN, read_lines
@@ -367,12 +385,14 @@ def command(
     elif preview is not None:
         _check_beside("--preview", preview, [*paths, *([] if sheet is None else [sheet])])
 
+    options = EngineOptions(threads, device)
     with (
         libraries_on_stderr(),
-        FluxPipeline.from_bundle(bundle, runtime, EngineOptions(threads, device), low_vram) as pipe,
+        FluxPipeline.from_bundle(bundle, runtime, options, low_vram) as pipe,
         nullcontext() if source is None else Index(index_path(out)) as index,
         Progress(quiet=as_json) as progress,
         _notices(progress, as_json) as warned,
+        ExitStack() as stack,
     ):
         on_preview = _previews(preview, pipe, progress)
         jobs = make_jobs(pipe, requests, index, failed)
@@ -380,7 +400,10 @@ def command(
             interrupted(resumes=True)
         # On the command line each prompt and seed is a call of its own.
         at_once = 1 if source is None else batch
-        run_jobs(pipe, jobs, index, failed, progress, at_once, on_preview)
+        afar = None
+        if address is not None and not all(job.done for job in jobs):
+            afar = stack.enter_context(Cluster(address, pipe, runtime, options, low_vram, workers))
+        run_jobs(pipe, jobs, index, failed, progress, at_once, on_preview, afar)
     written = [
         (path, job.order.prompt)
         for job in jobs
