@@ -30,7 +30,7 @@ LOCAL = "local"
 """The address of a cluster that is begun on this machine, and ends with the batch."""
 
 _TRIES = 3
-"""How often a call is drawn anew whose worker has died: it may be what kills them."""
+"""How often a call is drawn whose worker dies: it may be what kills them."""
 
 _SECONDS_TO_START = 120.0
 
@@ -142,31 +142,25 @@ class Cluster:
         A group whose workers die again and again fails. Raises what ends a batch.
         """
         waiting, free = iter(groups), list(self._workers)
-        running: dict[Any, tuple[Any, Sequence[Job], int]] = {}
-
-        def give(worker: Any, group: Sequence[Job], tries: int) -> None:
-            answer = worker.draw.remote([_anywhere(job) for job in group])
-            running[answer] = worker, group, tries
-
+        running: dict[Any, tuple[Any, Sequence[Job]]] = {}
         while True:
             while free and (group := next(waiting, None)) is not None:
-                give(free.pop(), group, 1)
+                worker = free.pop()
+                answer = worker.draw.remote([_anywhere(job) for job in group])
+                running[answer] = worker, group
             if not running:
                 return
             (done,), _ = self._ray.wait(list(running))
-            worker, group, tries = running.pop(done)
+            worker, group = running.pop(done)
+            free.append(worker)
             try:
                 made, bad = self._answer(done)
             except self._ray.exceptions.RayActorError:
-                if tries < _TRIES:
-                    give(worker, group, tries + 1)
-                    continue
                 words = (
-                    f"{tries} workers died while they drew it. See what their systems say; memory "
+                    f"{_TRIES} workers died while they drew it. See what their systems say; memory "
                     "may have run out."
                 )
                 made, bad = [], [(job.place, EngineError(words)) for job in group]
-            free.append(worker)
             for place, error in bad:
                 failed(place, error)
             yield group, made
@@ -181,6 +175,8 @@ class Cluster:
             num_cpus=1,
             num_gpus=1 if gpus else 0,
             max_restarts=-1,
+            # Without any, what is asked of a worker that is being started again fails at once.
+            max_task_retries=_TRIES - 1,
             scheduling_strategy="SPREAD",
         )
         self._workers = [remote.remote(*self._arguments) for _ in range(count)]
