@@ -82,7 +82,7 @@ def main(
         wrong = made_wrongly(folder, index, count)
         if batch.returncode or len(made) < kills:
             wrong.append(f"exit code {batch.returncode}, {len(made)} workers killed")
-        largest = largest_difference(bundle, folder, rows)
+        largest = 255 if wrong else largest_difference(bundle, folder, rows)
         result = {
             "processor": describe_cpu()["name"] or platform.processor(),
             "cores": os.cpu_count(),

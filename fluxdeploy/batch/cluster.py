@@ -29,8 +29,9 @@ __all__ = ["LOCAL", "Cluster"]
 LOCAL = "local"
 """The address of a cluster that is begun on this machine, and ends with the batch."""
 
-_TRIES = 3
-"""How often a call is drawn whose worker dies: it may be what kills them."""
+_TRIES = 6
+"""How often a call is drawn whose worker dies: it may be what kills them. One that is asked for too
+early, while its worker is started again, counts too."""
 
 _SECONDS_TO_START = 120.0
 
@@ -157,8 +158,8 @@ class Cluster:
                 made, bad = self._answer(done)
             except self._ray.exceptions.RayActorError:
                 words = (
-                    f"{_TRIES} workers died while they drew it. See what their systems say; memory "
-                    "may have run out."
+                    f"Workers died {_TRIES} times while they drew it. See what their systems say; "
+                    "memory may have run out."
                 )
                 made, bad = [], [(job.place, EngineError(words)) for job in group]
             for place, error in bad:
