@@ -68,6 +68,7 @@ def test_what_is_put_above_the_bars_takes_the_place_of_what_was_there(
         progress.put_above("first")
         progress.put_above("second")
     last = stream.getvalue().rpartition("second")
+    assert last[1], "it is drawn"
     assert "Steps" in last[2]
     assert "first" not in last[2]
     quiet = io.StringIO()

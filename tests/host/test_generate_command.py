@@ -253,9 +253,14 @@ def test_previews_that_cannot_be_shown_are_refused_first(
 def test_a_bundle_without_a_map_says_how_to_make_one(
     engines: dict[str, MemoryEngine], tmp_path: Path
 ) -> None:
-    result = run(tmp_path, "--preview", tmp_path / "now.png")
-    assert result.exit_code == 2
-    assert "`fluxdeploy build`" in result.stderr
+    """Once, and not for each line of a file."""
+    (tmp_path / "prompts.txt").write_text("a fox\nan owl\n")
+    for drawn in (["a fox"], ["--prompts", str(tmp_path / "prompts.txt")]):
+        options = ["--preview", str(tmp_path / "now.png"), "--out", str(tmp_path / "x.png")]
+        result = CliRunner().invoke(main, ["generate", *drawn, *options])
+        assert result.exit_code == 2
+        assert "`fluxdeploy build`" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
     assert not any(engine.runs for engine in engines.values())
 
 
