@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fluxdeploy.batch.draw import Drawn
+from fluxdeploy.batch.here import drawn_here
 from fluxdeploy.batch.jobs import Job
 from fluxdeploy.batch.plan import Failed
 from fluxdeploy.errors import BundleError, EngineError, FluxDeployError, UsageError
@@ -63,8 +64,6 @@ class _Worker:
 
     def draw(self, group: Sequence[Job]) -> tuple[Made, list[tuple[str, FluxDeployError]]]:
         """The pictures of jobs that are one call, and what of it cannot be drawn."""
-        from fluxdeploy.batch.run import drawn_here
-
         self.ready()
         assert self._pipe is not None
         bad: list[tuple[str, FluxDeployError]] = []

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fluxdeploy.batch.draw import Drawn, OnPreview, draw
+from fluxdeploy.batch.draw import Drawn, OnPreview
+from fluxdeploy.batch.here import drawn_here
 from fluxdeploy.batch.index import Entry, Index
 from fluxdeploy.batch.jobs import Job, alike
 from fluxdeploy.batch.plan import Failed
-from fluxdeploy.errors import EngineError, NumericError, UsageError
 from fluxdeploy.host.pictures import write_file
-from fluxdeploy.native import exhausted
 from fluxdeploy.sampling.latents import token_grid
 from fluxdeploy.sampling.sampler import load_sampler
 
@@ -22,10 +21,7 @@ if TYPE_CHECKING:
     from fluxdeploy.host.pipeline import FluxPipeline
     from fluxdeploy.progress import Progress
 
-__all__ = ["drawn_here", "run_jobs"]
-
-_OF_A_JOB = (UsageError, NumericError, EngineError)
-"""What another job may not meet. A bundle that is gone, or a full disk, ends the batch."""
+__all__ = ["run_jobs"]
 
 
 def run_jobs(
@@ -66,32 +62,6 @@ def run_jobs(
             _write(job, drawn, index)
         # The decoding, and the steps that an image saves.
         task.advance(before + sum(map(_work, group)) - task.done)
-
-
-def drawn_here(
-    pipe: FluxPipeline,
-    group: Sequence[Job],
-    failed: Failed,
-    on_step: Callable[[], None],
-    on_preview: OnPreview | None = None,
-) -> list[tuple[Job, tuple[Drawn, ...]]]:
-    """The pictures of a group; one by one where they cannot be drawn together."""
-    known: EngineError | NumericError | UsageError
-    try:
-        return list(zip(group, draw(pipe, group, on_step, on_preview), strict=True))
-    except _OF_A_JOB as error:
-        known = error
-    except Exception as error:
-        why = exhausted(error)
-        if why is None:
-            raise
-        known = EngineError(f"{why[0].upper()}{why[1:]}.")
-    if len(group) == 1:
-        failed(group[0].place, known)
-        return []
-    return [
-        each for job in group for each in drawn_here(pipe, [job], failed, lambda: None, on_preview)
-    ]
 
 
 def _write(job: Job, drawn: Sequence[Drawn], index: Index | None) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from engines import EngineOptions
-from fluxdeploy.batch import run as runs
+from fluxdeploy.batch import cluster as module
 from fluxdeploy.batch.cluster import Cluster, _anywhere
 from fluxdeploy.batch.jobs import Job
 from fluxdeploy.batch.order import Order
@@ -147,7 +147,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return [(job, job.place) for job in group if job not in bad]
 
     monkeypatch.setattr(FluxPipeline, "from_bundle", from_bundle)
-    monkeypatch.setattr(runs, "drawn_here", drawn)
+    monkeypatch.setattr(module, "drawn_here", drawn)
     return found
 
 
