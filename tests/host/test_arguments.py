@@ -123,6 +123,7 @@ VALUES: dict[str, Any] = {
     "no pixels": Image.new("RGB", (0, 4)),
     "no pixel array": np.zeros((0, 4, 3), np.uint8),
     "a priority": "low",
+    "a decoder of previews": "vae",
     "a picture": Image.new("L", (5, 4)),
     "a mode": Image.new("F", (5, 4)),
     "pixels": np.full((4, 5, 3), 7, np.uint8),
