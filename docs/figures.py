@@ -684,6 +684,35 @@ def _samplers(report: dict[str, Any]) -> str:
     )
 
 
+def _previews(report: dict[str, Any]) -> str:
+    """The report of benchmarks/previews.py as a Markdown table and the machine it ran on."""
+    step, halfway, last = (
+        report[name] for name in ("step_ms", "psnr_halfway", "psnr_of_the_last_step")
+    )
+    rows = [
+        ["previews", "a step", "after half the steps, median and least", "after the last"],
+        ["---", "---:", "---:", "---:"],
+        ["none", f"{step['plain']:.0f} ms", "", ""],
+        [
+            "linear",
+            f"{step['linear']:.0f} ms",
+            *(f"{found['median']} dB, {found['least']} dB" for found in (halfway, last)),
+        ],
+        ["of the VAE", f"{step['vae']:.0f} ms", "", ""],
+    ]
+    alone = ", ".join(
+        f"{found:g} ms for {side}x{side}" for side, found in report["linear_map_ms"].items()
+    )
+    return (
+        f"{_table(rows)}\n"
+        f"`{report['bundle']}` at 128x128 in {report['steps']} steps: times of the fastest of "
+        f"{report['rounds']} pictures, and\nPSNR of {report['pictures']} linear previews against "
+        f"the decoded picture in an eighth of its size. The map\nalone takes {alone}. Measured by\n"
+        "[benchmarks/previews.py](../benchmarks/previews.py) on\n"
+        f"{report['processor']}, {report['cores']} cores.\n"
+    )
+
+
 BLOCKS: Mapping[str, Block] = {
     "export_scale": Block(RESULTS / "export_scale.json", (FIGURES,), _export_scale),
     "demo_scores": Block(RESULTS / "demo_scores.json", (FIGURES, MODEL_CARD), _demo_scores),
@@ -705,6 +734,7 @@ BLOCKS: Mapping[str, Block] = {
     ),
     "cpp_host": Block(RESULTS / "cpp_host.json", (CPP,), _cpp_host),
     "samplers": Block(RESULTS / "samplers.json", (RUN,), _samplers),
+    "previews": Block(RESULTS / "previews.json", (RUN,), _previews),
     "serving": Block(RESULTS / "soak.json", (SERVING,), _serving),
     "cost_curves": Block(RESULTS / "cost_curves.json", (PERFORMANCE,), _cost_curves),
 }

@@ -18,10 +18,14 @@ __all__ = ["CancelToken", "FluxPipeline", "FluxPipelineOutput", "__version__"]
 __version__ = "0.1.0"
 
 # Read when the libraries are imported, and all of ours that import them import this package first:
-# ONNX Runtime would keep a device id and a database of events, the hub's library tell of models.
-# Who has set them keeps what was set.
-for _switch in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
-    os.environ.setdefault(_switch, "1")
+# ONNX Runtime would keep a device id and a database of events, the hub's library tell of models,
+# and Ray of clusters. Who has set them keeps what was set.
+for _switch, _off in (
+    ("ORT_DISABLE_TELEMETRY", "1"),
+    ("HF_HUB_DISABLE_TELEMETRY", "1"),
+    ("RAY_USAGE_STATS_ENABLED", "0"),
+):
+    os.environ.setdefault(_switch, _off)
 
 _HOMES = {
     "CancelToken": "fluxdeploy.host.cancel",

@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, TextIO
 from fluxdeploy.terminal import visible, write
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.console import Console, RenderableType
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
@@ -94,6 +97,7 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._quiet = quiet
         self._bars: RichProgress | None = None
+        self._above: RenderableType | None = None
         self._running: list[Task] = []
         self._said = time.monotonic()
         self._closed = threading.Event()
@@ -110,6 +114,15 @@ class Progress:
             self._bars.console.print(line, markup=False, highlight=False)
         else:
             self._report(line)
+
+    @property
+    def live(self) -> Console | None:
+        """The terminal that bars are drawn on, while they are; None elsewhere."""
+        return None if self._bars is None else self._bars.console
+
+    def put_above(self, what: RenderableType) -> None:
+        """Draw this above the bars, in the place of what was there. Nothing without a terminal."""
+        self._above = what
 
     def __enter__(self) -> Progress:
         if self._quiet:
@@ -149,7 +162,15 @@ class Progress:
         )
         from rich.progress import Progress as RichProgress
 
-        return RichProgress(
+        owner = self
+
+        class Bars(RichProgress):
+            def get_renderables(self) -> Iterable[RenderableType]:
+                if owner._above is not None:
+                    yield owner._above
+                yield from super().get_renderables()
+
+        return Bars(
             SpinnerColumn(finished_text="[green]✓[/green]"),
             TextColumn("{task.description}", markup=False),
             BarColumn(),

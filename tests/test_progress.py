@@ -58,6 +58,26 @@ def test_a_terminal_gets_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.count("100%") >= 2
 
 
+def test_what_is_put_above_the_bars_takes_the_place_of_what_was_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = FakeTerminal()
+    with Progress(stream=stream) as progress:
+        progress.task("Steps", total=2)
+        progress.put_above("first")
+        progress.put_above("second")
+    last = stream.getvalue().rpartition("second")
+    assert last[1], "it is drawn"
+    assert "Steps" in last[2]
+    assert "first" not in last[2]
+    quiet = io.StringIO()
+    with Progress(stream=quiet) as progress:
+        progress.put_above("first")
+        assert progress.live is None
+    assert quiet.getvalue() == ""
+
+
 def test_a_log_hears_of_a_long_task(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LOOK", 0.01)
     monkeypatch.setattr(module, "_BEAT", 0.02)

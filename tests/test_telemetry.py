@@ -12,7 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-SWITCHES = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+SWITCHES = {
+    "ORT_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 HOSTS = {
     "the pipeline's engines": """

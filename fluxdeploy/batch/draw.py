@@ -24,9 +24,14 @@ from fluxdeploy.sampling.latents import latent_shape, pack
 from fluxdeploy.sampling.noise import standard_normal
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from fluxdeploy.host.pipeline import FluxPipeline
 
-__all__ = ["Drawn", "check_order", "draw"]
+__all__ = ["Drawn", "OnPreview", "check_order", "draw"]
+
+OnPreview = Callable[["list[Image]"], None]
+"""Called after each step with a small picture of where each picture of the call is going."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,10 @@ def check_order(pipe: FluxPipeline, order: Order) -> dict[Path, str]:
 
 
 def draw(
-    pipe: FluxPipeline, jobs: Sequence[Job], on_step: Callable[[], None]
+    pipe: FluxPipeline,
+    jobs: Sequence[Job],
+    on_step: Callable[[], None],
+    on_preview: OnPreview | None = None,
 ) -> list[tuple[Drawn, ...]]:
     """The pictures of jobs, drawn as one call; several are of one shape, and from text alone.
 
@@ -81,6 +89,11 @@ def draw(
     def on_step_end(*_: object) -> None:
         on_step()
 
+    if on_preview is not None:
+        arguments |= {
+            "preview_decoder": "linear",
+            "callback_on_preview": lambda pipe, steps, images: on_preview(images),
+        }
     images: Any = pipe(callback_on_step_end=on_step_end, **arguments).images
     seconds = (time.monotonic() - start) / len(images)
     drawn, pictures = [], iter(images)

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fluxdeploy.batch.draw import Drawn, draw
+from fluxdeploy.batch.draw import Drawn, OnPreview
+from fluxdeploy.batch.here import drawn_here
 from fluxdeploy.batch.index import Entry, Index
 from fluxdeploy.batch.jobs import Job, alike
 from fluxdeploy.batch.plan import Failed
-from fluxdeploy.errors import EngineError, NumericError, UsageError
 from fluxdeploy.host.pictures import write_file
-from fluxdeploy.native import exhausted
 from fluxdeploy.sampling.latents import token_grid
 from fluxdeploy.sampling.sampler import load_sampler
 
 if TYPE_CHECKING:
+    from fluxdeploy.batch.cluster import Cluster
     from fluxdeploy.host.pipeline import FluxPipeline
     from fluxdeploy.progress import Progress
 
 __all__ = ["run_jobs"]
-
-_OF_A_JOB = (UsageError, NumericError, EngineError)
-"""What another job may not meet. A bundle that is gone, or a full disk, ends the batch."""
 
 
 def run_jobs(
@@ -34,11 +31,14 @@ def run_jobs(
     failed: Failed,
     progress: Progress,
     at_once: int | None = None,
+    on_preview: OnPreview | None = None,
+    cluster: Cluster | None = None,
 ) -> None:
     """Draw the jobs that are not done, and write their pictures.
 
     index: where each picture is entered once it is in place. at_once: pictures of a call; as many
-    as pay where None. Raises what ends the batch: what is written stays.
+    as pay where None. on_preview: is shown each step. cluster: what draws in place of `pipe`.
+    Raises what ends the batch: what is written stays.
     """
     waiting = [job for job in jobs if not job.done]
     task = progress.task("Generating", total=max(1, sum(map(_work, waiting))))
@@ -47,33 +47,21 @@ def run_jobs(
         rows, columns = token_grid(*_size(job), pipe.bundle.manifest.latents)
         return rows * columns + (job.order.max_sequence_length or 0)
 
-    for group in alike(waiting, tokens, at_once):
+    groups = alike(waiting, tokens, at_once)
+    if cluster is not None:
+        for group, made in cluster.draw(groups, failed):
+            for job, drawn in made:
+                _write(job, drawn, index)
+            task.advance(sum(map(_work, group)))
+        return
+    for group in groups:
         before = task.done
         step = sum(map(_work, group)) / ((group[0].order.num_inference_steps or 0) + 1)
-        for job, drawn in _drawn(pipe, group, failed, functools.partial(task.advance, step)):
+        advance = functools.partial(task.advance, step)
+        for job, drawn in drawn_here(pipe, group, failed, advance, on_preview):
             _write(job, drawn, index)
         # The decoding, and the steps that an image saves.
         task.advance(before + sum(map(_work, group)) - task.done)
-
-
-def _drawn(
-    pipe: FluxPipeline, group: Sequence[Job], failed: Failed, on_step: Callable[[], None]
-) -> list[tuple[Job, tuple[Drawn, ...]]]:
-    """The pictures of a group; one by one where they cannot be drawn together."""
-    known: EngineError | NumericError | UsageError
-    try:
-        return list(zip(group, draw(pipe, group, on_step), strict=True))
-    except _OF_A_JOB as error:
-        known = error
-    except Exception as error:
-        why = exhausted(error)
-        if why is None:
-            raise
-        known = EngineError(f"{why[0].upper()}{why[1:]}.")
-    if len(group) == 1:
-        failed(group[0].place, known)
-        return []
-    return [each for job in group for each in _drawn(pipe, [job], failed, lambda: None)]
 
 
 def _write(job: Job, drawn: Sequence[Drawn], index: Index | None) -> None:

@@ -10,6 +10,7 @@ from fluxdeploy.build.components import make_components
 from fluxdeploy.build.describe import describe
 from fluxdeploy.build.last import LastBuild
 from fluxdeploy.build.prepare import prepare
+from fluxdeploy.build.preview import fit_preview
 from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.build.run import BuildRun
 from fluxdeploy.build.staging import Staging
@@ -46,8 +47,9 @@ def build(request: BuildRequest, destination: Path, progress: Progress) -> Bundl
         run = BuildRun(spec, staging, progress, cache)
         tokenizers = {name: make_tokenizer(name, run) for name in spec.tokenizers}
         components = make_components(run, "Exporting components")
+        preview = fit_preview(run)
         require_unchanged(cache)
-        staging.commit(describe(run, tokenizers, components))
+        staging.commit(describe(run, tokenizers, components, preview))
     cache.renew()
     bundle = open_bundle(destination)
     last.remember(bundle, run.hashes.files.keys())

@@ -14,6 +14,7 @@ from fluxdeploy.bundle.manifest import (
     SCHEMA_VERSION,
     ComponentRecord,
     Manifest,
+    PreviewSpec,
     QualityRecord,
     TokenizerRecord,
 )
@@ -35,6 +36,7 @@ def describe(
     run: BuildRun,
     tokenizers: Mapping[str, TokenizerRecord],
     components: Mapping[str, ComponentRecord],
+    preview: PreviewSpec,
 ) -> Manifest:
     """All that a host must know of what a run has made."""
     checkpoint, request = run.spec.checkpoint, run.spec.request
@@ -63,6 +65,7 @@ def describe(
             "tools": {"fluxdeploy": __version__} | tool_versions(),
         },
         tasks=_tasks(checkpoint),
+        preview=preview,
     )
 
 

@@ -42,6 +42,7 @@ __all__ = [
     "GoldenRecord",
     "LatentSpec",
     "Manifest",
+    "PreviewSpec",
     "QualityRecord",
     "RopeSpec",
     "ScheduleSpec",
@@ -316,6 +317,17 @@ class SkipRecord:
 
 
 @dataclass(frozen=True)
+class PreviewSpec:
+    """Cheap pictures of latents, one pixel for each: r, g, b = x @ matrix + bias, cut to 0..1.
+
+    x has the transformer's scale, its channels are the rows of `matrix`.
+    """
+
+    matrix: tuple[tuple[float, ...], ...]
+    bias: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A whole bundle. `provenance` is free-form JSON: checkpoint hash, tool versions, requests.
 
@@ -336,6 +348,7 @@ class Manifest:
     provenance: Mapping[str, object]
     skips: tuple[SkipRecord, ...] = field(default=(), metadata=OPTIONAL)
     tasks: tuple[str, ...] = field(default=_USUAL_TASKS, metadata=OPTIONAL)
+    preview: PreviewSpec | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def lora_rank(self) -> int:
@@ -486,6 +499,8 @@ def _check(manifest: Manifest) -> None:
     _check_schedule(manifest)
     for index, record in enumerate(manifest.skips):
         _check_skips(record, manifest.skips[:index], f"skips[{index}]")
+    if manifest.preview is not None:
+        _check_preview(manifest.preview, manifest.latents.channels)
     _check_boundary(manifest)
     _check_defaults(manifest)
 
@@ -775,6 +790,19 @@ def _check_skips(record: SkipRecord, earlier: tuple[SkipRecord, ...], where: str
         where,
         "has the sampler and the steps of an earlier one",
     )
+
+
+def _check_preview(preview: PreviewSpec, channels: int) -> None:
+    _require(
+        len(preview.matrix) == channels,
+        "preview.matrix",
+        f"has {len(preview.matrix)} rows; latents.channels is {channels}",
+    )
+    rows = {f"preview.matrix[{index}]": row for index, row in enumerate(preview.matrix)}
+    for where, row in {**rows, "preview.bias": preview.bias}.items():
+        _require(len(row) == 3, where, f"has {len(row)} numbers; there are 3 colours")
+        for index, value in enumerate(row):
+            _check_range(f"{where}[{index}]", value, -_LARGE, _LARGE)
 
 
 def _tokens(manifest: Manifest, side: str) -> int:

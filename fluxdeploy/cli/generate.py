@@ -9,12 +9,21 @@ import re
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import click
 
+from fluxdeploy.cli.grid import (
+    GRID_SHEET,
+    AxisType,
+    check_grid,
+    place_of_pictures,
+    read_pictures,
+    report_grid,
+    write_grid,
+)
 from fluxdeploy.cli.options import (
     AS_JSON,
     BUNDLE,
@@ -25,6 +34,7 @@ from fluxdeploy.cli.options import (
     PathType,
     complete_sampler,
 )
+from fluxdeploy.cli.previews import TERMINAL, check_terminal, to_file, to_terminal
 from fluxdeploy.errors import (
     CutPromptWarning,
     FluxDeployError,
@@ -39,7 +49,10 @@ from fluxdeploy.progress import Progress
 from fluxdeploy.terminal import say, say_json
 
 if TYPE_CHECKING:
+    from fluxdeploy.batch.draw import OnPreview
+    from fluxdeploy.batch.grid import Axis
     from fluxdeploy.batch.jobs import Job
+    from fluxdeploy.host.pipeline import FluxPipeline
     from fluxdeploy.lora import LoraFile
 
 
@@ -230,10 +243,39 @@ _KINDS = (CutPromptWarning, TiledWarning, UnmeasuredSkipsWarning, UnusedArgument
     help="Also put all pictures with their prompts into this one PNG.",
 )
 @click.option(
+    "--grid",
+    "axes",
+    multiple=True,
+    type=AxisType(),
+    metavar="NAME=VALUE,...",
+    help="Compare: a picture for each value of an option (steps, seed, guidance, true-cfg-scale, "
+    "strength, sampler), or of two, on one sheet. Twice gives rows and columns; several PROMPTs "
+    "are rows too. The sheet is --sheet, grid.png by default; with --out all pictures are kept.",
+)
+@click.option(
+    "--preview",
+    type=PathType(),
+    metavar="terminal|FILE",
+    help="Show each step as a small picture of where it is going: on the terminal, or in a PNG "
+    "that each step replaces.",
+)
+@click.option(
     "--batch",
     type=click.IntRange(min=1),
     metavar="N",
     help="Pictures of one size that --prompts draws at once.  [default: as many as pay]",
+)
+@click.option(
+    "--ray",
+    "address",
+    metavar="ADDRESS|local",
+    help="Draw --prompts on a Ray cluster, a worker a device; `local` begins one here.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Of --ray.  [default: one for each GPU, else for each machine]",
 )
 @AS_JSON
 def command(
@@ -269,7 +311,11 @@ def command(
     low_vram: bool,
     out: Path,
     sheet: Path | None,
+    axes: tuple[Axis, ...],
+    preview: Path | None,
     batch: int | None,
+    address: str | None,
+    workers: int | None,
     as_json: bool,
 ) -> None:
     """Make a picture of each PROMPT.
@@ -292,6 +338,8 @@ def command(
       fluxdeploy generate "a fox" --seed 7 --num-images 4 --out fox.png --json
       fluxdeploy generate "a fox" --seed 1,2,3 --sheet seeds.png
       fluxdeploy generate "a green star" "a pink heart" --sheet sheet.png
+      fluxdeploy generate "a fox" --grid seed=1,2,3 --grid steps=4,8,28 --sheet grid.png
+      fluxdeploy generate "a fox" --bundle flux-dev --preview terminal
       fluxdeploy generate "a fox" --bundle flux-dev --lora style.safetensors:0.8
       fluxdeploy generate "a fox, oil on canvas" --image fox.png --strength 0.7
       fluxdeploy generate "a blue heart" --image ring.png --mask hole.png --strength 0.9
@@ -299,6 +347,7 @@ def command(
       fluxdeploy generate "make the ring blue" --bundle kontext --image ring.png
       fluxdeploy generate "a glass house" --bundle canny --control-image house.jpg --control canny
       fluxdeploy generate --prompts prompts.jsonl --out pictures/fox.png
+      fluxdeploy generate --prompts prompts.jsonl --bundle flux-dev --ray auto --out fox.png
     """
     usual = {
         "prompt_2": prompt_2,
@@ -327,7 +376,15 @@ def command(
     }
     if (source is None) == (not prompts):
         raise click.UsageError("Give a PROMPT, or a file of them with --prompts.")
+    if address is not None and (source is None or preview is not None):
+        raise UsageError("--ray draws what --prompts has, without --preview: its steps are afar.")
+    if axes:
+        check_grid(axes, source)
+        sheet = GRID_SHEET if sheet is None else sheet
+        out = place_of_pictures(out)
     from engines.base import EngineOptions
+    from fluxdeploy.batch.cluster import Cluster
+    from fluxdeploy.batch.grid import make_grid
     from fluxdeploy.batch.index import Index
     from fluxdeploy.batch.lines import STDIN, read_lines
     from fluxdeploy.batch.plan import index_path, make_jobs, of_lines, of_prompts
@@ -346,7 +403,10 @@ def command(
             bad.append((place, error))
             say(f"{place}: {error}", err=True)
 
-    if source is None:
+    grid = make_grid(prompts, axes, usual, out) if axes else None
+    if grid is not None:
+        requests = grid.requests
+    elif source is None:
         requests = of_prompts(prompts, usual, out)
     else:
         folder = Path() if source == STDIN else Path(source).parent
@@ -354,35 +414,65 @@ def command(
     paths = [path for request in requests for path in request.paths]
     _check_writable("--out", paths if source is None else [out, *paths])
     if sheet is not None:
-        _check_sheet(sheet, paths)
+        _check_beside("--sheet", sheet, paths)
+    if preview == TERMINAL:
+        check_terminal(as_json)
+    elif preview is not None:
+        _check_beside("--preview", preview, [*paths, *([] if sheet is None else [sheet])])
 
+    options = EngineOptions(threads, device)
     with (
         libraries_on_stderr(),
-        FluxPipeline.from_bundle(bundle, runtime, EngineOptions(threads, device), low_vram) as pipe,
+        FluxPipeline.from_bundle(bundle, runtime, options, low_vram) as pipe,
         nullcontext() if source is None else Index(index_path(out)) as index,
         Progress(quiet=as_json) as progress,
         _notices(progress, as_json) as warned,
+        ExitStack() as stack,
     ):
+        on_preview = _previews(preview, pipe, progress)
         jobs = make_jobs(pipe, requests, index, failed)
         if source is not None:
             interrupted(resumes=True)
         # On the command line each prompt and seed is a call of its own.
-        run_jobs(pipe, jobs, index, failed, progress, 1 if source is None else batch)
+        at_once = 1 if source is None else batch
+        afar = None
+        if address is not None and not all(job.done for job in jobs):
+            afar = stack.enter_context(Cluster(address, pipe, runtime, options, low_vram, workers))
+        run_jobs(pipe, jobs, index, failed, progress, at_once, on_preview, afar)
     written = [
         (path, job.order.prompt)
         for job in jobs
         for path in job.paths
         if index is None or index.find(path, job.request) is not None
     ]
-    if sheet is not None and written:
+    if grid is not None:
+        assert sheet is not None
+        write_grid(sheet, grid, written)
+    elif sheet is not None and written:
         _write_sheet(sheet, written)
     seconds = time.monotonic() - start
-    if source is None:
+    if grid is not None:
+        assert sheet is not None
+        report_grid(sheet, grid, jobs, seconds, warned, as_json)
+    elif source is None:
         _report_prompts(jobs, sheet, seconds, warned, as_json)
     else:
         kept = sum(len(job.made) for job in jobs)
         paths = [path for path, _ in written]
         _report_lines(paths, kept, index_path(out), bad, seconds, warned, as_json)
+
+
+def _previews(preview: Path | None, pipe: FluxPipeline, progress: Progress) -> OnPreview | None:
+    """Who is shown each step. Raises `UsageError` for a bundle that cannot show any."""
+    from fluxdeploy.host.previews import require_linear
+
+    if preview is None:
+        return None
+    manifest = pipe.bundle.manifest
+    require_linear(manifest)
+    if preview == TERMINAL:
+        return to_terminal(progress)
+    return to_file(preview, manifest.latents.spatial_factor)
 
 
 def _report_prompts(
@@ -456,15 +546,10 @@ def _report_lines(
 
 def _write_sheet(sheet: Path, written: list[tuple[Path, str]]) -> None:
     """Put pictures with their prompts into one."""
-    from PIL import Image
-
     from fluxdeploy.host.pictures import write_png
     from fluxdeploy.host.sheet import contact_sheet
 
-    pictures = []
-    for path, _ in written:
-        with Image.open(path) as image:
-            pictures.append(image.convert("RGB"))
+    pictures = read_pictures([path for path, _ in written])
     write_png(contact_sheet(pictures, [prompt for _, prompt in written]), sheet)
 
 
@@ -499,14 +584,14 @@ def _notices(progress: Progress, as_json: bool) -> Iterator[list[str]]:
         yield told
 
 
-def _check_sheet(sheet: Path, paths: list[Path]) -> None:
-    """Raise `UsageError` or `PermissionError` where a contact sheet cannot be written."""
+def _check_beside(option: str, path: Path, paths: list[Path]) -> None:
+    """Raise `UsageError` or `PermissionError` where a file cannot be written beside the others."""
     from fluxdeploy.host.pictures import check_picture_path
 
-    check_picture_path(sheet)
-    _check_writable("--sheet", [sheet])
-    if os.path.realpath(sheet) in map(os.path.realpath, paths):
-        raise UsageError(f"--sheet {sheet} is also the name of a picture. Name another file.")
+    check_picture_path(path)
+    _check_writable(option, [path])
+    if os.path.realpath(path) in map(os.path.realpath, paths):
+        raise UsageError(f"{option} {path} is also the name of a picture. Name another file.")
 
 
 def _check_writable(option: str, paths: list[Path]) -> None:

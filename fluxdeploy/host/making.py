@@ -16,7 +16,7 @@ from fluxdeploy.host.components import Components, Run
 from fluxdeploy.host.decoding import decode
 from fluxdeploy.host.loop import StepCallback, denoise
 from fluxdeploy.host.loras import SideInputs
-from fluxdeploy.host.previews import Previews, Show, preview_steps
+from fluxdeploy.host.previews import Previews, Wanted, linear_pictures
 from fluxdeploy.host.prompts import Condition, PromptEncoder, condition, with_text
 from fluxdeploy.host.tasks.task import Start, Task
 from fluxdeploy.host.tiles import tiled
@@ -40,7 +40,7 @@ def make_pictures(
     encoder: PromptEncoder,
     loras: SideInputs,
     callback: LevelCallback | None,
-    previews: tuple[int, Show] | None,
+    previews: Wanted | None,
     turn: Turn,
     interrupted: Callable[[], bool],
     tell: Callable[[str], None],
@@ -48,7 +48,7 @@ def make_pictures(
 ) -> NDArray[np.float32]:
     """Pictures, float32 [B, H, W, 3] in 0..1, or their latents [B, L, C], packed.
 
-    previews: how many to show on the way, and to whom. interrupted: whether to make no step more.
+    previews: what to show on the way, and to whom. interrupted: whether to make no step more.
     tell: called with a sentence on each part of the VAE that runs in tiles.
 
     Raises `UsageError` for sizes that an engine does not take, `NumericError` for what is not
@@ -81,6 +81,12 @@ def make_pictures(
         with turn.stage("decoding"):
             return decode(latents, request.height, request.width, manifest.latents, run, turn)
 
+    def previewed(latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        if previews is None or previews.linear is None or latents_only:
+            return decoded(latents)
+        size = request.height, request.width
+        return linear_pictures(latents, *size, manifest.latents, previews.linear)
+
     with turn.stage("denoising"):
         transformer = components.engine("transformer")
         velocity, *negative = _velocities(
@@ -102,7 +108,7 @@ def make_pictures(
             true_cfg_scale=request.true_cfg_scale,
             skips=task.skips,
             blend=functools.partial(_step_made, turn, start),
-            on_step_end=_after_step(callback, previews, start, decoded),
+            on_step_end=_after_step(callback, previews, start, previewed),
             cancel=turn,
             interrupted=interrupted,
         )
@@ -184,17 +190,17 @@ def _step_made(turn: Turn, start: Start, step: int, latents: NDArray[np.float32]
 
 def _after_step(
     callback: LevelCallback | None,
-    previews: tuple[int, Show] | None,
+    previews: Wanted | None,
     start: Start,
-    decoded: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+    decode: Callable[[NDArray[np.float32]], NDArray[np.float32]],
 ) -> StepCallback | None:
     """What comes after each step: a preview where one is due, and the caller's callback."""
     if callback is None and previews is None:
         return None
     sigmas, shown = start.sigmas, None
     if previews is not None:
-        count, show = previews
-        shown = Previews(preview_steps(count, len(sigmas) - 1), sigmas, decoded, show)
+        steps = previews.after(len(sigmas) - 1)
+        shown = Previews(steps, sigmas, decode, previews.show)
         shown.before_step(0, start.latents)
 
     def on_step_end(step: int, latents: NDArray[np.float32]) -> NDArray[np.float32] | None:

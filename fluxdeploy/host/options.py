@@ -57,6 +57,7 @@ class CallOptions:
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
     num_previews: int = 0
     callback_on_preview: Callable[..., object] | None = None
+    preview_decoder: Literal["vae", "linear"] = "vae"
     cancel: CancelToken | None = None
     priority: Priority = "normal"
     output_type: Literal["pil", "np", "latent"] = "pil"
@@ -83,6 +84,19 @@ class CallOptions:
             and not self.callback_on_preview
         ):
             raise UsageError("`num_previews` needs a `callback_on_preview` that takes them.")
+        self._check_preview_decoder()
+
+    def _check_preview_decoder(self) -> None:
+        decoder = self.preview_decoder
+        if not isinstance(decoder, str) or decoder not in ("vae", "linear"):
+            raise UsageError(f"`preview_decoder` is {shown(decoder)}. Use 'vae' or 'linear'.")
+        if decoder == "linear" and not self.callback_on_preview:
+            raise UsageError("`preview_decoder` needs a `callback_on_preview` that takes previews.")
+        if decoder == "linear" and self.num_previews:
+            raise UsageError(
+                "`num_previews` has no say where `preview_decoder` is 'linear': there is one of "
+                "each step. Leave it out."
+            )
 
     def finished(self, task: Task, made: NDArray[np.float32]) -> list[Image] | NDArray[np.float32]:
         """What was made, pictures [B, H, W, 3] in 0..1 or latents, as the call shall give it."""

@@ -37,7 +37,7 @@ from fluxdeploy.host.loras import Loras, check_loras
 from fluxdeploy.host.making import LevelCallback, make_pictures
 from fluxdeploy.host.memory import check_memory
 from fluxdeploy.host.options import CallOptions, FluxPipelineOutput, replaced_latents
-from fluxdeploy.host.previews import Show
+from fluxdeploy.host.previews import Wanted, require_linear
 from fluxdeploy.host.prompts import PromptEncoder
 from fluxdeploy.host.request import GenerationRequest, check_request, idle_arguments
 from fluxdeploy.host.stats import PipelineStats
@@ -220,6 +220,7 @@ class FluxPipeline:
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_previews: int = 0,
         callback_on_preview: PreviewCallback | None = None,
+        preview_decoder: Literal["vae", "linear"] = "vae",
         cancel: CancelToken | None = None,
         priority: Priority = "normal",
         output_type: Literal["pil", "np", "latent"] = "pil",
@@ -280,6 +281,9 @@ class FluxPipeline:
         num_previews, callback_on_preview: how many pictures to show on the way, evenly from a fifth
             of the steps on, and what is called with them: see `PreviewCallback`. Each costs a run
             of the VAE decoder.
+        preview_decoder: "linear" calls `callback_on_preview` after each step, without
+            `num_previews`. Its pictures have a pixel for each latent, an eighth of the size, and
+            cost nearly nothing: colours by a linear map that the bundle has.
         cancel: ends this call wherever it is, even while it waits for its turn.
         priority: "high", "normal" or "low"; between two steps, a higher one goes first.
         output_type: "pil", "np", or "latent" for the last latents, packed and not decoded.
@@ -333,6 +337,7 @@ class FluxPipeline:
                 callback_on_step_end_tensor_inputs,
                 num_previews,
                 callback_on_preview,
+                preview_decoder,
                 cancel,
                 priority,
                 output_type,
@@ -466,6 +471,7 @@ class FluxPipeline:
             warnings.warn(notice, CutPromptWarning, stacklevel=3)
         if request.skip is not None and isinstance(arguments["skip"], str):
             cuts += self._tell_unmeasured(request)
+        previews = self._previews(options, task)
         asked = demand(task, options.priority, side_inputs.nbytes)
         latents_only = options.output_type == "latent"
         check_memory(task, asked.memory, latents_only)
@@ -483,7 +489,7 @@ class FluxPipeline:
                     self._encoder,
                     side_inputs,
                     self._step_callback(options, advance),
-                    self._previews(options, task),
+                    previews,
                     turn,
                     lambda: self._interrupts != interrupts,
                     tiles.append,
@@ -499,16 +505,19 @@ class FluxPipeline:
             options.finished(task, pictures), request.seed, turn.seconds, notices
         )
 
-    def _previews(self, options: CallOptions, task: Task) -> tuple[int, Show] | None:
-        """How many previews to make, and what to do with them."""
-        callback = options.callback_on_preview
-        if callback is None or options.num_previews == 0:
+    def _previews(self, options: CallOptions, task: Task) -> Wanted | None:
+        """Which previews to make. Raises `UsageError` for a bundle that cannot make cheap ones."""
+        callback, linear = options.callback_on_preview, None
+        if options.preview_decoder == "linear":
+            linear = require_linear(self._bundle.manifest)
+        elif options.num_previews == 0:
             return None
+        assert callback is not None  # or the options are refused
 
         def show(steps: int, pictures: NDArray[np.float32]) -> None:
             callback(self, steps, options.finished(task, pictures))
 
-        return options.num_previews, show
+        return Wanted(options.num_previews, linear, show)
 
     def _tell(self, notices: Sequence[str], kind: type[Warning] = UnusedArgumentWarning) -> None:
         """Warn the caller of `__call__`, of each thing once."""

@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Previews", "Show", "preview_steps"]
+from fluxdeploy.bundle.manifest import LatentSpec, Manifest, PreviewSpec
+from fluxdeploy.errors import UsageError
+from fluxdeploy.sampling.latents import unpack
+
+__all__ = ["Previews", "Show", "Wanted", "linear_pictures", "preview_steps", "require_linear"]
 
 _FIRST, _LAST = 0.2, 0.8
 """The share of the steps after which the first preview is shown, and before which the last."""
 
 Show = Callable[[int, NDArray[np.float32]], None]
 """Called with the number of steps made, and pictures, float32 [B, H, W, 3] in 0..1."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which previews to make, and who is given them.
+
+    linear: the map that makes them of the latents, after every step, one pixel for each latent.
+    Where it is None the VAE's decoder makes `count` of them, in full size.
+    """
+
+    count: int
+    linear: PreviewSpec | None
+    show: Show
+
+    def after(self, steps: int) -> tuple[int, ...]:
+        """After how many of the steps to show one."""
+        if self.linear is None:
+            return preview_steps(self.count, steps)
+        return tuple(range(1, steps + 1))
 
 
 def preview_steps(count: int, steps: int) -> tuple[int, ...]:
@@ -28,6 +52,29 @@ def preview_steps(count: int, steps: int) -> tuple[int, ...]:
         if after < steps:
             found.append(after)
     return tuple(found)
+
+
+def require_linear(manifest: Manifest) -> PreviewSpec:
+    """The bundle's map from latents to colours. Raises `UsageError` where an old one has none."""
+    if manifest.preview is None:
+        raise UsageError(
+            "This bundle has no map from latents to colours, which previews of each step take. "
+            "Build it again with `fluxdeploy build`, or have the VAE decode previews."
+        )
+    return manifest.preview
+
+
+def linear_pictures(
+    tokens: NDArray[np.float32], height: int, width: int, spec: LatentSpec, linear: PreviewSpec
+) -> NDArray[np.float32]:
+    """Pictures of packed latents [B, L, C] by a linear map: float32 [B, h, w, 3] in 0..1."""
+    latents = unpack(tokens, height, width, spec)
+    batch, channels, rows, columns = latents.shape
+    matrix = np.asarray(linear.matrix, np.float32)
+    colours = matrix.T @ latents.reshape(batch, channels, rows * columns)
+    colours += np.asarray(linear.bias, np.float32)[:, None]
+    np.clip(colours, 0.0, 1.0, out=colours)
+    return np.ascontiguousarray(colours.transpose(0, 2, 1)).reshape(batch, rows, columns, 3)
 
 
 class Previews:

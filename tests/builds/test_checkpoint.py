@@ -23,7 +23,12 @@ from fluxdeploy.build.checkpoint import (
 from fluxdeploy.build.describe import describe
 from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.bundle.files import HashCache
-from fluxdeploy.bundle.manifest import ComponentRecord, DimensionRange, EngineRecord
+from fluxdeploy.bundle.manifest import (
+    ComponentRecord,
+    DimensionRange,
+    EngineRecord,
+    PreviewSpec,
+)
 from fluxdeploy.bundle.tensorfile import read_header, write_sparse
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from fluxdeploy.errors import CheckpointError, UsageError
@@ -144,7 +149,8 @@ def _described(checkpoint: Any, *components: Any) -> Any:
         defaults=checkpoint.defaults,
     )
     run = SimpleNamespace(spec=spec, hashes=SimpleNamespace(digest="0" * 64))
-    return describe(run, {}, {"transformer": record, "vae_decoder": record})  # type: ignore[arg-type]
+    components = {"transformer": record, "vae_decoder": record}
+    return describe(run, {}, components, PreviewSpec((), ()))  # type: ignore[arg-type]
 
 
 VAE = "vae/diffusion_pytorch_model.safetensors"

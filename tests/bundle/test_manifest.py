@@ -15,6 +15,7 @@ from fluxdeploy.bundle.manifest import (
     SCHEMA_VERSION,
     DimensionRange,
     Manifest,
+    PreviewSpec,
     SkipRecord,
     TensorSpec,
     from_json,
@@ -25,6 +26,7 @@ from fluxdeploy.bundle.manifest import (
 from fluxdeploy.errors import BundleError
 
 ABSENT = object()
+PREVIEW = PreviewSpec(((0.25, 0.0, -0.5),) * 16, (0.5, 0.5, 0.5))
 
 
 def test_round_trip_gives_an_equal_manifest(manifest: Manifest) -> None:
@@ -172,10 +174,11 @@ def test_refusal_names_the_place_and_what_to_do(
 def test_what_may_be_absent_is_written_only_where_it_says_something(manifest: Manifest) -> None:
     plain = json.loads(to_json(manifest))
     assert "skips" not in plain
+    assert "preview" not in plain
     assert "spacing" not in plain["schedule"]
     record = SkipRecord("euler", 4, (1, 3), 1, 32, 48, 34.0, 35.5, 8)
     schedule = replace(manifest.schedule, spacing="beta")
-    said = replace(manifest, schedule=schedule, skips=(record,))
+    said = replace(manifest, schedule=schedule, skips=(record,), preview=PREVIEW)
     assert from_json(to_json(said), "here") == said
 
 
@@ -197,6 +200,24 @@ def test_skips_that_cannot_be_are_refused(
 ) -> None:
     record = SkipRecord("euler", 4, (1, 3), 1, 32, 48, 34.0, 35.5, 8)
     text = to_json(replace(manifest, skips=(replace(record, **changes),)))
+    with pytest.raises(BundleError, match=words):
+        from_json(text, "here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"matrix": PREVIEW.matrix[1:]}, "preview.matrix has 15 rows; latents.channels is 16"),
+        ({"matrix": ((0.5,) * 4, *PREVIEW.matrix[1:])}, r"matrix\[0\] has 4 numbers; there are 3"),
+        ({"matrix": ((0.5, 0.5, -2e6), *PREVIEW.matrix[1:])}, r"\[0\]\[2\] is -2e\+06; it must be"),
+        ({"bias": (0.5, 0.5)}, "preview.bias has 2 numbers"),
+        ({"bias": (0.5, 2e6, 0.5)}, r"preview.bias\[1\] is 2e\+06"),
+    ],
+)
+def test_previews_that_cannot_be_are_refused(
+    manifest: Manifest, changes: dict[str, Any], words: str
+) -> None:
+    text = to_json(replace(manifest, preview=replace(PREVIEW, **changes)))
     with pytest.raises(BundleError, match=words):
         from_json(text, "here")
 

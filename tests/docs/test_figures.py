@@ -68,6 +68,7 @@ BLOCKS = (
     "conditioner_split",
     "cost_curves",
     "samplers",
+    "previews",
     "serving",
     "cpp_host",
 )

@@ -94,7 +94,7 @@ def test_every_command_line_is_one_that_the_command_takes(page: Path, line: list
     ("page", "written"),
     [
         ("README.md", ["sheet.png", "image-1.png", "star.png", "flux-onnx/transformer.onnx"]),
-        ("docs/run.md", ["sheet.png", "fox-1.png", "ring.png", "green.png"]),
+        ("docs/run.md", ["sheet.png", "fox-1.png", "ring.png", "green.png", "now.png", "grid.png"]),
         ("docs/build.md", ["flux-onnx/transformer.onnx"]),
         ("docs/triton.md", ["model_repository/run.sh"]),
     ],
@@ -149,6 +149,7 @@ def test_the_python_examples_run(
             "{'a red star': 'cancelled', 'a green ring': 'drawn'}",
         ),
         ("docs/run.md", 6): shown.strip() == "4 steps",
+        ("docs/run.md", 7): shown.splitlines() == [f"{step} (16, 16)" for step in range(1, 5)],
         ("docs/serving.md", 0): shown.startswith("iVBORw0KGgo"),
         ("docs/serving.md", 1): there == {"after-5.png", "after-14.png", "ring.png"},
     }

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +114,12 @@ def lora(folder: Path) -> Reader:
 
 def manifest(folder: Path) -> Reader:
     from fluxdeploy.bundle import open_bundle
+    from fluxdeploy.bundle.manifest import PreviewSpec
     from tests.support.small_bundle import small_files, small_manifest, write_small_bundle
 
-    root = write_small_bundle(folder / "bundle", small_files(), small_manifest(small_files()))
+    preview = PreviewSpec(((0.25, 0.0, -0.5),) * 16, (0.5, 0.5, 0.5))
+    whole = replace(small_manifest(small_files()), preview=preview)
+    root = write_small_bundle(folder / "bundle", small_files(), whole)
     path = root / "fluxdeploy.json"
     return _of_file(path, [path.read_bytes()], lambda _: open_bundle(root), _json_or_bytes)
 

@@ -123,6 +123,7 @@ VALUES: dict[str, Any] = {
     "no pixels": Image.new("RGB", (0, 4)),
     "no pixel array": np.zeros((0, 4, 3), np.uint8),
     "a priority": "low",
+    "a decoder of previews": "vae",
     "a picture": Image.new("L", (5, 4)),
     "a mode": Image.new("F", (5, 4)),
     "pixels": np.full((4, 5, 3), 7, np.uint8),
@@ -135,7 +136,8 @@ PARAMETERS = [
     *("prompt", "negative_prompt", "true_cfg_scale", "height", "width", "num_inference_steps"),
     *("guidance_scale", "num_images_per_prompt", "seed", "latents", "image", "mask_image"),
     *("strength", "padding_mask_crop", "max_sequence_length", "callback_on_step_end"),
-    *("num_previews", "callback_on_preview", "cancel", "priority", "output_type"),
+    *("num_previews", "callback_on_preview", "preview_decoder"),
+    *("cancel", "priority", "output_type"),
 ]
 
 

@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
+from rich.console import Console
+from rich.style import Style
 
-from fluxdeploy.bundle.manifest import Manifest
-from fluxdeploy.cli import main
+from fluxdeploy.bundle.manifest import Manifest, PreviewSpec
+from fluxdeploy.cli import generate, main, previews
+from fluxdeploy.host import pictures
 from fluxdeploy.host.pictures import read_metadata
 from fluxdeploy.host.pipeline import FluxPipeline
+from fluxdeploy.progress import Progress
 from tests.host.conftest import MemoryEngine
 from tests.host.test_image_to_image import engines, manifest
 
@@ -151,3 +155,124 @@ def test_a_strength_that_cannot_be_is_a_usage_error(
     assert result.exit_code == 2
     assert "`strength`" in result.stderr
     assert not any(engine.runs for engine in engines.values())
+
+
+@pytest.fixture
+def linear(
+    monkeypatch: pytest.MonkeyPatch,
+    make_pipeline: Callable[[Manifest], FluxPipeline],
+    manifest: Manifest,
+) -> FluxPipeline:
+    """A bundle with a map from latents to colours."""
+    preview = PreviewSpec(((0.1, 0.2, -0.1),) * 16, (0.5, 0.5, 0.5))
+    pipe = make_pipeline(dataclasses.replace(manifest, preview=preview))
+    monkeypatch.setattr(FluxPipeline, "from_bundle", lambda *arguments: pipe)
+    return pipe
+
+
+def test_each_step_replaces_the_file_of_previews(
+    linear: FluxPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[bytes] = []
+    write = pictures.write_png
+
+    def watch(image: Image.Image, path: Path) -> None:
+        assert path == tmp_path / "now.png"
+        write(image, path)
+        shown.append(path.read_bytes())
+
+    monkeypatch.setattr(pictures, "write_png", watch)
+    result = run(tmp_path, "--seed", 3, "--num-images", 2, "--preview", tmp_path / "now.png")
+    assert result.exit_code == 0, result.stderr
+    assert len(set(shown)) == 3
+    with Image.open(tmp_path / "now.png") as image:
+        assert image.size == (48, 64)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_terminal_shows_each_step_above_the_bar(
+    linear: FluxPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr(generate, "check_terminal", lambda as_json: None)
+    monkeypatch.setattr(Progress, "live", Console(width=100, height=30))
+    monkeypatch.setattr(Progress, "put_above", lambda self, what: shown.append(what))
+    result = run(tmp_path, "--seed", 3, "--preview", "terminal")
+    assert result.exit_code == 0, result.stderr
+    assert len(shown) == 3
+    lines = str(shown[-1]).splitlines()
+    assert (len(lines), len(lines[0])) == (16, 48)
+
+
+def test_a_half_block_has_the_colours_of_two_pixels() -> None:
+    image = Image.new("RGB", (2, 2), "white")
+    image.putpixel((0, 0), (255, 0, 0))
+    image.putpixel((0, 1), (0, 0, 255))
+    text = previews.half_blocks(image, 2, 1)
+    assert text.plain == "▀▀\n"
+    left = Style.parse(str(text.spans[0].style))
+    assert left.color is not None
+    assert left.bgcolor is not None
+    assert left.color.triplet == (255, 0, 0)
+    assert left.bgcolor.triplet == (0, 0, 255)
+
+
+@pytest.mark.parametrize("size", [(2, 512), (512, 2), (64, 48)])
+def test_a_preview_stays_within_the_terminal(size: tuple[int, int]) -> None:
+    lines = previews.half_blocks(Image.new("RGB", size), 30, 8).plain.splitlines()
+    assert 1 <= len(lines) <= 8
+    assert all(1 <= len(line) <= 30 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--preview", "terminal"], "stderr is none"),
+        (["--preview", "terminal", "--json"], "--json shows none"),
+        (["--preview", "now.jpg"], "End the name in .png"),
+        (["--preview", "image.png"], "also the name of a picture"),
+        (["--preview", "sheet.png", "--sheet", "sheet.png"], "also the name of a picture"),
+        (["--preview", "no-such-folder/now.png"], "Make it first"),
+    ],
+)
+def test_previews_that_cannot_be_shown_are_refused_first(
+    linear: FluxPipeline,
+    engines: dict[str, MemoryEngine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(Path(), *options)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert not any(engine.runs for engine in engines.values())
+
+
+def test_a_bundle_without_a_map_says_how_to_make_one(
+    engines: dict[str, MemoryEngine], tmp_path: Path
+) -> None:
+    """Once, and not for each line of a file."""
+    (tmp_path / "prompts.txt").write_text("a fox\nan owl\n")
+    for drawn in (["a fox"], ["--prompts", str(tmp_path / "prompts.txt")]):
+        options = ["--preview", str(tmp_path / "now.png"), "--out", str(tmp_path / "x.png")]
+        result = CliRunner().invoke(main, ["generate", *drawn, *options])
+        assert result.exit_code == 2
+        assert "`fluxdeploy build`" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+    assert not any(engine.runs for engine in engines.values())
+
+
+def test_a_grid_encodes_its_prompt_once_and_draws_what_calls_draw(
+    opened: FluxPipeline, tmp_path: Path
+) -> None:
+    axes = ("--grid", "guidance=1,5", "--grid", "steps=2,3")
+    result = run(tmp_path, *axes, "--seed", 3, "--sheet", tmp_path / "grid.png")
+    assert result.exit_code == 0, result.stderr
+    assert opened.stats.prompt_misses == 2, "CLIP and T5, once each"
+    assert opened.stats.pictures == 4
+    (alone,) = draw(opened, seed=3, guidance_scale=5.0, num_inference_steps=2)
+    with Image.open(tmp_path / "image-guidance5-steps2.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), alone)
+    assert read_metadata(tmp_path / "image-guidance5-steps2.png").guidance_scale == 5.0

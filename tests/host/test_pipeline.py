@@ -71,6 +71,7 @@ def test_the_call_has_the_documented_signature() -> None:
         "callback_on_step_end_tensor_inputs": ("latents",),
         "num_previews": 0,
         "callback_on_preview": None,
+        "preview_decoder": "vae",
         "cancel": None,
         "priority": "normal",
         "output_type": "pil",

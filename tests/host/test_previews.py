@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fluxdeploy.bundle.manifest import Manifest, PreviewSpec
 from fluxdeploy.errors import UsageError
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.host.previews import Previews, preview_steps
+from fluxdeploy.sampling.latents import unpack
+from tests.host.conftest import MemoryEngine
 
 
 @pytest.mark.parametrize(
@@ -104,3 +109,81 @@ def test_previews_that_nobody_takes_are_refused(pipe: FluxPipeline) -> None:
         pipe("fox", num_previews=1)
     with pytest.raises(UsageError, match="`callback_on_preview` is 3, which cannot be called"):
         pipe("fox", callback_on_preview=3)  # type: ignore[arg-type]
+
+
+MATRIX = np.random.RandomState(0).uniform(-0.2, 0.2, (16, 3))
+BIAS = (0.5, 0.4, 0.6)
+
+
+@pytest.fixture
+def linear(make_pipeline: Callable[[Manifest], FluxPipeline], manifest: Manifest) -> FluxPipeline:
+    """A pipeline of a bundle with a map from latents to colours."""
+    preview = PreviewSpec(tuple(map(tuple, MATRIX)), BIAS)
+    return make_pipeline(replace(manifest, preview=preview))
+
+
+def test_linear_previews_show_each_step_without_the_decoder(
+    linear: FluxPipeline, engines: dict[str, MemoryEngine]
+) -> None:
+    """The last one is of the latents that the picture is decoded from."""
+    seen: list[tuple[int, Any]] = []
+    call: dict[str, Any] = {"seed": 3, "max_sequence_length": 16, "output_type": "np"}
+    plain = linear(["fox", "hen"], **call)
+    engines["vae_decoder"].runs.clear()
+    watched = linear(
+        ["fox", "hen"],
+        preview_decoder="linear",
+        callback_on_preview=lambda caller, steps, images: seen.append((steps, images)),
+        **call,
+    )
+    np.testing.assert_array_equal(watched.images, plain.images)
+    assert len(engines["vae_decoder"].runs) == 2
+    assert [steps for steps, _ in seen] == [1, 2, 3]
+    tokens: Any = linear(["fox", "hen"], **{**call, "output_type": "latent"}).images
+    latents = unpack(tokens, 32, 48, linear.bundle.manifest.latents)
+    expected = np.clip(np.einsum("bchw,cr->bhwr", latents, MATRIX) + BIAS, 0, 1)
+    assert expected.std() > 0.05
+    np.testing.assert_allclose(seen[-1][1], expected, atol=1e-5)
+
+
+def test_linear_previews_are_of_the_calls_output_type(linear: FluxPipeline) -> None:
+    seen: list[Any] = []
+
+    def watch(output_type: Any) -> Any:
+        linear(
+            "fox",
+            seed=3,
+            max_sequence_length=16,
+            output_type=output_type,
+            preview_decoder="linear",
+            callback_on_preview=lambda caller, steps, images: seen.append(images),
+        )
+        return seen.pop()
+
+    (picture,), pixels = watch("pil"), watch("np")
+    assert picture.size == (6, 4)
+    np.testing.assert_array_equal(np.asarray(picture), np.rint(pixels[0] * 255))
+    assert watch("latent").shape == (1, 6, 64)
+
+
+def test_an_old_bundle_says_what_linear_previews_take(pipe: FluxPipeline) -> None:
+    with pytest.raises(UsageError, match=r"no map from latents to colours.*`fluxdeploy build`"):
+        pipe("fox", preview_decoder="linear", callback_on_preview=print)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"preview_decoder": "linear"}, "needs a `callback_on_preview`"),
+        ({"preview_decoder": "tiny", "callback_on_preview": print}, "'tiny'. Use 'vae' or"),
+        (
+            {"preview_decoder": "linear", "callback_on_preview": print, "num_previews": 2},
+            "`num_previews` has no say",
+        ),
+    ],
+)
+def test_preview_decoders_that_cannot_be_are_refused(
+    linear: FluxPipeline, arguments: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        linear("fox", **arguments)

@@ -1,4 +1,4 @@
-"""A contact sheet shows every picture, and every caption as a whole where there is room."""
+"""Sheets show every picture, and every caption and label as a whole where there is room."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from fluxdeploy.host.sheet import contact_sheet
+from fluxdeploy.host.sheet import contact_sheet, grid_sheet, side_by_side
 
 COLOURS = [(200, 20 * index, 60) for index in range(12)]
 
@@ -98,3 +98,38 @@ def written(monkeypatch: pytest.MonkeyPatch, caption: str) -> list[str]:
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
     contact_sheet(pictures(1), [caption])
     return lines
+
+
+def test_a_grid_has_its_pictures_in_rows_and_columns() -> None:
+    sheet = grid_sheet(pictures(6), ["seed 1", "seed 2"], ["a", "b", "c"], "a fox")
+    places = [(top, left) for left, top, _, _ in boxes(sheet, 6)]
+    assert places == sorted(places)
+    assert len({top for top, _ in places}) == 2
+    assert len({left for _, left in places}) == 3
+
+
+def test_a_grids_labels_are_beside_and_above_its_pictures() -> None:
+    """The label of the second column alone, and of the second row alone."""
+    dark = ink(grid_sheet(pictures(4), ["", "seed 2"], ["", "steps 8"], ""))
+    shown = boxes(grid_sheet(pictures(4), ["", "seed 2"], ["", "steps 8"], ""), 4)
+    (left, top, *_), (right, *_), (_, below, *_) = shown[0], shown[1], shown[2]
+    assert dark[:top, right:].any()
+    assert not dark[:top, : right - 1].any()
+    assert dark[below:, : left - 1].any()
+    assert not dark[: below - 1, : left - 1].any()
+
+
+def test_a_grids_title_is_above_all() -> None:
+    titled, plain = (
+        grid_sheet(pictures(2), [""], ["", ""], title) for title in ("a fox " * 99, "")
+    )
+    ((_, top, *_), _), ((_, before, *_), _) = boxes(titled, 2), boxes(plain, 2)
+    assert top - before == 6 * 22
+    assert ink(titled)[:top].any()
+    assert not ink(plain).any()
+
+
+def test_pictures_beside_each_other_touch() -> None:
+    sheet = side_by_side(pictures(4, (6, 4)))
+    assert sheet.size == (12, 8)
+    assert boxes(sheet, 4) == [(0, 0, 6, 4), (6, 0, 12, 4), (0, 4, 6, 8), (6, 4, 12, 8)]

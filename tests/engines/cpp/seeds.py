@@ -17,6 +17,7 @@ from fluxdeploy.bundle.manifest import (
     DimensionRange,
     EngineRecord,
     Manifest,
+    PreviewSpec,
     SkipRecord,
     TensorSpec,
     TokenizerRecord,
@@ -71,6 +72,7 @@ def full_manifest(manifest: Manifest) -> Manifest:
             SkipRecord("euler", 28, (5, 7, 27), 1, 1024, 1024, 30.0, 33.5, 8),
             SkipRecord("ab2", 28, (), 0, 512, 768, 30.0, 30.0, 1),
         ),
+        preview=PreviewSpec(((0.25, 0.0, -0.5),) * 16, (0.5, 0.5, 0.5)),
     )
 
 

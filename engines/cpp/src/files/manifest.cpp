@@ -45,11 +45,17 @@ EngineRecord read_engine(const Json& json, const std::string& where) {
             fields.text("path"), fields.mapping("dimensions", read_range)};
 }
 
-std::optional<GoldenRecord> read_golden(const Json& json, const std::string& where) {
-    if (json.as<std::nullptr_t>()) return std::nullopt;
+// Whether there is an object, and not null.
+bool has_object(const Json& json, const std::string& where) {
+    if (json.as<std::nullptr_t>()) return false;
     if (!json.as<Json::Object>()) {
         throw FieldError(where, "must be an object or null, not " + shortened(json.text()));
     }
+    return true;
+}
+
+std::optional<GoldenRecord> read_golden(const Json& json, const std::string& where) {
+    if (!has_object(json, where)) return std::nullopt;
     const Fields fields(json, where, {"path", "max_error", "min_cosine"});
     return GoldenRecord{fields.text("path"), fields.number("max_error"),
                         fields.number("min_cosine")};
@@ -155,12 +161,27 @@ SkipRecord read_skips(const Json& json, const std::string& where) {
     return record;
 }
 
+std::vector<double> read_numbers(const Json& json, const std::string& where) {
+    std::vector<double> numbers;
+    const auto& entries = as_list(json, where);
+    for (std::size_t i = 0; i < entries.size(); ++i) {
+        numbers.push_back(as_number(entries[i], at(where, i)));
+    }
+    return numbers;
+}
+
+std::optional<PreviewSpec> read_preview(const Json& json, const std::string& where) {
+    if (!has_object(json, where)) return std::nullopt;
+    const Fields fields(json, where, {"matrix", "bias"});
+    return PreviewSpec{fields.list("matrix", read_numbers), fields.list("bias", as_number)};
+}
+
 Manifest read_fields(const Json& json) {
     const Fields fields(
         json, "",
         {"schema_version", "family", "variant", "guidance_embedding", "components", "latents",
          "rope", "schedule", "tokenizers", "defaults", "quality", "provenance"},
-        {"skips"});
+        {"skips", "preview"});
     Manifest manifest;
     manifest.schema_version = fields.integer("schema_version");
     manifest.family = fields.text("family");
@@ -175,6 +196,9 @@ Manifest read_fields(const Json& json) {
     manifest.quality = read_quality(fields.get("quality"), "quality");
     as_object(fields.get("provenance"), "provenance");
     if (fields.has("skips")) manifest.skips = fields.list("skips", read_skips);
+    if (fields.has("preview")) {
+        manifest.preview = read_preview(fields.get("preview"), fields.where("preview"));
+    }
     return manifest;
 }
 

@@ -139,6 +139,12 @@ struct SkipRecord {
     std::int64_t pictures = 0;
 };
 
+// Cheap pictures of latents: r, g, b = x * matrix + bias, with a row of the matrix for each channel.
+struct PreviewSpec {
+    std::vector<std::vector<double>> matrix;
+    std::vector<double> bias;
+};
+
 // A whole bundle. `provenance` is checked to be an object and not kept: it is for people.
 struct Manifest {
     std::int64_t schema_version = 0;
@@ -153,6 +159,7 @@ struct Manifest {
     Defaults defaults;
     QualityRecord quality;
     std::vector<SkipRecord> skips;
+    std::optional<PreviewSpec> preview;
 
     // Every file record by its path; records of one path are equal.
     std::map<std::string, FileRecord> files() const;

@@ -381,6 +381,25 @@ void check_skips(const std::vector<SkipRecord>& records, std::size_t index,
     require(first, where, "has the sampler and the steps of an earlier one");
 }
 
+// Colours of a preview, for each channel of the latents.
+void check_colours(const std::vector<double>& colours, const std::string& where) {
+    require(colours.size() == 3, where,
+            "has " + std::to_string(colours.size()) + " numbers; there are 3 colours");
+    for (std::size_t i = 0; i < colours.size(); ++i) {
+        check_range(at(where, i), colours[i], -kLarge, kLarge);
+    }
+}
+
+void check_preview(const PreviewSpec& preview, std::int64_t channels) {
+    require(static_cast<std::int64_t>(preview.matrix.size()) == channels, "preview.matrix",
+            "has " + std::to_string(preview.matrix.size()) + " rows; latents.channels is " +
+                text(channels));
+    for (std::size_t i = 0; i < preview.matrix.size(); ++i) {
+        check_colours(preview.matrix[i], at("preview.matrix", i));
+    }
+    check_colours(preview.bias, "preview.bias");
+}
+
 // A picture has `factor` pixels a latent along each side, in each size that an engine takes.
 void check_sides(const std::map<std::string, DimensionRange>& dimensions, std::int64_t factor,
                  const std::string& where) {
@@ -526,6 +545,7 @@ void check_manifest(const Manifest& manifest) {
     for (std::size_t i = 0; i < manifest.skips.size(); ++i) {
         check_skips(manifest.skips, i, at("skips", i));
     }
+    if (manifest.preview) check_preview(*manifest.preview, manifest.latents.channels);
     check_boundary(manifest);
     check_defaults(manifest);
 }
