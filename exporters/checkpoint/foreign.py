@@ -352,10 +352,6 @@ def check_config(config: Mapping[str, Any], file: Path | str) -> None:
 
 
 _STARTS = {
-    b"GGUF": (
-        "a GGUF file, whose weights are quantized in blocks: only safetensors files are read. Use "
-        "the checkpoint's .safetensors file in bfloat16, float16 or FP8"
-    ),
     b"version https://git-lfs": (
         "a pointer of Git LFS and not the file itself: run `git lfs pull` in its folder"
     ),
@@ -366,7 +362,7 @@ _LONGEST_START = max(map(len, _STARTS))
 
 
 def check_bytes(file: Path) -> None:
-    """Refuse a file that begins as something else: GGUF, a pointer of Git LFS, a web page.
+    """Refuse a file that begins as something else: a pointer of Git LFS, a web page.
 
     Raises `CheckpointError`. What is missing, no regular file or unreadable passes: who reads the
     header says so.

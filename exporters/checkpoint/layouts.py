@@ -33,6 +33,7 @@ from exporters.checkpoint.weight_files import (
     PICKLES,
     check_files,
     choose,
+    is_gguf_file,
     is_weight_file,
     list_weight_files,
     read_index,
@@ -67,9 +68,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if root.exists():
         return _open(root)
     hub_id = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", str(path))
-    if hub_id is None or is_weight_file(root.name) or root.suffix == ".gguf":
+    if hub_id is None or is_weight_file(root.name) or is_gguf_file(root.name):
         raise CheckpointError(
-            f"There is no checkpoint at {path}: give a folder, a safetensors file or a hub id."
+            f"There is no checkpoint at {path}: give a folder, a safetensors or GGUF file or a "
+            "hub id."
         )
     from exporters.checkpoint.hub import download
 
@@ -203,12 +205,6 @@ def _holds_none(file: Path, held: Contents) -> CheckpointError:
 def _nothing_in(root: Path, found: Mapping[Path, Contents]) -> CheckpointError:
     """The refusal of a folder without a transformer."""
     names = sorted(file.name for file in root.iterdir())
-    for name in names:
-        if name.lower().endswith(".gguf"):
-            return CheckpointError(
-                f"{root} holds a GGUF file ({name}) and no transformer in a safetensors file, and "
-                "only those are read: use the checkpoint in bfloat16, float16 or FP8."
-            )
     if len(found) == 1:
         ((file, held),) = found.items()
         return _holds_none(file, held)

@@ -23,6 +23,7 @@ __all__ = [
     "Chosen",
     "check_files",
     "choose",
+    "is_gguf_file",
     "is_weight_file",
     "list_weight_files",
     "read_index",
@@ -65,9 +66,18 @@ def is_weight_file(name: str) -> bool:
     return name.endswith(_SUFFIXES) and not name.startswith(".")
 
 
+def is_gguf_file(name: str) -> bool:
+    """Whether a file is a GGUF file by its name."""
+    return name.lower().endswith(".gguf") and not name.startswith(".")
+
+
 def list_weight_files(folder: Path) -> list[Path]:
-    """The files of a folder that are of safetensors by their names, in order."""
-    return sorted(f for f in folder.iterdir() if is_weight_file(f.name) and not f.is_dir())
+    """The files of a folder that are of safetensors or GGUF by their names, in order."""
+    return sorted(
+        f
+        for f in folder.iterdir()
+        if (is_weight_file(f.name) or is_gguf_file(f.name)) and not f.is_dir()
+    )
 
 
 def choose(folder: Path | str, names: Iterable[str]) -> Chosen:

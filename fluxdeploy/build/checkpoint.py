@@ -14,7 +14,6 @@ import numpy as np
 
 from fluxdeploy.build.sizes import LONGEST_SIDE, MOST_STEPS, MOST_TEXT
 from fluxdeploy.bundle.files import HashCache
-from fluxdeploy.bundle.tensorfile import read_header
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from fluxdeploy.errors import CheckpointError, MissingDependencyError, UsageError
 from fluxdeploy.install import install_command
@@ -97,7 +96,9 @@ def hash_checkpoint(
 
 
 def _require_same_places(checkpoint: Checkpoint) -> None:
-    headers = {file: read_header(file).tensors for file in checkpoint.files}
+    from exporters.checkpoint.tensors import read_entries
+
+    headers = {file: read_entries(file) for file in checkpoint.files}
     for part in checkpoint.parts.values():
         for stored in part.weights.values():
             entry = headers[stored.file].get(stored.name)
