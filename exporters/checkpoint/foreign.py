@@ -87,10 +87,8 @@ def _vae(of: str, marks: str) -> _Kind:
 
 _QUANTIZED = (
     _quantized("Nunchaku (SVDQuant)", r"\.(?:wscales|wtscale|wcscales|wzeros|smooth(?:_\w+)?)$"),
-    _quantized(
-        "bitsandbytes",
-        r"\.(?:nested_)?(?:absmax|quant_map)$|\.quant_state\.|\.(?:SCB|weight_format)$",
-    ),
+    # Its 4 bits are read, and its 8 bits are not.
+    _quantized("bitsandbytes to 8 bits", r"\.(?:SCB|weight_format)$"),
     _quantized("Quanto", r"\._(?:data|scale|shift|zeropoint)(?:\.|$)"),
     _quantized("torchao", r"\._weight_\w+$|:_?(?:qdata|data|scale|zero_point)\b|\.tensor_impl\b"),
     _quantized("GPTQ or AWQ", r"\.(?:qweight|qzeros|g_idx)$"),
@@ -304,7 +302,9 @@ def _first(header: Header, kinds: Sequence[_Kind]) -> Foreign | None:
             if kind.marks.search(form):
                 return Foreign(kind, name)
     for name, entry in header.items():
-        if name.endswith("weight") and len(entry.shape) > 1 and entry.dtype in _PACKED_TYPES:
+        packed = len(entry.shape) > 1 and entry.dtype in _PACKED_TYPES
+        # In 4 bits of bitsandbytes its bytes are of any type.
+        if packed and name.endswith("weight") and f"{name}.quant_map" not in header:
             return Foreign(_INTEGERS, name)
     return None
 

@@ -145,6 +145,10 @@ class StoredTensor:
             )
         return exact
 
+    def read_bytes(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Some bytes of a tensor as they are stored. Raises `CheckpointError` for a cut file."""
+        return self._from_file(np.dtype("u1"), self.offset + start, stop - start)
+
     def _plain(self, start: int, stop: int) -> NDArray[np.float32]:
         raw = np.dtype(_RAW[self.dtype])
         values = self._from_file(raw, self.offset + start * raw.itemsize, stop - start)
@@ -159,11 +163,7 @@ class StoredTensor:
         step = max(_WIDENED // size, 1)
         for first in range(start // size, -(-stop // size), step):
             last = min(first + step, -(-stop // size))
-            held = self._from_file(
-                np.dtype("u1"),
-                self.offset + first * width,
-                min(last * width, self.nbytes) - first * width,
-            )
+            held = self.read_bytes(first * width, min(last * width, self.nbytes))
             # The last block of a tensor need not be whole.
             blocks = np.zeros((last - first, width), np.uint8)
             blocks.reshape(-1)[: held.size] = held
