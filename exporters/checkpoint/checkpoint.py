@@ -102,7 +102,12 @@ class Checkpoint:
         """A tokenizer's folder. Raises `CheckpointError` where there is none."""
         if name not in self.tokenizers:
             folder = {"clip": "tokenizer", "t5": "tokenizer_2"}[name]
-            raise CheckpointError(f"{self.root} has no tokenizer for {name}: a folder {folder}/.")
+            # No file of weights holds one.
+            hint = " Put it there, or name a folder that has it as --base."
+            raise CheckpointError(
+                f"{self.root} has no tokenizer for {name}: a folder {folder}/."
+                + (hint if self.layout == "bfl" else "")
+            )
         return self.tokenizers[name]
 
     @functools.cached_property

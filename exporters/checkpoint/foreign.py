@@ -201,12 +201,13 @@ _VAES = (
 
 _TEXTS = _Kind(
     "texts",
-    "an all-in-one file of ComfyUI, with text encoders inside",
+    "an all-in-one file with text encoders that are not FLUX.1's, or not under ComfyUI's names",
     "it is part of a text encoder inside an all-in-one file",
-    "Such a file is not taken apart: give one that holds the transformer alone, with the folders "
-    "text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/ beside it",
+    "Those under text_encoders.clip_l. and text_encoders.t5xxl. are read: give such a file, or one "
+    "that holds the transformer alone",
     re.compile(
-        r"^(?:text_encoders|text_encoder(?:_\d)?|clip_l|t5xxl|cond_stage_model|conditioner)\."
+        r"^(?:text_encoders\.(?!(?:clip_l|t5xxl)\.)|(?:text_encoder(?:_\d)?|cond_stage_model"
+        r"|conditioner)\.)"
     ),
 )
 
@@ -277,7 +278,7 @@ _ANCHORS = {
     "transformer": r"(?:double_blocks|(?:single_)?transformer_blocks|single_blocks)\.\d+\.",
     "vae": r"decoder\.conv_in\.weight$",
     "clip": r"(?:text_model\.)?encoder\.layers\.\d+\.self_attn\.",
-    "t5": r"encoder\.block\.\d+\.layer\.\d+\.",
+    "t5": r"encoder\.block\.\d+\.layer\.\d+\.|enc\.blk\.\d+\.",
 }
 
 
@@ -291,7 +292,7 @@ def find_prefix(header: Mapping[str, Any], part: str) -> str | None:
     """What stands before the names of a part's tensors; None where they begin as they should."""
     if has_names(header, part):
         return None
-    prefixed = re.compile(rf"(.*?\.){_ANCHORS[part]}")
+    prefixed = re.compile(rf"(.*?\.)(?:{_ANCHORS[part]})")
     return next((match[1] for name in header if (match := prefixed.match(name))), None)
 
 

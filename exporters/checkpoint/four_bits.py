@@ -1,10 +1,10 @@
 """Weights that bitsandbytes stored in 4 bits, NF4 or FP4, widened to float32 as it does.
 
-Beside a weight W stand W.quant_map, the 16 numbers that its codes mean; W.absmax, what those of each
-block of 64 or so are multiplied with; and W.quant_state.bitsandbytes__nf4, JSON in bytes, which has
-the shape. An absmax may be codes itself, of 256 numbers in W.nested_quant_map, in blocks with a
-float each in W.nested_absmax and one nested_offset for all. Two codes are in a byte, the first in
-its upper half, and run over the ends of rows.
+Beside a weight W stand W.quant_map, the 16 numbers that its codes mean; W.absmax, what those of
+each block of 64 or so are multiplied with; and W.quant_state.bitsandbytes__nf4, JSON in bytes,
+which has the shape. An absmax may be codes itself, of 256 numbers in W.nested_quant_map, in blocks
+with a float each in W.nested_absmax and one nested_offset for all. Two codes are in a byte, the
+first in its upper half, and run over the ends of rows.
 """
 
 from __future__ import annotations

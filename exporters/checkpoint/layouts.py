@@ -7,18 +7,14 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from exporters.checkpoint.agreement import check_index
 from exporters.checkpoint.checkpoint import Checkpoint, Part, read_json
-from exporters.checkpoint.config import TransformerConfig
-from exporters.checkpoint.contents import (
-    COMFY_PREFIX,
-    VAE_PREFIXES,
-    Contents,
-    contents_of,
-    without_prefix,
-)
+from exporters.checkpoint.config import TransformerConfig, is_guided
+from exporters.checkpoint.contents import COMFY_PREFIX, Contents, contents_of, take_part
 from exporters.checkpoint.foreign import check_config, check_part, check_pipeline
+from exporters.checkpoint.four_bits import attach_blocks
 from exporters.checkpoint.names import canonical_transformer, canonical_vae
 from exporters.checkpoint.tensors import (
     StoredTensor,
@@ -28,6 +24,7 @@ from exporters.checkpoint.tensors import (
     read_stored,
     same_values,
 )
+from exporters.checkpoint.text_configs import FOLDERS as TEXT_FOLDERS
 from exporters.checkpoint.text_configs import with_aliases
 from exporters.checkpoint.weight_files import (
     PICKLES,
@@ -43,30 +40,26 @@ from fluxdeploy.errors import CheckpointError
 __all__ = ["open_checkpoint"]
 
 _TOKENIZERS = {"clip": "tokenizer", "t5": "tokenizer_2"}
-_FOLDERS = {
-    "transformer": "transformer",
-    "vae": "vae",
-    "clip": "text_encoder",
-    "t5": "text_encoder_2",
-}
+_FOLDERS = {"transformer": "transformer", "vae": "vae", **TEXT_FOLDERS}
 
 _COMPARED = 4096
 """Elements of each tensor that are compared where a whole part would take too long."""
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, base: Path | None = None) -> Checkpoint:
     """Read the headers and configs of a checkpoint.
 
     `path` is a folder in diffusers layout, a folder or transformer file in Black Forest Labs'
     layout, or a hub id such as `black-forest-labs/FLUX.1-dev`, with `@` and a branch, tag or commit
-    after it where another revision than the newest is meant. Weights are not read, but where two
-    VAEs have to be compared.
+    after it where another revision than the newest is meant. `base` is a folder with what does not
+    stand in or beside such a file: text encoders, VAE, tokenizers, schedule. Weights are not read,
+    but where two VAEs have to be compared.
 
     Raises `CheckpointError` for anything else, broken files, pickles and other model families.
     """
     root = Path(os.path.expanduser(path))
     if root.exists():
-        return _open(root)
+        return _open(root, base)
     hub_id = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", str(path))
     if hub_id is None or is_weight_file(root.name) or is_gguf_file(root.name):
         raise CheckpointError(
@@ -76,16 +69,26 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     from exporters.checkpoint.hub import download
 
     root, commit = download(hub_id[1], hub_id[2])
-    opened = _open(root)
+    opened = _open(root, base)
     lacking = f"{hub_id[1]} has none: copy {root} to a folder where you add it"
     absent = {name: f"{what}; {lacking}" for name, what in opened.absent.items()}
     return dataclasses.replace(opened, absent=absent, revision=commit)
 
 
-def _open(root: Path) -> Checkpoint:
-    if root.is_dir() and (root / "model_index.json").is_file():
-        return _open_diffusers(root)
-    return _open_bfl(root)
+def _open(root: Path, base: Path | None) -> Checkpoint:
+    if base is not None and not base.is_dir():
+        raise CheckpointError(
+            f"The base {base} is no folder: name one with what {root.name} lacks, such as "
+            "tokenizer/ and tokenizer_2/."
+        )
+    if not root.is_dir() or not (root / "model_index.json").is_file():
+        return _open_bfl(root, base)
+    if base is not None:
+        raise CheckpointError(
+            f"{root} is in diffusers' layout and has all parts of its own: leave out the base "
+            f"{base}, or name the file of a transformer."
+        )
+    return _open_diffusers(root)
 
 
 def _open_diffusers(root: Path) -> Checkpoint:
@@ -112,7 +115,7 @@ def _open_diffusers(root: Path) -> Checkpoint:
         "diffusers",
         parts,
         absent,
-        _tokenizers(root),
+        _Roots(root, None).tokenizers,
         read_json(scheduler),
         settings,
         check_index(index),
@@ -120,33 +123,64 @@ def _open_diffusers(root: Path) -> Checkpoint:
     )
 
 
-def _open_bfl(path: Path) -> Checkpoint:
+def _open_bfl(path: Path, base: Path | None) -> Checkpoint:
     root = path if path.is_dir() else path.parent
+    roots = _Roots(root, base)
     found = _look_at(path)
     transformer = _transformer_file(path, found)
     parts: dict[str, Part] = {}
     absent: dict[str, str] = {}
     tensors = read_stored([transformer])
-    own = {name: t for name, t in tensors.items() if not name.startswith(VAE_PREFIXES)}
-    config = root / "config.json"
     parts["transformer"] = _part(
-        "transformer", without_prefix(own, (COMFY_PREFIX,)), config, transformer
+        "transformer", take_part(tensors, "transformer"), root / "config.json", transformer
     )
-    _add_vae(parts, absent, root, transformer, found)
+    _add_vae(parts, absent, roots, transformer, found)
     for name in ("clip", "t5"):
-        _add(parts, absent, name, root / _FOLDERS[name])
-        absent[name] += _unread_encoder(name, found)
-        if name in parts:
-            _check_encoders_beside(name, parts[name].weights, root, found)
-    scheduler = root / "scheduler" / "scheduler_config.json"
-    return Checkpoint(
-        root,
-        "bfl",
-        parts,
-        absent,
-        _tokenizers(root),
-        read_json(scheduler) if scheduler.is_file() else None,
-    )
+        _add_encoder(parts, absent, name, roots, transformer, found)
+    scheduler, unused = _schedule(roots, parts["transformer"])
+    return Checkpoint(root, "bfl", parts, absent, roots.tokenizers, scheduler, unused=unused)
+
+
+def _schedule(roots: _Roots, transformer: Part) -> tuple[Mapping[str, Any] | None, tuple[str, ...]]:
+    """The config of the scheduler, if there is one, and a sentence where one is not followed."""
+    file = roots.find("scheduler/scheduler_config.json")
+    if file is None:
+        return None, ()
+    other = roots.base / "transformer/config.json" if roots.base else None
+    if other is not None and other.is_file() and file.is_relative_to(roots.base or ""):
+        # Dev's folder does as the base of schnell, whose schedule is another one.
+        guided = bool(read_json(other).get("guidance_embeds"))
+        if guided != is_guided(transformer.weights):
+            its, own = ("dev", "schnell") if guided else ("schnell", "dev")
+            return None, (
+                f"The schedule of the base {roots.base} is one of a FLUX.1-{its} and not followed: "
+                f"the transformer is a {own}",
+            )
+    return read_json(file), ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Roots:
+    """Where the parts are that are not in the transformer's file: beside it, or in the base."""
+
+    beside: Path
+    base: Path | None
+
+    def find(self, path: str) -> Path | None:
+        """A file or folder of this name, or None."""
+        roots = (self.beside, self.base)
+        return next((root / path for root in roots if root and (root / path).exists()), None)
+
+    @property
+    def tokenizers(self) -> dict[str, Path]:
+        """The folders that there are."""
+        found = {name: self.find(folder) for name, folder in _TOKENIZERS.items()}
+        return {name: folder for name, folder in found.items() if folder is not None}
+
+    def base_part(self, name: str) -> Part | None:
+        """A part as the base has it, or None."""
+        folder = None if self.base is None else self.base / _FOLDERS[name]
+        return _read_folder(name, folder) if folder is not None and folder.is_dir() else None
 
 
 def _look_at(path: Path) -> dict[Path, Contents]:
@@ -230,7 +264,7 @@ def _nothing_in(root: Path, found: Mapping[Path, Contents]) -> CheckpointError:
 def _add_vae(
     parts: dict[str, Part],
     absent: dict[str, str],
-    root: Path,
+    roots: _Roots,
     transformer: Path,
     found: Mapping[Path, Contents],
 ) -> None:
@@ -238,14 +272,10 @@ def _add_vae(
 
     Raises `CheckpointError` where two of them hold different ones.
     """
-    config = root / "vae" / "config.json"
     inside = [transformer] if "vae" in found[transformer].parts else []
     beside, strangers = _vaes_beside(transformer, found, parts["transformer"].weights)
-    sources = []
-    for file in (*inside, *beside):
-        tensors = without_prefix(read_stored([file]), VAE_PREFIXES)
-        sources.append((file, _part("vae", tensors, config, file)))
-    folder = root / "vae"
+    sources = [(file, _part_of("vae", file, roots)) for file in (*inside, *beside)]
+    folder = roots.beside / "vae"
     # It may hold the config alone.
     if folder.is_dir() and list_weight_files(folder):
         sources.append((folder, _read_folder("vae", folder)))
@@ -258,11 +288,21 @@ def _add_vae(
                     f"There are two different VAEs, in {first} and in {other}: leave the one that "
                     "belongs to the transformer."
                 )
+    elif (part := roots.base_part("vae")) is not None:
+        parts["vae"] = part
     absent["vae"] = (
-        "ae.safetensors, or a folder vae/ with weights, must stand beside the transformer"
+        "ae.safetensors, or a folder vae/ with weights, must stand beside the transformer, or in a "
+        "folder that --base names"
     )
     if strangers:
         absent["vae"] += f" ({'; '.join(strangers[:3])})"
+
+
+def _part_of(name: str, file: Path, roots: _Roots) -> Part:
+    """A part in a file of its own or in one of several, with a config that lies elsewhere."""
+    config = f"{_FOLDERS[name]}/config.json"
+    place = roots.find(config) or roots.beside / config
+    return _part(name, take_part(read_stored([file]), name), place, file)
 
 
 def _vaes_beside(
@@ -288,34 +328,45 @@ def _vaes_beside(
     return vaes, strangers
 
 
-def _check_encoders_beside(
-    name: str, weights: Weights, root: Path, found: Mapping[Path, Contents]
+def _add_encoder(
+    parts: dict[str, Part],
+    absent: dict[str, str],
+    name: str,
+    roots: _Roots,
+    transformer: Path,
+    found: Mapping[Path, Contents],
 ) -> None:
-    """Refuse a single file of a text encoder that is another one than the folder's.
+    """Read a text encoder: in its folder, in the transformer's file, or in a file beside it.
 
-    A part of each tensor is compared: all of T5 would take minutes.
+    Raises `CheckpointError` where two of them hold different ones: a part of each tensor is
+    compared, for all of T5 would take minutes.
     """
-    for file, held in found.items():
-        if name in held.parts:
-            beside = _canonical(name, attach_scales(read_stored([file])))
-            if not same_values(weights, beside, _COMPARED):
+    folder = roots.beside / _FOLDERS[name]
+    files = [
+        file
+        for file, held in found.items()
+        if name in held.parts and (file == transformer or "transformer" not in held.parts)
+    ]
+    # The transformer's own goes first.
+    files.sort(key=lambda file: file != transformer)
+    sources = [(file, _part_of(name, file, roots)) for file in files]
+    # It may hold the config alone, for a file's weights.
+    if folder.is_dir() and (list_weight_files(folder) or not sources):
+        sources.insert(0, (folder, _read_folder(name, folder)))
+    if sources:
+        (first, parts[name]), *others = sources
+        for other, part in others:
+            if not same_values(parts[name].weights, part.weights, _COMPARED):
                 raise CheckpointError(
-                    f"There are two different text encoders, in {root / _FOLDERS[name]} and in "
-                    f"{file}: leave the one that belongs to the transformer, in the folder."
+                    f"There are two different text encoders, in {first} and in {other}: leave the "
+                    "one that belongs to the transformer."
                 )
-
-
-def _unread_encoder(part: str, found: Mapping[Path, Contents]) -> str:
-    """What to tell of ComfyUI's single file of a text encoder, which has no config beside it."""
-    for file, held in found.items():
-        if part in held.parts:
-            folder, tokenizer = _FOLDERS[part], _TOKENIZERS[part]
-            return (
-                f"; {file.name} alone does not do: put it into {folder}/ with its config.json, and "
-                f"its tokenizer's files into {tokenizer}/, as FLUX.1's checkpoint in diffusers' "
-                "layout has them (text_encoder/, text_encoder_2/, tokenizer/, tokenizer_2/)"
-            )
-    return ""
+    elif (part := roots.base_part(name)) is not None:
+        parts[name] = part
+    absent[name] = (
+        f"a folder {folder.name}/ with config.json and safetensors files was looked for, and a "
+        "file of its tensors beside the transformer; a folder that has it can be named as --base"
+    )
 
 
 def _add(parts: dict[str, Part], absent: dict[str, str], name: str, folder: Path) -> None:
@@ -346,6 +397,7 @@ def _part(name: str, stored: Mapping[str, StoredTensor], config_file: Path, file
     """A part of tensors as they are stored in `file` and others, and of its config."""
     config = read_json(config_file) if config_file.is_file() else None
     check_config(config or {}, config_file)
+    stored = attach_blocks(stored)
     check_part(stored, name, file)
     return Part(_canonical(name, attach_scales(stored)), config)
 
@@ -355,7 +407,3 @@ def _canonical(name: str, tensors: dict[str, StoredTensor]) -> dict[str, StoredT
     if name == "transformer":
         return canonical_transformer(tensors)
     return canonical_vae(tensors) if name == "vae" else with_aliases(tensors, name)
-
-
-def _tokenizers(root: Path) -> dict[str, Path]:
-    return {name: root / folder for name, folder in _TOKENIZERS.items() if (root / folder).is_dir()}

@@ -11,6 +11,7 @@ import click
 from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.cli.options import (
     AS_JSON,
+    BASE,
     CALIBRATION,
     CHECKPOINT,
     COMPONENT_PRECISION,
@@ -50,6 +51,7 @@ _PICTURES = 3
 
 @click.command()
 @CHECKPOINT
+@BASE
 @PRECISION
 @COMPONENT_PRECISION
 @CALIBRATION
@@ -77,6 +79,7 @@ _PICTURES = 3
 @AS_JSON
 def command(
     checkpoint: str | None,
+    base: Path | None,
     precision: str,
     component_precision: tuple[str, ...],
     calibration: Path | None,
@@ -141,6 +144,7 @@ def command(
         replace,
         loras,
         lora_rank,
+        base,
     )
     if page is not None:
         check_page(page)
@@ -199,7 +203,15 @@ def _compare(
     source = request.checkpoint or DEFAULT_CHECKPOINT
     pictures = None if prompts else _PICTURES
     return verify(
-        bundle.root, source, runtime, EngineOptions(), progress, pictures, prompts, request.loras
+        bundle.root,
+        source,
+        runtime,
+        EngineOptions(),
+        progress,
+        pictures,
+        prompts,
+        request.loras,
+        request.base,
     )
 
 
