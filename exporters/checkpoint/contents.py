@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from exporters.checkpoint.foreign import Foreign, Header, find_prefix, has_names, recognise
 
-__all__ = ["COMFY_PREFIX", "Contents", "contents_of", "take_part"]
+__all__ = ["COMFY_PREFIX", "Contents", "contents_of", "find_stranger", "take_part"]
 
 COMFY_PREFIX = "model.diffusion_model."
 
@@ -38,6 +38,9 @@ _ENDS = (
     {"img_in.weight", "final_layer.linear.weight"},
     {"x_embedder.weight", "proj_out.weight"},
 )
+
+_MARKS = ("scaled_fp8",)
+"""What ComfyUI says of a whole file's weights, which their own types and scales say too."""
 
 _T = TypeVar("_T")
 
@@ -111,6 +114,14 @@ def take_part(tensors: Mapping[str, _T], part: str) -> Mapping[str, _T]:
         return inside
     others = tuple(prefix for prefixes in _PREFIXES.values() for prefix in prefixes)
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(others)}
+
+
+def find_stranger(tensors: Mapping[str, _T]) -> str | None:
+    """A tensor that is of no part, where the transformer has a prefix; None where there is none."""
+    if not _under(tensors, "transformer"):
+        return None
+    known = tuple(prefix for prefixes in _PREFIXES.values() for prefix in prefixes)
+    return next((n for n in tensors if not n.startswith(known) and n not in _MARKS), None)
 
 
 def _under(tensors: Mapping[str, _T], part: str) -> dict[str, _T]:

@@ -341,11 +341,16 @@ _LIBRARIES = {
 
 
 def check_config(config: Mapping[str, Any], file: Path | str) -> None:
-    """Refuse a part whose config.json says that it is quantized. Raises `CheckpointError`."""
+    """Refuse a part whose config.json says that it is quantized, but for 4 bits of bitsandbytes.
+
+    Raises `CheckpointError`.
+    """
     settings = config.get("quantization_config")
     if not settings:
         return
     method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if isinstance(settings, dict) and method == "bitsandbytes" and settings.get("load_in_4bit"):
+        return
     by = _LIBRARIES.get(str(method), str(method or "a library that it does not name"))
     raise CheckpointError(
         f"{file} has a quantization_config: the weights are quantized by {by}. {_PLAIN_FILES}."

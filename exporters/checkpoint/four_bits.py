@@ -86,6 +86,9 @@ def attach_blocks(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor
             kept[weight] = _unpacked(kept, weight, ending)
             for beside in (ending, *_BESIDE):
                 kept.pop(f"{weight}{beside}", None)
+    for name, tensor in kept.items():
+        if name.endswith(_BESIDE):
+            raise _broken(tensor, "has no quant_state beside it")
     return kept
 
 

@@ -12,7 +12,13 @@ from typing import Any
 from exporters.checkpoint.agreement import check_index
 from exporters.checkpoint.checkpoint import Checkpoint, Part, read_json
 from exporters.checkpoint.config import TransformerConfig, is_guided
-from exporters.checkpoint.contents import COMFY_PREFIX, Contents, contents_of, take_part
+from exporters.checkpoint.contents import (
+    COMFY_PREFIX,
+    Contents,
+    contents_of,
+    find_stranger,
+    take_part,
+)
 from exporters.checkpoint.foreign import check_config, check_part, check_pipeline
 from exporters.checkpoint.four_bits import attach_blocks
 from exporters.checkpoint.names import canonical_transformer, canonical_vae
@@ -131,6 +137,11 @@ def _open_bfl(path: Path, base: Path | None) -> Checkpoint:
     parts: dict[str, Part] = {}
     absent: dict[str, str] = {}
     tensors = read_stored([transformer])
+    if (stranger := find_stranger(tensors)) is not None:
+        raise CheckpointError(
+            f"Tensor {stranger} in {transformer} is of no part of FLUX.1, and nothing would be "
+            "done with it: the file is of another model, or holds two."
+        )
     parts["transformer"] = _part(
         "transformer", take_part(tensors, "transformer"), root / "config.json", transformer
     )
@@ -397,6 +408,9 @@ def _part(name: str, stored: Mapping[str, StoredTensor], config_file: Path, file
     """A part of tensors as they are stored in `file` and others, and of its config."""
     config = read_json(config_file) if config_file.is_file() else None
     check_config(config or {}, config_file)
+    if config is not None:
+        # Of what the tensors themselves say.
+        config.pop("quantization_config", None)
     stored = attach_blocks(stored)
     check_part(stored, name, file)
     return Part(_canonical(name, attach_scales(stored)), config)

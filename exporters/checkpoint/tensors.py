@@ -20,6 +20,7 @@ from fluxdeploy.errors import CheckpointError
 from fluxdeploy.lora import Change
 
 __all__ = [
+    "WHOLE_TYPES",
     "Index",
     "StoredTensor",
     "Weights",
@@ -65,6 +66,11 @@ class StoredTensor:
             entry.nbytes,
             packing=packing,
         )
+
+    @property
+    def stored_type(self) -> str:
+        """What the numbers are stored as, such as BF16, Q4_K or NF4."""
+        return self.dtype if self.packing is None else self.packing.name
 
     @property
     def as_stored(self) -> bool:
@@ -188,6 +194,9 @@ _WIDENED = 1 << 18
 
 _RAW = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"}
 """Types that weights are stored in, as NumPy reads their bits."""
+
+WHOLE_TYPES = ("F32", "F16", "BF16")
+"""Types that models are trained in; all others were rounded to."""
 
 Weights = Mapping[str, StoredTensor]
 """The tensors of a network, under the names of the diffusers layout."""

@@ -110,12 +110,23 @@ def _least_sqnr(transformer: ComponentRecord) -> float | None:
     return round(min(usual, found.worst_layer - _SPREAD), 1)
 
 
-def _origin(name: str, run: BuildRun) -> dict[str, str]:
-    """What is recorded of the checkpoint: of a hub's repository its id and commit too."""
+def _origin(name: str, run: BuildRun) -> dict[str, object]:
+    """What is recorded of the checkpoint: of a hub's repository its id and commit too.
+
+    Of parts that were stored in fewer bits, the types that they were stored in.
+    """
     checkpoint = run.spec.checkpoint
     if checkpoint.revision is not None:
         name = name.partition("@")[0]
     elif name not in DEMO_CHECKPOINTS:
         name = checkpoint.root.resolve().name
-    origin = {"name": name, "layout": checkpoint.layout, "sha256": run.hashes.digest}
-    return origin if checkpoint.revision is None else origin | {"revision": checkpoint.revision}
+    origin: dict[str, object] = {
+        "name": name,
+        "layout": checkpoint.layout,
+        "sha256": run.hashes.digest,
+    }
+    if checkpoint.revision is not None:
+        origin["revision"] = checkpoint.revision
+    if checkpoint.rounded:
+        origin["stored_as"] = {part: ", ".join(t) for part, t in checkpoint.rounded.items()}
+    return origin
