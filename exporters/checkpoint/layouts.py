@@ -411,9 +411,8 @@ def _part(name: str, stored: Mapping[str, StoredTensor], config_file: Path, file
     if config is not None:
         # Of what the tensors themselves say.
         config.pop("quantization_config", None)
-    stored = attach_blocks(stored)
     check_part(stored, name, file)
-    return Part(_canonical(name, attach_scales(stored)), config)
+    return Part(_canonical(name, attach_scales(attach_blocks(stored))), config)
 
 
 def _canonical(name: str, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
