@@ -30,6 +30,8 @@ _BESIDE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _MAX_STATE = 4096
 _MAX_AXES = 32
+_LARGEST = 3e38
+"""Of float32, and a little less."""
 
 _Floats = NDArray[np.float32]
 
@@ -134,8 +136,9 @@ def _nested(
 ) -> _Nested:
     elements = _block(state_tensor, state, "nested_blocksize")
     offset = state.get("nested_offset")
-    if isinstance(offset, bool) or not isinstance(offset, (int, float)):
-        raise _broken(state_tensor, f"has the nested_offset {offset!r:.80}, and not a number")
+    known = isinstance(offset, (int, float)) and not isinstance(offset, bool)
+    if not known or not abs(offset) < _LARGEST:
+        raise _broken(state_tensor, f"has the nested_offset {offset!r:.80}, and no float32")
     scales = _find(tensors, weight, ".nested_absmax", state_tensor)
     blocks = -(-math.prod(absmax.shape) // elements)
     if math.prod(scales.shape) != blocks:
