@@ -133,9 +133,13 @@ def _sort_in(variants: dict[str, _Variant], name: str) -> None:
 
 
 def _no_weights(folder: Path | str, names: list[str]) -> str:
-    ggufs = [name for name in names if name.lower().endswith(".gguf")]
+    ggufs = [name for name in names if is_gguf_file(name)]
     if ggufs:
-        return f"{folder} holds its weights as GGUF ({ggufs[0]}): only safetensors files are read."
+        return (
+            f"{folder} holds its weights as GGUF ({ggufs[0]}), which are read beside a "
+            "transformer's file and not in such a folder: name the GGUF file of the transformer, "
+            "and with --base the folder of the other parts."
+        )
     if any(name.endswith(PICKLES) for name in names):
         return (
             f"{folder} holds its weights as pickles, which can run code when opened: only "
