@@ -136,8 +136,11 @@ def _nested(
 ) -> _Nested:
     elements = _block(state_tensor, state, "nested_blocksize")
     offset = state.get("nested_offset")
-    known = isinstance(offset, (int, float)) and not isinstance(offset, bool)
-    if not known or not abs(offset) < _LARGEST:
+    if (
+        isinstance(offset, bool)
+        or not isinstance(offset, (int, float))
+        or not abs(offset) < _LARGEST
+    ):
         raise _broken(state_tensor, f"has the nested_offset {offset!r:.80}, and no float32")
     scales = _find(tensors, weight, ".nested_absmax", state_tensor)
     blocks = -(-math.prod(absmax.shape) // elements)

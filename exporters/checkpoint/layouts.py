@@ -299,8 +299,8 @@ def _add_vae(
                     f"There are two different VAEs, in {first} and in {other}: leave the one that "
                     "belongs to the transformer."
                 )
-    elif (part := roots.base_part("vae")) is not None:
-        parts["vae"] = part
+    elif (of_base := roots.base_part("vae")) is not None:
+        parts["vae"] = of_base
     absent["vae"] = (
         "ae.safetensors, or a folder vae/ with weights, must stand beside the transformer, or in a "
         "folder that --base names"
@@ -372,8 +372,8 @@ def _add_encoder(
                     f"There are two different text encoders, in {first} and in {other}: leave the "
                     "one that belongs to the transformer."
                 )
-    elif (part := roots.base_part(name)) is not None:
-        parts[name] = part
+    elif (of_base := roots.base_part(name)) is not None:
+        parts[name] = of_base
     absent[name] = (
         f"a folder {folder.name}/ with config.json and safetensors files was looked for, and a "
         "file of its tensors beside the transformer; a folder that has it can be named as --base"
