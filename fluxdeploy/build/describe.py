@@ -22,7 +22,7 @@ from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from fluxdeploy.kernels import CallSizes
 from fluxdeploy.precision import PRECISIONS
 
-__all__ = ["describe"]
+__all__ = ["checkpoint_origin", "describe"]
 
 _SPREAD = 3.0
 """dB between a layer's noise over some inputs and over others, at most."""
@@ -53,7 +53,7 @@ def describe(
         defaults=run.spec.defaults,
         quality=QualityRecord(promise.psnr or row.min_psnr, row.min_ssim, _least_sqnr(transformer)),
         provenance={
-            "checkpoint": _origin(request.checkpoint or DEFAULT_CHECKPOINT, run),
+            "checkpoint": checkpoint_origin(request.checkpoint or DEFAULT_CHECKPOINT, run),
             **({"loras": [asdict(lora) for lora in checkpoint.loras]} if checkpoint.loras else {}),
             **({} if limit is None else {"limits": limit}),
             "requested_precision": request.precision,
@@ -110,7 +110,7 @@ def _least_sqnr(transformer: ComponentRecord) -> float | None:
     return round(min(usual, found.worst_layer - _SPREAD), 1)
 
 
-def _origin(name: str, run: BuildRun) -> dict[str, object]:
+def checkpoint_origin(name: str, run: BuildRun) -> dict[str, object]:
     """What is recorded of the checkpoint: of a hub's repository its id and commit too.
 
     Of parts that were stored in fewer bits, the types that they were stored in.

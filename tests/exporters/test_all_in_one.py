@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ pytest.importorskip("diffusers")
 import torch
 from safetensors.torch import load_file, save_file
 
+from engines import choose_runtime
 from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.checkpoint.contents import contents_of
 from exporters.checkpoint.tensors import StoredTensor, read_entries
@@ -23,7 +25,9 @@ from exporters.components.registry import COMPONENTS
 from exporters.export import check_all_used, specify
 from exporters.synthetic.sparse_checkpoint import FLUX_DEV, declare_tensors
 from fluxdeploy.build.checkpoint import check_family
-from fluxdeploy.errors import CheckpointError
+from fluxdeploy.build.prepare import prepare
+from fluxdeploy.build.resolve import BuildRequest
+from fluxdeploy.errors import BundleError, CheckpointError
 from tests.exporters.conftest import (
     Tensors,
     assert_equal_weights,
@@ -114,6 +118,18 @@ def test_without_tokenizers_a_base_is_asked_for(file: Path) -> None:
     read = open_checkpoint(file)
     with pytest.raises(CheckpointError, match=r"no tokenizer for clip: .*--base"):
         read.tokenizer("clip")
+
+
+def test_the_plan_of_a_file_with_a_base(file: Path, source: Path, tmp_path: Path) -> None:
+    asked = BuildRequest(str(file), targets=("cpu",), base=source)
+    runtime, targets = choose_runtime("onnxruntime", ("cpu",))
+    spec, plan = prepare(asked, tmp_path / "bundle", runtime, targets)
+    assert not plan.problems
+    assert spec.checkpoint.tokenizers["t5"] == source / "tokenizer_2"
+    with pytest.raises(BundleError, match="overlap"):
+        prepare(asked, source / "tokenizer", runtime, targets)
+    with pytest.raises(CheckpointError, match="no tokenizer for clip"):
+        prepare(dataclasses.replace(asked, base=None), tmp_path / "bundle", runtime, targets)
 
 
 def test_what_a_base_has_not(file: Path, tmp_path: Path, source: Path) -> None:

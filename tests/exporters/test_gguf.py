@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,10 @@ from exporters.checkpoint.gguf import read_gguf
 from exporters.checkpoint.tensors import read_stored
 from exporters.checkpoint.text_configs import with_aliases
 from exporters.weights.decide import Storing, decide
+from fluxdeploy.build.checkpoint import hash_checkpoint
+from fluxdeploy.build.describe import checkpoint_origin
 from fluxdeploy.errors import CheckpointError
+from fluxdeploy.progress import Progress
 from tests.exporters.numbers import GRAPHS
 from tests.support.gguf_file import ARRAY, STRING, U32, GgufFile, GgufTensor, text, value
 
@@ -78,6 +82,29 @@ def test_a_transformer_in_gguf(folder: Path, opened: Checkpoint, named: bool) ->
     assert read.rounded == {"transformer": ("Q8_0",)}
     assert any("stored as Q8_0 and widened" in notice for notice in read.notices)
     assert not open_checkpoint(opened.root).rounded
+
+
+def test_the_manifest_says_what_the_weights_were_stored_as(
+    folder: Path, opened: Checkpoint
+) -> None:
+    def run(checkpoint: Checkpoint) -> Any:
+        return SimpleNamespace(
+            spec=SimpleNamespace(checkpoint=checkpoint), hashes=SimpleNamespace(digest="0" * 64)
+        )
+
+    origin = checkpoint_origin("x", run(open_checkpoint(folder)))
+    assert origin["stored_as"] == {"transformer": "Q8_0"}
+    assert "stored_as" not in checkpoint_origin("x", run(opened))
+
+
+def test_a_file_that_was_replaced_since_it_was_opened(folder: Path) -> None:
+    read = open_checkpoint(folder)
+    hash_checkpoint(read, Progress(quiet=True))
+    path = folder / "flux1-dev-Q8_0.gguf"
+    tensors = {f"x{number}": ONE for number in range(3)}
+    GgufFile(tensors).write(path)
+    with pytest.raises(CheckpointError, match="was changed while the checkpoint was read"):
+        hash_checkpoint(read, Progress(quiet=True))
 
 
 def test_weights_of_gguf_are_never_linked(folder: Path) -> None:
