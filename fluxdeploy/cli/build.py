@@ -103,8 +103,8 @@ def command(
 ) -> None:
     """Build a bundle from CHECKPOINT: ONNX files, engines, tokenizers and a manifest.
 
-    CHECKPOINT is a folder in diffusers layout, a folder or transformer file in Black Forest Labs'
-    layout, a hub id, or the name of a small model that comes with the package: demo:dev, the
+    CHECKPOINT is a folder in diffusers layout, a folder or file in Black Forest Labs' or ComfyUI's,
+    safetensors or GGUF, a hub id, or the name of a small model that comes with the package: demo:dev, the
     default, or demo:schnell. No weight is loaded to export: the graphs point into the checkpoint's
     own files, hard-linked where the disk allows it. Every engine is checked against PyTorch before
     the bundle is called whole.
@@ -118,6 +118,7 @@ def command(
       fluxdeploy build ./FLUX.1-dev --out flux-dev
       fluxdeploy build black-forest-labs/FLUX.1-schnell --precision fp16 --out flux-schnell
       fluxdeploy build flux1-dev.safetensors --component-precision t5=fp8-weights
+      fluxdeploy build flux1-dev-Q8_0.gguf --base ./FLUX.1-dev --out flux-q8
       fluxdeploy build ./FLUX.1-dev --precision fp8 --runtime tensorrt-rtx --target sm89 --out rtx
     """
     from engines import runs_here
