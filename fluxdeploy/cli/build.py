@@ -104,10 +104,10 @@ def command(
     """Build a bundle from CHECKPOINT: ONNX files, engines, tokenizers and a manifest.
 
     CHECKPOINT is a folder in diffusers layout, a folder or file in Black Forest Labs' or ComfyUI's,
-    safetensors or GGUF, a hub id, or the name of a small model that comes with the package: demo:dev, the
-    default, or demo:schnell. No weight is loaded to export: the graphs point into the checkpoint's
-    own files, hard-linked where the disk allows it. Every engine is checked against PyTorch before
-    the bundle is called whole.
+    safetensors or GGUF, a hub id, or the name of a small model that comes with the package:
+    demo:dev, the default, or demo:schnell. No weight is loaded to export: the graphs point into the
+    checkpoint's own files, hard-linked where the disk allows it. Every engine is checked against
+    PyTorch before the bundle is called whole.
 
     A build that was cut off goes on where it was when the same command is run again.
 
