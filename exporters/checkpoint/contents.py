@@ -95,10 +95,10 @@ def contents_of(header: Header) -> Contents:
         parts.add("vae")
         latents = entry.shape[1]
     for part in _ENCODERS:
-        # A whole file of one has no prefix, and is nothing else.
         inside = _under(header, part)
-        alone = not inside and not parts and role is None
-        if role != "family" and has_names(header if alone else inside, part):
+        # A whole file of one has no prefix, and is nothing else.
+        alone = not parts and role is None and has_names(header, part)
+        if role != "family" and (inside or alone):
             parts.add(part)
     prefix_before = None if has_blocks else find_prefix(header, "transformer")
     return Contents(frozenset(parts), latents, foreign, prefix_before)

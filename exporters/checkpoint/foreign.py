@@ -305,7 +305,7 @@ def _first(header: Header, kinds: Sequence[_Kind]) -> Foreign | None:
     for name, entry in header.items():
         packed = len(entry.shape) > 1 and entry.dtype in _PACKED_TYPES
         # In 4 bits of bitsandbytes its bytes are of any type.
-        if packed and name.endswith("weight") and f"{name}.quant_map" not in header:
+        if packed and name.endswith("weight") and f"{name}.absmax" not in header:
             return Foreign(_INTEGERS, name)
     return None
 

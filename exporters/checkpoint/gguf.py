@@ -122,6 +122,8 @@ def _parse(file: Path, data: bytes, size: int) -> Mapping[str, GgufEntry]:
         if entry.name in found:
             raise _GgufError(f"it has the tensor {entry.name!r} twice")
         found[entry.name] = entry
+    if not found:
+        raise _GgufError("it has no tensors")
     start = -(-header.position // alignment) * alignment
     return {
         entry.name: _unfolded(entry, metadata)

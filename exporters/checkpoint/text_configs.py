@@ -228,19 +228,20 @@ def text_config(name: str, weights: Weights, config: Mapping[str, Any]) -> Any:
 def _known_config(name: str, weights: Weights) -> Mapping[str, Any]:
     """The config of the text encoder that FLUX.1 has, where the tensors are of its shapes."""
     what, config, shapes, beyond = _KNOWN[name]
+    files = sorted({stored.file.name for stored in weights.values()})
+    begin = f"The {name} text encoder in {', '.join(files)} has no config.json beside its weights"
     for tensor, shape in shapes.items():
         found = weights[tensor].shape if tensor in weights else None
         if found != shape:
             has = "is missing" if found is None else f"has shape {list(found)}"
             raise CheckpointError(
-                f"The {name} text encoder has no config.json beside its weights, and is not "
-                f"{what}, whose config is known: {tensor} {has}. Put its config.json into "
-                f"{FOLDERS[name]}/."
+                f"{begin}, and is not {what}, whose config is known: {tensor} {has}. Put its "
+                f"config.json into {FOLDERS[name]}/."
             )
     if beyond in weights:
         raise CheckpointError(
-            f"The {name} text encoder has no config.json beside its weights, and more layers than "
-            f"{what}, whose config is known. Put its config.json into {FOLDERS[name]}/."
+            f"{begin}, and more layers than {what}, whose config is known. Put its config.json "
+            f"into {FOLDERS[name]}/."
         )
     return config
 

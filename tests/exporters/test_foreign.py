@@ -165,6 +165,12 @@ def test_text_encoders_inside_that_are_not_read(name: str) -> None:
     assert "an all-in-one file with text encoders that are not FLUX.1's" in str(found)
 
 
+def test_text_encoders_inside_count_however_little_is_there() -> None:
+    """So that nothing under their prefixes is left out unseen."""
+    name = "text_encoders.t5xxl.transformer.encoder.final_layer_norm.weight"
+    assert contents_of(header(*BFL, name)).parts == {"transformer", "t5"}
+
+
 @pytest.mark.parametrize(
     "prefix",
     ["net.", "model.", "_orig_mod.", "module.module.", "unet.", "model_ema.", "state_dict.model."],

@@ -239,6 +239,7 @@ WRONG: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: GgufFile({"a": ONE, "b": ONE}).to_bytes().replace(text("b"), text("a"), 1),
         "it has the tensor 'a' twice",
     ),
+    "no tensors": (lambda: b"GGUF\3\0\0\0" + bytes(400), "it has no tensors"),
     "many axes": (
         lambda: GgufFile({"a": GgufTensor(0, (1,) * 5, bytes(4))}).to_bytes(),
         "'a' has 5 axes; at most 4",
