@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import CLIPTextConfig, T5Config
 from exporters.checkpoint.agreement import check_class, unknown_keys
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.checkpoint.tasks import find_task, usual_defaults
-from exporters.checkpoint.tensors import Weights
+from exporters.checkpoint.tensors import WHOLE_TYPES, Weights
 from exporters.checkpoint.text_configs import text_config, unknown_text_keys
 from fluxdeploy.bundle.files import read_whole
 from fluxdeploy.bundle.manifest import SPACINGS, Defaults, LatentSpec, RopeSpec, ScheduleSpec
@@ -103,7 +104,12 @@ class Checkpoint:
         """A tokenizer's folder. Raises `CheckpointError` where there is none."""
         if name not in self.tokenizers:
             folder = {"clip": "tokenizer", "t5": "tokenizer_2"}[name]
-            raise CheckpointError(f"{self.root} has no tokenizer for {name}: a folder {folder}/.")
+            # No file of weights holds one.
+            hint = " Put it there, or name a folder that has it as --base."
+            raise CheckpointError(
+                f"{self.root} has no tokenizer for {name}: a folder {folder}/."
+                + (hint if self.layout == "bfl" else "")
+            )
         return self.tokenizers[name]
 
     @functools.cached_property
@@ -259,10 +265,35 @@ class Checkpoint:
             )
         return Defaults(**values)
 
+    @functools.cached_property
+    def rounded(self) -> Mapping[str, tuple[str, ...]]:
+        """The parts whose weights were rounded to fewer bits, and the types, the commonest first.
+
+        They are widened as they are read: F8_E4M3, Q4_K or NF4 stays the grid that they are on.
+        """
+        found = {}
+        for name, part in self.parts.items():
+            counts: dict[str, int] = {}
+            for stored in part.weights.values():
+                if stored.stored_type in WHOLE_TYPES or len(stored.shape) < 2:
+                    continue
+                size = math.prod(stored.shape)
+                counts[stored.stored_type] = counts.get(stored.stored_type, 0) + size
+            if counts:
+                found[name] = tuple(sorted(counts, key=counts.__getitem__, reverse=True))
+        return found
+
     @property
     def notices(self) -> tuple[str, ...]:
         """A sentence for each thing that the checkpoint says and nobody here follows."""
         told = self.unused
+        for name, types in self.rounded.items():
+            if not types[0].startswith("F8_"):
+                told += (
+                    f"The {name}'s weights are stored as {', '.join(types)} and widened, which "
+                    "does not bring back the digits that they lost: pictures are those of a model "
+                    "in so few bits, and a precision of few bits takes from them once more",
+                )
         if "transformer" in self.parts:
             told += self.transformer.notices(self.parts["transformer"].config)
         if "vae" in self.parts:

@@ -10,7 +10,7 @@ from exporters.checkpoint.agreement import check_class, check_said, unknown_keys
 from exporters.checkpoint.tensors import Weights
 from fluxdeploy.errors import CheckpointError
 
-__all__ = ["TransformerConfig", "VaeConfig", "count_blocks"]
+__all__ = ["TransformerConfig", "VaeConfig", "count_blocks", "is_guided"]
 
 _FLUX_WIDTH, _FLUX_BLOCKS = 3072, (19, 38)
 """The width of FLUX.1's own transformer, and its double-stream and single-stream blocks."""
@@ -109,7 +109,7 @@ class TransformerConfig:
             single_blocks=single,
             text_width=_shape(weights, "context_embedder.weight", 2)[1],
             pooled_width=_shape(weights, "time_text_embed.text_embedder.linear_1.weight", 2)[1],
-            guidance_embedding=("time_text_embed.guidance_embedder.linear_1.weight" in weights),
+            guidance_embedding=is_guided(weights),
             axes_dims=_axes_dims(config.get("axes_dims_rope"), head_dim),
         )
         check_said("transformer", config, sizes._in_words_of_diffusers(config))
@@ -276,6 +276,11 @@ def _vae_levels(weights: Weights, encoder: bool) -> tuple[tuple[int, ...], int]:
     channels = [_shape(weights, f"{side}.{i}.resnets.0.conv1.weight", 4)[0] for i in range(levels)]
     blocks = count_blocks(weights, rf"{pattern}\.0\.resnets\.(\d{{1,9}})\.")
     return tuple(channels if encoder else reversed(channels)), blocks - more
+
+
+def is_guided(weights: Weights) -> bool:
+    """Whether an MM-DiT has a guidance embedding, as FLUX.1-dev's and not as schnell's."""
+    return "time_text_embed.guidance_embedder.linear_1.weight" in weights
 
 
 def count_blocks(weights: Weights, pattern: str) -> int:

@@ -1,4 +1,7 @@
-"""Which parts of a checkpoint a single file holds, by the names of its tensors."""
+"""Which parts of a checkpoint a single file holds, by the names of its tensors.
+
+ComfyUI's all-in-one files hold all four, each under prefixes of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,21 @@ from typing import TypeVar
 
 from exporters.checkpoint.foreign import Foreign, Header, find_prefix, has_names, recognise
 
-__all__ = ["COMFY_PREFIX", "VAE_PREFIXES", "Contents", "contents_of", "without_prefix"]
+__all__ = ["COMFY_PREFIX", "Contents", "contents_of", "find_stranger", "take_part"]
 
 COMFY_PREFIX = "model.diffusion_model."
-VAE_PREFIXES = ("vae.", "first_stage_model.")
+
+_PREFIXES = {
+    "transformer": (COMFY_PREFIX,),
+    "vae": ("vae.", "first_stage_model."),
+    "clip": ("text_encoders.clip_l.", "clip_l."),
+    "t5": ("text_encoders.t5xxl.", "t5xxl."),
+}
+"""What stands before the names of a part in a file that holds several."""
+
+_ENCODERS = ("clip", "t5")
+_WRAPPED = "transformer."
+"""Before the names of a text encoder's network; what is beside it is ComfyUI's own."""
 
 _BLOCKS = (
     "double_blocks.",
@@ -24,6 +38,9 @@ _ENDS = (
     {"img_in.weight", "final_layer.linear.weight"},
     {"x_embedder.weight", "proj_out.weight"},
 )
+
+_MARKS = ("scaled_fp8",)
+"""What ComfyUI says of a whole file's weights, which their own types and scales say too."""
 
 _T = TypeVar("_T")
 
@@ -66,31 +83,56 @@ def contents_of(header: Header) -> Contents:
     """Tell a file by its tensors' names, types and shapes."""
     foreign = recognise(header)
     role = None if foreign is None else foreign.role
-    names = without_prefix(header, (COMFY_PREFIX,)).keys()
+    names = take_part(header, "transformer").keys()
     parts = set()
     has_blocks = any(name.startswith(_BLOCKS) for name in names)
     if has_blocks and role != "family" and (role != "adapter" or _is_whole(names)):
         parts.add("transformer")
+    entry = take_part(header, "vae").get("decoder.conv_in.weight")
     latents = None
-    for prefix in ("", *VAE_PREFIXES):
-        entry = header.get(f"{prefix}decoder.conv_in.weight")
-        # A video's VAE has convolutions of five axes.
-        if entry is not None and len(entry.shape) == 4 and role not in ("family", "vae"):
-            parts.add("vae")
-            latents = entry.shape[1]
-    if not parts and role is None:
-        parts.update(part for part in ("clip", "t5") if has_names(header, part))
+    # A video's VAE has convolutions of five axes.
+    if entry is not None and len(entry.shape) == 4 and role not in ("family", "vae"):
+        parts.add("vae")
+        latents = entry.shape[1]
+    for part in _ENCODERS:
+        inside = _under(header, part)
+        # A whole file of one has no prefix, and is nothing else.
+        alone = not parts and role is None and has_names(header, part)
+        if role != "family" and (inside or alone):
+            parts.add(part)
     prefix_before = None if has_blocks else find_prefix(header, "transformer")
     return Contents(frozenset(parts), latents, foreign, prefix_before)
 
 
-def without_prefix(tensors: Mapping[str, _T], prefixes: Iterable[str]) -> Mapping[str, _T]:
-    """The tensors under the first prefix that has any, without it; all where none has."""
-    for prefix in prefixes:
+def take_part(tensors: Mapping[str, _T], part: str) -> Mapping[str, _T]:
+    """A part's tensors in a file that may hold others, without the prefix that they have there.
+
+    Where none has the part's prefix, those are the part's that have no other part's either.
+    """
+    inside = _under(tensors, part)
+    if inside:
+        return inside
+    others = tuple(prefix for prefixes in _PREFIXES.values() for prefix in prefixes)
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(others)}
+
+
+def find_stranger(tensors: Mapping[str, _T]) -> str | None:
+    """A tensor that is of no part, where the transformer has a prefix; None where there is none."""
+    if not _under(tensors, "transformer"):
+        return None
+    known = tuple(prefix for prefixes in _PREFIXES.values() for prefix in prefixes)
+    return next((n for n in tensors if not n.startswith(known) and n not in _MARKS), None)
+
+
+def _under(tensors: Mapping[str, _T], part: str) -> dict[str, _T]:
+    """The tensors under the first of a part's prefixes that has any, without it."""
+    for prefix in _PREFIXES[part]:
         inside = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        if inside and part in _ENCODERS:
+            return {name.removeprefix(_WRAPPED): tensor for name, tensor in inside.items()}
         if inside:
             return inside
-    return tensors
+    return {}
 
 
 def _is_whole(names: Iterable[str]) -> bool:

@@ -84,10 +84,8 @@ def _vae(of: str, marks: str) -> _Kind:
 
 _QUANTIZED = (
     _quantized("Nunchaku (SVDQuant)", r"\.(?:wscales|wtscale|wcscales|wzeros|smooth(?:_\w+)?)$"),
-    _quantized(
-        "bitsandbytes",
-        r"\.(?:nested_)?(?:absmax|quant_map)$|\.quant_state\.|\.(?:SCB|weight_format)$",
-    ),
+    # Its 4 bits are read, and its 8 bits are not.
+    _quantized("bitsandbytes to 8 bits", r"\.(?:SCB|weight_format)$"),
     _quantized("Quanto", r"\._(?:data|scale|shift|zeropoint)(?:\.|$)"),
     _quantized("torchao", r"\._weight_\w+$|:_?(?:qdata|data|scale|zero_point)\b|\.tensor_impl\b"),
     _quantized("GPTQ or AWQ", r"\.(?:qweight|qzeros|g_idx)$"),
@@ -200,12 +198,13 @@ _VAES = (
 
 _TEXTS = _Kind(
     "texts",
-    "an all-in-one file of ComfyUI, with text encoders inside",
+    "an all-in-one file with text encoders that are not FLUX.1's, or not under ComfyUI's names",
     "it is part of a text encoder inside an all-in-one file",
-    "Such a file is not taken apart: give one that holds the transformer alone, with the folders "
-    "text_encoder/, text_encoder_2/, tokenizer/ and tokenizer_2/ beside it",
+    "Those under text_encoders.clip_l. and text_encoders.t5xxl. are read: give such a file, or one "
+    "that holds the transformer alone",
     re.compile(
-        r"^(?:text_encoders|text_encoder(?:_\d)?|clip_l|t5xxl|cond_stage_model|conditioner)\."
+        r"^(?:text_encoders\.(?!(?:clip_l|t5xxl)\.)|(?:text_encoder(?:_\d)?|cond_stage_model"
+        r"|conditioner)\.)"
     ),
 )
 
@@ -276,7 +275,7 @@ _ANCHORS = {
     "transformer": r"(?:double_blocks|(?:single_)?transformer_blocks|single_blocks)\.\d+\.",
     "vae": r"decoder\.conv_in\.weight$",
     "clip": r"(?:text_model\.)?encoder\.layers\.\d+\.self_attn\.",
-    "t5": r"encoder\.block\.\d+\.layer\.\d+\.",
+    "t5": r"encoder\.block\.\d+\.layer\.\d+\.|enc\.blk\.\d+\.",
 }
 
 
@@ -290,7 +289,7 @@ def find_prefix(header: Mapping[str, Any], part: str) -> str | None:
     """What stands before the names of a part's tensors; None where they begin as they should."""
     if has_names(header, part):
         return None
-    prefixed = re.compile(rf"(.*?\.){_ANCHORS[part]}")
+    prefixed = re.compile(rf"(.*?\.)(?:{_ANCHORS[part]})")
     return next((match[1] for name in header if (match := prefixed.match(name))), None)
 
 
@@ -301,7 +300,9 @@ def _first(header: Header, kinds: Sequence[_Kind]) -> Foreign | None:
             if kind.marks.search(form):
                 return Foreign(kind, name)
     for name, entry in header.items():
-        if name.endswith("weight") and len(entry.shape) > 1 and entry.dtype in _PACKED_TYPES:
+        packed = len(entry.shape) > 1 and entry.dtype in _PACKED_TYPES
+        # In 4 bits of bitsandbytes its bytes are of any type.
+        if packed and name.endswith("weight") and f"{name}.absmax" not in header:
             return Foreign(_INTEGERS, name)
     return None
 
@@ -337,11 +338,16 @@ _LIBRARIES = {
 
 
 def check_config(config: Mapping[str, Any], file: Path | str) -> None:
-    """Refuse a part whose config.json says that it is quantized. Raises `CheckpointError`."""
+    """Refuse a part whose config.json says that it is quantized, but for 4 bits of bitsandbytes.
+
+    Raises `CheckpointError`.
+    """
     settings = config.get("quantization_config")
     if not settings:
         return
     method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if isinstance(settings, dict) and method == "bitsandbytes" and settings.get("load_in_4bit"):
+        return
     by = _LIBRARIES.get(str(method), str(method or "a library that it does not name"))
     raise CheckpointError(
         f"{file} has a quantization_config: the weights are quantized by {by}. {_PLAIN_FILES}."
@@ -349,10 +355,6 @@ def check_config(config: Mapping[str, Any], file: Path | str) -> None:
 
 
 _STARTS = {
-    b"GGUF": (
-        "a GGUF file, whose weights are quantized in blocks: only safetensors files are read. Use "
-        "the checkpoint's .safetensors file in bfloat16, float16 or FP8"
-    ),
     b"version https://git-lfs": (
         "a pointer of Git LFS and not the file itself: run `git lfs pull` in its folder"
     ),
@@ -363,7 +365,7 @@ _LONGEST_START = max(map(len, _STARTS))
 
 
 def check_bytes(file: Path) -> None:
-    """Refuse a file that begins as something else: GGUF, a pointer of Git LFS, a web page.
+    """Refuse a file that begins as something else: a pointer of Git LFS, a web page.
 
     Raises `CheckpointError`. What is missing, no regular file or unreadable passes: who reads the
     header says so.

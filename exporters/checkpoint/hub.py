@@ -184,7 +184,12 @@ def _nothing_in(repository: str, names: Sequence[str], held: Mapping[str, Conten
     for suffixes, kind in (((".gguf",), "GGUF"), (PICKLES, "pickled"), ((".onnx",), "ONNX")):
         for name in names:
             if name.lower().endswith(suffixes):
-                return f"{begin} in safetensors files: it has {kind} files ({name})."
+                fetch = (
+                    " Download the one that is meant, and give its path with --base for what it "
+                    "lacks."
+                )
+                told = f"{begin} in safetensors files: it has {kind} files ({name})."
+                return told + (fetch if kind == "GGUF" else "")
     return f"{begin}: it has neither model_index.json nor a safetensors file in its root."
 
 

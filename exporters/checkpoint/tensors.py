@@ -1,4 +1,4 @@
-"""Where a weight's bytes lie: contiguous rows of a tensor in a safetensors file."""
+"""Where a weight's bytes lie: contiguous rows of a tensor in a safetensors or GGUF file."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exporters.checkpoint.foreign import check_bytes
+from exporters.checkpoint.gguf import GgufEntry, is_gguf, read_gguf
+from exporters.checkpoint.packing import Packing
 from fluxdeploy.bundle.tensorfile import TensorEntry, read_header, to_float32
 from fluxdeploy.errors import CheckpointError
 from fluxdeploy.lora import Change
 
 __all__ = [
+    "WHOLE_TYPES",
     "Index",
     "StoredTensor",
     "Weights",
@@ -30,11 +34,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor, or contiguous rows of one, in a safetensors file.
+    """A tensor, or contiguous rows of one, in a safetensors or GGUF file.
 
     `offset` is in bytes from the start of the file. `scale` is the scalar that an FP8 checkpoint
     multiplies the stored values with. `changes` are LoRAs that are added to a linear's weight as it
-    is read.
+    is read. `packing` widens numbers that stand in blocks: `offset` and `nbytes` are then those of
+    the whole tensor, of whose numbers `skipped` come before the first row.
     """
 
     file: Path
@@ -45,11 +50,32 @@ class StoredTensor:
     nbytes: int
     scale: StoredTensor | None = None
     changes: tuple[Change, ...] = ()
+    packing: Packing | None = None
+    skipped: int = 0
 
     @classmethod
     def of(cls, file: Path, entry: TensorEntry) -> StoredTensor:
         """The whole of a tensor."""
-        return cls(file, entry.name, entry.dtype, entry.shape, entry.offset, entry.nbytes)
+        packing = entry.packing if isinstance(entry, GgufEntry) else None
+        return cls(
+            file,
+            entry.name,
+            entry.dtype,
+            entry.shape,
+            entry.offset,
+            entry.nbytes,
+            packing=packing,
+        )
+
+    @property
+    def stored_type(self) -> str:
+        """What the numbers are stored as, such as BF16, Q4_K or NF4."""
+        return self.dtype if self.packing is None else self.packing.name
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether the numbers are the stored ones, for a graph to read in their file."""
+        return self.scale is None and not self.changes and self.packing is None
 
     @property
     def row_count(self) -> int:
@@ -68,13 +94,18 @@ class StoredTensor:
                 f"Tensor {self.name} in {self.file} has {self.row_count} rows, but rows {start} to "
                 f"{stop} of it are needed: the checkpoint is not a FLUX.1 model or is damaged."
             )
-        row = self.nbytes // max(self.row_count, 1)
-        return dataclasses.replace(
+        part = dataclasses.replace(
             self,
             shape=(stop - start, *self.shape[1:]),
-            offset=self.offset + start * row,
-            nbytes=(stop - start) * row,
             changes=tuple(change.rows(start, stop) for change in self.changes),
+        )
+        if self.packing is not None:
+            # A block may reach over the end of a row.
+            before = self.skipped + start * math.prod(self.shape[1:])
+            return dataclasses.replace(part, skipped=before)
+        row = self.nbytes // max(self.row_count, 1)
+        return dataclasses.replace(
+            part, offset=self.offset + start * row, nbytes=(stop - start) * row
         )
 
     def squeezed(self) -> StoredTensor:
@@ -83,7 +114,7 @@ class StoredTensor:
 
     def check_readable(self) -> None:
         """Raise `CheckpointError` for a type that weights are not read from, such as I64."""
-        if self.dtype not in _RAW:
+        if self.packing is None and self.dtype not in _RAW:
             raise CheckpointError(
                 f"Tensor {self.name} in {self.file} is stored as {self.dtype}; "
                 f"{', '.join(_RAW)} can be read: save the checkpoint in one of them."
@@ -108,28 +139,64 @@ class StoredTensor:
     def _read(self, start: int, stop: int | None) -> NDArray[np.float32]:
         """As `read`, of the checkpoint's own values."""
         self.check_readable()
-        raw = np.dtype(_RAW[self.dtype])
-        count = (math.prod(self.shape) if stop is None else stop) - start
-        try:
-            values = np.fromfile(self.file, raw, count, offset=self.offset + start * raw.itemsize)
-        except OSError as error:
-            raise CheckpointError(f"{self.file} cannot be read: {error.strerror}.") from error
-        if values.size != count:
-            raise CheckpointError(f"{self.file} was cut off while it was read.")
-        exact = to_float32(values, self.dtype)
+        end = math.prod(self.shape) if stop is None else stop
+        exact = self._widened(start, end) if self.packing else self._plain(start, end)
         if self.scale is not None:
             exact = exact * self.scale.read()[0]
         # Its ends instead of a mask of all: NaN and infinity reach them, and no memory is taken.
-        if count and not (np.isfinite(exact.min()) and np.isfinite(exact.max())):
+        if end > start and not (np.isfinite(exact.min()) and np.isfinite(exact.max())):
             raise CheckpointError(
                 f"Tensor {self.name} holds NaN or infinity in {self.file}: the checkpoint is "
                 "broken. Fetch it again, or merge or convert it again from what it was made of."
             )
         return exact
 
+    def read_bytes(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Some bytes of a tensor as they are stored. Raises `CheckpointError` for a cut file."""
+        return self._from_file(np.dtype("u1"), self.offset + start, stop - start)
+
+    def _plain(self, start: int, stop: int) -> NDArray[np.float32]:
+        raw = np.dtype(_RAW[self.dtype])
+        values = self._from_file(raw, self.offset + start * raw.itemsize, stop - start)
+        return to_float32(values, self.dtype)
+
+    def _widened(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Numbers of packed blocks, some at a time: what widening takes beside them stays small."""
+        assert self.packing is not None
+        size, width = self.packing.elements, self.packing.block_bytes
+        start, stop = start + self.skipped, stop + self.skipped
+        values = np.empty(stop - start, np.float32)
+        step = max(_WIDENED // size, 1)
+        for first in range(start // size, -(-stop // size), step):
+            last = min(first + step, -(-stop // size))
+            held = self.read_bytes(first * width, min(last * width, self.nbytes))
+            # The last block of a tensor need not be whole.
+            blocks = np.zeros((last - first, width), np.uint8)
+            blocks.reshape(-1)[: held.size] = held
+            with np.errstate(over="ignore", invalid="ignore"):
+                numbers = self.packing.widen(blocks, first).reshape(-1)
+            begin, end = max(start, first * size), min(stop, last * size)
+            values[begin - start : end - start] = numbers[begin - first * size : end - first * size]
+        return values
+
+    def _from_file(self, raw: np.dtype[Any], offset: int, count: int) -> NDArray[Any]:
+        try:
+            values = np.fromfile(self.file, raw, count, offset=offset)
+        except OSError as error:
+            raise CheckpointError(f"{self.file} cannot be read: {error.strerror}.") from error
+        if values.size != count:
+            raise CheckpointError(f"{self.file} was cut off while it was read.")
+        return values
+
+
+_WIDENED = 1 << 18
+"""Packed numbers that are widened at a time: 1 MB in float32."""
 
 _RAW = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"}
 """Types that weights are stored in, as NumPy reads their bits."""
+
+WHOLE_TYPES = ("F32", "F16", "BF16")
+"""Types that models are trained in; all others were rounded to."""
 
 Weights = Mapping[str, StoredTensor]
 """The tensors of a network, under the names of the diffusers layout."""
@@ -187,7 +254,7 @@ def same_values(one: Weights, other: Weights, most: int | None = None) -> bool:
         first, second = one[name], other[name]
         if first.shape != second.shape:
             return False
-        # Position ids, of integers, and the like are no weights.
+        # Position ids, of integers, are no weights; packed ones were rounded much further.
         if first.dtype not in _ROUNDING or second.dtype not in _ROUNDING:
             continue
         size = math.prod(first.shape)
@@ -201,7 +268,7 @@ def same_values(one: Weights, other: Weights, most: int | None = None) -> bool:
 
 
 def read_stored(files: Iterable[Path], index: Index | None = None) -> dict[str, StoredTensor]:
-    """All tensors of some safetensors files as they are stored.
+    """All tensors of some safetensors or GGUF files as they are stored.
 
     Raises `CheckpointError` for a broken file, for a tensor that stands in two files, and for
     shards that are not as their index says.
@@ -221,7 +288,12 @@ def read_stored(files: Iterable[Path], index: Index | None = None) -> dict[str, 
 
 
 def read_entries(file: Path) -> Mapping[str, TensorEntry]:
-    """The tensors of a file's header. Raises `CheckpointError` for what is no safetensors file."""
+    """The tensors of a safetensors or GGUF file's header.
+
+    Raises `CheckpointError` for what is neither, and for one that is broken.
+    """
+    if is_gguf(file):
+        return read_gguf(file)
     check_bytes(file)
     return read_header(file).tensors
 

@@ -23,6 +23,7 @@ __all__ = [
     "Chosen",
     "check_files",
     "choose",
+    "is_gguf_file",
     "is_weight_file",
     "list_weight_files",
     "read_index",
@@ -65,9 +66,18 @@ def is_weight_file(name: str) -> bool:
     return name.endswith(_SUFFIXES) and not name.startswith(".")
 
 
+def is_gguf_file(name: str) -> bool:
+    """Whether a file is a GGUF file by its name."""
+    return name.lower().endswith(".gguf") and not name.startswith(".")
+
+
 def list_weight_files(folder: Path) -> list[Path]:
-    """The files of a folder that are of safetensors by their names, in order."""
-    return sorted(f for f in folder.iterdir() if is_weight_file(f.name) and not f.is_dir())
+    """The files of a folder that are of safetensors or GGUF by their names, in order."""
+    return sorted(
+        f
+        for f in folder.iterdir()
+        if (is_weight_file(f.name) or is_gguf_file(f.name)) and not f.is_dir()
+    )
 
 
 def choose(folder: Path | str, names: Iterable[str]) -> Chosen:
@@ -123,9 +133,13 @@ def _sort_in(variants: dict[str, _Variant], name: str) -> None:
 
 
 def _no_weights(folder: Path | str, names: list[str]) -> str:
-    ggufs = [name for name in names if name.lower().endswith(".gguf")]
+    ggufs = [name for name in names if is_gguf_file(name)]
     if ggufs:
-        return f"{folder} holds its weights as GGUF ({ggufs[0]}): only safetensors files are read."
+        return (
+            f"{folder} holds its weights as GGUF ({ggufs[0]}), which are read beside a "
+            "transformer's file and not in such a folder: name the GGUF file of the transformer, "
+            "and with --base the folder of the other parts."
+        )
     if any(name.endswith(PICKLES) for name in names):
         return (
             f"{folder} holds its weights as pickles, which can run code when opened: only "

@@ -62,8 +62,8 @@ def decide(
             wanted = _TYPES[parameter.dtype]
             linear = name.removesuffix(".weight")
             # A type that the graph widens exactly, or its own. A scale has to be multiplied in.
-            as_stored = stored.scale is None and not stored.changes
-            kept = as_stored and stored.dtype in (_TYPES.values() if wanted == "F32" else (wanted,))
+            types = _TYPES.values() if wanted == "F32" else (wanted,)
+            kept = stored.as_stored and stored.dtype in types
             if is_quantized is not None and linear != name and is_quantized(linear):
                 placement = Placement(name, stored, Storing.QUANTIZED, wanted)
             elif not kept:

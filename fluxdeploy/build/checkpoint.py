@@ -14,7 +14,6 @@ import numpy as np
 
 from fluxdeploy.build.sizes import LONGEST_SIDE, MOST_STEPS, MOST_TEXT
 from fluxdeploy.bundle.files import HashCache
-from fluxdeploy.bundle.tensorfile import read_header
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from fluxdeploy.errors import CheckpointError, MissingDependencyError, UsageError
 from fluxdeploy.install import install_command
@@ -46,12 +45,14 @@ _MOST_GUIDANCE = 1000.0
 """Guidance is trained at some 1 to 10, and enters as a sine of a thousand times its value."""
 
 
-def find_checkpoint(checkpoint: str | None, loras: Sequence[LoraFile] = ()) -> Checkpoint:
+def find_checkpoint(
+    checkpoint: str | None, loras: Sequence[LoraFile] = (), base: Path | None = None
+) -> Checkpoint:
     """Open a checkpoint: a path, a hub id, or one of `DEMO_CHECKPOINTS`; None is the default.
 
-    `loras` are merged into it. No folder and no hub id can be meant by a name that begins with
-    `demo:`. Raises `UsageError` for such a name that there is not, and `MissingDependencyError`
-    without the packages of the extra `export`.
+    `loras` are merged into it, and `base` is a folder with what a single file lacks. No folder and
+    no hub id can be meant by a name that begins with `demo:`. Raises `UsageError` for such a name
+    that there is not, and `MissingDependencyError` without the packages of the extra `export`.
     """
     name = DEFAULT_CHECKPOINT if checkpoint is None else checkpoint
     if name.startswith("demo:") and name not in DEMO_CHECKPOINTS:
@@ -68,7 +69,7 @@ def find_checkpoint(checkpoint: str | None, loras: Sequence[LoraFile] = ()) -> C
         raise MissingDependencyError(
             f"Reading checkpoints needs the package {error.name}: {install_command('export')}."
         ) from error
-    return merge_loras(open_checkpoint(DEMO_CHECKPOINTS.get(name, name)), loras)
+    return merge_loras(open_checkpoint(DEMO_CHECKPOINTS.get(name, name), base), loras)
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,9 @@ def hash_checkpoint(
 
 
 def _require_same_places(checkpoint: Checkpoint) -> None:
-    headers = {file: read_header(file).tensors for file in checkpoint.files}
+    from exporters.checkpoint.tensors import read_entries
+
+    headers = {file: read_entries(file) for file in checkpoint.files}
     for part in checkpoint.parts.values():
         for stored in part.weights.values():
             entry = headers[stored.file].get(stored.name)
@@ -129,13 +132,17 @@ def checkpoint_record(bundle: Bundle) -> dict[str, Any]:
 
 
 def open_recorded(
-    bundle: Bundle, name: str, progress: Progress, loras: Sequence[LoraFile] = ()
+    bundle: Bundle,
+    name: str,
+    progress: Progress,
+    loras: Sequence[LoraFile] = (),
+    base: Path | None = None,
 ) -> Checkpoint:
     """Open the checkpoint that a bundle was made from, where it lies now, with its LoRAs.
 
     Raises `UsageError` for another one and for other LoRAs, and what `find_checkpoint` raises.
     """
-    checkpoint = find_checkpoint(name, loras)
+    checkpoint = find_checkpoint(name, loras, base)
     merged = [asdict(record) for record in checkpoint.loras]
     if _unnamed(merged) != _unnamed(bundle.manifest.provenance.get("loras", [])):
         raise UsageError(

@@ -26,7 +26,7 @@ from fluxdeploy.precision import PRECISIONS
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
 
-__all__ = ["describe"]
+__all__ = ["checkpoint_origin", "describe"]
 
 _SPREAD = 3.0
 """dB between a layer's noise over some inputs and over others, at most."""
@@ -57,7 +57,7 @@ def describe(
         defaults=run.spec.defaults,
         quality=QualityRecord(promise.psnr or row.min_psnr, row.min_ssim, _least_sqnr(transformer)),
         provenance={
-            "checkpoint": _origin(request.checkpoint or DEFAULT_CHECKPOINT, run),
+            "checkpoint": checkpoint_origin(request.checkpoint or DEFAULT_CHECKPOINT, run),
             **({"loras": [asdict(lora) for lora in checkpoint.loras]} if checkpoint.loras else {}),
             "requested_precision": request.precision,
             "transformer_bytes": _transformer_bytes(run),
@@ -129,12 +129,23 @@ def _least_sqnr(transformer: ComponentRecord) -> float | None:
     return round(min(usual, found.worst_layer - _SPREAD), 1)
 
 
-def _origin(name: str, run: BuildRun) -> dict[str, str]:
-    """What is recorded of the checkpoint: of a hub's repository its id and commit too."""
+def checkpoint_origin(name: str, run: BuildRun) -> dict[str, object]:
+    """What is recorded of the checkpoint: of a hub's repository its id and commit too.
+
+    Of parts that were stored in fewer bits, the types that they were stored in.
+    """
     checkpoint = run.spec.checkpoint
     if checkpoint.revision is not None:
         name = name.partition("@")[0]
     elif name not in DEMO_CHECKPOINTS:
         name = checkpoint.root.resolve().name
-    origin = {"name": name, "layout": checkpoint.layout, "sha256": run.hashes.digest}
-    return origin if checkpoint.revision is None else origin | {"revision": checkpoint.revision}
+    origin: dict[str, object] = {
+        "name": name,
+        "layout": checkpoint.layout,
+        "sha256": run.hashes.digest,
+    }
+    if checkpoint.revision is not None:
+        origin["revision"] = checkpoint.revision
+    if checkpoint.rounded:
+        origin["stored_as"] = {part: ", ".join(t) for part, t in checkpoint.rounded.items()}
+    return origin

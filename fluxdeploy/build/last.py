@@ -94,8 +94,11 @@ class LastBuild:
         if self._request.calibration is not None:
             found.append(os.path.realpath(self._request.calibration))
         found += [os.path.realpath(file) for lora in self._request.loras for file in lora.files]
-        folders = os.walk(
-            os.path.realpath(path if path.is_dir() else path.parent), followlinks=True
+        roots = [path if path.is_dir() else path.parent]
+        if self._request.base is not None:
+            roots.append(self._request.base)
+        folders = (
+            each for root in roots for each in os.walk(os.path.realpath(root), followlinks=True)
         )
         for number, (folder, _, files) in enumerate(folders):
             found += [os.path.join(folder, file) for file in files]

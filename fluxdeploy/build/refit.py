@@ -31,15 +31,19 @@ __all__ = ["refit"]
 
 
 def refit(
-    path: Path, checkpoint: str | None, loras: Sequence[LoraFile], progress: Progress
+    path: Path,
+    checkpoint: str | None,
+    loras: Sequence[LoraFile],
+    progress: Progress,
+    base: Path | None = None,
 ) -> Bundle:
     """Merge `loras`, in place of those that it has, into the bundle at `path`.
 
     Nothing is traced and nothing calibrated: of the components that the old or the new LoRAs
     change, weight files and golden tensors are written anew, and their engines are checked. The
     weight files are those of a build with the same LoRAs. `checkpoint` is what the bundle was made
-    from, None where it comes with the package or from a hub. The bundle stays usable until the
-    end. Skips that were tuned for the old weights are left out.
+    from, None where it comes with the package or from a hub, and `base` what it lacks. The bundle
+    stays usable until the end. Skips that were tuned for the old weights are left out.
 
     Raises `UsageError` for a bundle whose engines hold weights or that other versions have built,
     for another checkpoint and where none is known, and the errors of each step.
@@ -48,7 +52,7 @@ def refit(
     runtime, targets = _builder(bundle)
     _require_same_tools(bundle)
     name = checkpoint or _recorded_name(bundle)
-    opened = find_checkpoint(name, loras)
+    opened = find_checkpoint(name, loras, base)
     spec = resolve(_request(bundle, name, loras), opened, runtime, targets)
     cache = HashCache()
     with Staging(path, cache.link) as staging:

@@ -33,7 +33,8 @@ __all__ = ["BuildRequest", "BuildSpec", "ComponentSpec", "list_engines", "resolv
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build. `checkpoint` None is the default, no `targets` are the best one here.
+    """What to build. `checkpoint` None is the default, no `targets` are the best one here. `base`
+    is a folder with what a checkpoint of a single file lacks.
 
     `precision` is the transformer's and decides the others' (docs/bundle.md);
     `component_precision` overrides single ones. `calibration` is a file of prompts, or the
@@ -60,6 +61,7 @@ class BuildRequest:
     replace: bool = False
     loras: tuple[LoraFile, ...] = ()
     lora_rank: int = 0
+    base: Path | None = None
 
     @property
     def transformer_precision(self) -> str:

@@ -11,6 +11,7 @@ import click
 from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.cli.options import (
     AS_JSON,
+    BASE,
     CALIBRATION,
     CHECKPOINT,
     COMPONENT_PRECISION,
@@ -50,6 +51,7 @@ _PICTURES = 3
 
 @click.command()
 @CHECKPOINT
+@BASE
 @PRECISION
 @COMPONENT_PRECISION
 @CALIBRATION
@@ -77,6 +79,7 @@ _PICTURES = 3
 @AS_JSON
 def command(
     checkpoint: str | None,
+    base: Path | None,
     precision: str,
     component_precision: tuple[str, ...],
     calibration: Path | None,
@@ -100,11 +103,11 @@ def command(
 ) -> None:
     """Build a bundle from CHECKPOINT: ONNX files, engines, tokenizers and a manifest.
 
-    CHECKPOINT is a folder in diffusers layout, a folder or transformer file in Black Forest Labs'
-    layout, a hub id, or the name of a small model that comes with the package: demo:dev, the
-    default, or demo:schnell. No weight is loaded to export: the graphs point into the checkpoint's
-    own files, hard-linked where the disk allows it. Every engine is checked against PyTorch before
-    the bundle is called whole.
+    CHECKPOINT is a folder in diffusers layout, a folder or file in Black Forest Labs' or ComfyUI's,
+    safetensors or GGUF, a hub id, or the name of a small model that comes with the package:
+    demo:dev, the default, or demo:schnell. No weight is loaded to export: the graphs point into the
+    checkpoint's own files, hard-linked where the disk allows it. Every engine is checked against
+    PyTorch before the bundle is called whole.
 
     A build that was cut off goes on where it was when the same command is run again.
 
@@ -115,6 +118,7 @@ def command(
       fluxdeploy build ./FLUX.1-dev --out flux-dev
       fluxdeploy build black-forest-labs/FLUX.1-schnell --precision fp16 --out flux-schnell
       fluxdeploy build flux1-dev.safetensors --component-precision t5=fp8-weights
+      fluxdeploy build flux1-dev-Q8_0.gguf --base ./FLUX.1-dev --out flux-q8
       fluxdeploy build ./FLUX.1-dev --precision fp8 --runtime tensorrt-rtx --target sm89 --out rtx
     """
     from engines import runs_here
@@ -141,6 +145,7 @@ def command(
         replace,
         loras,
         lora_rank,
+        base,
     )
     if page is not None:
         check_page(page)
@@ -199,7 +204,15 @@ def _compare(
     source = request.checkpoint or DEFAULT_CHECKPOINT
     pictures = None if prompts else _PICTURES
     return verify(
-        bundle.root, source, runtime, EngineOptions(), progress, pictures, prompts, request.loras
+        bundle.root,
+        source,
+        runtime,
+        EngineOptions(),
+        progress,
+        pictures,
+        prompts,
+        request.loras,
+        request.base,
     )
 
 

@@ -8,6 +8,7 @@ import click
 
 from fluxdeploy.cli.options import (
     AS_JSON,
+    BASE,
     CALIBRATION,
     CHECKPOINT,
     COMPONENT_PRECISION,
@@ -26,6 +27,7 @@ from fluxdeploy.terminal import say, say_json
 
 @click.command()
 @CHECKPOINT
+@BASE
 @PRECISION
 @COMPONENT_PRECISION
 @CALIBRATION
@@ -58,6 +60,7 @@ from fluxdeploy.terminal import say, say_json
 @AS_JSON
 def command(
     checkpoint: str | None,
+    base: Path | None,
     precision: str,
     component_precision: tuple[str, ...],
     calibration: Path | None,
@@ -84,7 +87,7 @@ def command(
     from fluxdeploy.build.checkpoint import find_checkpoint, hash_checkpoint
 
     overrides = component_precisions(component_precision)
-    source = find_checkpoint(checkpoint, loras)
+    source = find_checkpoint(checkpoint, loras, base)
     from exporters.calibrate.find import open_calibration
     from exporters.calibrate.range_file import write_calibration
     from exporters.components.registry import (

@@ -19,6 +19,7 @@ from fluxdeploy.precision import PRECISIONS
 
 __all__ = [
     "AS_JSON",
+    "BASE",
     "BUNDLE",
     "CALIBRATION",
     "CHECKPOINT",
@@ -239,6 +240,13 @@ CHECKPOINT_NAME = _CheckpointType()
 SIZE = _SizeType()
 
 CHECKPOINT = click.argument("checkpoint", required=False, type=CHECKPOINT_NAME)
+
+BASE = click.option(
+    "--base",
+    type=FOLDER,
+    help="A folder with what a checkpoint of a single file lacks: tokenizer/ and tokenizer_2/, and "
+    "any of text_encoder/, text_encoder_2/, vae/ and scheduler/, as in diffusers layout.",
+)
 
 PRECISION = click.option(
     "--precision",

@@ -11,6 +11,7 @@ import click
 from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.cli.options import (
     AS_JSON,
+    BASE,
     CALIBRATION,
     CHECKPOINT,
     COMPONENT_PRECISION,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @CHECKPOINT
+@BASE
 @PRECISION
 @COMPONENT_PRECISION
 @CALIBRATION
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
 @AS_JSON
 def command(
     checkpoint: str | None,
+    base: Path | None,
     precision: str,
     component_precision: tuple[str, ...],
     calibration: Path | None,
@@ -123,6 +126,7 @@ def command(
         replace,
         loras,
         lora_rank,
+        base,
     )
     with libraries_on_stderr():
         _, plan = prepare(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fluxdeploy.cli.options import AS_JSON, CHECKPOINT_NAME, FOLDER, LORAS
+from fluxdeploy.cli.options import AS_JSON, BASE, CHECKPOINT_NAME, FOLDER, LORAS
 from fluxdeploy.library_output import libraries_on_stderr
 from fluxdeploy.lora import LoraFile
 from fluxdeploy.progress import Progress
@@ -21,9 +21,14 @@ from fluxdeploy.terminal import say, say_json
     type=CHECKPOINT_NAME,
     help="What the bundle was made from.  [default: what it records, of the package or a hub]",
 )
+@BASE
 @AS_JSON
 def command(
-    bundle: Path, loras: tuple[LoraFile, ...], checkpoint: str | None, as_json: bool
+    bundle: Path,
+    loras: tuple[LoraFile, ...],
+    checkpoint: str | None,
+    base: Path | None,
+    as_json: bool,
 ) -> None:
     """Swap the LoRAs of BUNDLE, without exporting it again.
 
@@ -42,7 +47,7 @@ def command(
     from fluxdeploy.build.refit import refit
 
     with libraries_on_stderr(), Progress(quiet=as_json) as progress:
-        made = refit(bundle, checkpoint, loras, progress)
+        made = refit(bundle, checkpoint, loras, progress, base)
     merged = made.manifest.provenance.get("loras", [])
     if as_json:
         say_json({"bundle": str(bundle), "hash": made.content_hash, "loras": merged})

@@ -10,6 +10,7 @@ import click
 
 from fluxdeploy.cli.options import (
     AS_JSON,
+    BASE,
     BUNDLE,
     CHECKPOINT_NAME,
     DEVICE,
@@ -42,6 +43,7 @@ _WORST = 5
     type=CHECKPOINT_NAME,
     help="What the bundle was made from: compares pictures and layers with PyTorch float32 too.",
 )
+@BASE
 @click.option(
     "--pictures",
     type=click.IntRange(min=1),
@@ -65,6 +67,7 @@ _WORST = 5
 def command(
     bundle: Path,
     checkpoint: str | None,
+    base: Path | None,
     pictures: int | None,
     plot: Path | None,
     loras: tuple[LoraFile, ...],
@@ -107,7 +110,9 @@ def command(
     given = read_prompts(prompts)
     options = EngineOptions(threads, device)
     with libraries_on_stderr(), Progress(quiet=as_json) as progress:
-        report = verify(bundle, checkpoint, runtime, options, progress, pictures, given, loras)
+        report = verify(
+            bundle, checkpoint, runtime, options, progress, pictures, given, loras, base
+        )
     if plot is not None:
         plot_quality(report, plot)
     if page is not None:

@@ -92,6 +92,7 @@ def verify(
     pictures: int | None = None,
     prompts: tuple[str, ...] = (),
     loras: tuple[LoraFile, ...] = (),
+    base: Path | None = None,
 ) -> VerifyReport:
     """Check every file's hash, each engine against golden tensors, and pictures and layers.
 
@@ -115,7 +116,7 @@ def verify(
     loras = loras or _find_loras(bundle)
     at_hand = loras or not bundle.manifest.provenance.get("loras")
     source = _find_checkpoint(bundle, checkpoint, needed) if at_hand or needed else checkpoint
-    opened = None if source is None else open_recorded(bundle, source, progress, loras)
+    opened = None if source is None else open_recorded(bundle, source, progress, loras, base)
     recorded = [n for n, record in bundle.manifest.components.items() if record.golden]
     task = progress.task("Comparing components", total=len(recorded))
     components = []

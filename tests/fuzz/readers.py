@@ -85,6 +85,62 @@ def safetensors(folder: Path) -> Reader:
     return _of_file(folder / "x.safetensors", seeds, read)
 
 
+def gguf(folder: Path) -> Reader:
+    """A small file of each kind of metadata, and of blocks; what is read is widened."""
+    import numpy as np
+
+    from exporters.checkpoint.tensors import read_stored
+    from tests.support.gguf_file import ARRAY, STRING, U32, GgufFile, GgufTensor, value
+
+    blocks = np.random.default_rng(0).integers(0, 127, 864, np.uint8).tobytes()
+    tensors = {
+        "double_blocks.0.img_attn.qkv.weight": GgufTensor(12, (256, 3), blocks[:432]),
+        "img_in.weight": GgufTensor(8, (32, 3), blocks[:102]),
+        "img_in.bias": GgufTensor(0, (3,), blocks[:12]),
+        "final_layer.linear.weight": GgufTensor(30, (2, 3), blocks[:12]),
+    }
+    metadata = {
+        "general.architecture": value(STRING, "flux"),
+        "general.alignment": value(U32, 32),
+        "tokens": value(ARRAY, ["a", "bc", ""], STRING),
+        "scores": value(ARRAY, [0.5] * 20, 6),
+        "comfy.gguf.orig_shape.img_in.bias": value(ARRAY, [3, 1], 5),
+    }
+    seeds = [GgufFile(tensors, metadata, version=version).to_bytes() for version in (3, 2)]
+
+    def read(path: Path) -> None:
+        for stored in read_stored([path]).values():
+            assert stored.read().size == np.prod(stored.shape, dtype=int)
+
+    return _of_file(folder / "x.gguf", seeds, read)
+
+
+def four_bits(folder: Path) -> Reader:
+    """Weights of bitsandbytes, by the JSON beside them: the header is `safetensors`' matter."""
+    from exporters.checkpoint.four_bits import attach_blocks
+    from exporters.checkpoint.tensors import read_stored
+    from fluxdeploy.bundle.tensorfile import TensorFileWriter
+
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [3, 64],
+             "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.5}  # fmt: skip
+    declared = [("weight", "U8", (96, 1)), ("weight.absmax", "U8", (3,)),
+                ("weight.quant_map", "F32", (16,)), ("weight.nested_absmax", "F32", (1,)),
+                ("weight.nested_quant_map", "F32", (256,))]  # fmt: skip
+    path = folder / "x.safetensors"
+
+    def read(text: bytes) -> None:
+        name = "weight.quant_state.bitsandbytes__nf4"
+        with TensorFileWriter(path, [*declared, (name, "U8", (len(text),))]) as writer:
+            for size in (96, 3, 64, 4, 1024):
+                writer.write(bytes(size))
+            writer.write(text)
+        for stored in attach_blocks(read_stored([path])).values():
+            stored.read()
+
+    seed = json.dumps(state).encode()
+    return Reader(_json_or_bytes([seed]), read, seed)
+
+
 def lora(folder: Path) -> Reader:
     from fluxdeploy.bundle.tensorfile import TensorFileWriter
     from fluxdeploy.lora import read_lora
@@ -519,8 +575,9 @@ def native_engine(folder: Path) -> Reader:
 READERS: Mapping[str, Make] = {
     make.__name__: make
     for make in (
-        safetensors, lora, manifest, hash_cache, staging, tokenizer, picture_metadata, pictures,
-        bench_report, fusion_report, prompts, checkpoint, tokenizer_folder, ranges, arguments,
+        safetensors, gguf, four_bits, lora, manifest, hash_cache, staging, tokenizer,
+        picture_metadata, pictures, bench_report, fusion_report, prompts, checkpoint,
+        tokenizer_folder, ranges, arguments,
         emulated_graph, native_engine,
     )
 }  # fmt: skip

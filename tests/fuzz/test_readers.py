@@ -29,7 +29,8 @@ FEW = {"tokenizer_folder": 4, "ranges": 8, "arguments": 12}
 """Inputs where a reader takes long for each."""
 
 WITH_TORCH = (
-    "prompts", "checkpoint", "tokenizer_folder", "ranges", "arguments", "emulated_graph",
+    "gguf", "four_bits", "prompts", "checkpoint", "tokenizer_folder", "ranges", "arguments",
+    "emulated_graph",
 )  # fmt: skip
 
 
