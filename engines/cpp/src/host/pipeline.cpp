@@ -32,24 +32,31 @@ EngineOptions checked(EngineOptions options) {
     return options;
 }
 
-std::shared_ptr<EnginePool> open_pool(const std::string& path, const std::string& runtime,
-                                      EngineOptions options) {
-    check_runtime(runtime);
-    options = checked(std::move(options));
-    Bundle bundle = open_bundle(path);
-    if (const auto missing = missing_component(bundle.manifest)) {
-        throw Error(ErrorCode::bundle, "The bundle " + bundle.root.string() + " has no " +
-                                           *missing +
-                                           ", which every picture takes. Build the bundle again "
-                                           "with `fluxdeploy build`.");
-    }
-    return std::make_shared<EnginePool>(std::move(bundle), runtime, std::move(options));
+void require_components(const Bundle& bundle) {
+    const auto missing = missing_component(bundle.manifest);
+    if (!missing) return;
+    throw Error(ErrorCode::bundle, "The bundle " + bundle.root.string() + " has no " + *missing +
+                                       ", which every picture takes. Build the bundle again with "
+                                       "`fluxdeploy build`.");
 }
 
 std::shared_ptr<const Tokenizers> read_tokenizers(const Bundle& bundle) {
     auto t5 = std::async([&] { return Tokenizer::read(bundle, "t5"); });
     Tokenizer clip = Tokenizer::read(bundle, "clip");
     return std::make_shared<const Tokenizers>(Tokenizers{std::move(clip), t5.get()});
+}
+
+OpenedBundle open(const std::string& path, const std::string& runtime, EngineOptions options) {
+    check_runtime(runtime);
+    auto runtimes = std::make_unique<Runtimes>(runtime, checked(std::move(options)));
+    std::shared_ptr<const Tokenizers> tokenizers;
+    Bundle opened = open_bundle(path, [&](const Bundle& bundle) {
+        require_components(bundle);
+        const auto loading =
+            std::async(std::launch::async, [&] { runtimes->load_for(bundle.manifest); });
+        tokenizers = read_tokenizers(bundle);
+    });
+    return {std::make_shared<EnginePool>(std::move(opened), std::move(runtimes)), tokenizers};
 }
 
 // Lets go of what a call that failed has left open.
@@ -92,18 +99,17 @@ void append(std::vector<std::string>& list, const std::vector<std::string>& more
 
 FluxPipeline::FluxPipeline(const std::string& path, const std::string& runtime,
                            EngineOptions options, bool low_vram)
-    : FluxPipeline(open_pool(path, runtime, std::move(options)), nullptr, low_vram) {}
+    : FluxPipeline(open(path, runtime, std::move(options)), low_vram) {}
 
-FluxPipeline::FluxPipeline(std::shared_ptr<EnginePool> pool,
-                           std::shared_ptr<const Tokenizers> tokenizers, bool low_vram)
-    : pool_(std::move(pool)),
-      tokenizers_(tokenizers ? std::move(tokenizers) : read_tokenizers(pool_->bundle())),
+FluxPipeline::FluxPipeline(OpenedBundle opened, bool low_vram)
+    : pool_(std::move(opened.pool)),
+      tokenizers_(std::move(opened.tokenizers)),
       components_(pool_, low_vram),
       encoder_(tokenizers_) {}
 
 std::unique_ptr<FluxPipeline> FluxPipeline::clone() const {
     return std::unique_ptr<FluxPipeline>(
-        new FluxPipeline(pool_, tokenizers_, components_.low_vram()));
+        new FluxPipeline(OpenedBundle{pool_, tokenizers_}, components_.low_vram()));
 }
 
 void FluxPipeline::load() {

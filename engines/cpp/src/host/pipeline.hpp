@@ -32,6 +32,12 @@ struct Deviation {
     double cosine = 1;
 };
 
+// What the pipelines of a bundle share.
+struct OpenedBundle {
+    std::shared_ptr<EnginePool> pool;
+    std::shared_ptr<const Tokenizers> tokenizers;
+};
+
 // Makes pictures from a bundle. Calls from several threads take turns; a clone shares the engines,
 // and runs at the same time.
 class FluxPipeline {
@@ -58,8 +64,7 @@ public:
     void check(const std::function<void(const std::string&, const Deviation&)>& each);
 
 private:
-    FluxPipeline(std::shared_ptr<EnginePool> pool, std::shared_ptr<const Tokenizers> tokenizers,
-                 bool low_vram);
+    FluxPipeline(OpenedBundle opened, bool low_vram);
 
     Result make(const Request& request, const class Task& task, const Arguments& arguments);
     void decode(const Floats& tokens, const Request& request, const CancelToken& cancel,
