@@ -15,13 +15,16 @@ struct UsageError : std::runtime_error {
 struct CommandLine {
     std::string bundle;
     std::vector<std::string> prompts;
+    std::optional<std::string> prompt_2;
     std::optional<std::string> negative_prompt;
+    std::optional<std::string> negative_prompt_2;
     double true_cfg_scale = 1.0;
     std::optional<std::int64_t> width;
     std::optional<std::int64_t> height;
     std::optional<std::int64_t> steps;
     std::optional<double> guidance;
-    std::optional<std::uint64_t> seed;
+    // Each makes a picture of each prompt.
+    std::vector<std::uint64_t> seeds;
     std::int64_t num_images = 1;
     std::optional<std::string> image;
     std::optional<std::string> mask;

@@ -128,8 +128,10 @@ Result FluxPipeline::generate(const Arguments& arguments) {
     append(notices, idle_arguments(manifest, arguments));
     append(notices, task->notices());
     const std::int64_t length = request.max_sequence_length;
-    append(notices, encoder_.cuts(request.prompts, length, "The prompt"));
-    append(notices, encoder_.cuts(request.negative_prompts, length, "The negative prompt"));
+    append(notices, encoder_.cuts(request.text, length, "The prompt"));
+    if (request.negative) {
+        append(notices, encoder_.cuts(*request.negative, length, "The negative prompt"));
+    }
     if (arguments.skip_recorded) append(notices, unmeasured(manifest, request));
     const Turns::Taken turn(turns_, arguments.cancel);
     const ReleaseAll on_exit(components_);
@@ -146,7 +148,9 @@ Result FluxPipeline::make(const Request& request, const Task& task, const Argume
     };
     const TokenGrid grid = token_grid(request.height, request.width, manifest.latents);
     const std::vector<float> schedule =
-        sigmas(manifest.schedule, request.num_inference_steps, grid.rows * grid.columns);
+        sigmas(manifest.schedule,
+               request.sigmas.empty() ? even_levels(request.num_inference_steps) : request.sigmas,
+               grid.rows * grid.columns);
     const Sampler& sampler = find_sampler(request.sampler);
     const std::int64_t first = request.num_inference_steps - task.steps();
     const std::vector<float> ahead(schedule.begin() + first, schedule.end());
@@ -160,13 +164,13 @@ Result FluxPipeline::make(const Request& request, const Task& task, const Argume
     const std::vector<float> levels = sampler.levels(start.sigmas);
     const std::optional<double> guidance =
         manifest.guidance_embedding ? std::optional<double>(request.guidance_scale) : std::nullopt;
-    const auto condition = [&](const std::vector<Prompt>& prompts) {
-        return encoder_.encode(prompts, request.num_images_per_prompt, request.max_sequence_length,
+    const auto condition = [&](const Text& text) {
+        return encoder_.encode(text, request.num_images_per_prompt, request.max_sequence_length,
                                levels, guidance, run);
     };
-    const Condition towards = condition(request.prompts);
+    const Condition towards = condition(request.text);
     Condition away;
-    if (!request.negative_prompts.empty()) away = condition(request.negative_prompts);
+    if (request.negative) away = condition(*request.negative);
     for (const char* done : {"clip", "t5", "conditioner"}) components_.release(done);
 
     // Before the largest component is opened.
@@ -177,7 +181,7 @@ Result FluxPipeline::make(const Request& request, const Task& task, const Argume
         Engine& transformer = components_.engine("transformer");
         ModulatedTransformer velocity(transformer, towards, positions, cancel);
         std::optional<ModulatedTransformer> negative;
-        if (!away.pictures.empty()) negative.emplace(transformer, away, positions, cancel);
+        if (request.negative) negative.emplace(transformer, away, positions, cancel);
         denoise(sampler, start.latents, start.sigmas, std::ref(velocity),
                 negative ? Velocity(std::ref(*negative)) : Velocity(), request.true_cfg_scale,
                 request.skip.after(first), start.blend, arguments.on_step_end, cancel);
@@ -187,7 +191,7 @@ Result FluxPipeline::make(const Request& request, const Task& task, const Argume
     result.count = request.batch();
     result.height = request.height;
     result.width = request.width;
-    result.seed = request.seed;
+    if (request.seeds.size() == 1) result.seed = request.seeds.front();
     result.steps = task.steps();
     decode(start.latents, request, cancel, result.pixels);
     if (const MaskCrop* crop = task.crop()) lay_over(*crop, result);

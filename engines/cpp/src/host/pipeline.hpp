@@ -14,8 +14,8 @@
 
 namespace fluxdeploy {
 
-// What a call made: 8 bits RGB [B, H, W, 3]; the seed that makes it again, if any; how many steps
-// it took; sentences on what did nothing and what was cut.
+// What a call made: 8 bits RGB [B, H, W, 3]; the seed that makes it again, where there is one; how
+// many steps it took; sentences on what did nothing and what was cut.
 struct Result {
     std::int64_t count = 0;
     std::int64_t height = 0;

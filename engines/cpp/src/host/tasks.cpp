@@ -14,12 +14,6 @@ constexpr const char* kEncoder = "vae_encoder";
 constexpr const char* kNoCrop =
     "`padding_mask_crop` does nothing without `image` and `mask_image`.";
 
-Floats draw(TorchGenerator& generator, Shape shape) {
-    Floats values(std::move(shape));
-    generator.normal(values.data(), values.size());
-    return values;
-}
-
 // The latents of pictures, at the transformer's scale: [Bi, C, h, w], given `epsilon` of that
 // shape. One picture at a time.
 Floats encode(const Floats& images, const Floats& epsilon, const LatentSpec& spec, const Run& run) {
@@ -75,9 +69,9 @@ public:
     Start prepare(const std::vector<float>& sigmas, const Run&) const override {
         if (request_.latents) return {*request_.latents, sigmas, {}};
         const LatentSpec& spec = manifest_.latents;
-        TorchGenerator generator(request_.seed.value());
-        const Floats noise =
-            draw(generator, latent_shape(request_.batch(), request_.height, request_.width, spec));
+        const Floats noise = Generators(request_.seeds)
+                                 .normal(latent_shape(request_.batch(), request_.height,
+                                                      request_.width, spec));
         return {pack(noise, spec), sigmas, {}};
     }
 
@@ -153,14 +147,14 @@ protected:
                                           "that number.");
     }
 
-    // One generator draws the noise of the encoder's posterior first, and then the noise that the
+    // A generator draws the noise of the encoder's posterior first, and then the noise that the
     // picture is mixed with.
     Noised noised(const std::vector<float>& sigmas, const Run& run) const {
-        TorchGenerator generator(request_.seed.value());
-        const Floats epsilon = draw(generator, latents_of(images_.shape[0]));
+        Generators generators(request_.seeds);
+        const Floats epsilon = generators.normal(latents_of(images_.shape[0]));
         const Floats known = encode(images_, epsilon, manifest_.latents, run);
         return {last_levels(sigmas, steps()), repeat(known, request_.batch()),
-                draw(generator, latents_of(request_.batch()))};
+                generators.normal(latents_of(request_.batch()))};
     }
 
     Start start(const Noised& noised) const {
