@@ -156,7 +156,8 @@ BAD_CALLS: dict[str, dict[str, Any]] = {
     },
     "other numbers of tokens": {"true_cfg_scale": 2.0, **words("negative_")},
     "other numbers of embeddings": {
-        **{"prompt": None, "true_cfg_scale": 2.0},
+        "prompt": None,
+        "true_cfg_scale": 2.0,
         **(words() | words("negative_", 5)),
     },
 }

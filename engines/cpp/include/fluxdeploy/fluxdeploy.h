@@ -72,7 +72,7 @@ typedef struct fluxdeploy_options fluxdeploy_options;
 FLUXDEPLOY_API fluxdeploy_options* fluxdeploy_options_new(void);
 FLUXDEPLOY_API void fluxdeploy_options_free(fluxdeploy_options* options);
 /* "auto", which is the default: the best that can run here, or one by its name: "tensorrt",
- * "tensorrt-rtx", "onnxruntime". */
+ * "tensorrt-rtx", "onnxruntime", "openvino". */
 FLUXDEPLOY_API fluxdeploy_code fluxdeploy_options_set_runtime(fluxdeploy_options* options,
                                                               const char* name);
 /* CPU threads of a run; the runtime's own choice where it is not set. */

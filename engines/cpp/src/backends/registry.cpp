@@ -4,6 +4,7 @@
 
 #include "backends/graph_files.hpp"
 #include "backends/onnxruntime.hpp"
+#include "backends/openvino.hpp"
 #include "backends/tensorrt.hpp"
 #include "errors.hpp"
 
@@ -32,6 +33,9 @@ const std::vector<Row>& rows() {
         {"tensorrt-rtx", kCapabilities, true, load_tensorrt_rtx},
 #endif
         {"onnxruntime", {"cuda", "cpu"}, false, load_onnxruntime},
+#ifdef FLUXDEPLOY_WITH_OPENVINO
+        {"openvino", {"cpu"}, false, load_openvino},
+#endif
     };
     return all;
 }
