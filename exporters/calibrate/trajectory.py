@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from exporters.calibrate.task_inputs import TaskInputs, task_inputs
 from exporters.checkpoint import Checkpoint, Weights
 from exporters.components.chain import Chain, Stage
 from exporters.components.registry import COMPONENTS
@@ -110,21 +111,25 @@ class Sample:
 
     latents: float32 [1, L, C], packed. sigmas: [N + 1]. modulation: [N, 1, M, D].
     constant: the transformer's inputs that no step changes.
+    given: what stands around the latents.
     """
 
     latents: Floats
     sigmas: Floats
     modulation: Array
     constant: Mapping[str, Array]
+    given: TaskInputs
 
     def inputs(self, step: int) -> dict[str, Array]:
         """What the transformer takes at a step."""
-        moving = {"hidden_states": self.latents, "modulation": self.modulation[step]}
-        return {**self.constant, **moving}
+        states = self.given.around(self.latents)
+        return {**self.constant, "hidden_states": states, "modulation": self.modulation[step]}
 
     def advance(self, step: int, velocity: Array) -> None:
         """Euler's step along the flow, as `fluxdeploy.host.loop` takes it."""
-        self.latents = self.latents + (self.sigmas[step + 1] - self.sigmas[step]) * velocity
+        length = self.latents.shape[1]
+        change = (self.sigmas[step + 1] - self.sigmas[step]) * velocity[:, :length]
+        self.latents = self.latents + change
 
 
 Runner = Callable[[str, Sequence[Mapping[str, Array]]], list[dict[str, Array]]]
@@ -152,19 +157,21 @@ def start_samples(
     timesteps = np.concatenate([levels[:-1] for levels in schedules])
     run = run or _reference(checkpoint, progress)
     conditions = _encode(checkpoint, calibration, timesteps, run)
-    text_tokens = checkpoint.defaults.max_sequence_length
+    text_tokens, axes = checkpoint.defaults.max_sequence_length, len(checkpoint.rope.axes_dims)
     samples = []
     for number, (size, grid, levels) in enumerate(
         zip(calibration.sizes, grids, schedules, strict=True)
     ):
         shape = latent_shape(len(calibration.prompts), *size, latents)
         noise = pack(standard_normal(shape, calibration.seed), latents)
-        ids = joint_ids(text_tokens, *grid, len(checkpoint.rope.axes_dims))
+        given = task_inputs(checkpoint, *size)
+        ids = np.concatenate([joint_ids(text_tokens, *grid, axes), *given.ids])
         cos, sin = rope_tables(ids, checkpoint.rope)
         steps = slice(number * calibration.steps, (number + 1) * calibration.steps)
         for start, condition in zip(noise, conditions, strict=True):
             constant = {"context": condition["context"], "rope_cos": cos, "rope_sin": sin}
-            samples.append(Sample(start[None], levels, condition["modulation"][steps], constant))
+            modulation = condition["modulation"][steps]
+            samples.append(Sample(start[None], levels, modulation, constant, given))
     return samples
 
 

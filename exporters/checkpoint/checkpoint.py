@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, T5Config
 
 from exporters.checkpoint.agreement import check_class, unknown_keys
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
+from exporters.checkpoint.tasks import find_task, usual_defaults
 from exporters.checkpoint.tensors import Weights
 from exporters.checkpoint.text_configs import text_config, unknown_text_keys
 from fluxdeploy.bundle.files import read_whole
@@ -117,6 +118,20 @@ class Checkpoint:
         part = self.part("vae")
         return VaeConfig.of(part.weights, part.given)
 
+    @functools.cached_property
+    def task(self) -> str:
+        """What it was trained for: one of `exporters.checkpoint.tasks.TASKS`.
+
+        Raises `CheckpointError` for a transformer that is for none.
+        """
+        sizes = self.transformer
+        return find_task(self.pipeline, sizes.in_channels, sizes.out_channels, self.latents)
+
+    @property
+    def references(self) -> int:
+        """How many pictures the transformer usually reads behind the one that is drawn."""
+        return 1 if self.task == "kontext" else 0
+
     @property
     def latents(self) -> LatentSpec:
         """Layout and scaling of the latents: the VAE's, in the MM-DiT's patches."""
@@ -218,16 +233,8 @@ class Checkpoint:
 
     @functools.cached_property
     def defaults(self) -> Defaults:
-        """What a host uses where the caller says nothing: dev's and schnell's usual values."""
-        dev = self.transformer.guidance_embedding
-        usual = Defaults(
-            height=1024,
-            width=1024,
-            num_inference_steps=28 if dev else 4,
-            guidance_scale=3.5 if dev else 0.0,
-            max_sequence_length=512 if dev else 256,
-            strength=0.6,
-        )
+        """What a host uses where the caller says nothing: what the author recorded, else usual."""
+        usual = usual_defaults(self.task, self.transformer.guidance_embedding)
         values = {name: self.settings.get(name, value) for name, value in vars(usual).items()}
         for name, value in values.items():
             real = name in ("guidance_scale", "strength")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from exporters.checkpoint.tasks import PIPELINES
 from fluxdeploy.errors import CheckpointError
 
 __all__ = [
@@ -27,10 +28,6 @@ __all__ = [
 ]
 
 Role = Literal["quantized", "adapter", "family", "vae", "texts"]
-
-
-# Pipelines of diffusers that share the transformer and VAE of FLUX.1-dev and -schnell.
-_PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline")
 
 
 class _Entry(Protocol):
@@ -322,9 +319,9 @@ def _forms(header: Mapping[str, Any]) -> dict[str, str]:
 def check_pipeline(index: Mapping[str, Any], checkpoint: Path | str) -> None:
     """Refuse a model_index.json of another pipeline. Raises `CheckpointError`."""
     kind = str(index.get("_class_name"))
-    if kind not in _PIPELINES:
+    if kind not in PIPELINES:
         raise CheckpointError(
-            f"{checkpoint} holds a {kind}; of FLUX.1, {', '.join(_PIPELINES)} checkpoints are read."
+            f"{checkpoint} holds a {kind}; of FLUX.1, {', '.join(PIPELINES)} checkpoints are read."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from fluxdeploy.batch.jobs import Job
 from fluxdeploy.batch.order import TEXTS, Order
 from fluxdeploy.errors import Cancelled, UsageError
 from fluxdeploy.host.cancel import CancelToken
+from fluxdeploy.host.edges import find_filter
 from fluxdeploy.host.input_images import open_image, open_mask
 from fluxdeploy.host.loras import describe_loras, lora_sha256
 from fluxdeploy.host.outpainting import outpaint_canvas
@@ -86,7 +87,10 @@ def draw(
     for job in jobs:
         found = []
         for number, image in zip(range(len(job.paths)), pictures, strict=False):
-            png = encode_picture(image, _metadata(job.order, number, arguments, files, pipe))
+            metadata = _metadata(job.order, number, arguments, files, pipe)
+            if metadata.height is None:
+                metadata = replace(metadata, height=image.height, width=image.width)
+            png = encode_picture(image, metadata)
             found.append(Drawn(png, image.width, image.height, seconds))
         drawn.append(tuple(found))
     return drawn
@@ -95,16 +99,26 @@ def draw(
 def _arguments(order: Order) -> tuple[dict[str, Any], dict[Path, str]]:
     """The arguments of a call but for prompt and seed, and the SHA-256 of the files in it."""
     files: dict[Path, str] = {}
-    image = mask = None
-    if order.image is not None:
-        image, files[order.image] = open_image(order.image)
+    image = mask = control = None
+    opened = []
+    for path in order.image:
+        picture, files[path] = open_image(path)
+        opened.append(picture)
+    if opened:
+        image = opened[0]
+    if order.control_image is not None:
+        control, files[order.control_image] = open_image(order.control_image)
+        if order.control is not None:
+            control = find_filter(order.control)(control)
+    elif order.control is not None:
+        raise UsageError("`control` filters a `control_image`: give one.")
     if order.mask_image is not None:
         mask, files[order.mask_image] = open_mask(order.mask_image)
     files |= {lora.path: lora_sha256(lora.path) for lora in order.lora}
     width, height = order.width, order.height
     if order.outpaint is not None:
-        if image is None or mask is not None:
-            raise UsageError("Outpainting needs an image, and makes the mask: leave out the mask.")
+        if image is None or mask is not None or len(opened) > 1:
+            raise UsageError("Outpainting needs one image, and makes the mask: leave out the mask.")
         image, mask = outpaint_canvas(image, *order.outpaint)
         width = image.width if width is None else width
         height = image.height if height is None else height
@@ -118,10 +132,13 @@ def _arguments(order: Order) -> tuple[dict[str, Any], dict[Path, str]]:
         "num_inference_steps": order.num_inference_steps,
         "guidance_scale": order.guidance_scale,
         "num_images_per_prompt": order.num_images_per_prompt,
-        "image": image,
+        "image": [opened] if len(opened) > 1 else image,
         "mask_image": mask,
         "strength": order.strength,
         "padding_mask_crop": order.padding_mask_crop,
+        "control_image": control,
+        "max_area": order.max_area,
+        "auto_resize": order.auto_resize is not False,
         "max_sequence_length": order.max_sequence_length,
         "sampler": order.sampler,
         "skip": order.skip,
@@ -164,14 +181,18 @@ def _metadata(
         max_sequence_length=order.max_sequence_length or 0,
         height=arguments["height"],
         width=arguments["width"],
-        strength=order.strength if order.image is not None else None,
-        image_sha256=None if order.image is None else files[order.image],
+        strength=order.strength if order.image else None,
+        image_sha256=",".join(files[path] for path in order.image) or None,
         mask_sha256=None if order.mask_image is None else files[order.mask_image],
         padding_mask_crop=order.padding_mask_crop if marked else None,
         outpaint=None if order.outpaint is None else _joined(order.outpaint),
         bundle_hash=pipe.bundle.content_hash,
         fluxdeploy_version=__version__,
         loras=describe_loras(order.lora, files) if order.lora else None,
+        control_sha256=None if order.control_image is None else files[order.control_image],
+        control=order.control,
+        max_area=order.max_area,
+        auto_resize="no" if order.auto_resize is False else None,
     )
 
 

@@ -81,7 +81,7 @@ def alike(
         order = job.order
         limit = most or min(_MOST_AT_ONCE, _TOKENS_AT_ONCE // tokens(job))
         limit //= order.num_images_per_prompt
-        if order.image is not None or order.mask_image is not None or limit < 2:
+        if order.image or order.mask_image or order.control_image or limit < 2:
             yield [job]
             continue
         # A text is one that all have, or none.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxdeploy.arguments import shown
-from fluxdeploy.bundle.manifest import Defaults
+from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.errors import UsageError
 from fluxdeploy.lora import LoraFile, parse_lora
 from fluxdeploy.sampling.noise import check_seed
@@ -28,10 +28,11 @@ _INTEGERS = (
     "num_inference_steps",
     "num_images_per_prompt",
     "padding_mask_crop",
+    "max_area",
     "max_sequence_length",
 )
 _NUMBERS = ("true_cfg_scale", "guidance_scale", "strength")
-_PATHS = ("image", "mask_image")
+_PATHS = ("image", "mask_image", "control_image")
 
 _OTHER_NAMES = {
     "steps": "num_inference_steps",
@@ -50,8 +51,9 @@ _EXACT = 2.0**53
 class Order:
     """The arguments of `FluxPipeline.__call__`, with files instead of pictures.
 
-    None is the bundle's default, and of `seed` a random one. outpaint: pixels that are added to the
-    image on the left, top, right and bottom.
+    None is the bundle's default, and of `seed` a random one. image: several where a picture is
+    drawn after several. outpaint: pixels that are added to the image on the left, top, right and
+    bottom. control: a filter that makes the control image of what is given for it.
     """
 
     prompt: str
@@ -65,33 +67,44 @@ class Order:
     guidance_scale: float | None = None
     num_images_per_prompt: int = 1
     seed: int | None = None
-    image: Path | None = None
+    image: tuple[Path, ...] = ()
     mask_image: Path | None = None
     strength: float | None = None
     padding_mask_crop: int | None = None
     outpaint: tuple[int, ...] | None = None
+    control_image: Path | None = None
+    control: str | None = None
+    max_area: int | None = None
+    auto_resize: bool | None = None
     max_sequence_length: int | None = None
     sampler: str = "euler"
     skip: str | tuple[int, ...] = "none"
     lora: tuple[LoraFile, ...] = ()
 
-    def filled(self, defaults: Defaults) -> Order:
-        """The order with the bundle's defaults in place; a canvas has its own size."""
+    def filled(self, manifest: Manifest) -> Order:
+        """The order with the bundle's defaults in place.
+
+        Without sizes, a canvas has its own, and what is drawn after a reference the reference's.
+        """
+        after_reference = bool(self.image) and "kontext" in manifest.tasks
         names = ["num_inference_steps", "guidance_scale", "max_sequence_length"]
-        names += [] if self.image is None else ["strength"]
-        names += [] if self.outpaint is not None else ["width", "height"]
+        names += ["strength"] if self.image and not after_reference else []
+        names += [] if self.outpaint is not None or after_reference else ["width", "height"]
         missing = [name for name in names if getattr(self, name) is None]
-        return replace(self, **{name: getattr(defaults, name) for name in missing})
+        return replace(self, **{name: getattr(manifest.defaults, name) for name in missing})
 
     def digest(self, files: Mapping[Path, str], bundle: str) -> str:
         """What tells the order apart from every other one: 64 hexadecimal digits.
 
         files: the SHA-256 of the pictures and LoRAs that are given. bundle: its content hash.
         """
-        plain = {name: value for name, value in asdict(self).items() if value is not None}
-        for name in _PATHS:
+        plain = {name: value for name, value in asdict(self).items() if value not in (None, ())}
+        for name in ("mask_image", "control_image"):
             if name in plain:
                 plain[name] = files[plain[name]]
+        if self.image:
+            hashes = [files[path] for path in self.image]
+            plain["image"] = hashes[0] if len(hashes) == 1 else hashes
         plain["lora"] = [(files[lora.path], lora.strength) for lora in self.lora]
         text = json.dumps({**plain, "bundle": bundle}, sort_keys=True)
         return hashlib.sha256(text.encode("utf-8")).hexdigest()
@@ -149,9 +162,33 @@ def _value(name: str, value: Any, folder: Path) -> Any:
         return _steps(value)
     if name == "lora":
         return _loras(value, folder)
+    if name == "image":
+        return tuple(_file(name, each, folder) for each in _several(value))
+    if name in _PATHS:
+        return _file(name, value, folder)
+    if name == "auto_resize":
+        return _flag(name, value)
     if not isinstance(value, str):
         raise UsageError(f"`{name}` must be text, not {shown(value)}.")
-    return folder / Path(value).expanduser() if name in _PATHS else value
+    return value
+
+
+def _file(name: str, value: Any, folder: Path) -> Path:
+    if not isinstance(value, str):
+        raise UsageError(f"`{name}` must be text, not {shown(value)}.")
+    return folder / Path(value).expanduser()
+
+
+def _several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _flag(name: str, value: Any) -> bool:
+    flags = {"true": True, "false": False, "1": True, "0": False}
+    text = str(value).strip().lower()
+    if text not in flags:
+        raise UsageError(f"`{name}` must be true or false, not {shown(value)}.")
+    return flags[text]
 
 
 def _integer(name: str, value: Any) -> int:
@@ -180,7 +217,7 @@ def _listed(value: Any) -> list[Any]:
     """A list, or one with commas between, or a single value."""
     if isinstance(value, str):
         return value.split(",")
-    return value if isinstance(value, list) else [value]
+    return _several(value)
 
 
 def _seeds(value: Any) -> tuple[int, ...]:
@@ -200,7 +237,7 @@ def _steps(value: Any) -> tuple[int, ...]:
 
 
 def _loras(value: Any, folder: Path) -> tuple[LoraFile, ...]:
-    given = value if isinstance(value, list) else [value]
+    given = _several(value)
     if not all(isinstance(each, str) for each in given):
         raise UsageError(f"`lora` must be a file, or a list of files, not {shown(value)}.")
     return tuple(parse_lora(each, lambda name: folder / Path(name).expanduser()) for each in given)

@@ -111,7 +111,7 @@ def make_jobs(
         except FluxDeployError as error:
             failed(request.place, error)
             continue
-        order = request.order.filled(pipe.bundle.manifest.defaults)
+        order = request.order.filled(pipe.bundle.manifest)
         digest = order.digest(files, pipe.bundle.content_hash)
         jobs.append(find_made(Job(order, request.place, request.paths, digest), index))
     return jobs

@@ -37,7 +37,6 @@ __all__ = [
     "find_checkpoint",
     "find_text_remarks",
     "hash_checkpoint",
-    "limits",
     "open_recorded",
     "require_recorded",
     "require_unchanged",
@@ -229,18 +228,8 @@ def _check_levels(checkpoint: Checkpoint) -> None:
     )
 
 
-def limits(checkpoint: Checkpoint) -> str | None:
-    """What a checkpoint is made for and a bundle of it does not do, in words; None for nothing."""
-    if checkpoint.pipeline != "FluxKontextPipeline":
-        return None
-    return (
-        "a bundle of this Kontext checkpoint does text to image and image to image, and not the "
-        "editing of a reference picture, which this version has no task for"
-    )
-
-
 def check_family(checkpoint: Checkpoint) -> None:
-    """Refuse networks that do not belong together, and FLUX.1's tools (Fill, Canny, Depth).
+    """Refuse networks that do not belong together, and what cannot do a checkpoint's task.
 
     What is missing is named before anything else.
     """
@@ -248,13 +237,11 @@ def check_family(checkpoint: Checkpoint) -> None:
         checkpoint.part(name)
     for name in ("clip", "t5"):
         checkpoint.tokenizer(name)
-    transformer, vae = checkpoint.transformer, checkpoint.vae
-    packed = transformer.patch_size**2 * vae.latent_channels
-    if transformer.in_channels != packed or transformer.out_channels != packed:
+    transformer, task = checkpoint.transformer, checkpoint.task
+    if task != "text to image" and not checkpoint.vae.encoder:
         raise CheckpointError(
-            f"The transformer takes {transformer.in_channels} channels and gives "
-            f"{transformer.out_channels}, where the VAE's latents make {packed}: FLUX.1 Fill, "
-            "Canny, Depth and Kontext-like variants are not built yet."
+            f"The VAE has no encoder, and the transformer is one for {task}, which begins with a "
+            "picture: take the checkpoint's own VAE."
         )
     pairs = (
         ("T5", checkpoint.t5.d_model, transformer.text_width),

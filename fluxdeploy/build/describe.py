@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from fluxdeploy import __version__
-from fluxdeploy.build.checkpoint import limits
 from fluxdeploy.build.keys import tool_versions
 from fluxdeploy.build.plan.footprint import WIDTHS
 from fluxdeploy.build.run import BuildRun
@@ -21,6 +21,9 @@ from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from fluxdeploy.kernels import CallSizes
 from fluxdeploy.precision import PRECISIONS
+
+if TYPE_CHECKING:
+    from exporters.checkpoint import Checkpoint
 
 __all__ = ["describe"]
 
@@ -39,11 +42,10 @@ def describe(
     transformer = components["transformer"]
     row = PRECISIONS[transformer.precision]
     promise = Promise() if transformer.recipe is None else transformer.recipe.promise
-    limit = limits(checkpoint)
     return Manifest(
         schema_version=SCHEMA_VERSION,
         family="flux.1",
-        variant="dev" if guided else "schnell",
+        variant=_variant(checkpoint),
         guidance_embedding=guided,
         components=components,
         latents=checkpoint.latents,
@@ -55,13 +57,27 @@ def describe(
         provenance={
             "checkpoint": _origin(request.checkpoint or DEFAULT_CHECKPOINT, run),
             **({"loras": [asdict(lora) for lora in checkpoint.loras]} if checkpoint.loras else {}),
-            **({} if limit is None else {"limits": limit}),
             "requested_precision": request.precision,
             "transformer_bytes": _transformer_bytes(run),
             "vae_bytes_per_pixel": _vae_bytes_per_pixel(run),
             "tools": {"fluxdeploy": __version__} | tool_versions(),
         },
+        tasks=_tasks(checkpoint),
     )
+
+
+def _tasks(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What the bundle does: a VAE without an encoder leaves text to image alone."""
+    from exporters.checkpoint.tasks import TASKS
+
+    return TASKS[checkpoint.task] if checkpoint.vae.encoder else ("text to image",)
+
+
+def _variant(checkpoint: Checkpoint) -> str:
+    """FLUX.1's name for such a checkpoint."""
+    if checkpoint.task != "text to image":
+        return checkpoint.task
+    return "dev" if checkpoint.transformer.guidance_embedding else "schnell"
 
 
 def _transformer_bytes(run: BuildRun) -> dict[str, int]:

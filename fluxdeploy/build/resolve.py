@@ -203,9 +203,10 @@ def _profiles(
     symbols: set[str], request: BuildRequest, checkpoint: Checkpoint, runtime: Runtime
 ) -> tuple[Mapping[str, DimensionRange], ...]:
     defaults, latents, rank = checkpoint.defaults, checkpoint.latents, request.lora_rank
+    references = checkpoint.references
     if runtime.tuned:
-        return resolution_buckets(symbols, request.sizes, defaults, latents, rank)
-    return (any_size(symbols, defaults, latents, rank),)
+        return resolution_buckets(symbols, request.sizes, defaults, latents, rank, references)
+    return (any_size(symbols, defaults, latents, rank, references),)
 
 
 def _check_lora(runtime: Runtime, rank: int) -> None:

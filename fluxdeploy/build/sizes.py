@@ -54,15 +54,20 @@ class SizeRange:
 
 
 def any_size(
-    symbols: set[str], defaults: Defaults, latents: LatentSpec, rank: int = 0
+    symbols: set[str],
+    defaults: Defaults,
+    latents: LatentSpec,
+    rank: int = 0,
+    references: int = 0,
 ) -> dict[str, DimensionRange]:
     """What a runtime without profiles takes: up to where attention fills any machine's memory.
 
-    rank: of the LoRAs that a call may have.
+    rank: of the LoRAs that a call may have. references: pictures of the usual size whose tokens the
+    transformer reads behind those of the picture.
     """
     step = latents.token_side
-    most = (LONGEST_SIDE // step) ** 2
-    image = (defaults.height // step) * (defaults.width // step)
+    most = (1 + references) * (LONGEST_SIDE // step) ** 2
+    image = (1 + references) * (defaults.height // step) * (defaults.width // step)
     sides = {
         "H": DimensionRange(step, defaults.height, LONGEST_SIDE),
         "W": DimensionRange(step, defaults.width, LONGEST_SIDE),
@@ -77,19 +82,22 @@ def resolution_buckets(
     defaults: Defaults,
     latents: LatentSpec,
     rank: int = 0,
+    references: int = 0,
 ) -> tuple[Profile, ...]:
     """The optimization profiles of an engine with these symbols, smallest pictures first.
 
     A bucket reaches to four times the tokens that it begins with, and is tuned for its largest:
     kernels for a range of sizes are the slower the wider it is. One of the borders is the size that
     the engine is tuned for most; small pictures share a bucket. Components that do not see the
-    picture have one profile.
+    picture have one profile. With `references` the transformer reads the tokens of as many pictures
+    more, and less where a call has none.
 
     Raises `UsageError` for sizes that are not whole tokens or not in order.
     """
     least, opt, most = _checked(sizes, defaults, latents)
     step = latents.token_side
     tokens = [(height // step) * (width // step) for height, width in (least, opt, most)]
+    tokens[1:] = [(1 + references) * count for count in tokens[1:]]
     if "L" in symbols:
         spans = _buckets(*tokens)
     else:

@@ -46,7 +46,7 @@ _BOUNDARY: Mapping[str, tuple[Mapping[str, Shape], Mapping[str, Shape]]] = {
     ),
     "transformer": (
         {
-            "hidden_states": ("B", "L", "a token's channels"),
+            "hidden_states": ("B", "L", "what a task reads"),
             "context": ("B", "S", "the transformer's width"),
             "modulation": ("B", "the modulation's rows", "the transformer's width"),
             "rope_cos": ("T", "a head's channels"),

@@ -32,6 +32,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "SPACINGS",
     "SYMBOLS",
+    "TASKS",
     "ComponentRecord",
     "Defaults",
     "Dimension",
@@ -64,6 +65,10 @@ SYMBOLS = ("B", "S", "L", "T", "N", "H", "W", "h", "w", RANK)
 
 SPACINGS = ("karras", "exponential", "beta")
 """What `ScheduleSpec.spacing` may be."""
+
+_USUAL_TASKS = ("text to image", "image to image", "inpainting")
+TASKS = (*_USUAL_TASKS, "fill", "control", "kontext")
+"""What `Manifest.tasks` may name."""
 
 MAX_ORDER = 2
 """Of the extrapolation of a velocity: a parabola."""
@@ -199,6 +204,25 @@ class LatentSpec:
         """Pixels of an image token's side: a picture's sides are multiples of it."""
         return self.spatial_factor * self.patch_size
 
+    @property
+    def token_channels(self) -> int:
+        """Of a token of latents, and of its velocity."""
+        return self.channels * self.patch_size**2
+
+    @property
+    def mask_channels(self) -> int:
+        """Of a token of a mask, which keeps each pixel."""
+        return self.token_side**2
+
+    def channels_read(self, task: str) -> int:
+        """Of a token of `hidden_states`, where the transformer is one for a task.
+
+        FLUX.1's own read 64, for `fill` 384 and for `control` 128.
+        """
+        if task == "fill":
+            return 2 * self.token_channels + self.mask_channels
+        return self.token_channels * (2 if task == "control" else 1)
+
 
 @dataclass(frozen=True)
 class RopeSpec:
@@ -293,7 +317,10 @@ class SkipRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A whole bundle. `provenance` is free-form JSON: checkpoint hash, tool versions, requests."""
+    """A whole bundle. `provenance` is free-form JSON: checkpoint hash, tool versions, requests.
+
+    tasks: what its transformer was trained for, some of `TASKS`.
+    """
 
     schema_version: int
     family: str
@@ -308,6 +335,7 @@ class Manifest:
     quality: QualityRecord
     provenance: Mapping[str, object]
     skips: tuple[SkipRecord, ...] = field(default=(), metadata=OPTIONAL)
+    tasks: tuple[str, ...] = field(default=_USUAL_TASKS, metadata=OPTIONAL)
 
     @property
     def lora_rank(self) -> int:
@@ -438,6 +466,7 @@ def _require(condition: bool, where: str, problem: str) -> None:
 
 def _check(manifest: Manifest) -> None:
     _check_counts(manifest)
+    _check_tasks(manifest)
     _check_files(manifest)
     for name, component in manifest.components.items():
         _check_component(component, f"components.{name}")
@@ -460,6 +489,7 @@ def _check_counts(manifest: Manifest) -> None:
         "tokenizers": len(manifest.tokenizers),
         "rope.axes_dims": len(manifest.rope.axes_dims),
         "skips": len(manifest.skips),
+        "tasks": len(manifest.tasks),
     }
     for name, component in manifest.components.items():
         specs = {"inputs": component.inputs, "outputs": component.outputs}
@@ -475,6 +505,24 @@ def _check_counts(manifest: Manifest) -> None:
         _require(count <= _MAX_ENTRIES, where, f"has {count} entries; {_MAX_ENTRIES} are the most")
     files = sum(1 for _ in manifest.files())
     _require(files <= _MAX_FILES, "", f"It names {files} files; {_MAX_FILES} are the most")
+
+
+def _check_tasks(manifest: Manifest) -> None:
+    """All tasks of a bundle are done by one transformer, which reads so many channels."""
+    tasks = manifest.tasks
+    _require(bool(tasks), "tasks", "is empty; a bundle does something")
+    for index, task in enumerate(tasks):
+        where = f"tasks[{index}]"
+        _require(task in TASKS, where, f"is {task!r}; it must be one of {_listed(TASKS)}")
+        _require(task not in tasks[:index], where, f"is {task!r}, as an earlier one")
+    axes = len(manifest.rope.axes_dims)
+    _require(
+        axes > 2 or "kontext" not in tasks,
+        "tasks",
+        f"has kontext, whose pictures take an axis of their own, and rope.axes_dims has {axes}",
+    )
+    read = {manifest.latents.channels_read(task) for task in tasks}
+    _require(len(read) == 1, "tasks", f"needs transformers of {_listed(read)} channels at once")
 
 
 def _check_magnitudes(manifest: Manifest) -> None:
@@ -733,8 +781,12 @@ def _check_boundary(manifest: Manifest) -> None:
     sizes = {
         "the latents' channels": (latents.channels, "latents.channels"),
         "a token's channels": (
-            latents.channels * latents.patch_size**2,
+            latents.token_channels,
             "latents, channels times patch_size squared,",
+        ),
+        "what a task reads": (
+            latents.channels_read(manifest.tasks[0]),
+            f"latents, for the task {manifest.tasks[0]},",
         ),
         "a head's channels": (sum(manifest.rope.axes_dims), "the sum of rope.axes_dims"),
     }
@@ -820,5 +872,5 @@ def _check_sides(dimensions: Mapping[str, DimensionRange], factor: int, where: s
             )
 
 
-def _listed(names: Mapping[str, object] | set[str] | tuple[str, ...]) -> str:
-    return ", ".join(sorted(names)) or "none"
+def _listed(names: Mapping[str, object] | set[str] | set[int] | tuple[str, ...]) -> str:
+    return ", ".join(map(str, sorted(names))) or "none"

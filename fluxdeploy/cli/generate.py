@@ -136,8 +136,11 @@ _KINDS = (CutPromptWarning, TiledWarning, UnmeasuredSkipsWarning, UnusedArgument
 )
 @click.option(
     "--image",
+    "images",
     type=PathType(),
-    help="A picture to start from, resized to width x height.",
+    multiple=True,
+    help="A picture to start from, resized to width x height; for a Kontext bundle the picture to "
+    "change, or several.",
 )
 @click.option(
     "--strength",
@@ -164,6 +167,28 @@ _KINDS = (CutPromptWarning, TiledWarning, UnmeasuredSkipsWarning, UnusedArgument
     metavar="LEFT,TOP,RIGHT,BOTTOM",
     help="Draw so many pixels more on the sides of --image. Width and height are then those of the "
     "whole, in multiples of 16.",
+)
+@click.option(
+    "--control-image",
+    type=PathType(),
+    help="For a Canny or Depth bundle: the edges or depths to draw along.",
+)
+@click.option(
+    "--control",
+    type=click.Choice(["canny"]),
+    help="Find the edges of --control-image first; needs the extra `control`.",
+)
+@click.option(
+    "--max-area",
+    type=int,
+    metavar="PIXELS",
+    help="For a Kontext bundle: draw so many pixels, in the proportions of width and height.",
+)
+@click.option(
+    "--auto-resize/--no-auto-resize",
+    default=None,
+    help="Whether --image of a Kontext bundle becomes one of the sizes that the model was trained "
+    "with.  [default: yes]",
 )
 @click.option(
     "--max-sequence-length",
@@ -225,11 +250,15 @@ def command(
     guidance: float | None,
     seeds: tuple[int, ...] | None,
     num_images: int,
-    image: Path | None,
+    images: tuple[Path, ...],
     strength: float | None,
     mask: Path | None,
     mask_crop: int | None,
     outpaint: tuple[int, ...] | None,
+    control_image: Path | None,
+    control: str | None,
+    max_area: int | None,
+    auto_resize: bool | None,
     max_sequence_length: int | None,
     sampler: str,
     skip: Literal["none", "auto"] | tuple[int, ...],
@@ -267,6 +296,8 @@ def command(
       fluxdeploy generate "a fox, oil on canvas" --image fox.png --strength 0.7
       fluxdeploy generate "a blue heart" --image ring.png --mask hole.png --strength 0.9
       fluxdeploy generate "a red ring" --image ring.png --outpaint 64,0,64,0 --strength 1
+      fluxdeploy generate "make the ring blue" --bundle kontext --image ring.png
+      fluxdeploy generate "a glass house" --bundle canny --control-image house.jpg --control canny
       fluxdeploy generate --prompts prompts.jsonl --out pictures/fox.png
     """
     usual = {
@@ -280,11 +311,15 @@ def command(
         "guidance_scale": guidance,
         "num_images_per_prompt": num_images,
         "seed": seeds,
-        "image": image,
+        "image": images,
         "mask_image": mask,
         "strength": strength,
         "padding_mask_crop": mask_crop,
         "outpaint": outpaint,
+        "control_image": control_image,
+        "control": control,
+        "max_area": max_area,
+        "auto_resize": auto_resize,
         "max_sequence_length": max_sequence_length,
         "sampler": sampler,
         "skip": skip,
@@ -382,7 +417,7 @@ def _report_prompts(
     for path in paths if sheet is None else (*paths, sheet):
         say(str(path))
     counted = f"{steps} steps"
-    if order.strength is not None and order.image is not None:
+    if order.strength is not None and order.image:
         counted = f"{steps - first_step(steps, order.strength)} of {steps} steps"
     told = ", ".join(map(str, dict.fromkeys(seeds)))
     say(f"{width}x{height}, seed {told}, {counted}, {seconds:.1f} s", err=True)

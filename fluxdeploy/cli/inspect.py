@@ -165,6 +165,7 @@ def _tabulate_constants(bundle: Bundle, *, check: bool) -> Table:
     table.add_row("files", "every SHA-256 matches" if check else "not hashed; --check does")
     guidance = "with" if manifest.guidance_embedding else "without"
     table.add_row("model", f"{manifest.family} {manifest.variant}, {guidance} guidance embedding")
+    table.add_row("tasks", ", ".join(manifest.tasks))
     table.add_row(
         "defaults",
         f"{defaults.width} x {defaults.height}, {defaults.num_inference_steps} steps, "

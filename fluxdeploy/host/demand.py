@@ -9,7 +9,7 @@ import numpy as np
 from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.host.tasks.task import Task
 from fluxdeploy.host.turns import Demand, Priority
-from fluxdeploy.sampling.latents import latent_shape
+from fluxdeploy.sampling.latents import latent_shape, token_grid
 from fluxdeploy.sampling.sampler import load_sampler
 
 __all__ = ["demand"]
@@ -32,7 +32,9 @@ def demand(task: Task, priority: Priority, lora_bytes: int = 0) -> Demand:
     prompts = sides * len(request.text.distinct)
     latents = math.prod(latent_shape(batch, height, width, manifest.latents))
     numbers = _COPIES * latents + 3 * pixels + prompts * _conditioned(manifest, task)
-    each = sides * pixels * task.evaluations / max(1, task.steps)
+    rows, columns = token_grid(height, width, manifest.latents)
+    longer = 1 + task.reference_tokens / (rows * columns)
+    each = sides * pixels * longer * task.evaluations / max(1, task.steps)
     return Demand(priority, task.steps, each, 4 * numbers + sides * lora_bytes)
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "decode_mask",
     "open_image",
     "open_mask",
+    "picture_size",
     "to_masks",
     "to_pixels",
     "upright_mask",
@@ -125,39 +126,60 @@ def _decode(data: bytes, name: str, read: Callable[[Image.Image], Image.Image]) 
         ) from error
 
 
-def to_pixels(image: object, height: int, width: int) -> NDArray[np.float32]:
+def to_pixels(image: object, height: int, width: int, name: str = "image") -> NDArray[np.float32]:
     """Pictures as the VAE encoder takes them: float32 [B, 3, height, width] in -1..1.
 
     image: a PIL image, an array [H, W, 3] or [B, H, W, 3], or a list of these. PIL images and uint8
     arrays are resized with Lanczos, arrays of floats to the nearest pixel, as in diffusers. Raises
-    `UsageError` for anything else.
+    `UsageError`, which calls it `name`, for anything else.
     """
     items = image if isinstance(image, (list, tuple)) else [image]
     if not items:
-        raise UsageError(f"`image` is an empty list. Give {_KINDS}.")
-    pictures = np.stack([picture for item in items for picture in _resized(item, height, width)])
+        raise UsageError(f"`{name}` is an empty list. Give {_KINDS}.")
+    pictures = np.stack(
+        [picture for item in items for picture in _resized(item, height, width, name)]
+    )
     return np.ascontiguousarray(np.float32(2) * pictures.transpose(0, 3, 1, 2) - np.float32(1))
 
 
-def _resized(item: object, height: int, width: int) -> Sequence[NDArray[np.float32]]:
+def picture_size(image: object) -> tuple[int, int]:
+    """Height and width of the first of the pictures that `to_pixels` takes, in pixels.
+
+    Raises `UsageError` for anything else.
+    """
+    item = image[0] if isinstance(image, (list, tuple)) and image else image
+    if isinstance(item, Image.Image):
+        item = upright_picture(item)
+        return item.height, item.width
+    height, width = _pictures(item, "image").shape[1:3]
+    return height, width
+
+
+def _resized(item: object, height: int, width: int, name: str) -> Sequence[NDArray[np.float32]]:
     """Pictures, float32 [height, width, 3] in 0..1."""
     if isinstance(item, Image.Image):
-        return [_lanczos(upright_picture(item), height, width)]
-    if not isinstance(item, np.ndarray) or item.ndim not in (3, 4) or item.shape[-1] != 3:
-        what = f"an array {list(item.shape)}" if isinstance(item, np.ndarray) else shown(item)
-        raise UsageError(f"`image` holds {what}. Give {_KINDS}.")
-    if item.size == 0:
-        raise UsageError("`image` holds an array without pixels.")
-    pictures = np.asarray(item if item.ndim == 4 else item[None])
-    _check_pixels(*pictures.shape[1:3])
+        return [_lanczos(upright_picture(item, name), height, width)]
+    pictures = _pictures(item, name)
     if pictures.dtype == np.uint8:
         return [_lanczos(Image.fromarray(picture), height, width) for picture in pictures]
     if not np.issubdtype(pictures.dtype, np.floating):
-        raise UsageError(f"`image` holds an array of {pictures.dtype}. Give {_KINDS}.")
+        raise UsageError(f"`{name}` holds an array of {pictures.dtype}. Give {_KINDS}.")
     # NaN fails as well.
     if not (pictures.min() >= 0 and pictures.max() <= 1):
-        raise UsageError("`image` holds an array with values outside 0 to 1. Scale it to that.")
+        raise UsageError(f"`{name}` holds an array with values outside 0 to 1. Scale it to that.")
     return list(_nearest(pictures.astype(np.float32), height, width))
+
+
+def _pictures(item: object, name: str) -> NDArray[Any]:
+    """An array of pictures, [B, H, W, 3]."""
+    if not isinstance(item, np.ndarray) or item.ndim not in (3, 4) or item.shape[-1] != 3:
+        what = f"an array {list(item.shape)}" if isinstance(item, np.ndarray) else shown(item)
+        raise UsageError(f"`{name}` holds {what}. Give {_KINDS}.")
+    if item.size == 0:
+        raise UsageError(f"`{name}` holds an array without pixels.")
+    pictures = np.asarray(item if item.ndim == 4 else item[None])
+    _check_pixels(*pictures.shape[1:3])
+    return pictures
 
 
 def to_masks(mask: object, height: int, width: int) -> NDArray[np.bool_]:
@@ -215,12 +237,13 @@ def _binary(masks: NDArray[Any]) -> NDArray[np.bool_]:
     return np.asarray(masks >= 0.5)
 
 
-def upright_picture(image: Image.Image) -> Image.Image:
+def upright_picture(image: Image.Image, name: str = "image") -> Image.Image:
     """A picture of the caller's in RGB, turned as EXIF says; its file may not be read yet.
 
-    Raises `UsageError` where it cannot be, and for more than 8192 x 8192 pixels.
+    Raises `UsageError`, which calls it `name`, where it cannot be, and for more than 8192 x 8192
+    pixels.
     """
-    return _decoded(image, "image", _upright_rgb)
+    return _decoded(image, name, _upright_rgb)
 
 
 def upright_mask(image: Image.Image) -> Image.Image:

@@ -46,8 +46,10 @@ class PictureMetadata:
     where it is Euler's; `skip` is "auto", or steps with commas, or None. `strength`, the
     SHA-256 of the files and what follows them are those of tasks that take them, else None;
     `outpaint` has the pixels that were added on the left, top, right and bottom. `loras` has name,
-    strength and SHA-256 of each LoRA, with commas. Each field is a
-    text chunk of the PNG under its own name; a field that is None has no chunk.
+    strength and SHA-256 of each LoRA, with commas, and `image_sha256` those of several pictures.
+    `control` is the filter that made the control image of the file that is named; `auto_resize` is
+    "no" where references were not resized. Each field is a text chunk of the PNG under its own
+    name; a field that is None has no chunk.
     """
 
     prompt: str
@@ -72,6 +74,10 @@ class PictureMetadata:
     bundle_hash: str
     fluxdeploy_version: str
     loras: str | None = None
+    control_sha256: str | None = None
+    control: str | None = None
+    max_area: int | None = None
+    auto_resize: str | None = None
 
 
 def to_pil(pictures: Iterable[NDArray[np.float32]]) -> list[Image]:

@@ -32,6 +32,7 @@ from fluxdeploy.host.components import Components
 from fluxdeploy.host.course import unmeasured
 from fluxdeploy.host.demand import demand
 from fluxdeploy.host.diffusers_names import ATTRIBUTES, missing_attribute, refuse_arguments
+from fluxdeploy.host.examples import example_arguments
 from fluxdeploy.host.loras import Loras, check_loras
 from fluxdeploy.host.making import LevelCallback, make_pictures
 from fluxdeploy.host.memory import check_memory
@@ -40,13 +41,17 @@ from fluxdeploy.host.previews import Show
 from fluxdeploy.host.prompts import PromptEncoder
 from fluxdeploy.host.request import GenerationRequest, check_request, idle_arguments
 from fluxdeploy.host.stats import PipelineStats
+from fluxdeploy.host.tasks.control import Control
+from fluxdeploy.host.tasks.fill import Fill
 from fluxdeploy.host.tasks.image_to_image import ImageToImage
 from fluxdeploy.host.tasks.inpainting import Inpainting
+from fluxdeploy.host.tasks.kontext import Kontext
 from fluxdeploy.host.tasks.task import Task, choose_task
 from fluxdeploy.host.tasks.text_to_image import TextToImage
 from fluxdeploy.host.turns import Priority, QueueLimits, Turns
 from fluxdeploy.lora import LoraFile
 from fluxdeploy.progress import Progress
+from fluxdeploy.sampling.examples import example_picture
 from fluxdeploy.sampling.skipping import Skips
 from fluxdeploy.text import Tokenizers, load_tokenizers
 
@@ -76,8 +81,8 @@ LoraArgument = (
 )
 """`lora` of a call: a file, with a scale or without, or several."""
 
-TASKS: tuple[type[Task], ...] = (TextToImage, ImageToImage, Inpainting)
-"""The tasks that a call's arguments can ask for."""
+TASKS: tuple[type[Task], ...] = (TextToImage, ImageToImage, Inpainting, Fill, Control, Kontext)
+"""The tasks that a call's arguments can ask for, where a bundle does them."""
 
 _KEPT_TEXT = 128 << 20
 """Bytes of encoded prompts that a pipeline keeps: 16 of FLUX.1's, at 512 tokens."""
@@ -203,6 +208,9 @@ class FluxPipeline:
         mask_image: object | None = None,
         strength: float | None = None,
         padding_mask_crop: int | None = None,
+        control_image: object | None = None,
+        max_area: int | None = None,
+        auto_resize: bool = True,
         max_sequence_length: int | None = None,
         sampler: str = "euler",
         sigmas: ArrayLike | None = None,
@@ -248,6 +256,13 @@ class FluxPipeline:
         padding_mask_crop: draw only the part of the image around the mask, with so many pixels more
             on each side, in height x width, and lay it over the image, whose size the pictures have
             then. Image and mask are one PIL image each, of one size.
+        control_image: what to draw along, for a bundle of a Canny or Depth checkpoint: the edges or
+            depths of a picture, of the kinds and resized as `image`.
+        For a bundle of a Kontext checkpoint, `image` is what to change by words, resized to one of
+            the sizes that FLUX.1 Kontext was trained with; with auto_resize=False to whole tokens
+            alone. A list of lists has several for each picture. The picture has its size where
+            neither height nor width is given. max_area: draw so many pixels in the proportions of
+            height and width, as diffusers does.
         max_sequence_length: the number of T5 tokens that a prompt is padded or cut to.
         sampler: how steps use the velocity: "euler", as diffusers; "ab2" and "dpmpp_2m", as many
             evaluations and of second order; "heun" and "midpoint" with twice as many, "rk4" of
@@ -309,6 +324,9 @@ class FluxPipeline:
                 "mask_image": mask_image,
                 "strength": strength,
                 "padding_mask_crop": padding_mask_crop,
+                "control_image": control_image,
+                "max_area": max_area,
+                "auto_resize": auto_resize,
             },
             CallOptions(
                 callback_on_step_end,
@@ -379,9 +397,11 @@ class FluxPipeline:
 
     def warm_up(self) -> None:
         """Open every engine of the bundle, and run it once. Raises what a call raises."""
-        given: dict[str, Any] = {}
-        if "vae_encoder" in self._bundle.manifest.components:
-            given = {"image": np.zeros((16, 16, 3), np.uint8), "strength": 0.5}
+        manifest = self._bundle.manifest
+        height, width = manifest.defaults.height, manifest.defaults.width
+        given = example_arguments(manifest, height, width)
+        if not given and "vae_encoder" in manifest.components:
+            given = {"image": example_picture(height, width), "strength": 0.5}
         self("warm-up", num_inference_steps=2, seed=0, **given)
 
     def close(self) -> None:
@@ -415,7 +435,9 @@ class FluxPipeline:
         """A call: `arguments` of every picture, and those that belong to tasks."""
         manifest = self._bundle.manifest
         options.check()
-        kind, unused = choose_task(TASKS, of_tasks)
+        kind, unused = choose_task(TASKS, manifest.tasks, of_tasks)
+        height, width = kind.size(manifest, arguments["height"], arguments["width"], of_tasks)
+        arguments = {**arguments, "height": height, "width": width}
         if arguments["seed"] is None and arguments["latents"] is None:
             arguments = {**arguments, "seed": int.from_bytes(os.urandom(4), "little")}
         request = check_request(manifest, **arguments)

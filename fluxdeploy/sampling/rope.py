@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fluxdeploy.bundle.manifest import RopeSpec
 from fluxdeploy.errors import BundleError
 
-__all__ = ["joint_ids", "rope_tables"]
+__all__ = ["joint_ids", "picture_ids", "rope_tables"]
 
 
 def joint_ids(text_tokens: int, rows: int, columns: int, axes: int) -> NDArray[np.float64]:
@@ -25,9 +25,22 @@ def joint_ids(text_tokens: int, rows: int, columns: int, axes: int) -> NDArray[n
         raise BundleError(
             f"The manifest gives RoPE {axes} axes. Rows and columns take two; rebuild the bundle."
         )
-    ids = np.zeros((text_tokens + rows * columns, axes), np.float64)
-    ids[text_tokens:, -2] = np.repeat(np.arange(rows), columns)
-    ids[text_tokens:, -1] = np.tile(np.arange(columns), rows)
+    text = np.zeros((text_tokens, axes), np.float64)
+    return np.concatenate([text, picture_ids(rows, columns, axes)])
+
+
+def picture_ids(rows: int, columns: int, axes: int, number: int = 0) -> NDArray[np.float64]:
+    """Ids [L, axes] of a picture's tokens: (number, ..., row, column), row by row.
+
+    number: 0 of the picture that is drawn, from 1 on of those that it is drawn after, as in the
+    report on FLUX.1 Kontext (arXiv 2506.15742). There are two axes at least, and three where the
+    number is not 0.
+    """
+    ids = np.zeros((rows * columns, axes), np.float64)
+    if number:
+        ids[:, 0] = number
+    ids[:, -2] = np.repeat(np.arange(rows), columns)
+    ids[:, -1] = np.tile(np.arange(columns), rows)
     return ids
 
 

@@ -15,6 +15,7 @@ from fluxdeploy.bench.stopwatch import Stopwatch
 from fluxdeploy.bench.timed_engine import TimedEngine
 from fluxdeploy.bundle import Bundle
 from fluxdeploy.bundle.manifest import QualityRecord
+from fluxdeploy.host.examples import example_arguments
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.progress import Progress
 from fluxdeploy.similarity import psnr, ssim
@@ -252,6 +253,7 @@ def draw(
 ) -> list[NDArray[np.float32]]:
     """The pictures, float32 [H, W, 3] in 0..1: the host clips them, and stops at NaN."""
     task = progress.task(words, total=len(drawing.prompts) * (drawing.steps + 1))
+    given = example_arguments(pipe.bundle.manifest, drawing.height, drawing.width)
     pictures = []
     for seed, prompt in enumerate(drawing.prompts):
         images = pipe(
@@ -262,6 +264,7 @@ def draw(
             seed=seed,
             output_type="np",
             callback_on_step_end=lambda *_: task.advance(),
+            **given,
         ).images
         task.advance()
         assert isinstance(images, np.ndarray)

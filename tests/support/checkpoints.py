@@ -47,6 +47,8 @@ class Shape:
     tokenizers: Form = "json"
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
+    pipeline: str = "FluxPipeline"
+    reads: int = 64
 
 
 SHAPES = {
@@ -104,6 +106,10 @@ SHAPES = {
             tokenizers="model",
             seed=3,
         ),
+        # FLUX.1's tools, of dev's blocks in other numbers.
+        Shape("fill", double=1, single=3, pipeline="FluxFillPipeline", reads=384),
+        Shape("control", double=3, single=1, pipeline="FluxControlPipeline", reads=128),
+        Shape("kontext", axes_dims=(8, 6, 10), single=1, pipeline="FluxKontextPipeline"),
     )
 }
 """The checkpoints of the parity tests, by name."""
@@ -114,7 +120,8 @@ def make_checkpoint(folder: Path, shape: Shape, dtype: torch.dtype = torch.float
     torch.manual_seed(shape.seed)
     vocabulary = write_tokenizers(folder, form=shape.tokenizers)
     transformer = FluxTransformer2DModel(
-        in_channels=64,
+        in_channels=shape.reads,
+        out_channels=64,
         num_layers=shape.double,
         num_single_layers=shape.single,
         attention_head_dim=shape.head_dim,
@@ -177,7 +184,7 @@ def make_checkpoint(folder: Path, shape: Shape, dtype: torch.dtype = torch.float
     ):
         part.to(dtype).save_pretrained(folder / name)
     index = {
-        "_class_name": "FluxPipeline",
+        "_class_name": shape.pipeline,
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "text_encoder_2": ["transformers", "T5EncoderModel"],

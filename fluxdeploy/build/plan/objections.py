@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engines import choose_builder, runs_here
-from fluxdeploy.build.checkpoint import find_text_remarks, limits
+from fluxdeploy.build.checkpoint import find_text_remarks
 from fluxdeploy.build.plan.figures import DiskPlan, Phase, RunMemory
 from fluxdeploy.build.resolve import BuildSpec
 from fluxdeploy.build.staging import find_manifest
@@ -103,9 +103,6 @@ def find_remarks(spec: BuildSpec, usual: RunMemory, free: int | None) -> Iterato
     """
     yield from spec.checkpoint.notices
     yield from find_text_remarks(spec.checkpoint, spec.tokenizers)
-    limit = limits(spec.checkpoint)
-    if limit is not None:
-        yield limit
     devices = {(c.runtime.name, target): c.runtime for c in spec.components for target in c.targets}
     told: dict[tuple[str, str], list[str]] = {}
     for (name, target), runtime in devices.items():

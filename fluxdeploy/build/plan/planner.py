@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from fluxdeploy.build.plan.figures import ComponentPlan, DiskPlan, Phase, Plan, RunMemory
@@ -128,6 +129,9 @@ class _Planner:
 
     def _activations(self, component: ComponentSpec, sizes: CallSizes) -> int:
         count = component.export.component.activations
+        if component.name == "transformer":
+            # It alone reads the references of a picture.
+            sizes = replace(sizes, image=(1 + self.checkpoint.references) * sizes.image)
         return count(self.checkpoint, sizes, component.kernels, WIDTHS[component.compute])
 
     def _disk(
@@ -218,6 +222,7 @@ class _Planner:
         calibration, config = default_calibration(self.checkpoint), self.checkpoint.transformer
         pixels = self.checkpoint.token_pixels
         image = max((h // pixels) * (w // pixels) for h, w in calibration.sizes)
+        image *= 1 + self.checkpoint.references
         sizes = CallSizes(1, self.usual.text, image, calibration.steps)
         transformer = self.components["transformer"].export.component
         running = transformer.activations(self.checkpoint, sizes, AttentionKernels.PLAIN, 4)

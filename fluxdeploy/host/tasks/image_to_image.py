@@ -14,17 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxdeploy.arguments import check_number
-from fluxdeploy.bundle.manifest import LatentSpec, Manifest
-from fluxdeploy.errors import EngineError, UsageError
+from fluxdeploy.bundle.manifest import Manifest
+from fluxdeploy.errors import UsageError
 from fluxdeploy.host.components import Run
 from fluxdeploy.host.input_images import to_pixels
 from fluxdeploy.host.request import GenerationRequest
+from fluxdeploy.host.tasks.encoding import check_count, known_latents
 from fluxdeploy.host.tasks.task import Start, Task
-from fluxdeploy.sampling.latents import latent_shape, pack, sample_posterior, scale
+from fluxdeploy.sampling.latents import latent_shape, pack
 from fluxdeploy.sampling.noise import Generators
 from fluxdeploy.sampling.noising import first_step, scale_noise
 
-__all__ = ["ImageToImage", "known_latents", "read_images"]
+__all__ = ["ImageToImage", "read_images"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class ImageToImage(Task):
             return Start(request.latents.copy(), sigmas)
         assert request.seed is not None  # without latents there is one
         generator = Generators(request.seed)
-        known = known_latents(self.images, request, spec, generator, run)
+        known = known_latents(self.images, request.batch, spec, generator, run)
         noise = generator.normal(latent_shape(request.batch, request.height, request.width, spec))
         return Start(pack(scale_noise(known, noise, sigmas[0]), spec), sigmas)
 
@@ -97,11 +98,7 @@ def read_images(
     strength = manifest.defaults.strength if given is None else given
     strength = check_number("strength", strength, 0, 1)
     images = to_pixels(arguments["image"], request.height, request.width)
-    if request.batch % len(images) != 0:
-        raise UsageError(
-            f"There are {len(images)} images for {request.batch} pictures. Give one for all, "
-            "or as many as divide that number."
-        )
+    check_count("images", len(images), request.batch)
     steps = request.num_inference_steps
     if first_step(steps, strength) == steps:
         raise UsageError(
@@ -109,27 +106,3 @@ def read_images(
             "Raise `strength` or `num_inference_steps`."
         )
     return images, strength
-
-
-def known_latents(
-    images: NDArray[np.float32],
-    request: GenerationRequest,
-    spec: LatentSpec,
-    generator: Generators,
-    run: Run,
-) -> NDArray[np.float32]:
-    """The latents of the pictures of a call, float32 [B, C, h, w], at the transformer's scale.
-
-    images: float32 [Bi, 3, H, W]. The generator draws the noise of their posterior. Raises
-    `EngineError` where the encoder gives other shapes.
-    """
-    epsilon = generator.normal(latent_shape(len(images), request.height, request.width, spec))
-    encoded = [run("vae_encoder", {"images": image[None]}) for image in images]
-    mean, logvar = (np.concatenate([each[n] for each in encoded]) for n in ("mean", "logvar"))
-    if not mean.shape == logvar.shape == epsilon.shape:
-        raise EngineError(
-            f"The vae_encoder gave {list(mean.shape)} and {list(logvar.shape)} where latents "
-            f"are {list(epsilon.shape)}. Build the bundle again with `fluxdeploy build`."
-        )
-    known = scale(sample_posterior(mean, logvar, epsilon), spec)
-    return np.concatenate([known] * (request.batch // len(known)))

@@ -23,7 +23,8 @@ from fluxdeploy.host.input_images import to_masks
 from fluxdeploy.host.loop import Blend
 from fluxdeploy.host.mask_crop import MaskCrop, crop_to_mask
 from fluxdeploy.host.request import GenerationRequest
-from fluxdeploy.host.tasks.image_to_image import ImageToImage, known_latents, read_images
+from fluxdeploy.host.tasks.encoding import check_count, known_latents
+from fluxdeploy.host.tasks.image_to_image import ImageToImage, read_images
 from fluxdeploy.host.tasks.task import Start
 from fluxdeploy.sampling.latents import latent_shape, pack
 from fluxdeploy.sampling.noise import Generators
@@ -54,7 +55,7 @@ class Inpainting(ImageToImage):
         """The task of a request with `image`, `mask_image`, `strength` and `padding_mask_crop`."""
         if request.latents is not None:
             raise UsageError(
-                "`latents` has no place in inpainting, whose noise comes from `seed`. Leave out "
+                f"`latents` has no place in {cls.name}, whose noise comes from `seed`. Leave out "
                 "`latents` or `mask_image`."
             )
         height, width = request.height, request.width
@@ -65,11 +66,7 @@ class Inpainting(ImageToImage):
             arguments = {**arguments, "image": crop.image, "mask_image": crop.mask}
         images, strength = read_images(request, manifest, arguments)
         masks = to_masks(arguments["mask_image"], height, width)
-        if request.batch % len(masks) != 0:
-            raise UsageError(
-                f"There are {len(masks)} masks for {request.batch} pictures. Give one for all, "
-                "or as many as divide that number."
-            )
+        check_count("masks", len(masks), request.batch)
         return cls(request, manifest, images, strength, masks, crop)
 
     def notices(self) -> tuple[str, ...]:
@@ -88,7 +85,7 @@ class Inpainting(ImageToImage):
         sigmas = sigmas[-(self.steps + 1) :]
         assert request.seed is not None  # without latents there is one
         generator = Generators(request.seed)
-        known = known_latents(self.images, request, spec, generator, run)
+        known = known_latents(self.images, request.batch, spec, generator, run)
         noise = generator.normal(latent_shape(request.batch, request.height, request.width, spec))
         start = pack(scale_noise(known, noise, sigmas[0]), spec)
         return Start(start, sigmas, blend=self._blend(pack(known, spec), pack(noise, spec), sigmas))

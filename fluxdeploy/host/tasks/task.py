@@ -65,6 +65,20 @@ class Task(ABC):
     manifest: Manifest
 
     @classmethod
+    def size(
+        cls,
+        manifest: Manifest,
+        height: int | None,
+        width: int | None,
+        arguments: Mapping[str, Any],
+    ) -> tuple[int | None, int | None]:
+        """Height and width of the pictures, for those that are asked for; None is the bundle's.
+
+        Raises `UsageError` for a value that cannot be.
+        """
+        return height, width
+
+    @classmethod
     @abstractmethod
     def read(
         cls, request: GenerationRequest, manifest: Manifest, arguments: Mapping[str, Any]
@@ -91,6 +105,11 @@ class Task(ABC):
         skipped = 0 if self.skips is None else len(self.skips.steps)
         return load_sampler(self.request.sampler).evaluations(self.steps) - skipped
 
+    @property
+    def reference_tokens(self) -> int:
+        """R: the tokens behind the latents, which the transformer reads with them."""
+        return 0
+
     def engine_sizes(self) -> Mapping[str, Mapping[str, int]]:
         """What components are asked for otherwise than for a picture from text alone."""
         return {}
@@ -109,27 +128,31 @@ class Task(ABC):
 
 
 def choose_task(
-    tasks: Sequence[type[Task]], arguments: Mapping[str, object]
+    tasks: Sequence[type[Task]], able: Sequence[str], arguments: Mapping[str, object]
 ) -> tuple[type[Task], tuple[str, ...]]:
     """The task that a call's arguments ask for, and a sentence for each that does nothing in it.
 
-    arguments: all that belong to tasks. Of the tasks whose `chosen_by` are all given, the one with
-    the most of them is meant. Raises `UsageError` where an argument asks for something else too.
+    able: the names of those that a bundle does. arguments: all that belong to tasks. Of the tasks
+    whose `chosen_by` are all given, the one with the most of them is meant. Raises `UsageError`
+    where an argument asks for something else too, or for what the bundle does not do.
     """
     given = [name for name, value in arguments.items() if not _is_default(tasks, name, value)]
-    fitting = [task for task in tasks if set(task.chosen_by) <= set(given)]
+    own = [task for task in tasks if task.name in able]
+    fitting = [task for task in own if set(task.chosen_by) <= set(given)]
+    if not fitting:
+        raise UsageError(f"This bundle's model is one for {_ways(own)}. Give what it takes.")
     task = max(fitting, key=lambda task: len(task.chosen_by))
     notices = []
     for name in given:
         if name in task.chosen_by or name in task.options:
             continue
-        takers = [other for other in tasks if name in other.options]
+        takers = [other for other in own if name in other.options]
         if not takers:
-            raise UsageError(_refusal(tasks, task, name))
+            raise UsageError(_refusal(tasks, own, task, name))
         # Where `image` will do, `image` and `mask_image` need not be said.
         least = [set(other.chosen_by) for other in takers]
         needed = " or ".join(
-            f"`{'` and `'.join(other.chosen_by)}`"
+            _quoted(other.chosen_by)
             for other in takers
             if not any(fewer < set(other.chosen_by) for fewer in least)
         )
@@ -143,9 +166,29 @@ def _is_default(tasks: Sequence[type[Task]], name: str, value: object) -> bool:
     return value is default or (isinstance(value, (bool, int, float, str)) and value == default)
 
 
-def _refusal(tasks: Sequence[type[Task]], task: type[Task], name: str) -> str:
-    wanted = [other for other in tasks if name in other.chosen_by]
-    if not wanted:
+def _refusal(
+    tasks: Sequence[type[Task]], own: Sequence[type[Task]], task: type[Task], name: str
+) -> str:
+    wanted = [other for other in own if name in other.chosen_by]
+    if wanted:
+        ways = "; ".join(f"{other.name} takes {_quoted(other.chosen_by)}" for other in wanted)
+        return f"`{name}` has no place in {task.name}: {ways}. Give what one task takes."
+    others = [o.name for o in tasks if name in o.chosen_by or name in o.options]
+    if not others:
         return f"This version has no task that takes `{name}`. Leave it out."
-    ways = "; ".join(f"{other.name} takes `{'` and `'.join(other.chosen_by)}`" for other in wanted)
-    return f"`{name}` has no place in {task.name}: {ways}. Give what one task takes."
+    return (
+        f"`{name}` has no place in {task.name}: it is for {' and '.join(others)}, and this "
+        f"bundle's model is one for {_ways(own)}. Leave it out, or build a checkpoint that is."
+    )
+
+
+def _ways(tasks: Sequence[type[Task]]) -> str:
+    """The tasks, each with what asks for it."""
+    return ", ".join(
+        f"{task.name} (with {_quoted(task.chosen_by)})" if task.chosen_by else task.name
+        for task in tasks
+    )
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return " and ".join(f"`{name}`" for name in names)

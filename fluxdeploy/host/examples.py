@@ -1,0 +1,27 @@
+"""What a bundle's task takes beside a prompt, for whoever tries the bundle out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fluxdeploy.bundle.manifest import Manifest
+from fluxdeploy.sampling.examples import example_edges, example_mask, example_picture
+
+__all__ = ["example_arguments"]
+
+
+def example_arguments(manifest: Manifest, height: int, width: int) -> dict[str, Any]:
+    """Arguments of `FluxPipeline.__call__` for a picture of so many pixels.
+
+    They are for what the bundle's model was trained for; nothing where that is text to image.
+    """
+    if "fill" in manifest.tasks:
+        return {
+            "image": example_picture(height, width),
+            "mask_image": example_mask(height, width),
+        }
+    if "control" in manifest.tasks:
+        return {"control_image": example_edges(height, width)}
+    if "kontext" in manifest.tasks:
+        return {"image": example_picture(height, width), "auto_resize": False}
+    return {}

@@ -1,0 +1,61 @@
+"""Given pictures as latents: what the VAE encoder makes of them."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluxdeploy.bundle.manifest import LatentSpec
+from fluxdeploy.errors import EngineError, UsageError
+from fluxdeploy.host.components import Run
+from fluxdeploy.sampling.latents import latent_shape, sample_posterior, scale
+from fluxdeploy.sampling.noise import Generators
+
+__all__ = ["check_count", "encode", "known_latents"]
+
+
+def check_count(what: str, count: int, pictures: int) -> None:
+    """Raise `UsageError` where the `count` of something does not divide the pictures of a call."""
+    if pictures % count != 0:
+        raise UsageError(
+            f"There are {count} {what} for {pictures} pictures. Give one for all, or as many as "
+            "divide that number."
+        )
+
+
+def encode(
+    images: NDArray[np.float32], spec: LatentSpec, run: Run
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean and log-variance of the latents of pictures [B, 3, H, W] in -1..1, at the VAE's scale.
+
+    Both are float32 [B, C, h, w]. Raises `EngineError` where the encoder gives other shapes.
+    """
+    encoded = [run("vae_encoder", {"images": image[None]}) for image in images]
+    mean, logvar = (np.concatenate([each[n] for each in encoded]) for n in ("mean", "logvar"))
+    count, _, height, width = images.shape
+    shape = latent_shape(count, height, width, spec)
+    if not mean.shape == logvar.shape == shape:
+        raise EngineError(
+            f"The vae_encoder gave {list(mean.shape)} and {list(logvar.shape)} where latents "
+            f"are {list(shape)}. Build the bundle again with `fluxdeploy build`."
+        )
+    return mean, logvar
+
+
+def known_latents(
+    images: NDArray[np.float32],
+    pictures: int,
+    spec: LatentSpec,
+    generator: Generators,
+    run: Run,
+) -> NDArray[np.float32]:
+    """Drawn latents of the images of a call, float32 [B, C, h, w], at the transformer's scale.
+
+    images: float32 [Bi, 3, H, W] in -1..1; picture number k of so many has image k modulo Bi. The
+    generator draws the noise of their posterior. Raises `EngineError` where the encoder gives other
+    shapes.
+    """
+    count, _, height, width = images.shape
+    epsilon = generator.normal(latent_shape(count, height, width, spec))
+    known = scale(sample_posterior(*encode(images, spec, run), epsilon), spec)
+    return np.concatenate([known] * (pictures // len(known)))
