@@ -466,7 +466,6 @@ def _require(condition: bool, where: str, problem: str) -> None:
 
 def _check(manifest: Manifest) -> None:
     _check_counts(manifest)
-    _check_tasks(manifest)
     _check_files(manifest)
     for name, component in manifest.components.items():
         _check_component(component, f"components.{name}")
@@ -476,6 +475,7 @@ def _check(manifest: Manifest) -> None:
     _check_constants(manifest)
     _check_magnitudes(manifest)
     _check_schedule(manifest)
+    _check_tasks(manifest)
     for index, record in enumerate(manifest.skips):
         _check_skips(record, manifest.skips[:index], f"skips[{index}]")
     _check_boundary(manifest)

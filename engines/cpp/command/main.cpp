@@ -150,12 +150,23 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
     const std::vector<std::string> paths = picture_paths(line.out, count, line.seeds, each);
 
     fluxdeploy::Request request;
-    std::string image_sha256, mask_sha256;
-    if (line.image) {
-        const Picture image = read_picture(*line.image);
+    std::string image_sha256, mask_sha256, control_sha256;
+    for (const std::string& path : line.images) {
+        const Picture image = read_picture(path);
         request.images.push_back(copied(*image, fluxdeploy_picture_rgb(image.get())));
-        image_sha256 = fluxdeploy_picture_sha256(image.get());
+        image_sha256 += (image_sha256.empty() ? "" : ",");
+        image_sha256 += fluxdeploy_picture_sha256(image.get());
     }
+    if (line.images.size() > 1) {
+        request.references = static_cast<std::int64_t>(line.images.size());
+    }
+    if (line.control_image) {
+        const Picture control = read_picture(*line.control_image);
+        request.control_images.push_back(copied(*control, fluxdeploy_picture_rgb(control.get())));
+        control_sha256 = fluxdeploy_picture_sha256(control.get());
+    }
+    request.max_area = line.max_area;
+    request.auto_resize = line.auto_resize;
     if (line.mask) {
         const Picture mask = read_picture(*line.mask);
         request.mask_images.push_back(copied(*mask, fluxdeploy_picture_mask(mask.get())));
@@ -164,8 +175,8 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
     request.width = line.width;
     request.height = line.height;
     if (!line.outpaint.empty()) {
-        if (!line.image || line.mask) {
-            throw UsageError("--outpaint needs --image, and makes the mask: leave out --mask.");
+        if (line.images.size() != 1 || line.mask) {
+            throw UsageError("--outpaint needs one --image, and makes the mask: leave out --mask.");
         }
         const auto& sides = line.outpaint;
         auto [canvas, margins] = fluxdeploy::outpaint_canvas(request.images.front(), sides[0],
@@ -234,6 +245,8 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
         if (line.seeds.empty()) draw(prompt);
     }
     if (shown) std::fprintf(stderr, "\r\033[K");
+    // What is drawn after a reference has its size, and no strength.
+    const bool follows = !line.images.empty() && fluxdeploy_pipeline_does(pipeline.handle(), "kontext") != 0;
     for (std::size_t number = 0; number < images.size(); ++number) {
         Written text;
         text.add("prompt", captions[number]);
@@ -252,12 +265,17 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
         text.add("max_sequence_length",
                  std::to_string(line.max_sequence_length.value_or(
                      static_cast<std::int64_t>(by_default("max_sequence_length")))));
-        text.add("height", std::to_string(request.height.value_or(
-                               static_cast<std::int64_t>(by_default("height")))));
-        text.add("width", std::to_string(request.width.value_or(
-                              static_cast<std::int64_t>(by_default("width")))));
-        if (line.image) {
-            text.add("strength", in_digits(line.strength.value_or(by_default("strength"))));
+        const auto side = [&](const char* name, std::optional<std::int64_t> asked,
+                              std::int64_t drawn) {
+            const std::int64_t usual = static_cast<std::int64_t>(by_default(name));
+            text.add(name, std::to_string(asked.value_or(follows ? drawn : usual)));
+        };
+        side("height", request.height, images[number].height);
+        side("width", request.width, images[number].width);
+        if (!line.images.empty()) {
+            if (!follows) {
+                text.add("strength", in_digits(line.strength.value_or(by_default("strength"))));
+            }
             text.add("image_sha256", image_sha256);
             if (line.mask) text.add("mask_sha256", mask_sha256);
             if (line.mask_crop && !request.mask_images.empty()) {
@@ -265,6 +283,9 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
             }
             if (!line.outpaint.empty()) text.add("outpaint", joined(line.outpaint));
         }
+        if (line.control_image) text.add("control_sha256", control_sha256);
+        if (line.max_area) text.add("max_area", std::to_string(*line.max_area));
+        if (!line.auto_resize) text.add("auto_resize", "no");
         text.add("bundle_hash", pipeline.bundle_hash());
         text.add("fluxdeploy_version", fluxdeploy_version());
         fluxdeploy::write_png(paths[number], images[number], text.chunks);
@@ -291,7 +312,7 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
     }
     for (const std::string& path : paths) std::printf("%s\n", path.c_str());
     const std::string counted =
-        line.image ? std::to_string(made) + " of " + std::to_string(steps) : std::to_string(steps);
+        !line.images.empty() ? std::to_string(made) + " of " + std::to_string(steps) : std::to_string(steps);
     std::fprintf(stderr, "%lldx%lld, seed %s, %s steps, %.1f s\n",
                  static_cast<long long>(first.width), static_cast<long long>(first.height),
                  joined(different, ", ").c_str(), counted.c_str(), seconds);

@@ -118,8 +118,10 @@ const std::vector<Option>& options() {
          set_seeds},
         {"--num-images", "INTEGER", "Pictures of each prompt and seed.",
          [](auto& line, const auto& text) { line.num_images = integer("--num-images", text); }},
-        {"--image", "PATH", "A PNG to start from, resized to width x height.",
-         [](auto& line, const auto& text) { line.image = text; }},
+        {"--image", "PATH",
+         "A PNG to start from, resized to width x height; for a Kontext bundle what to change, "
+         "or several.",
+         [](auto& line, const auto& text) { line.images.push_back(text); }},
         {"--mask", "PATH", "A PNG: what of --image to redraw, where it is white or transparent.",
          [](auto& line, const auto& text) { line.mask = text; }},
         {"--mask-crop", "PIXELS",
@@ -130,6 +132,12 @@ const std::vector<Option>& options() {
          [](auto& line, const auto& text) { line.outpaint = margins(text); }},
         {"--strength", "FLOAT", "How much of --image becomes noise, 0 to 1.",
          [](auto& line, const auto& text) { line.strength = decimal("--strength", text); }},
+        {"--control-image", "PATH", "A PNG for a Canny or Depth bundle: what to draw along.",
+         [](auto& line, const auto& text) { line.control_image = text; }},
+        {"--max-area", "PIXELS", "For a Kontext bundle: draw so many pixels.",
+         [](auto& line, const auto& text) { line.max_area = integer("--max-area", text); }},
+        {"--no-auto-resize", "", "Leave --image of a Kontext bundle in its own size.",
+         [](auto& line, const auto&) { line.auto_resize = false; }},
         {"--max-sequence-length", "INTEGER", "T5 tokens that the prompt is padded or cut to.",
          [](auto& line, const auto& text) {
              line.max_sequence_length = integer("--max-sequence-length", text);

@@ -26,12 +26,15 @@ struct CommandLine {
     // Each makes a picture of each prompt.
     std::vector<std::uint64_t> seeds;
     std::int64_t num_images = 1;
-    std::optional<std::string> image;
+    std::vector<std::string> images;
     std::optional<std::string> mask;
     std::optional<std::int64_t> mask_crop;
     // Left, top, right and bottom, or nothing.
     std::vector<std::int64_t> outpaint;
     std::optional<double> strength;
+    std::optional<std::string> control_image;
+    std::optional<std::int64_t> max_area;
+    bool auto_resize = true;
     std::optional<std::int64_t> max_sequence_length;
     std::string sampler = "euler";
     // The steps, or whether they are those of the bundle's record.

@@ -44,7 +44,7 @@ int main(int count, char** words) {
     } else if (what == "rope") {  // TEXT ROWS COLUMNS, a manifest on stdin
         const auto manifest = fluxdeploy::parse_manifest(standard_input(), "stdin");
         const auto tables =
-            fluxdeploy::rope_tables(manifest.rope, numbers[0], numbers[1], numbers[2]);
+            fluxdeploy::rope_tables(manifest.rope, numbers[0], {{numbers[1], numbers[2]}});
         write(tables.cos.values);
         write(tables.sin.values);
     } else if (what == "resize") {  // HEIGHT WIDTH NEW_HEIGHT NEW_WIDTH, RGB on stdin

@@ -49,6 +49,9 @@ _SETTERS = {
     "max_sequence_length": c_int64,
     "strength": c_double,
     "padding_mask_crop": c_int64,
+    "references": c_int64,
+    "max_area": c_int64,
+    "auto_resize": c_int,
 }
 
 
@@ -219,6 +222,7 @@ class Pipeline:
         latents: NDArray[np.float32] | None = None,
         image: Sequence[NDArray[np.uint8]] = (),
         mask_image: Sequence[NDArray[np.uint8]] = (),
+        control_image: Sequence[NDArray[np.uint8]] = (),
         sampler: str | None = None,
         skip: str | Sequence[int] = "none",
         sigmas: Sequence[float] = (),
@@ -276,7 +280,8 @@ class Pipeline:
                 c.fluxdeploy_request_set_latents(
                     request, c_void_p(array.ctypes.data), c_size_t(array.size)
                 )
-            for name, pictures in (("image", image), ("mask_image", mask_image)):
+            given = {"image": image, "mask_image": mask_image, "control_image": control_image}
+            for name, pictures in given.items():
                 for picture in pictures:
                     pixels = np.ascontiguousarray(picture)
                     getattr(c, f"fluxdeploy_request_add_{name}")(

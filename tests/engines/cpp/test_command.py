@@ -36,6 +36,7 @@ def test_the_options_are_those_of_generate(built: Path) -> None:
     said = call(built, "--help").stdout
     own = {option for parameter in generate.params for option in parameter.opts}
     missing = {"--sheet", "--bundle", "prompts", "--prompts", "--batch", "--lora"}
+    missing |= {"--control", "--auto-resize"}
     assert {option for option in own if option not in said} == missing
 
 

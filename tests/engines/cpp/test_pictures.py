@@ -95,6 +95,47 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
+FAMILY: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("fill", {"image": 1, "mask_image": 1}),
+    (
+        "fill",
+        {
+            "prompt": list(PROMPTS[:2]),
+            "num_images_per_prompt": 3,
+            "image": 2,
+            "mask_image": 3,
+            "strength": 0.6,
+            "num_inference_steps": 4,
+        },
+    ),
+    ("fill", {"image": 1, "mask_image": 1, "padding_mask_crop": 3}),
+    ("control", {"control_image": 1}),
+    (
+        "control",
+        {"prompt": list(PROMPTS[:2]), "num_images_per_prompt": 2, "control_image": 2},
+    ),
+    ("control", {"prompt": list(PROMPTS[:2]), "control_image": 2, "sampler": "heun"}),
+    ("kontext", {}),
+    ("kontext", {"image": 1, "auto_resize": False}),
+    ("kontext", {"image": 1, "height": None, "width": None, "auto_resize": False}),
+    ("kontext", {"image": 1, "max_area": 2000, "auto_resize": False}),
+    (
+        "kontext",
+        {
+            "prompt": list(PROMPTS[:2]),
+            "negative_prompt": "x",
+            "true_cfg_scale": 2.0,
+            "image": 2,
+            "auto_resize": False,
+        },
+    ),
+    (
+        "kontext",
+        {"prompt": list(PROMPTS[:2]), "image": 4, "references": 2, "auto_resize": False},
+    ),
+)
+
+
 @pytest.fixture(scope="module")
 def pair(library: Library, bundle: BundleFactory) -> Iterator[Callable[[str], Pair]]:
     """`pair("dev")`: both hosts of a random checkpoint's bundle."""
@@ -113,20 +154,28 @@ def pair(library: Library, bundle: BundleFactory) -> Iterator[Callable[[str], Pa
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(("name", "call"), CALLS, ids=[str(n) for n in range(len(CALLS))])
+@pytest.mark.parametrize(
+    ("name", "call"), [*CALLS, *FAMILY], ids=[str(n) for n in range(len(CALLS) + len(FAMILY))]
+)
 def test_a_picture_is_pythons(pair: Callable[[str], Pair], name: str, call: dict[str, Any]) -> None:
     python, cpp = pair(name)
-    call = {"height": 32, "width": 48, "num_inference_steps": 2, "seed": 1, **call}
+    usual = {"prompt": PROMPTS[0], "height": 32, "width": 48, "num_inference_steps": 2, "seed": 1}
+    call = {**usual, **call}
     images = [picture(seed, 50 + 20 * seed, 64) for seed in range(call.pop("image", 0))]
     masks = [picture(9 + seed, 40, 30 + 9 * seed) for seed in range(call.pop("mask_image", 0))]
-    given = {
-        name: [Image.fromarray(each) for each in pictures]
-        for name, pictures in (("image", images), ("mask_image", masks))
-        if pictures
+    controls = [picture(20 + seed, 40, 60) for seed in range(call.pop("control_image", 0))]
+    if "padding_mask_crop" in call:
+        masks = [picture(9, *images[0].shape[:2])]
+    pictures = {"image": images, "mask_image": masks, "control_image": controls}
+    given: dict[str, Any] = {
+        name: [Image.fromarray(each) for each in held] for name, held in pictures.items() if held
     }
-    wanted = python(**call, **given).images
+    asked = dict(call)
+    if (each := asked.pop("references", None)) is not None:
+        given["image"] = [given["image"][at : at + each] for at in range(0, len(images), each)]
+    wanted = python(**asked, **given).images
     call = {name: value for name, value in call.items() if value is not None}
-    found, _, seed = cpp(**call, image=images, mask_image=masks)
+    found, _, seed = cpp(**call, **pictures)
     assert seed == (call["seed"] if isinstance(call["seed"], int) else None)
     difference = found.astype(int) - np.stack([np.asarray(each) for each in wanted])
     assert np.abs(difference).max() <= 1

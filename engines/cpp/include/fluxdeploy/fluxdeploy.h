@@ -27,7 +27,7 @@
 
 #define FLUXDEPLOY_VERSION "0.1.0"
 /* Grows with each function that is added; the library's soversion with each that changes. */
-#define FLUXDEPLOY_API_VERSION 4
+#define FLUXDEPLOY_API_VERSION 5
 
 #if defined(FLUXDEPLOY_STATIC)
 #define FLUXDEPLOY_API
@@ -116,6 +116,10 @@ FLUXDEPLOY_API const char* fluxdeploy_pipeline_bundle_hash(const fluxdeploy_pipe
  * "guidance_scale", "max_sequence_length" and "strength". NaN for another name. */
 FLUXDEPLOY_API double fluxdeploy_pipeline_default(const fluxdeploy_pipeline* pipeline,
                                                   const char* name);
+
+/* Not 0 where the bundle's model was trained for a task: of "text to image", "image to image",
+ * "inpainting", "fill", "control" and "kontext". Since version 5. */
+FLUXDEPLOY_API int fluxdeploy_pipeline_does(const fluxdeploy_pipeline* pipeline, const char* task);
 
 /* The ids of a prompt, padded or cut to `length`, by the tokenizer "clip" or "t5". A length of 0 is
  * the tokenizer's largest. `ids` has room for `capacity`; `*count` becomes how many there are, and
@@ -227,6 +231,20 @@ FLUXDEPLOY_API void fluxdeploy_request_set_strength(fluxdeploy_request* request,
  * each, of one size. Since version 2. */
 FLUXDEPLOY_API void fluxdeploy_request_set_padding_mask_crop(fluxdeploy_request* request,
                                                              int64_t pixels);
+/* One more control picture, RGB as the image, for a bundle of a Canny or Depth checkpoint: the edges
+ * or depths to draw along. One for all pictures, one a prompt or one a picture. Since version 5. */
+FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_add_control_image(fluxdeploy_request* request,
+                                                                    const uint8_t* rgb,
+                                                                    int64_t width,
+                                                                    int64_t height);
+/* For a bundle of a Kontext checkpoint, whose images are what to change by words: how many of them
+ * each picture is drawn after, one after the other; 1 where it is not set. Since version 5. */
+FLUXDEPLOY_API void fluxdeploy_request_set_references(fluxdeploy_request* request, int64_t count);
+/* Draw so many pixels, in the proportions of width and height. Since version 5. */
+FLUXDEPLOY_API void fluxdeploy_request_set_max_area(fluxdeploy_request* request, int64_t pixels);
+/* 0: references become whole tokens, and none of the sizes that FLUX.1 Kontext was trained with.
+ * Since version 5. */
+FLUXDEPLOY_API void fluxdeploy_request_set_auto_resize(fluxdeploy_request* request, int resize);
 /* How steps use the velocity: "euler", which it is where none is set; "ab2" or "dpmpp_2m", of
  * second order at the same cost; "heun" or "midpoint", at twice the cost; "rk4", at four times.
  * Since version 3. */
@@ -466,6 +484,11 @@ struct Request {
     std::vector<Image> mask_images;
     std::optional<double> strength;
     std::optional<std::int64_t> padding_mask_crop;
+    // How many of `images` each picture of a Kontext bundle is drawn after.
+    std::optional<std::int64_t> references;
+    std::vector<Image> control_images;
+    std::optional<std::int64_t> max_area;
+    bool auto_resize = true;
     std::optional<std::string> sampler;
     // Steps that are skipped, or whether they are those of the bundle's record.
     std::vector<std::int64_t> skip;
@@ -669,6 +692,9 @@ private:
         set(request.seed, fluxdeploy_request_set_seed);
         set(request.strength, fluxdeploy_request_set_strength);
         set(request.padding_mask_crop, fluxdeploy_request_set_padding_mask_crop);
+        set(request.references, fluxdeploy_request_set_references);
+        set(request.max_area, fluxdeploy_request_set_max_area);
+        fluxdeploy_request_set_auto_resize(given, request.auto_resize);
         if (request.sampler) {
             require(fluxdeploy_request_set_sampler(given, request.sampler->c_str()));
         }
@@ -685,6 +711,9 @@ private:
         }
         for (const auto& mask : request.mask_images) {
             add(given, mask, fluxdeploy_request_add_mask_image);
+        }
+        for (const auto& control : request.control_images) {
+            add(given, control, fluxdeploy_request_add_control_image);
         }
         if (request.on_step_end) {
             require(fluxdeploy_request_set_callback(given, &on_step_end, calling));

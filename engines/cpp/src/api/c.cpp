@@ -245,6 +245,10 @@ double fluxdeploy_pipeline_default(const fluxdeploy_pipeline* pipeline, const ch
     return std::numeric_limits<double>::quiet_NaN();
 }
 
+int fluxdeploy_pipeline_does(const fluxdeploy_pipeline* pipeline, const char* task) {
+    return task != nullptr && pipeline->pipeline->bundle().manifest.does(task) ? 1 : 0;
+}
+
 fluxdeploy_code fluxdeploy_pipeline_tokenize(const fluxdeploy_pipeline* pipeline,
                                              const char* tokenizer, const char* prompt,
                                              size_t prompt_size, int64_t length, int32_t* ids,
@@ -417,6 +421,22 @@ void fluxdeploy_request_set_strength(fluxdeploy_request* request, double strengt
 }
 void fluxdeploy_request_set_padding_mask_crop(fluxdeploy_request* request, int64_t pixels) {
     request->arguments.padding_mask_crop = pixels;
+}
+fluxdeploy_code fluxdeploy_request_add_control_image(fluxdeploy_request* request,
+                                                     const uint8_t* rgb, int64_t width,
+                                                     int64_t height) {
+    return guarded(nullptr, [&] {
+        given(request, "request").arguments.control_images.push_back(picture_of(rgb, width, height));
+    });
+}
+void fluxdeploy_request_set_references(fluxdeploy_request* request, int64_t count) {
+    request->arguments.references = count;
+}
+void fluxdeploy_request_set_max_area(fluxdeploy_request* request, int64_t pixels) {
+    request->arguments.max_area = pixels;
+}
+void fluxdeploy_request_set_auto_resize(fluxdeploy_request* request, int resize) {
+    request->arguments.auto_resize = resize != 0;
 }
 fluxdeploy_code fluxdeploy_request_set_sampler(fluxdeploy_request* request, const char* name) {
     return guarded(nullptr,

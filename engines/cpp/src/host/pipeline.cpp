@@ -85,6 +85,17 @@ void lay_over(const MaskCrop& crop, Result& result) {
     result.height = crop.original.height;
 }
 
+// Ask a component for these sizes, in place of what it was asked for by the same symbols.
+void add_sizes(AskedSizes& sizes, const std::string& component,
+               const std::map<std::string, std::int64_t>& symbols) {
+    for (auto& [name, asked] : sizes) {
+        if (name != component) continue;
+        for (const auto& [symbol, size] : symbols) asked[symbol] = size;
+        return;
+    }
+    sizes.push_back({component, symbols});
+}
+
 std::string short_number(double value, const char* format) {
     char digits[64];
     std::snprintf(digits, sizeof digits, format, value);
@@ -122,8 +133,9 @@ void FluxPipeline::load() {
 
 Result FluxPipeline::generate(const Arguments& arguments) {
     const Manifest& manifest = bundle().manifest;
-    std::vector<std::string> notices = unused_arguments(arguments);
-    const Request request = check_request(manifest, arguments);
+    std::vector<std::string> notices = unused_arguments(manifest, arguments);
+    const Request request =
+        check_request(manifest, arguments, asked_size(manifest, arguments));
     const std::unique_ptr<Task> task = choose_task(manifest, request, arguments);
     append(notices, idle_arguments(manifest, arguments));
     append(notices, task->notices());
@@ -156,7 +168,9 @@ Result FluxPipeline::make(const Request& request, const Task& task, const Argume
     const std::vector<float> ahead(schedule.begin() + first, schedule.end());
     const auto evaluated = static_cast<std::int64_t>(sampler.levels(ahead).size());
     AskedSizes sizes = request.engine_sizes(manifest, evaluated);
-    for (auto& more : task.engine_sizes()) sizes.push_back(std::move(more));
+    for (const auto& [component, symbols] : task.engine_sizes()) {
+        add_sizes(sizes, component, symbols);
+    }
     components_.check_sizes(cancel, sizes);
 
     Start start = task.prepare(schedule, run);
@@ -176,12 +190,15 @@ Result FluxPipeline::make(const Request& request, const Task& task, const Argume
     // Before the largest component is opened.
     cancel.check("before the first step");
     {
+        std::vector<TokenGrid> pictures{grid};
+        pictures.insert(pictures.end(), start.references.begin(), start.references.end());
         const RopeTables positions =
-            rope_tables(manifest.rope, towards.context.shape[1], grid.rows, grid.columns);
+            rope_tables(manifest.rope, towards.context.shape[1], pictures);
         Engine& transformer = components_.engine("transformer");
-        ModulatedTransformer velocity(transformer, towards, positions, cancel);
+        HiddenStates hidden(std::move(start.channels), std::move(start.tokens));
+        ModulatedTransformer velocity(transformer, towards, positions, hidden, cancel);
         std::optional<ModulatedTransformer> negative;
-        if (request.negative) negative.emplace(transformer, away, positions, cancel);
+        if (request.negative) negative.emplace(transformer, away, positions, hidden, cancel);
         denoise(sampler, start.latents, start.sigmas, std::ref(velocity),
                 negative ? Velocity(std::ref(*negative)) : Velocity(), request.true_cfg_scale,
                 request.skip.after(first), start.blend, arguments.on_step_end, cancel);

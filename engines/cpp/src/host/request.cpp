@@ -116,7 +116,7 @@ AskedSizes Request::engine_sizes(const Manifest& manifest, std::int64_t levels) 
     return sizes;
 }
 
-Request check_request(const Manifest& manifest, const Arguments& arguments) {
+Request check_request(const Manifest& manifest, const Arguments& arguments, const AskedSize& size) {
     const Defaults& defaults = manifest.defaults;
     Request request;
     request.text = read_text(manifest, arguments.words);
@@ -127,8 +127,8 @@ Request check_request(const Manifest& manifest, const Arguments& arguments) {
     if (request.true_cfg_scale <= 1) request.negative.reset();
     request.sampler = find_sampler(arguments.sampler).name;
     request.sigmas = check_sigmas(arguments);
-    request.height = arguments.height.value_or(defaults.height);
-    request.width = arguments.width.value_or(defaults.width);
+    request.height = size.height.value_or(defaults.height);
+    request.width = size.width.value_or(defaults.width);
     check_size(request.height, request.width, manifest.latents);
     request.num_images_per_prompt =
         check_integer("num_images_per_prompt", arguments.num_images_per_prompt, 1);

@@ -21,6 +21,12 @@ namespace fluxdeploy {
 using StepCallback =
     std::function<bool(std::int64_t step, std::int64_t steps, float sigma, Floats& latents)>;
 
+// Height and width of pictures, where they are asked for.
+struct AskedSize {
+    std::optional<std::int64_t> height;
+    std::optional<std::int64_t> width;
+};
+
 // What a caller says; what is empty has the bundle's default.
 struct Arguments {
     Words words;
@@ -40,6 +46,11 @@ struct Arguments {
     std::vector<Picture> mask_images;
     std::optional<double> strength;
     std::optional<std::int64_t> padding_mask_crop;
+    // Of every picture that is drawn after some, so many of `images`, one after the other.
+    std::int64_t references = 1;
+    std::vector<Picture> control_images;
+    std::optional<std::int64_t> max_area;
+    bool auto_resize = true;
     std::string sampler = "euler";
     // Noise levels before shifting, one a step; the schedule's where there are none.
     std::vector<float> sigmas;
@@ -80,8 +91,9 @@ struct Request {
 };
 
 // The request that arguments make; a seed is drawn by the system where neither it nor latents are
-// given. Raises `Error` (usage) for a value outside its range.
-Request check_request(const Manifest& manifest, const Arguments& arguments);
+// given. `size` takes the place of the arguments'. Raises `Error` (usage) for a value outside its
+// range.
+Request check_request(const Manifest& manifest, const Arguments& arguments, const AskedSize& size);
 
 // A sentence for each argument that does nothing beside the others. They have passed the check.
 std::vector<std::string> idle_arguments(const Manifest& manifest, const Arguments& arguments);
