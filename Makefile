@@ -68,9 +68,13 @@ bench: $(READY)
 	$(BIN)/python benchmarks/export_scale.py
 
 RUNTIME = -D FLUXDEPLOY_ONNXRUNTIME_INCLUDE=$(CURDIR)/build/onnxruntime \
-	-D FLUXDEPLOY_ONNXRUNTIME=$$(ls $(CURDIR)/$(VENV)/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so.*)
+	-D FLUXDEPLOY_ONNXRUNTIME=$$(ls $(CURDIR)/$(VENV)/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so.*) \
+	-D FLUXDEPLOY_OPENVINO=ON \
+	-D FLUXDEPLOY_OPENVINO_INCLUDE=$$(ls -d $(CURDIR)/$(VENV)/lib/python3*/site-packages/openvino/include) \
+	-D FLUXDEPLOY_OPENVINO_LIBRARY=$$(ls $(CURDIR)/$(VENV)/lib/python3*/site-packages/openvino/libs/libopenvino_c.so.*)
 
-# Debian's packages, the headers of ONNX Runtime among them; its library is that of .venv.
+# Debian's packages, the headers of ONNX Runtime among them; its library is that of .venv, and so are
+# OpenVINO's headers and library.
 cpp: $(READY)
 	engines/cpp/packages.sh $(CURDIR)/build/onnxruntime
 	cmake -S engines/cpp -B build/cpp -G Ninja -Wno-dev \

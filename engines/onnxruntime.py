@@ -161,6 +161,9 @@ def _session(
     # A session's threads would go on looking for work for some milliseconds after a run, on the
     # cores that the next component's threads need. A picture of the demo took 1.7 times as long.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
+    # They do so from the session's beginning until its first run ends: while it is made, and while
+    # others are. In microseconds, longer than from one operator to the next.
+    settings.add_session_config_entry("session.intra_op.spin_duration_us", "100")
     quantization = _quantization(precision)
     if quantization is not None and quantization.format == "fp8":
         # Its rewriting of quantized products is for integers: it would leave a graph that is

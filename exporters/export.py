@@ -17,6 +17,7 @@ from exporters.components.component import Component
 from exporters.components.side_paths import with_side_paths
 from exporters.formats import Packed
 from exporters.graph.fuse import fuse_attention
+from exporters.graph.group_norms import split_group_norms
 from exporters.graph.quantize import quantize
 from exporters.graph.side_paths import add_side_paths
 from exporters.graph.trace import trace_chain
@@ -163,8 +164,9 @@ def export_component(
 ) -> Exported:
     """Trace a component, bind its weights and write `<name>.onnx` beside the weight folder.
 
-    With `fused` attention is ONNX Runtime's own operator where it can be. `earlier` is the graph of
-    the same component with other weights: it is taken in place of a new trace.
+    With `fused` attention is ONNX Runtime's own operator where it can be, and group norms are what
+    it has a kernel for. `earlier` is the graph of the same component with other weights: it is
+    taken in place of a new trace.
 
     Raises `CheckpointError` for weights that do not fit, `ExportError` for a graph that fails the
     checks, `BundleError` where the disk refuses.
@@ -221,6 +223,7 @@ def _trace(
         packed = quantize(model, boundary, spec.name, is_quantized, spec.layers)
     if fused:
         fuse_attention(model)
+        split_group_norms(model)
     return model, packed
 
 

@@ -487,7 +487,6 @@ def _require(condition: bool, where: str, problem: str) -> None:
 
 def _check(manifest: Manifest) -> None:
     _check_counts(manifest)
-    _check_tasks(manifest)
     _check_files(manifest)
     for name, component in manifest.components.items():
         _check_component(component, f"components.{name}")
@@ -497,6 +496,7 @@ def _check(manifest: Manifest) -> None:
     _check_constants(manifest)
     _check_magnitudes(manifest)
     _check_schedule(manifest)
+    _check_tasks(manifest)
     for index, record in enumerate(manifest.skips):
         _check_skips(record, manifest.skips[:index], f"skips[{index}]")
     if manifest.preview is not None:

@@ -290,6 +290,7 @@ def test_what_a_session_is_told(
             return ""
 
     assert entry("force_spinning_stop") == "1"
+    assert entry("intra_op.spin_duration_us") == "100"
     assert (entry("disable_quant_qdq"), entry("x64quantprecision")) == (qdq, slow)
     assert entry("qdq_matmulnbits_accuracy_level") == level
 

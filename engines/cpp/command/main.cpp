@@ -2,6 +2,7 @@
 #include <fluxdeploy/fluxdeploy.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <charconv>
 #include <chrono>
 #include <csignal>
@@ -28,10 +29,11 @@ std::string in_digits(double value) {
     return text.find_first_not_of("-0123456789") == std::string::npos ? text + ".0" : text;
 }
 
-std::string joined(const std::vector<std::int64_t>& numbers) {
+template <class Number>
+std::string joined(const std::vector<Number>& numbers, const char* between = ",") {
     std::string text;
-    for (const std::int64_t number : numbers) {
-        text += (text.empty() ? "" : ",") + std::to_string(number);
+    for (const Number number : numbers) {
+        text += (text.empty() ? "" : between) + std::to_string(number);
     }
     return text;
 }
@@ -58,8 +60,10 @@ std::string json_list(const std::vector<std::string>& texts) {
     return list + "]";
 }
 
-// image.png itself for one picture, else image-0.png, image-1.png, ...
-std::vector<std::string> picture_paths(const std::string& out, std::size_t count) {
+// image.png itself for one picture, else image-0.png, image-1.png, ...; with several seeds, of which
+// each makes `each` pictures, image-0-seed7.png, ...
+std::vector<std::string> picture_paths(const std::string& out, std::size_t count,
+                                       const std::vector<std::uint64_t>& seeds, std::size_t each) {
     const fs::path path(out);
     std::string suffix = path.extension().string();
     for (char& c : suffix) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
@@ -81,7 +85,9 @@ std::vector<std::string> picture_paths(const std::string& out, std::size_t count
     for (std::size_t index = 0; index < count; ++index) {
         fs::path own = path;
         if (count > 1) {
-            own.replace_filename(path.stem().string() + "-" + std::to_string(index) +
+            const std::string end =
+                seeds.size() > 1 ? "-seed" + std::to_string(seeds[index / each % seeds.size()]) : "";
+            own.replace_filename(path.stem().string() + "-" + std::to_string(index) + end +
                                  path.extension().string());
         }
         if (fs::is_directory(own)) {
@@ -138,17 +144,29 @@ fluxdeploy::Image copied(const fluxdeploy_picture& picture, const std::uint8_t* 
 
 void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
     const auto began = std::chrono::steady_clock::now();
+    const auto each = static_cast<std::size_t>(std::max<std::int64_t>(line.num_images, 1));
     const std::size_t count =
-        line.prompts.size() * static_cast<std::size_t>(std::max<std::int64_t>(line.num_images, 1));
-    const std::vector<std::string> paths = picture_paths(line.out, count);
+        line.prompts.size() * std::max<std::size_t>(line.seeds.size(), 1) * each;
+    const std::vector<std::string> paths = picture_paths(line.out, count, line.seeds, each);
 
     fluxdeploy::Request request;
-    std::string image_sha256, mask_sha256;
-    if (line.image) {
-        const Picture image = read_picture(*line.image);
+    std::string image_sha256, mask_sha256, control_sha256;
+    for (const std::string& path : line.images) {
+        const Picture image = read_picture(path);
         request.images.push_back(copied(*image, fluxdeploy_picture_rgb(image.get())));
-        image_sha256 = fluxdeploy_picture_sha256(image.get());
+        image_sha256 += (image_sha256.empty() ? "" : ",");
+        image_sha256 += fluxdeploy_picture_sha256(image.get());
     }
+    if (line.images.size() > 1) {
+        request.references = static_cast<std::int64_t>(line.images.size());
+    }
+    if (line.control_image) {
+        const Picture control = read_picture(*line.control_image);
+        request.control_images.push_back(copied(*control, fluxdeploy_picture_rgb(control.get())));
+        control_sha256 = fluxdeploy_picture_sha256(control.get());
+    }
+    request.max_area = line.max_area;
+    request.auto_resize = line.auto_resize;
     if (line.mask) {
         const Picture mask = read_picture(*line.mask);
         request.mask_images.push_back(copied(*mask, fluxdeploy_picture_mask(mask.get())));
@@ -157,8 +175,8 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
     request.width = line.width;
     request.height = line.height;
     if (!line.outpaint.empty()) {
-        if (!line.image || line.mask) {
-            throw UsageError("--outpaint needs --image, and makes the mask: leave out --mask.");
+        if (line.images.size() != 1 || line.mask) {
+            throw UsageError("--outpaint needs one --image, and makes the mask: leave out --mask.");
         }
         const auto& sides = line.outpaint;
         auto [canvas, margins] = fluxdeploy::outpaint_canvas(request.images.front(), sides[0],
@@ -168,12 +186,13 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
         request.images = {std::move(canvas)};
         request.mask_images = {std::move(margins)};
     }
+    if (line.prompt_2) request.prompts_2 = {*line.prompt_2};
     if (line.negative_prompt) request.negative_prompts = {*line.negative_prompt};
+    if (line.negative_prompt_2) request.negative_prompts_2 = {*line.negative_prompt_2};
     request.true_cfg_scale = line.true_cfg_scale;
     request.num_inference_steps = line.steps;
     request.guidance_scale = line.guidance;
     request.num_images_per_prompt = line.num_images;
-    request.seed = line.seed;
     request.strength = line.strength;
     request.padding_mask_crop = line.mask_crop;
     request.max_sequence_length = line.max_sequence_length;
@@ -199,8 +218,10 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
     std::vector<fluxdeploy::Image> images;
     std::vector<std::string> captions, warnings;
     std::set<std::string> told;
+    // Of each picture; one that the system draws is that of all.
+    std::vector<std::uint64_t> seeds;
     std::int64_t made = 0;
-    for (const std::string& prompt : line.prompts) {
+    const auto draw = [&](const std::string& prompt) {
         request.prompts = {prompt};
         fluxdeploy::Result result = pipeline.generate(request);
         request.seed = result.seed;
@@ -208,21 +229,33 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
         for (auto& image : result.images) {
             images.push_back(std::move(image));
             captions.push_back(prompt);
+            seeds.push_back(*result.seed);
         }
         for (const std::string& notice : result.notices) {
             if (!told.insert(notice).second) continue;
             warnings.push_back(notice);
             std::fprintf(stderr, "%sWarning: %s\n", shown ? "\r\033[K" : "", notice.c_str());
         }
+    };
+    for (const std::string& prompt : line.prompts) {
+        for (const std::uint64_t seed : line.seeds) {
+            request.seed = seed;
+            draw(prompt);
+        }
+        if (line.seeds.empty()) draw(prompt);
     }
     if (shown) std::fprintf(stderr, "\r\033[K");
+    // What is drawn after a reference has its size, and no strength.
+    const bool follows = !line.images.empty() && fluxdeploy_pipeline_does(pipeline.handle(), "kontext") != 0;
     for (std::size_t number = 0; number < images.size(); ++number) {
         Written text;
         text.add("prompt", captions[number]);
+        if (line.prompt_2) text.add("prompt_2", *line.prompt_2);
         if (line.negative_prompt) text.add("negative_prompt", *line.negative_prompt);
+        if (line.negative_prompt_2) text.add("negative_prompt_2", *line.negative_prompt_2);
         text.add("true_cfg_scale", in_digits(line.true_cfg_scale));
-        text.add("seed", std::to_string(*request.seed));
-        text.add("index", std::to_string(number % static_cast<std::size_t>(line.num_images)));
+        text.add("seed", std::to_string(seeds[number]));
+        text.add("index", std::to_string(number % each));
         text.add("num_inference_steps", std::to_string(steps));
         text.add("guidance_scale", in_digits(line.guidance.value_or(by_default("guidance_scale"))));
         if (line.sampler != "euler") text.add("sampler", line.sampler);
@@ -232,12 +265,17 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
         text.add("max_sequence_length",
                  std::to_string(line.max_sequence_length.value_or(
                      static_cast<std::int64_t>(by_default("max_sequence_length")))));
-        text.add("height", std::to_string(request.height.value_or(
-                               static_cast<std::int64_t>(by_default("height")))));
-        text.add("width", std::to_string(request.width.value_or(
-                              static_cast<std::int64_t>(by_default("width")))));
-        if (line.image) {
-            text.add("strength", in_digits(line.strength.value_or(by_default("strength"))));
+        const auto side = [&](const char* name, std::optional<std::int64_t> asked,
+                              std::int64_t drawn) {
+            const std::int64_t usual = static_cast<std::int64_t>(by_default(name));
+            text.add(name, std::to_string(asked.value_or(follows ? drawn : usual)));
+        };
+        side("height", request.height, images[number].height);
+        side("width", request.width, images[number].width);
+        if (!line.images.empty()) {
+            if (!follows) {
+                text.add("strength", in_digits(line.strength.value_or(by_default("strength"))));
+            }
             text.add("image_sha256", image_sha256);
             if (line.mask) text.add("mask_sha256", mask_sha256);
             if (line.mask_crop && !request.mask_images.empty()) {
@@ -245,6 +283,9 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
             }
             if (!line.outpaint.empty()) text.add("outpaint", joined(line.outpaint));
         }
+        if (line.control_image) text.add("control_sha256", control_sha256);
+        if (line.max_area) text.add("max_area", std::to_string(*line.max_area));
+        if (!line.auto_resize) text.add("auto_resize", "no");
         text.add("bundle_hash", pipeline.bundle_hash());
         text.add("fluxdeploy_version", fluxdeploy_version());
         fluxdeploy::write_png(paths[number], images[number], text.chunks);
@@ -252,16 +293,18 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
     const double seconds =
         std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
     const auto& first = images.front();
-    if (line.json) {
-        std::string seeds;
-        for (std::size_t i = 0; i < images.size(); ++i) {
-            seeds += (i > 0 ? ", " : "") + std::to_string(*request.seed);
+    std::vector<std::uint64_t> different;
+    for (const std::uint64_t seed : seeds) {
+        if (std::find(different.begin(), different.end(), seed) == different.end()) {
+            different.push_back(seed);
         }
+    }
+    if (line.json) {
         std::printf(
-            "{\"paths\": %s, \"prompts\": %s, \"sheet\": null, \"seed\": %llu, \"seeds\": [%s], "
+            "{\"paths\": %s, \"prompts\": %s, \"sheet\": null, \"seed\": %s, \"seeds\": [%s], "
             "\"width\": %lld, \"height\": %lld, \"steps\": %lld, \"seconds\": %.3f, \"warnings\": %s}\n",
             json_list(paths).c_str(), json_list(captions).c_str(),
-            static_cast<unsigned long long>(*request.seed), seeds.c_str(),
+            different.size() > 1 ? "null" : joined(different).c_str(), joined(seeds, ", ").c_str(),
             static_cast<long long>(first.width), static_cast<long long>(first.height),
             static_cast<long long>(steps), seconds,
             json_list(warnings).c_str());
@@ -269,10 +312,10 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
     }
     for (const std::string& path : paths) std::printf("%s\n", path.c_str());
     const std::string counted =
-        line.image ? std::to_string(made) + " of " + std::to_string(steps) : std::to_string(steps);
-    std::fprintf(stderr, "%lldx%lld, seed %llu, %s steps, %.1f s\n",
+        !line.images.empty() ? std::to_string(made) + " of " + std::to_string(steps) : std::to_string(steps);
+    std::fprintf(stderr, "%lldx%lld, seed %s, %s steps, %.1f s\n",
                  static_cast<long long>(first.width), static_cast<long long>(first.height),
-                 static_cast<unsigned long long>(*request.seed), counted.c_str(), seconds);
+                 joined(different, ", ").c_str(), counted.c_str(), seconds);
 }
 
 }  // namespace

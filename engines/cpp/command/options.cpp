@@ -54,6 +54,28 @@ std::vector<std::int64_t> margins(const std::string& text) {
     return sides;
 }
 
+// Numbers of at most thirty digits, of which each must be a seed.
+void set_seeds(CommandLine& line, const std::string& text) {
+    static const std::regex form(R"(\s*-?\d{1,30}\s*(,\s*\d{1,30}\s*)*)");
+    if (!std::regex_match(text, form)) {
+        throw UsageError("Invalid value for '--seed': '" + text +
+                         "' is not a seed, such as 7, or several, such as 1,2,3.");
+    }
+    line.seeds.clear();
+    static const std::regex digits(R"(-?\d+)");
+    for (std::sregex_iterator at(text.begin(), text.end(), digits), end; at != end; ++at) {
+        const std::string word = at->str();
+        std::uint64_t seed = 0;
+        const auto read = std::from_chars(word.data(), word.data() + word.size(), seed);
+        if (read.ec != std::errc() || word.front() == '-') {
+            throw UsageError("The seed " + word +
+                             " is out of range. Seeds go from 0 to 2^64 - 1; leave it out to have "
+                             "one drawn.");
+        }
+        line.seeds.push_back(seed);
+    }
+}
+
 // `none`, `auto`, or numbers of steps, of at most five digits each.
 void set_skip(CommandLine& line, const std::string& text) {
     static const std::regex form(R"(\s*(none|auto|\d{1,5}(\s*,\s*\d{1,5})*)\s*)");
@@ -72,8 +94,12 @@ void set_skip(CommandLine& line, const std::string& text) {
 
 const std::vector<Option>& options() {
     static const std::vector<Option> all{
+        {"--prompt-2", "TEXT", "What T5 reads instead of PROMPT, which is then CLIP's alone.",
+         [](auto& line, const auto& text) { line.prompt_2 = text; }},
         {"--negative-prompt", "TEXT", "What to steer away from; needs --true-cfg-scale.",
          [](auto& line, const auto& text) { line.negative_prompt = text; }},
+        {"--negative-prompt-2", "TEXT", "What T5 reads instead of --negative-prompt.",
+         [](auto& line, const auto& text) { line.negative_prompt_2 = text; }},
         {"--true-cfg-scale", "FLOAT",
          "Strength of the negative prompt; above 1 each step costs twice.",
          [](auto& line, const auto& text) {
@@ -87,14 +113,15 @@ const std::vector<Option>& options() {
          [](auto& line, const auto& text) { line.steps = integer("--steps", text); }},
         {"--guidance", "FLOAT", "Guidance scale of models with a guidance embedding.",
          [](auto& line, const auto& text) { line.guidance = decimal("--guidance", text); }},
-        {"--seed", "INTEGER", "The same seed gives the same picture.  [default: a random one]",
-         [](auto& line, const auto& text) {
-             line.seed = number<std::uint64_t>("--seed", text, "integer from 0 to 2^64 - 1");
-         }},
-        {"--num-images", "INTEGER", "Pictures of each prompt.",
+        {"--seed", "SEED[,SEED...]",
+         "The same seed gives the same picture; several give one each.  [default: a random one]",
+         set_seeds},
+        {"--num-images", "INTEGER", "Pictures of each prompt and seed.",
          [](auto& line, const auto& text) { line.num_images = integer("--num-images", text); }},
-        {"--image", "PATH", "A PNG to start from, resized to width x height.",
-         [](auto& line, const auto& text) { line.image = text; }},
+        {"--image", "PATH",
+         "A PNG to start from, resized to width x height; for a Kontext bundle what to change, "
+         "or several.",
+         [](auto& line, const auto& text) { line.images.push_back(text); }},
         {"--mask", "PATH", "A PNG: what of --image to redraw, where it is white or transparent.",
          [](auto& line, const auto& text) { line.mask = text; }},
         {"--mask-crop", "PIXELS",
@@ -105,6 +132,12 @@ const std::vector<Option>& options() {
          [](auto& line, const auto& text) { line.outpaint = margins(text); }},
         {"--strength", "FLOAT", "How much of --image becomes noise, 0 to 1.",
          [](auto& line, const auto& text) { line.strength = decimal("--strength", text); }},
+        {"--control-image", "PATH", "A PNG for a Canny or Depth bundle: what to draw along.",
+         [](auto& line, const auto& text) { line.control_image = text; }},
+        {"--max-area", "PIXELS", "For a Kontext bundle: draw so many pixels.",
+         [](auto& line, const auto& text) { line.max_area = integer("--max-area", text); }},
+        {"--no-auto-resize", "", "Leave --image of a Kontext bundle in its own size.",
+         [](auto& line, const auto&) { line.auto_resize = false; }},
         {"--max-sequence-length", "INTEGER", "T5 tokens that the prompt is padded or cut to.",
          [](auto& line, const auto& text) {
              line.max_sequence_length = integer("--max-sequence-length", text);

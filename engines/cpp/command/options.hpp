@@ -15,20 +15,26 @@ struct UsageError : std::runtime_error {
 struct CommandLine {
     std::string bundle;
     std::vector<std::string> prompts;
+    std::optional<std::string> prompt_2;
     std::optional<std::string> negative_prompt;
+    std::optional<std::string> negative_prompt_2;
     double true_cfg_scale = 1.0;
     std::optional<std::int64_t> width;
     std::optional<std::int64_t> height;
     std::optional<std::int64_t> steps;
     std::optional<double> guidance;
-    std::optional<std::uint64_t> seed;
+    // Each makes a picture of each prompt.
+    std::vector<std::uint64_t> seeds;
     std::int64_t num_images = 1;
-    std::optional<std::string> image;
+    std::vector<std::string> images;
     std::optional<std::string> mask;
     std::optional<std::int64_t> mask_crop;
     // Left, top, right and bottom, or nothing.
     std::vector<std::int64_t> outpaint;
     std::optional<double> strength;
+    std::optional<std::string> control_image;
+    std::optional<std::int64_t> max_area;
+    bool auto_resize = true;
     std::optional<std::int64_t> max_sequence_length;
     std::string sampler = "euler";
     // The steps, or whether they are those of the bundle's record.

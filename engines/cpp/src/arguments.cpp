@@ -34,6 +34,7 @@ std::string shown(double value) {
 }
 
 std::string general(double value) {
+    if (std::isnan(value)) return "nan";
     char digits[64];
     std::snprintf(digits, sizeof digits, "%g", value);
     return digits;

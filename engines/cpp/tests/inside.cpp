@@ -39,11 +39,12 @@ int main(int count, char** words) {
         }
     } else if (what == "sigmas") {  // STEPS TOKENS, a manifest on stdin
         const auto manifest = fluxdeploy::parse_manifest(standard_input(), "stdin");
-        write(fluxdeploy::sigmas(manifest.schedule, numbers[0], numbers[1]));
+        write(fluxdeploy::sigmas(manifest.schedule, fluxdeploy::even_levels(numbers[0]),
+                                 numbers[1]));
     } else if (what == "rope") {  // TEXT ROWS COLUMNS, a manifest on stdin
         const auto manifest = fluxdeploy::parse_manifest(standard_input(), "stdin");
         const auto tables =
-            fluxdeploy::rope_tables(manifest.rope, numbers[0], numbers[1], numbers[2]);
+            fluxdeploy::rope_tables(manifest.rope, numbers[0], {{numbers[1], numbers[2]}});
         write(tables.cos.values);
         write(tables.sin.values);
     } else if (what == "resize") {  // HEIGHT WIDTH NEW_HEIGHT NEW_WIDTH, RGB on stdin

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import (
     CFUNCTYPE,
     POINTER,
@@ -20,6 +20,7 @@ from ctypes import (
     c_void_p,
 )
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -46,9 +47,11 @@ _SETTERS = {
     "guidance_scale": c_double,
     "num_images_per_prompt": c_int64,
     "max_sequence_length": c_int64,
-    "seed": c_uint64,
     "strength": c_double,
     "padding_mask_crop": c_int64,
+    "references": c_int64,
+    "max_area": c_int64,
+    "auto_resize": c_int,
 }
 
 
@@ -213,12 +216,18 @@ class Pipeline:
         self,
         prompt: str | Sequence[str] = (),
         negative_prompt: str | Sequence[str] = (),
+        prompt_2: str | Sequence[str] = (),
+        negative_prompt_2: str | Sequence[str] = (),
         ids: Sequence[tuple[Sequence[int], Sequence[int]]] = (),
         latents: NDArray[np.float32] | None = None,
         image: Sequence[NDArray[np.uint8]] = (),
         mask_image: Sequence[NDArray[np.uint8]] = (),
+        control_image: Sequence[NDArray[np.uint8]] = (),
         sampler: str | None = None,
         skip: str | Sequence[int] = "none",
+        sigmas: Sequence[float] = (),
+        seed: int | Sequence[int] = (),
+        embeds: Mapping[str, NDArray[np.float32]] = MappingProxyType({}),
         on_step: Callable[[Step], int] | None = None,
         cancel: c_void_p | None = None,
         **numbers: Any,
@@ -228,7 +237,13 @@ class Pipeline:
         request = c_void_p(c.fluxdeploy_request_new())
         kept: list[Any] = []
         try:
-            for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            said = {
+                "prompt": prompt,
+                "negative_prompt": negative_prompt,
+                "prompt_2": prompt_2,
+                "negative_prompt_2": negative_prompt_2,
+            }
+            for name, texts in said.items():
                 for text in [texts] if isinstance(texts, str) else texts:
                     data = text.encode("utf-8", "surrogatepass")
                     getattr(c, f"fluxdeploy_request_add_{name}")(request, data, c_size_t(len(data)))
@@ -238,6 +253,18 @@ class Pipeline:
                     request,
                     *(x for row in rows for x in (c_void_p(row.ctypes.data), c_size_t(len(row)))),
                 )
+            for name, array in embeds.items():
+                own = np.ascontiguousarray(array, np.float32)
+                shape = (c_int64 * own.ndim)(*own.shape)
+                setter = getattr(c, f"fluxdeploy_request_set_{name}")
+                assert not setter(request, c_void_p(own.ctypes.data), shape, c_size_t(own.ndim))
+            if isinstance(seed, int):
+                c.fluxdeploy_request_set_seed(request, c_uint64(seed))
+            else:
+                seeds = (c_uint64 * len(seed))(*seed)
+                c.fluxdeploy_request_set_seeds(request, seeds, c_size_t(len(seed)))
+            levels = (c_float * len(sigmas))(*sigmas)
+            c.fluxdeploy_request_set_sigmas(request, levels, c_size_t(len(sigmas)))
             for name, value in numbers.items():
                 getattr(c, f"fluxdeploy_request_set_{name}")(request, _SETTERS[name](value))
             if sampler is not None:
@@ -253,7 +280,8 @@ class Pipeline:
                 c.fluxdeploy_request_set_latents(
                     request, c_void_p(array.ctypes.data), c_size_t(array.size)
                 )
-            for name, pictures in (("image", image), ("mask_image", mask_image)):
+            given = {"image": image, "mask_image": mask_image, "control_image": control_image}
+            for name, pictures in given.items():
                 for picture in pictures:
                     pixels = np.ascontiguousarray(picture)
                     getattr(c, f"fluxdeploy_request_add_{name}")(

@@ -22,6 +22,8 @@ from fluxdeploy.host.pipeline import FluxPipeline
 from tests.engines.cpp.conftest import picture
 from tests.engines.cpp.library import Failure, Library, Pipeline
 
+T5_WIDTH, CLIP_WIDTH = 128, 96
+NAN = np.full((1, CLIP_WIDTH), np.nan, np.float32)
 SMALL = ["--width", "64", "--height", "48", "--steps", "2", "--seed", "3"]
 
 
@@ -33,13 +35,14 @@ def call(built: Path, *words: object) -> subprocess.CompletedProcess[str]:
 def test_the_options_are_those_of_generate(built: Path) -> None:
     said = call(built, "--help").stdout
     own = {option for parameter in generate.params for option in parameter.opts}
-    missing = {"--sheet", "--bundle", "prompts", "--prompt-2", "--negative-prompt-2"}
-    missing |= {"--prompts", "--batch", "--lora"}
+    missing = {"--sheet", "--bundle", "prompts", "--prompts", "--batch", "--lora"}
+    missing |= {"--control", "--auto-resize"}
     assert {option for option in own if option not in said} == missing
 
 
+@pytest.mark.parametrize("seeds", ["3", "5, 6"])
 def test_pictures_and_their_metadata_are_generates(
-    built: Path, demo_bundle: Path, tmp_path: Path
+    built: Path, demo_bundle: Path, tmp_path: Path, seeds: str
 ) -> None:
     for name, seed in (("image", 1), ("mask", 2)):
         Image.fromarray(picture(seed, 60, 70)).save(tmp_path / f"{name}.png")
@@ -47,6 +50,7 @@ def test_pictures_and_their_metadata_are_generates(
         *(*SMALL, "--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png"),
         *("--strength", "0.9", "--num-images", "2", "--guidance", "2.5"),
         *("--negative-prompt", "grün", "--true-cfg-scale", "2", "--sampler", "ab2", "--skip", "1"),
+        *("--prompt-2", "a cat", "--negative-prompt-2", "", "--seed", seeds),
     ]
     words = [*map(str, options), "a red ring", "狐狸"]
     folder = tmp_path / "python"
@@ -58,8 +62,9 @@ def test_pictures_and_their_metadata_are_generates(
     found: dict[str, Any] = json.loads(done.stdout)
     for name in ("prompts", "seed", "seeds", "width", "height", "steps", "warnings", "sheet"):
         assert found[name] == wanted[name]
-    assert len(found["paths"]) == 4
+    assert len(found["paths"]) == 4 * len(seeds.split(","))
     for own, other in zip(found["paths"], wanted["paths"], strict=True):
+        assert Path(own).name == Path(other).name
         assert read_metadata(Path(own)) == read_metadata(Path(other))
         pixels = [np.asarray(Image.open(path)).astype(int) for path in (own, other)]
         assert np.abs(pixels[0] - pixels[1]).max() <= 1
@@ -88,6 +93,26 @@ def test_parts_and_margins_are_generates(
     assert np.abs(pixels[0] - pixels[1]).max() <= 1
 
 
+@pytest.mark.parametrize("seeds", ["x", "-5", "1,,2", "1,18446744073709551616", "1.5"])
+def test_seeds_that_are_none_are_refused_as_by_generate(
+    built: Path, demo_bundle: Path, seeds: str
+) -> None:
+    done = call(built, demo_bundle, "a", "--seed", seeds)
+    python = ["a", "--bundle", str(demo_bundle), "--seed", seeds]
+    wanted = CliRunner().invoke(generate, python)
+    said = str(wanted.exception) if isinstance(wanted.exception, UsageError) else wanted.output
+    assert done.returncode == 2
+    assert done.stderr.removeprefix("Error: ").rstrip() in said
+
+
+def words(side: str = "", tokens: int = 4, less: int = 0) -> dict[str, Any]:
+    """Embeddings of one prompt, of the demo's widths; `less` numbers less of each token."""
+    return {
+        f"{side}prompt_embeds": np.zeros((1, tokens, T5_WIDTH - less), np.float32),
+        f"{side}pooled_prompt_embeds": np.zeros((1, CLIP_WIDTH), np.float32),
+    }
+
+
 BAD_CALLS: dict[str, dict[str, Any]] = {
     "a size": {"height": 50},
     "a size that no engine takes": {"height": 16 * 400},
@@ -110,6 +135,32 @@ BAD_CALLS: dict[str, dict[str, Any]] = {
     "a step that is not there": {"num_inference_steps": 4, "skip": [1, 4]},
     "no record": {"num_inference_steps": 4, "skip": "auto"},
     "skips of a sampler that cannot": {"sampler": "heun", "skip": [1]},
+    "second prompts": {"prompt": ["a"] * 3, "prompt_2": ["b"] * 2},
+    "a long second prompt": {"prompt_2": "é" * 100_001},
+    "seeds": {"seed": [1, 2, 3], "num_images_per_prompt": 2},
+    "noise levels that rise": {"sigmas": [0.5, 0.7]},
+    "a noise level of 0": {"sigmas": [1.0, 0.5, 0.0]},
+    "a noise level that is none": {"sigmas": [float("nan")]},
+    "noise levels and steps": {"sigmas": [1.0, 0.5], "num_inference_steps": 3},
+    "recorded skips of noise levels": {"sigmas": [1.0, 0.5], "skip": "auto"},
+    "nothing": {"prompt": None},
+    "a second prompt alone": {"prompt": None, "prompt_2": "a"},
+    "embeddings and a prompt": words(),
+    "embeddings and a second prompt": {"prompt": None, "prompt_2": "a", **words()},
+    "embeddings of T5 alone": {"prompt": None, "prompt_embeds": words()["prompt_embeds"]},
+    "embeddings of another width": {"prompt": None, **words(less=1)},
+    "embeddings without tokens": {"prompt": None, **words(tokens=0)},
+    "flat embeddings": {"prompt": None, **words(), "prompt_embeds": np.zeros(5, np.float32)},
+    "no numbers": {"prompt": None, **words(), "pooled_prompt_embeds": NAN},
+    "negative embeddings of CLIP alone": {
+        "negative_pooled_prompt_embeds": words()["pooled_prompt_embeds"]
+    },
+    "other numbers of tokens": {"true_cfg_scale": 2.0, **words("negative_")},
+    "other numbers of embeddings": {
+        "prompt": None,
+        "true_cfg_scale": 2.0,
+        **(words() | words("negative_", 5)),
+    },
 }
 
 
@@ -129,6 +180,7 @@ def test_errors_have_pythons_words(
 ) -> None:
     python, cpp = hosts
     given = {"prompt": "a", **bad}
+    embeds = {name: given.pop(name) for name in list(given) if "embeds" in name}
     pictures = {
         name: [picture(seed, 32, 32) for seed in range(given.pop(name))]
         for name in ("image", "mask_image")
@@ -136,9 +188,9 @@ def test_errors_have_pythons_words(
     }
     images = {name: [Image.fromarray(p) for p in all_] for name, all_ in pictures.items()}
     with pytest.raises(UsageError) as wanted:
-        python(**given, **images)
+        python(**given, **images, **embeds)
     with pytest.raises(Failure) as found:
-        cpp(**given, **pictures)
+        cpp(**{k: v for k, v in given.items() if v is not None}, **pictures, embeds=embeds)
     assert (found.value.code, str(found.value)) == ("usage", str(wanted.value))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -130,6 +131,19 @@ def test_the_server_makes_what_it_is_asked_and_ends_what_is_cancelled(
     assert [line.split()[1] for line in said] == ["done", "done", "done", "cancelled"]
     assert done.stderr == ""
     assert_is(tmp_path / "1.png", wanted)
+
+
+def test_the_recipes_ask_for_what_the_build_looks_for() -> None:
+    build = (CPP / "CMakeLists.txt").read_text()
+    wanted = set(re.findall(r"^find_package\((\w+)", build, re.MULTILINE)) - {"Threads"}
+    wanted = {{"PNG": "libpng"}.get(name, name) for name in wanted} | {"onnxruntime"}
+    port = json.loads((CPP / "packaging/vcpkg/fluxdeploy/vcpkg.json").read_text())
+    libraries = {each for each in port["dependencies"] if isinstance(each, str)}
+    assert {name.replace("-", "_") for name in libraries} == wanted
+    recipe = (CPP / "packaging/conan/conanfile.py").read_text()
+    assert set(re.findall(r'"(\w+)/\[>=', recipe)) == wanted
+    profile = (CPP / "packaging/conan/system").read_text()
+    assert set(re.findall(r"^(\w+)/", profile, re.MULTILINE)) == wanted
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxdeploy.bundle.manifest import SkipRecord, from_json, to_json
+from fluxdeploy.bundle.manifest import SkipRecord, TensorSpec, from_json, to_json
 from fluxdeploy.errors import UnmeasuredSkipsWarning
 from fluxdeploy.host.outpainting import outpaint_canvas
 from fluxdeploy.host.pipeline import FluxPipeline
@@ -64,6 +64,23 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
         },
     ),
     ("constant", {"prompt": PROMPTS[0] * 40, "seed": 12, "max_sequence_length": 24}),
+    ("dev", {"prompt": PROMPTS[:2], "prompt_2": ["a cat", PROMPTS[1]]}),
+    (
+        "dev",
+        {
+            "prompt": "",
+            "prompt_2": PROMPTS[1],
+            "negative_prompt": "red",
+            "negative_prompt_2": "blue",
+            "true_cfg_scale": 2.0,
+            "seed": [7, 2**33],
+            "num_images_per_prompt": 2,
+            "sigmas": [1.0, 0.7, 0.2],
+            "num_inference_steps": None,
+        },
+    ),
+    ("dev", {"prompt": PROMPTS[0], "image": 1, "seed": [4, 5], "num_images_per_prompt": 2}),
+    ("schnell", {"prompt": PROMPTS[0], "sigmas": [0.9, 0.3], "sampler": "ab2", "skip": [1]}),
     *(
         ("dev", {"prompt": PROMPTS[0], "num_inference_steps": 4, "sampler": sampler, **more})
         for sampler, more in (
@@ -74,6 +91,47 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
             ("dpmpp_2m", {"image": 1, "strength": 0.8, "skip": [1, 2]}),
             ("euler", {"negative_prompt": "x", "true_cfg_scale": 2.0, "skip": [2, 3]}),
         )
+    ),
+)
+
+
+FAMILY: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("fill", {"image": 1, "mask_image": 1}),
+    (
+        "fill",
+        {
+            "prompt": list(PROMPTS[:2]),
+            "num_images_per_prompt": 3,
+            "image": 2,
+            "mask_image": 3,
+            "strength": 0.6,
+            "num_inference_steps": 4,
+        },
+    ),
+    ("fill", {"image": 1, "mask_image": 1, "padding_mask_crop": 3}),
+    ("control", {"control_image": 1}),
+    (
+        "control",
+        {"prompt": list(PROMPTS[:2]), "num_images_per_prompt": 2, "control_image": 2},
+    ),
+    ("control", {"prompt": list(PROMPTS[:2]), "control_image": 2, "sampler": "heun"}),
+    ("kontext", {}),
+    ("kontext", {"image": 1, "auto_resize": False}),
+    ("kontext", {"image": 1, "height": None, "width": None, "auto_resize": False}),
+    ("kontext", {"image": 1, "max_area": 2000, "auto_resize": False}),
+    (
+        "kontext",
+        {
+            "prompt": list(PROMPTS[:2]),
+            "negative_prompt": "x",
+            "true_cfg_scale": 2.0,
+            "image": 2,
+            "auto_resize": False,
+        },
+    ),
+    (
+        "kontext",
+        {"prompt": list(PROMPTS[:2]), "image": 4, "references": 2, "auto_resize": False},
     ),
 )
 
@@ -96,20 +154,31 @@ def pair(library: Library, bundle: BundleFactory) -> Iterator[Callable[[str], Pa
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(("name", "call"), CALLS, ids=[str(n) for n in range(len(CALLS))])
+@pytest.mark.parametrize(
+    ("name", "call"), [*CALLS, *FAMILY], ids=[str(n) for n in range(len(CALLS) + len(FAMILY))]
+)
 def test_a_picture_is_pythons(pair: Callable[[str], Pair], name: str, call: dict[str, Any]) -> None:
     python, cpp = pair(name)
-    call = {"height": 32, "width": 48, "num_inference_steps": 2, "seed": 1, **call}
+    usual = {"prompt": PROMPTS[0], "height": 32, "width": 48, "num_inference_steps": 2, "seed": 1}
+    call = {**usual, **call}
     images = [picture(seed, 50 + 20 * seed, 64) for seed in range(call.pop("image", 0))]
     masks = [picture(9 + seed, 40, 30 + 9 * seed) for seed in range(call.pop("mask_image", 0))]
-    given = {
-        name: [Image.fromarray(each) for each in pictures]
-        for name, pictures in (("image", images), ("mask_image", masks))
-        if pictures
+    controls = [picture(20 + seed, 40, 60) for seed in range(call.pop("control_image", 0))]
+    if "padding_mask_crop" in call:
+        masks = [picture(9, *images[0].shape[:2])]
+    pictures = {"image": images, "mask_image": masks, "control_image": controls}
+    given: dict[str, Any] = {
+        name: [Image.fromarray(each) for each in held] for name, held in pictures.items() if held
     }
-    wanted = python(**call, **given).images
-    found, _, seed = cpp(**call, image=images, mask_image=masks)
-    assert seed == call["seed"]
+    asked = dict(call)
+    if (each := asked.pop("references", None)) is not None:
+        given["image"] = [given["image"][at : at + each] for at in range(0, len(images), each)]
+    if "padding_mask_crop" in call:
+        given = {name: held[0] for name, held in given.items()}
+    wanted = python(**asked, **given).images
+    call = {name: value for name, value in call.items() if value is not None}
+    found, _, seed = cpp(**call, **pictures)
+    assert seed == (call["seed"] if isinstance(call["seed"], int) else None)
     difference = found.astype(int) - np.stack([np.asarray(each) for each in wanted])
     assert np.abs(difference).max() <= 1
 
@@ -184,7 +253,17 @@ def test_a_canvas_for_outpainting_is_pythons(
         np.testing.assert_array_equal(own, np.asarray(other.convert("RGB")))
 
 
-def test_it_says_what_does_nothing_in_the_same_words(pair: Callable[[str], Pair]) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"prompt_2": "word " * 50, "negative_prompt_2": "y"},
+        {"negative_prompt": (), "negative_prompt_2": "y", "true_cfg_scale": 2.0},
+    ],
+)
+def test_it_says_what_does_nothing_in_the_same_words(
+    pair: Callable[[str], Pair], more: dict[str, Any]
+) -> None:
     call: dict[str, Any] = {
         "prompt": "word " * 200,
         "negative_prompt": "x",
@@ -194,6 +273,7 @@ def test_it_says_what_does_nothing_in_the_same_words(pair: Callable[[str], Pair]
         "width": 32,
         "num_inference_steps": 1,
         "max_sequence_length": 16,
+        **more,
     }
     python, cpp = pair("schnell")
     with pytest.warns() as warned:
@@ -213,6 +293,35 @@ def test_token_ids_and_latents_stand_for_text_and_seed(pair: Callable[[str], Pai
     latents, _, seed = cpp("a fox", latents=packed, max_sequence_length=12, **size)
     np.testing.assert_array_equal(latents, text)
     assert seed is None
+
+
+@pytest.mark.parametrize("negative", [1, 2])
+def test_embeddings_stand_for_prompts_as_in_python(
+    pair: Callable[[str], Pair], negative: int
+) -> None:
+    python, cpp = pair("dev")
+    (pooled,) = (spec.shape for spec in _conditioner(python) if spec.name == "pooled_embeddings")
+    (text,) = (spec.shape for spec in _conditioner(python) if spec.name == "text_embeddings")
+    random = np.random.RandomState(3)
+    embeds = {
+        f"{side}{name}": random.standard_normal(shape).astype(np.float32)
+        for side, count in (("", 2), ("negative_", negative))
+        for name, shape in (
+            ("prompt_embeds", (count, 9, text[-1])),
+            ("pooled_prompt_embeds", (count, pooled[-1])),
+        )
+    }
+    call: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 2, "seed": 1}
+    call |= {"true_cfg_scale": 2.0, "num_images_per_prompt": 2}
+    wanted = python(**call, **embeds).images
+    found, notices, _ = cpp(**call, embeds=embeds)
+    assert notices == []
+    difference = found.astype(int) - np.stack([np.asarray(each) for each in wanted])
+    assert np.abs(difference).max() <= 1
+
+
+def _conditioner(pipe: FluxPipeline) -> tuple[TensorSpec, ...]:
+    return pipe.bundle.manifest.components["conditioner"].inputs
 
 
 def test_a_callback_sees_every_step_and_may_change_it(pair: Callable[[str], Pair]) -> None:

@@ -27,7 +27,7 @@
 
 #define FLUXDEPLOY_VERSION "0.1.0"
 /* Grows with each function that is added; the library's soversion with each that changes. */
-#define FLUXDEPLOY_API_VERSION 3
+#define FLUXDEPLOY_API_VERSION 5
 
 #if defined(FLUXDEPLOY_STATIC)
 #define FLUXDEPLOY_API
@@ -72,7 +72,7 @@ typedef struct fluxdeploy_options fluxdeploy_options;
 FLUXDEPLOY_API fluxdeploy_options* fluxdeploy_options_new(void);
 FLUXDEPLOY_API void fluxdeploy_options_free(fluxdeploy_options* options);
 /* "auto", which is the default: the best that can run here, or one by its name: "tensorrt",
- * "tensorrt-rtx", "onnxruntime". */
+ * "tensorrt-rtx", "onnxruntime", "openvino". */
 FLUXDEPLOY_API fluxdeploy_code fluxdeploy_options_set_runtime(fluxdeploy_options* options,
                                                               const char* name);
 /* CPU threads of a run; the runtime's own choice where it is not set. */
@@ -116,6 +116,10 @@ FLUXDEPLOY_API const char* fluxdeploy_pipeline_bundle_hash(const fluxdeploy_pipe
  * "guidance_scale", "max_sequence_length" and "strength". NaN for another name. */
 FLUXDEPLOY_API double fluxdeploy_pipeline_default(const fluxdeploy_pipeline* pipeline,
                                                   const char* name);
+
+/* Not 0 where the bundle's model was trained for a task: of "text to image", "image to image",
+ * "inpainting", "fill", "control" and "kontext". Since version 5. */
+FLUXDEPLOY_API int fluxdeploy_pipeline_does(const fluxdeploy_pipeline* pipeline, const char* task);
 
 /* The ids of a prompt, padded or cut to `length`, by the tokenizer "clip" or "t5". A length of 0 is
  * the tokenizer's largest. `ids` has room for `capacity`; `*count` becomes how many there are, and
@@ -165,6 +169,25 @@ FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_add_prompt_ids(fluxdeploy_requ
 FLUXDEPLOY_API fluxdeploy_code
 fluxdeploy_request_add_negative_prompt_ids(fluxdeploy_request* request, const int32_t* clip,
                                            size_t clip_count, const int32_t* t5, size_t t5_count);
+/* What T5 reads instead of the prompt, which is then CLIP's alone: one for all prompts, or one for
+ * each; a single empty one stands for the prompt. Since version 4. */
+FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_add_prompt_2(fluxdeploy_request* request,
+                                                               const char* text, size_t size);
+FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_add_negative_prompt_2(fluxdeploy_request* request,
+                                                                        const char* text,
+                                                                        size_t size);
+/* In place of prompts, what T5 and CLIP make of P of them: float32 [P, S, E] and [P, E'], whose
+ * sizes are `shape`'s `rank` ones. Negative ones are of P, or of one for all. Since version 4. */
+FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_prompt_embeds(fluxdeploy_request* request,
+                                                                    const float* values,
+                                                                    const int64_t* shape,
+                                                                    size_t rank);
+FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_pooled_prompt_embeds(
+    fluxdeploy_request* request, const float* values, const int64_t* shape, size_t rank);
+FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_negative_prompt_embeds(
+    fluxdeploy_request* request, const float* values, const int64_t* shape, size_t rank);
+FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_negative_pooled_prompt_embeds(
+    fluxdeploy_request* request, const float* values, const int64_t* shape, size_t rank);
 FLUXDEPLOY_API void fluxdeploy_request_set_true_cfg_scale(fluxdeploy_request* request,
                                                           double scale);
 /* Pixels, multiples of 16. */
@@ -180,6 +203,14 @@ FLUXDEPLOY_API void fluxdeploy_request_set_max_sequence_length(fluxdeploy_reques
                                                                int64_t length);
 /* The same seed gives the same picture, in Python too; the system draws one where none is set. */
 FLUXDEPLOY_API void fluxdeploy_request_set_seed(fluxdeploy_request* request, uint64_t seed);
+/* A seed for each picture, in place of one for all: each has noise of its own then. Since version 4.
+ */
+FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_seeds(fluxdeploy_request* request,
+                                                            const uint64_t* seeds, size_t count);
+/* The noise levels of the steps before shifting, falling, above 0 and at most 1; as many steps are
+ * made. Since version 4. */
+FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_sigmas(fluxdeploy_request* request,
+                                                             const float* sigmas, size_t count);
 /* The noise to start from, `count` = B * L * C numbers, in place of a seed's. */
 FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_latents(fluxdeploy_request* request,
                                                               const float* latents, size_t count);
@@ -200,6 +231,20 @@ FLUXDEPLOY_API void fluxdeploy_request_set_strength(fluxdeploy_request* request,
  * each, of one size. Since version 2. */
 FLUXDEPLOY_API void fluxdeploy_request_set_padding_mask_crop(fluxdeploy_request* request,
                                                              int64_t pixels);
+/* One more control picture, RGB as the image, for a bundle of a Canny or Depth checkpoint: the edges
+ * or depths to draw along. One for all pictures, one a prompt or one a picture. Since version 5. */
+FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_add_control_image(fluxdeploy_request* request,
+                                                                    const uint8_t* rgb,
+                                                                    int64_t width,
+                                                                    int64_t height);
+/* For a bundle of a Kontext checkpoint, whose images are what to change by words: how many of them
+ * each picture is drawn after, one after the other; 1 where it is not set. Since version 5. */
+FLUXDEPLOY_API void fluxdeploy_request_set_references(fluxdeploy_request* request, int64_t count);
+/* Draw so many pixels, in the proportions of width and height. Since version 5. */
+FLUXDEPLOY_API void fluxdeploy_request_set_max_area(fluxdeploy_request* request, int64_t pixels);
+/* 0: references become whole tokens, and none of the sizes that FLUX.1 Kontext was trained with.
+ * Since version 5. */
+FLUXDEPLOY_API void fluxdeploy_request_set_auto_resize(fluxdeploy_request* request, int resize);
 /* How steps use the velocity: "euler", which it is where none is set; "ab2" or "dpmpp_2m", of
  * second order at the same cost; "heun" or "midpoint", at twice the cost; "rk4", at four times.
  * Since version 3. */
@@ -263,7 +308,8 @@ FLUXDEPLOY_API const uint8_t* fluxdeploy_result_pixels(const fluxdeploy_result* 
                                                        int64_t index);
 /* How many steps were made: fewer than asked for in image to image. */
 FLUXDEPLOY_API int64_t fluxdeploy_result_steps(const fluxdeploy_result* result);
-/* Not 0 where a seed makes these pictures again; 0 where the caller gave the latents. */
+/* Not 0 where one seed makes these pictures again; 0 where the caller gave the latents, or a seed
+ * for each. */
 FLUXDEPLOY_API int fluxdeploy_result_has_seed(const fluxdeploy_result* result);
 FLUXDEPLOY_API uint64_t fluxdeploy_result_seed(const fluxdeploy_result* result);
 /* Sentences on arguments that did nothing, and on prompts that were cut; NULL after the last. */
@@ -394,6 +440,12 @@ struct TokenIds {
     std::vector<std::int32_t> t5;
 };
 
+// Numbers in row-major order: as many as the product of the sizes.
+struct Numbers {
+    std::vector<std::int64_t> shape;
+    std::vector<float> values;
+};
+
 // RGB in 8 bits, row by row; `pixels` has width * height * 3 bytes.
 struct Image {
     std::int64_t width = 0;
@@ -405,9 +457,17 @@ struct Image {
 struct Request {
     std::vector<std::string> prompts;
     std::vector<std::string> negative_prompts;
+    // What T5 reads of them, where that is something else.
+    std::vector<std::string> prompts_2;
+    std::vector<std::string> negative_prompts_2;
     // In place of the above.
     std::vector<TokenIds> prompt_ids;
     std::vector<TokenIds> negative_prompt_ids;
+    // In place of all of them.
+    std::optional<Numbers> prompt_embeds;
+    std::optional<Numbers> pooled_prompt_embeds;
+    std::optional<Numbers> negative_prompt_embeds;
+    std::optional<Numbers> negative_pooled_prompt_embeds;
     std::optional<double> true_cfg_scale;
     std::optional<std::int64_t> height;
     std::optional<std::int64_t> width;
@@ -416,11 +476,19 @@ struct Request {
     std::optional<std::int64_t> num_images_per_prompt;
     std::optional<std::int64_t> max_sequence_length;
     std::optional<std::uint64_t> seed;
+    // One for each picture, in place of one for all.
+    std::vector<std::uint64_t> seeds;
+    std::vector<float> sigmas;
     std::vector<float> latents;
     std::vector<Image> images;
     std::vector<Image> mask_images;
     std::optional<double> strength;
     std::optional<std::int64_t> padding_mask_crop;
+    // How many of `images` each picture of a Kontext bundle is drawn after.
+    std::optional<std::int64_t> references;
+    std::vector<Image> control_images;
+    std::optional<std::int64_t> max_area;
+    bool auto_resize = true;
     std::optional<std::string> sampler;
     // Steps that are skipped, or whether they are those of the bundle's record.
     std::vector<std::int64_t> skip;
@@ -570,6 +638,20 @@ private:
         detail::require(adder(given, image.pixels.data(), image.width, image.height));
     }
 
+    template <class Setter>
+    static void add(fluxdeploy_request* given, const std::optional<Numbers>& numbers,
+                    Setter setter) {
+        if (!numbers) return;
+        std::size_t size = 1;
+        for (const std::int64_t axis : numbers->shape) size *= static_cast<std::size_t>(axis);
+        if (numbers->values.size() != size) {
+            throw Error(FLUXDEPLOY_USAGE,
+                        "The numbers are not as many as their shape says. Give them all.");
+        }
+        detail::require(setter(given, numbers->values.data(), numbers->shape.data(),
+                               numbers->shape.size()));
+    }
+
     static void fill(fluxdeploy_request* given, const Request& request, Calling* calling) {
         using detail::require;
         for (const auto& text : request.prompts) {
@@ -578,6 +660,17 @@ private:
         for (const auto& text : request.negative_prompts) {
             require(fluxdeploy_request_add_negative_prompt(given, text.data(), text.size()));
         }
+        for (const auto& text : request.prompts_2) {
+            require(fluxdeploy_request_add_prompt_2(given, text.data(), text.size()));
+        }
+        for (const auto& text : request.negative_prompts_2) {
+            require(fluxdeploy_request_add_negative_prompt_2(given, text.data(), text.size()));
+        }
+        add(given, request.prompt_embeds, fluxdeploy_request_set_prompt_embeds);
+        add(given, request.pooled_prompt_embeds, fluxdeploy_request_set_pooled_prompt_embeds);
+        add(given, request.negative_prompt_embeds, fluxdeploy_request_set_negative_prompt_embeds);
+        add(given, request.negative_pooled_prompt_embeds,
+            fluxdeploy_request_set_negative_pooled_prompt_embeds);
         for (const auto& ids : request.prompt_ids) {
             require(fluxdeploy_request_add_prompt_ids(given, ids.clip.data(), ids.clip.size(),
                                                       ids.t5.data(), ids.t5.size()));
@@ -599,9 +692,14 @@ private:
         set(request.seed, fluxdeploy_request_set_seed);
         set(request.strength, fluxdeploy_request_set_strength);
         set(request.padding_mask_crop, fluxdeploy_request_set_padding_mask_crop);
+        set(request.references, fluxdeploy_request_set_references);
+        set(request.max_area, fluxdeploy_request_set_max_area);
+        fluxdeploy_request_set_auto_resize(given, request.auto_resize);
         if (request.sampler) {
             require(fluxdeploy_request_set_sampler(given, request.sampler->c_str()));
         }
+        require(fluxdeploy_request_set_seeds(given, request.seeds.data(), request.seeds.size()));
+        require(fluxdeploy_request_set_sigmas(given, request.sigmas.data(), request.sigmas.size()));
         require(fluxdeploy_request_set_skip(given, request.skip.data(), request.skip.size()));
         fluxdeploy_request_set_skip_recorded(given, request.skip_recorded);
         if (!request.latents.empty()) {
@@ -613,6 +711,9 @@ private:
         }
         for (const auto& mask : request.mask_images) {
             add(given, mask, fluxdeploy_request_add_mask_image);
+        }
+        for (const auto& control : request.control_images) {
+            add(given, control, fluxdeploy_request_add_control_image);
         }
         if (request.on_step_end) {
             require(fluxdeploy_request_set_callback(given, &on_step_end, calling));

@@ -1,4 +1,7 @@
-"""The recipe: conan create engines/cpp/packaging/conan"""
+"""The recipe: conan create engines/cpp/packaging/conan
+
+Beside it lies a profile that takes what it requires from the system.
+"""
 
 from pathlib import Path
 
@@ -25,6 +28,7 @@ class Fluxdeploy(ConanFile):
         source = Path(self.recipe_folder).parents[1]
         for pattern in ("CMakeLists.txt", "cmake/*", "include/*", "src/*"):
             copy(self, pattern, str(source), self.export_sources_folder)
+        copy(self, "LICENSE", str(source.parents[1]), self.export_sources_folder)
 
     def layout(self) -> None:
         """Where things lie."""
@@ -45,6 +49,7 @@ class Fluxdeploy(ConanFile):
 
     def package(self) -> None:
         """Install."""
+        copy(self, "LICENSE", self.source_folder, str(Path(self.package_folder) / "licenses"))
         CMake(self).install()
 
     def package_info(self) -> None:

@@ -122,6 +122,20 @@ fluxdeploy::Prompt ids_prompt(const std::int32_t* clip, std::size_t clip_count,
     return prompt;
 }
 
+// An array of a caller's shape, without numbers where it cannot have any.
+fluxdeploy::Floats array(const float* values, const std::int64_t* shape, std::size_t rank) {
+    constexpr std::int64_t most = std::int64_t{1} << 40;
+    fluxdeploy::Floats made;
+    made.shape = copied(shape, rank, "shape");
+    std::int64_t size = 1;
+    for (const std::int64_t axis : made.shape) {
+        size = axis < 1 || size > most / axis ? 0 : size * axis;
+        if (size == 0) return made;
+    }
+    made.values = copied(values, static_cast<std::size_t>(size), "values");
+    return made;
+}
+
 // Bytes of RGB; raises for sizes that no memory holds.
 std::size_t rgb_bytes(std::int64_t width, std::int64_t height) {
     constexpr std::int64_t most = std::int64_t{1} << 40;
@@ -231,6 +245,10 @@ double fluxdeploy_pipeline_default(const fluxdeploy_pipeline* pipeline, const ch
     return std::numeric_limits<double>::quiet_NaN();
 }
 
+int fluxdeploy_pipeline_does(const fluxdeploy_pipeline* pipeline, const char* task) {
+    return task != nullptr && pipeline->pipeline->bundle().manifest.does(task) ? 1 : 0;
+}
+
 fluxdeploy_code fluxdeploy_pipeline_tokenize(const fluxdeploy_pipeline* pipeline,
                                              const char* tokenizer, const char* prompt,
                                              size_t prompt_size, int64_t length, int32_t* ids,
@@ -272,13 +290,14 @@ void fluxdeploy_request_free(fluxdeploy_request* request) { delete request; }
 fluxdeploy_code fluxdeploy_request_add_prompt(fluxdeploy_request* request, const char* text,
                                               size_t size) {
     return guarded(nullptr, [&] {
-        given(request, "request").arguments.prompts.push_back(text_prompt(text, size));
+        given(request, "request").arguments.words.prompts.push_back(text_prompt(text, size));
     });
 }
 fluxdeploy_code fluxdeploy_request_add_negative_prompt(fluxdeploy_request* request,
                                                        const char* text, size_t size) {
     return guarded(nullptr, [&] {
-        given(request, "request").arguments.negative_prompts.push_back(text_prompt(text, size));
+        given(request, "request")
+            .arguments.negative_words.prompts.push_back(text_prompt(text, size));
     });
 }
 fluxdeploy_code fluxdeploy_request_add_prompt_ids(fluxdeploy_request* request, const int32_t* clip,
@@ -286,7 +305,7 @@ fluxdeploy_code fluxdeploy_request_add_prompt_ids(fluxdeploy_request* request, c
                                                   size_t t5_count) {
     return guarded(nullptr, [&] {
         given(request, "request")
-            .arguments.prompts.push_back(ids_prompt(clip, clip_count, t5, t5_count));
+            .arguments.words.prompts.push_back(ids_prompt(clip, clip_count, t5, t5_count));
     });
 }
 fluxdeploy_code fluxdeploy_request_add_negative_prompt_ids(fluxdeploy_request* request,
@@ -294,7 +313,53 @@ fluxdeploy_code fluxdeploy_request_add_negative_prompt_ids(fluxdeploy_request* r
                                                            const int32_t* t5, size_t t5_count) {
     return guarded(nullptr, [&] {
         given(request, "request")
-            .arguments.negative_prompts.push_back(ids_prompt(clip, clip_count, t5, t5_count));
+            .arguments.negative_words.prompts.push_back(ids_prompt(clip, clip_count, t5, t5_count));
+    });
+}
+fluxdeploy_code fluxdeploy_request_add_prompt_2(fluxdeploy_request* request, const char* text,
+                                                size_t size) {
+    return guarded(nullptr, [&] {
+        given(request, "request")
+            .arguments.words.prompts_2.push_back(text_prompt(text, size).text);
+    });
+}
+fluxdeploy_code fluxdeploy_request_add_negative_prompt_2(fluxdeploy_request* request,
+                                                         const char* text, size_t size) {
+    return guarded(nullptr, [&] {
+        given(request, "request")
+            .arguments.negative_words.prompts_2.push_back(text_prompt(text, size).text);
+    });
+}
+fluxdeploy_code fluxdeploy_request_set_prompt_embeds(fluxdeploy_request* request,
+                                                     const float* values, const int64_t* shape,
+                                                     size_t rank) {
+    return guarded(nullptr, [&] {
+        given(request, "request").arguments.words.prompt_embeds = array(values, shape, rank);
+    });
+}
+fluxdeploy_code fluxdeploy_request_set_pooled_prompt_embeds(fluxdeploy_request* request,
+                                                            const float* values,
+                                                            const int64_t* shape, size_t rank) {
+    return guarded(nullptr, [&] {
+        given(request, "request").arguments.words.pooled_prompt_embeds =
+            array(values, shape, rank);
+    });
+}
+fluxdeploy_code fluxdeploy_request_set_negative_prompt_embeds(fluxdeploy_request* request,
+                                                              const float* values,
+                                                              const int64_t* shape, size_t rank) {
+    return guarded(nullptr, [&] {
+        given(request, "request").arguments.negative_words.prompt_embeds =
+            array(values, shape, rank);
+    });
+}
+fluxdeploy_code fluxdeploy_request_set_negative_pooled_prompt_embeds(fluxdeploy_request* request,
+                                                                     const float* values,
+                                                                     const int64_t* shape,
+                                                                     size_t rank) {
+    return guarded(nullptr, [&] {
+        given(request, "request").arguments.negative_words.pooled_prompt_embeds =
+            array(values, shape, rank);
     });
 }
 void fluxdeploy_request_set_true_cfg_scale(fluxdeploy_request* request, double scale) {
@@ -321,6 +386,18 @@ void fluxdeploy_request_set_max_sequence_length(fluxdeploy_request* request, int
 void fluxdeploy_request_set_seed(fluxdeploy_request* request, uint64_t seed) {
     request->arguments.seed = seed;
 }
+fluxdeploy_code fluxdeploy_request_set_seeds(fluxdeploy_request* request, const uint64_t* seeds,
+                                             size_t count) {
+    return guarded(nullptr, [&] {
+        given(request, "request").arguments.seeds = copied(seeds, count, "seeds");
+    });
+}
+fluxdeploy_code fluxdeploy_request_set_sigmas(fluxdeploy_request* request, const float* sigmas,
+                                              size_t count) {
+    return guarded(nullptr, [&] {
+        given(request, "request").arguments.sigmas = copied(sigmas, count, "sigmas");
+    });
+}
 fluxdeploy_code fluxdeploy_request_set_latents(fluxdeploy_request* request, const float* latents,
                                                size_t count) {
     return guarded(nullptr, [&] {
@@ -344,6 +421,22 @@ void fluxdeploy_request_set_strength(fluxdeploy_request* request, double strengt
 }
 void fluxdeploy_request_set_padding_mask_crop(fluxdeploy_request* request, int64_t pixels) {
     request->arguments.padding_mask_crop = pixels;
+}
+fluxdeploy_code fluxdeploy_request_add_control_image(fluxdeploy_request* request,
+                                                     const uint8_t* rgb, int64_t width,
+                                                     int64_t height) {
+    return guarded(nullptr, [&] {
+        given(request, "request").arguments.control_images.push_back(picture_of(rgb, width, height));
+    });
+}
+void fluxdeploy_request_set_references(fluxdeploy_request* request, int64_t count) {
+    request->arguments.references = count;
+}
+void fluxdeploy_request_set_max_area(fluxdeploy_request* request, int64_t pixels) {
+    request->arguments.max_area = pixels;
+}
+void fluxdeploy_request_set_auto_resize(fluxdeploy_request* request, int resize) {
+    request->arguments.auto_resize = resize != 0;
 }
 fluxdeploy_code fluxdeploy_request_set_sampler(fluxdeploy_request* request, const char* name) {
     return guarded(nullptr,

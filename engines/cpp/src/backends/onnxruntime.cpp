@@ -152,6 +152,9 @@ private:
         // A session's threads would go on looking for work after a run, on the cores that the next
         // component's threads need.
         set("session.force_spinning_stop", "1");
+        // They do so from the session's beginning until its first run ends: while it is made, and
+        // while others are. In microseconds, longer than from one operator to the next.
+        set("session.intra_op.spin_duration_us", "100");
         // Its rewriting of quantized products is for integers: FP8 runs as its emulation.
         if (precision.rfind("fp8", 0) == 0) set("session.disable_quant_qdq", "1");
         // Products in float32: the default rounds their inputs to 8 bits.

@@ -4,6 +4,7 @@
 
 #include "backends/graph_files.hpp"
 #include "backends/onnxruntime.hpp"
+#include "backends/openvino.hpp"
 #include "backends/tensorrt.hpp"
 #include "errors.hpp"
 
@@ -32,6 +33,9 @@ const std::vector<Row>& rows() {
         {"tensorrt-rtx", kCapabilities, true, load_tensorrt_rtx},
 #endif
         {"onnxruntime", {"cuda", "cpu"}, false, load_onnxruntime},
+#ifdef FLUXDEPLOY_WITH_OPENVINO
+        {"openvino", {"cpu"}, false, load_openvino},
+#endif
     };
     return all;
 }
@@ -49,9 +53,47 @@ void check_runtime(const std::string& name) {
     }
 }
 
-EnginePool::EnginePool(Bundle bundle, std::string runtime, EngineOptions options)
-    : bundle_(std::move(bundle)), runtime_(std::move(runtime)), options_(std::move(options)) {
-    check_runtime(runtime_);
+Runtimes::Runtimes(std::string name, EngineOptions options)
+    : name_(std::move(name)), options_(std::move(options)) {
+    check_runtime(name_);
+}
+
+Runtimes::Candidate& Runtimes::find(const std::string& name) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto known = candidates_.find(name);
+    if (known != candidates_.end()) return known->second;
+    Candidate& made = candidates_[name];
+    try {
+        const auto row = std::find_if(rows().begin(), rows().end(),
+                                      [&](const Row& each) { return each.name == name; });
+        made.runtime = row->load(options_);
+    } catch (const Error& error) {
+        if (error.code() != ErrorCode::missing_dependency) {
+            candidates_.erase(name);
+            throw;
+        }
+        made.problem = error.what();
+    }
+    return made;
+}
+
+void Runtimes::load_for(const Manifest& manifest) noexcept {
+    try {
+        for (const Row& row : rows()) {
+            if (name_ != "auto" && name_ != row.name) continue;
+            for (const auto& [component, record] : manifest.components) {
+                for (const EngineRecord& engine : record.engines) {
+                    if (engine.runtime == row.name) return void(find(row.name));
+                }
+            }
+        }
+    } catch (const std::exception&) {
+        return;
+    }
+}
+
+EnginePool::EnginePool(Bundle bundle, std::unique_ptr<Runtimes> runtimes)
+    : bundle_(std::move(bundle)), runtimes_(std::move(runtimes)) {
     for (const auto& [name, record] : bundle_.manifest.components) {
         slots_[name] = std::make_unique<Slot>();
     }
@@ -72,38 +114,19 @@ std::shared_ptr<Engine> EnginePool::open(const std::string& component) {
     return engine;
 }
 
-EnginePool::Candidate& EnginePool::candidate(const std::string& name) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto known = candidates_.find(name);
-    if (known != candidates_.end()) return known->second;
-    Candidate& made = candidates_[name];
-    try {
-        const auto row = std::find_if(rows().begin(), rows().end(),
-                                      [&](const Row& each) { return each.name == name; });
-        made.runtime = row->load(options_);
-    } catch (const Error& error) {
-        if (error.code() != ErrorCode::missing_dependency) {
-            candidates_.erase(name);
-            throw;
-        }
-        made.problem = error.what();
-    }
-    return made;
-}
-
 std::shared_ptr<Engine> EnginePool::open_best(const std::string& component) {
     const ComponentRecord& record = bundle_.manifest.components.at(component);
     std::string reasons;
     bool missing = false;
     for (const Row& row : rows()) {
-        if (runtime_ != "auto" && runtime_ != row.name) continue;
+        if (runtimes_->name() != "auto" && runtimes_->name() != row.name) continue;
         for (const std::string& target : row.targets) {
             const auto engine = std::find_if(
                 record.engines.begin(), record.engines.end(), [&](const EngineRecord& each) {
                     return each.runtime == row.name && each.target == target;
                 });
             if (engine == record.engines.end()) continue;
-            Candidate& loaded = candidate(row.name);
+            Runtimes::Candidate& loaded = runtimes_->find(row.name);
             std::string problem = loaded.problem;
             missing = missing || !loaded.runtime;
             if (loaded.runtime) problem = loaded.runtime->problem(target).value_or("");
@@ -132,7 +155,7 @@ std::shared_ptr<Engine> EnginePool::open_best(const std::string& component) {
     }
     throw Error(missing ? ErrorCode::missing_dependency : ErrorCode::engine,
                 "The bundle " + bundle_.root.string() + " has no " + component +
-                    " engine that runs here with the runtime " + runtime_ + ": " + reasons + ".");
+                    " engine that runs here with the runtime " + runtimes_->name() + ": " + reasons + ".");
 }
 
 }  // namespace fluxdeploy

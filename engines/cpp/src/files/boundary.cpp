@@ -27,7 +27,8 @@ const std::vector<Boundary>& boundaries() {
     static const D latents{"B", "the latents' channels", "h", "w"};
     static const D text{"B", "S", "T5's width"};
     static const D context{"B", "S", "the transformer's width"};
-    static const D tokens{"B", "L", "a token's channels"};
+    static const D states{"B", "L", "what a task reads"};
+    static const D velocity{"B", "L", "a token's channels"};
     static const D rope{"T", "a head's channels"};
     static const std::vector<Boundary> all{
         {"clip",
@@ -42,12 +43,12 @@ const std::vector<Boundary>& boundaries() {
          {{"context", context},
           {"modulation", {"N", "B", "the modulation's rows", "the transformer's width"}}}},
         {"transformer",
-         {{"hidden_states", tokens},
+         {{"hidden_states", states},
           {"context", context},
           {"modulation", {"B", "the modulation's rows", "the transformer's width"}},
           {"rope_cos", rope},
           {"rope_sin", rope}},
-         {{"velocity", tokens}}},
+         {{"velocity", velocity}}},
         {"vae_decoder", {{"latents", latents}}, {{"images", picture}}},
         {"vae_encoder", {{"images", picture}}, {{"mean", latents}, {"logvar", latents}}},
     };
@@ -64,8 +65,10 @@ Sizes sizes_of(const Manifest& manifest) {
     Sizes sizes{
         {"the latents' channels", {latents.channels, "latents.channels"}},
         {"a token's channels",
-         {latents.channels * latents.patch_size * latents.patch_size,
-          "latents, channels times patch_size squared,"}},
+         {latents.token_channels(), "latents, channels times patch_size squared,"}},
+        {"what a task reads",
+         {latents.channels_read(manifest.tasks.front()),
+          "latents, for the task " + manifest.tasks.front() + ","}},
         {"a head's channels", {head, "the sum of rope.axes_dims"}},
     };
     if (const auto clip = manifest.tokenizers.find("clip"); clip != manifest.tokenizers.end()) {

@@ -1,12 +1,13 @@
 #include "files/bundle.hpp"
 
-#include <atomic>
 #include <future>
+#include <numeric>
 
 #include "errors.hpp"
 #include "files/disk.hpp"
 #include "files/sha256.hpp"
 #include "files/words.hpp"
+#include "side_by_side.hpp"
 
 namespace fluxdeploy {
 namespace {
@@ -81,18 +82,9 @@ std::string hash_of(const fs::path& path) {
 // hashes them. Of what is wrong the first is told.
 void check_hashes(const std::vector<std::pair<fs::path, std::string>>& wanted) {
     std::vector<std::string> found(wanted.size());
-    std::atomic<std::size_t> next{0};
-    const auto work = [&] {
-        for (std::size_t i = next++; i < wanted.size(); i = next++) {
-            found[i] = hash_of(wanted[i].first);
-        }
-    };
-    std::vector<std::future<void>> others;
-    for (std::size_t i = 1; i < std::min(kHashers, wanted.size()); ++i) {
-        others.push_back(std::async(work));
-    }
-    work();
-    for (auto& other : others) other.get();
+    std::vector<std::size_t> order(wanted.size());
+    std::iota(order.begin(), order.end(), 0);
+    side_by_side(order, kHashers, [&](std::size_t i) { found[i] = hash_of(wanted[i].first); });
     for (std::size_t i = 0; i < wanted.size(); ++i) {
         if (found[i] == wanted[i].second) continue;
         refuse(wanted[i].first.string() + " was changed: its SHA-256 is not the manifest's." +
@@ -109,26 +101,29 @@ std::string manifest_hash(const fs::path& root) {
     }
 }
 
-// Check every recorded file; what was seen.
-std::map<std::string, FileIdentity> check_files(const fs::path& root, const Manifest& manifest) {
-    const auto records = manifest.files();
-    std::map<std::string, FileIdentity> seen;
-    for (const auto& [path, record] : records) seen[path] = check_size(root, record);
+// The recorded files that opening hashes, and their hashes.
+std::vector<std::pair<fs::path, std::string>> hashed(const Bundle& bundle) {
     std::vector<std::pair<fs::path, std::string>> wanted;
-    for (const auto& [path, record] : records) {
-        if (record.size <= kSmall) wanted.emplace_back(root / path, record.sha256);
+    for (const auto& [path, record] : bundle.manifest.files()) {
+        if (record.size <= kSmall) wanted.emplace_back(bundle.root / path, record.sha256);
     }
-    check_hashes(wanted);
-    return seen;
+    return wanted;
 }
 
-Bundle open_once(const fs::path& root, const std::string& text) {
+Bundle open_once(const fs::path& root, const std::string& text,
+                 const std::function<void(const Bundle&)>& meanwhile) {
     Bundle bundle;
     bundle.root = root;
     bundle.content_hash = sha256(text);
     bundle.manifest = parse_manifest(text, (root / kManifestName).string());
     check_inside(root, root / kManifestName);
-    bundle.seen = check_files(root, bundle.manifest);
+    for (const auto& [path, record] : bundle.manifest.files()) {
+        bundle.seen[path] = check_size(root, record);
+    }
+    std::future<void> other;
+    if (meanwhile) other = std::async(std::launch::async, [&] { meanwhile(bundle); });
+    check_hashes(hashed(bundle));
+    if (meanwhile) other.get();
     return bundle;
 }
 
@@ -172,13 +167,13 @@ fs::path Bundle::path(const std::string& relative) const {
     return root / relative;
 }
 
-Bundle open_bundle(const fs::path& path) {
+Bundle open_bundle(const fs::path& path, const std::function<void(const Bundle&)>& meanwhile) {
     const fs::path root = real(path);
     for (int i = 0; i < kSwaps; ++i) {
         const std::string text = read_manifest_text(root);
         const std::string hash = sha256(text);
         try {
-            Bundle bundle = open_once(root, text);
+            Bundle bundle = open_once(root, text, meanwhile);
             if (manifest_hash(root) == hash) return bundle;
         } catch (const Error&) {
             if (manifest_hash(root) == hash) throw;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -43,7 +44,11 @@ struct Bundle {
 // Read a bundle's manifest and check every file that it records: a regular one, inside `path` when
 // links are followed, of the recorded size, and, up to 64 MiB, of the recorded SHA-256. A link in
 // place of the folder is followed now and not later. Raises `Error` (bundle), naming the file.
-Bundle open_bundle(const std::filesystem::path& path);
+//
+// `meanwhile` is given the bundle while its files are hashed. What it raises comes after what is
+// wrong with them; it is called again where another bundle has come to the place.
+Bundle open_bundle(const std::filesystem::path& path,
+                   const std::function<void(const Bundle&)>& meanwhile = {});
 
 // Raise `Error` (bundle) where the manifest, or one of `records`, is not what was opened. Call it
 // before and after a library opens files of the bundle by their path.

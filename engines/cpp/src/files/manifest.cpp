@@ -1,5 +1,7 @@
 #include "files/manifest.hpp"
 
+#include <algorithm>
+
 #include "errors.hpp"
 #include "files/boundary.hpp"
 #include "files/disk.hpp"
@@ -176,12 +178,14 @@ std::optional<PreviewSpec> read_preview(const Json& json, const std::string& whe
     return PreviewSpec{fields.list("matrix", read_numbers), fields.list("bias", as_number)};
 }
 
+std::string copied_text(const Json& json, const std::string& where) { return as_text(json, where); }
+
 Manifest read_fields(const Json& json) {
     const Fields fields(
         json, "",
         {"schema_version", "family", "variant", "guidance_embedding", "components", "latents",
          "rope", "schedule", "tokenizers", "defaults", "quality", "provenance"},
-        {"skips", "preview"});
+        {"skips", "tasks", "preview"});
     Manifest manifest;
     manifest.schema_version = fields.integer("schema_version");
     manifest.family = fields.text("family");
@@ -199,6 +203,7 @@ Manifest read_fields(const Json& json) {
     if (fields.has("preview")) {
         manifest.preview = read_preview(fields.get("preview"), fields.where("preview"));
     }
+    if (fields.has("tasks")) manifest.tasks = fields.list("tasks", copied_text);
     return manifest;
 }
 
@@ -215,6 +220,16 @@ void check_version(const Json& json, const std::string& source) {
 }
 
 }  // namespace
+
+std::int64_t LatentSpec::channels_read(const std::string& task) const {
+    // A mask keeps each pixel.
+    if (task == "fill") return 2 * token_channels() + token_side() * token_side();
+    return token_channels() * (task == "control" ? 2 : 1);
+}
+
+bool Manifest::does(const std::string& task) const {
+    return std::find(tasks.begin(), tasks.end(), task) != tasks.end();
+}
 
 std::map<std::string, FileRecord> Manifest::files() const {
     std::map<std::string, FileRecord> result;

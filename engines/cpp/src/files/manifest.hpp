@@ -73,6 +73,15 @@ struct LatentSpec {
     std::int64_t spatial_factor = 0;
     double scaling_factor = 0;
     double shift_factor = 0;
+
+    // Pixels of an image token's side.
+    std::int64_t token_side() const { return spatial_factor * patch_size; }
+
+    // Of a token of latents, and of its velocity.
+    std::int64_t token_channels() const { return channels * patch_size * patch_size; }
+
+    // Of a token of `hidden_states`, where the transformer is one for a task.
+    std::int64_t channels_read(const std::string& task) const;
 };
 
 // Rotary embedding: channels of a head for each number of a token's id.
@@ -160,6 +169,10 @@ struct Manifest {
     QualityRecord quality;
     std::vector<SkipRecord> skips;
     std::optional<PreviewSpec> preview;
+    // What its transformer was trained for.
+    std::vector<std::string> tasks = {"text to image", "image to image", "inpainting"};
+
+    bool does(const std::string& task) const;
 
     // Every file record by its path; records of one path are equal.
     std::map<std::string, FileRecord> files() const;

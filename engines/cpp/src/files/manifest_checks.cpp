@@ -32,6 +32,8 @@ constexpr std::int64_t kMaxSide = 1 << 16, kMaxSteps = 10'000;
 // Of the extrapolation of a velocity: a parabola.
 constexpr std::int64_t kMaxOrder = 2;
 constexpr const char* kSpacings[] = {"beta", "exponential", "karras"};
+constexpr const char* kTasks[] = {"text to image", "image to image", "inpainting",
+                                   "fill",          "control",        "kontext"};
 constexpr std::string_view kSymbols[] = {"B", "S", "L", "T", "N", "H", "W", "h", "w"};
 
 std::string text(std::int64_t value) { return std::to_string(value); }
@@ -93,6 +95,7 @@ void check_counts(const Manifest& manifest) {
     check_count(manifest.tokenizers.size(), "tokenizers");
     check_count(manifest.rope.axes_dims.size(), "rope.axes_dims");
     check_count(manifest.skips.size(), "skips");
+    check_count(manifest.tasks.size(), "tasks");
     std::size_t files = 0;
     for (const auto& [name, component] : manifest.components) {
         const std::string where = join("components", name);
@@ -523,6 +526,30 @@ void check_text(const Json& json, const std::string& where, int depth) {
     }
 }
 
+// All tasks of a bundle are done by one transformer, which reads so many channels.
+void check_tasks(const Manifest& manifest) {
+    const auto& tasks = manifest.tasks;
+    require(!tasks.empty(), "tasks", "is empty; a bundle does something");
+    std::set<std::int64_t> read;
+    for (std::size_t i = 0; i < tasks.size(); ++i) {
+        const bool known = std::find(std::begin(kTasks), std::end(kTasks), tasks[i]) !=
+                           std::end(kTasks);
+        require(known, at("tasks", i),
+                "is " + in_quotes(tasks[i]) + "; it must be one of " + listed(kTasks));
+        require(std::find(tasks.begin(), tasks.begin() + static_cast<std::ptrdiff_t>(i),
+                          tasks[i]) == tasks.begin() + static_cast<std::ptrdiff_t>(i),
+                at("tasks", i), "is " + in_quotes(tasks[i]) + ", as an earlier one");
+        read.insert(manifest.latents.channels_read(tasks[i]));
+    }
+    const std::size_t axes = manifest.rope.axes_dims.size();
+    require(axes > 2 || !manifest.does("kontext"), "tasks",
+            "has kontext, whose pictures take an axis of their own, and rope.axes_dims has " +
+                std::to_string(axes));
+    std::string counts;
+    for (const std::int64_t count : read) counts += (counts.empty() ? "" : ", ") + text(count);
+    require(read.size() == 1, "tasks", "needs transformers of " + counts + " channels at once");
+}
+
 void check_manifest(const Manifest& manifest) {
     check_counts(manifest);
     KnownFiles known;
@@ -542,6 +569,7 @@ void check_manifest(const Manifest& manifest) {
     check_sizes(manifest);
     check_constants(manifest);
     check_schedule(manifest);
+    check_tasks(manifest);
     for (std::size_t i = 0; i < manifest.skips.size(); ++i) {
         check_skips(manifest.skips, i, at("skips", i));
     }

@@ -1,7 +1,7 @@
 #include "files/sha256.hpp"
 
 #include <algorithm>
-#include <cstring>
+#include <utility>
 
 namespace fluxdeploy {
 namespace {
@@ -17,6 +17,25 @@ constexpr std::uint32_t kRounds[64] = {
     0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
 
 std::uint32_t rotated(std::uint32_t word, int bits) { return word >> bits | word << (32 - bits); }
+
+// Round number `Round` of eight: what the standard moves along a..h stays in its place here, and the
+// letters go round.
+template <int Round>
+void mix(std::uint32_t (&state)[8], std::uint32_t added) {
+    const auto letter = [&](int n) -> std::uint32_t& { return state[(8 + n - Round) % 8]; };
+    const std::uint32_t a = letter(0), b = letter(1), c = letter(2), e = letter(4), f = letter(5);
+    const std::uint32_t g = letter(6);
+    const std::uint32_t t1 = letter(7) + (rotated(e, 6) ^ rotated(e, 11) ^ rotated(e, 25)) +
+                             (g ^ (e & (f ^ g))) + added;
+    letter(3) += t1;
+    letter(7) = t1 + (rotated(a, 2) ^ rotated(a, 13) ^ rotated(a, 22)) + ((a & b) | (c & (a | b)));
+}
+
+template <int... Rounds>
+void mix_all(std::uint32_t (&state)[8], const std::uint32_t* added,
+             std::integer_sequence<int, Rounds...>) {
+    (mix<Rounds>(state, added[Rounds]), ...);
+}
 
 }  // namespace
 
@@ -64,16 +83,11 @@ void Sha256::block(const std::uint8_t* bytes) {
         const std::uint32_t s1 = rotated(w[i - 2], 17) ^ rotated(w[i - 2], 19) ^ w[i - 2] >> 10;
         w[i] = w[i - 16] + s0 + w[i - 7] + s1;
     }
-    auto [a, b, c, d, e, f, g, h] = state_;
-    for (int i = 0; i < 64; ++i) {
-        const std::uint32_t s1 = rotated(e, 6) ^ rotated(e, 11) ^ rotated(e, 25);
-        const std::uint32_t t1 = h + s1 + ((e & f) ^ (~e & g)) + kRounds[i] + w[i];
-        const std::uint32_t s0 = rotated(a, 2) ^ rotated(a, 13) ^ rotated(a, 22);
-        const std::uint32_t t2 = s0 + ((a & b) ^ (a & c) ^ (b & c));
-        h = g, g = f, f = e, e = d + t1, d = c, c = b, b = a, a = t1 + t2;
-    }
-    const std::uint32_t added[8] = {a, b, c, d, e, f, g, h};
-    for (int i = 0; i < 8; ++i) state_[static_cast<std::size_t>(i)] += added[i];
+    for (int i = 0; i < 64; ++i) w[i] += kRounds[i];
+    std::uint32_t state[8];
+    std::copy(state_.begin(), state_.end(), state);
+    for (int i = 0; i < 64; i += 8) mix_all(state, w + i, std::make_integer_sequence<int, 8>());
+    for (int i = 0; i < 8; ++i) state_[static_cast<std::size_t>(i)] += state[i];
 }
 
 std::string sha256(const std::string& bytes) {

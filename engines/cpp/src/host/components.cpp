@@ -1,10 +1,10 @@
 #include "host/components.hpp"
 
-#include <future>
-#include <set>
+#include <thread>
 
 #include "errors.hpp"
 #include "host/batches.hpp"
+#include "side_by_side.hpp"
 
 namespace fluxdeploy {
 namespace {
@@ -16,6 +16,29 @@ std::int64_t bytes(const Manifest& manifest) {
     std::int64_t sum = 0;
     for (const auto& [path, file] : manifest.files()) sum += file.size;
     return sum;
+}
+
+// Much of opening a small engine is work of one thread, so they open side by side. The memory that
+// large ones take on the way would add up.
+std::size_t openers(const Manifest& manifest) {
+    if (bytes(manifest) > kSmall) return 1;
+    return std::max(std::thread::hardware_concurrency(), 1u);
+}
+
+// The places of components in `sizes`: what takes longest to open begins first.
+std::vector<std::size_t> largest_first(const std::map<std::string, ComponentRecord>& records,
+                                       const AskedSizes& sizes) {
+    std::vector<std::size_t> order(sizes.size());
+    std::vector<std::int64_t> weight(sizes.size());
+    for (std::size_t i = 0; i < sizes.size(); ++i) {
+        order[i] = i;
+        const auto record = records.find(sizes[i].first);
+        if (record == records.end()) continue;
+        for (const FileRecord& file : record->second.files) weight[i] += file.size;
+    }
+    std::stable_sort(order.begin(), order.end(),
+                     [&](std::size_t a, std::size_t b) { return weight[a] > weight[b]; });
+    return order;
 }
 
 std::string in_words(const std::string& symbol) {
@@ -86,26 +109,13 @@ void Components::release_all() {
 void Components::check_sizes(const CancelToken& cancel, const AskedSizes& sizes) {
     const auto& records = pool_->bundle().manifest.components;
     if (!low_vram_) {
-        // Much of opening a small engine is work of one thread, so they open side by side. The
-        // memory that large ones take on the way would add up.
-        const auto policy =
-            bytes(pool_->bundle().manifest) > kSmall ? std::launch::deferred : std::launch::async;
-        std::vector<std::future<std::shared_ptr<Engine>>> opening;
-        for (const auto& [component, symbols] : sizes) {
-            opening.push_back(std::async(policy, [&, name = component] {
-                cancel.check("before the " + name + " was opened");
-                return pool_->open(name);
-            }));
-        }
-        std::exception_ptr failed;
-        for (std::size_t i = 0; i < opening.size(); ++i) {
-            try {
-                engines_[sizes[i].first] = opening[i].get();
-            } catch (...) {
-                if (!failed) failed = std::current_exception();
-            }
-        }
-        if (failed) std::rethrow_exception(failed);
+        std::vector<std::shared_ptr<Engine>> opened(sizes.size());
+        side_by_side(largest_first(records, sizes), openers(pool_->bundle().manifest),
+                     [&](std::size_t i) {
+                         cancel.check("before the " + sizes[i].first + " was opened");
+                         opened[i] = pool_->open(sizes[i].first);
+                     });
+        for (std::size_t i = 0; i < sizes.size(); ++i) engines_[sizes[i].first] = opened[i];
     }
     for (const auto& [component, symbols] : sizes) {
         const auto& ranges = low_vram_ ? records.at(component).engines.front().dimensions

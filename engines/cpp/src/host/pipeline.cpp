@@ -32,24 +32,31 @@ EngineOptions checked(EngineOptions options) {
     return options;
 }
 
-std::shared_ptr<EnginePool> open_pool(const std::string& path, const std::string& runtime,
-                                      EngineOptions options) {
-    check_runtime(runtime);
-    options = checked(std::move(options));
-    Bundle bundle = open_bundle(path);
-    if (const auto missing = missing_component(bundle.manifest)) {
-        throw Error(ErrorCode::bundle, "The bundle " + bundle.root.string() + " has no " +
-                                           *missing +
-                                           ", which every picture takes. Build the bundle again "
-                                           "with `fluxdeploy build`.");
-    }
-    return std::make_shared<EnginePool>(std::move(bundle), runtime, std::move(options));
+void require_components(const Bundle& bundle) {
+    const auto missing = missing_component(bundle.manifest);
+    if (!missing) return;
+    throw Error(ErrorCode::bundle, "The bundle " + bundle.root.string() + " has no " + *missing +
+                                       ", which every picture takes. Build the bundle again with "
+                                       "`fluxdeploy build`.");
 }
 
 std::shared_ptr<const Tokenizers> read_tokenizers(const Bundle& bundle) {
     auto t5 = std::async([&] { return Tokenizer::read(bundle, "t5"); });
     Tokenizer clip = Tokenizer::read(bundle, "clip");
     return std::make_shared<const Tokenizers>(Tokenizers{std::move(clip), t5.get()});
+}
+
+OpenedBundle open(const std::string& path, const std::string& runtime, EngineOptions options) {
+    check_runtime(runtime);
+    auto runtimes = std::make_unique<Runtimes>(runtime, checked(std::move(options)));
+    std::shared_ptr<const Tokenizers> tokenizers;
+    Bundle opened = open_bundle(path, [&](const Bundle& bundle) {
+        require_components(bundle);
+        const auto loading =
+            std::async(std::launch::async, [&] { runtimes->load_for(bundle.manifest); });
+        tokenizers = read_tokenizers(bundle);
+    });
+    return {std::make_shared<EnginePool>(std::move(opened), std::move(runtimes)), tokenizers};
 }
 
 // Lets go of what a call that failed has left open.
@@ -78,6 +85,17 @@ void lay_over(const MaskCrop& crop, Result& result) {
     result.height = crop.original.height;
 }
 
+// Ask a component for these sizes, in place of what it was asked for by the same symbols.
+void add_sizes(AskedSizes& sizes, const std::string& component,
+               const std::map<std::string, std::int64_t>& symbols) {
+    for (auto& [name, asked] : sizes) {
+        if (name != component) continue;
+        for (const auto& [symbol, size] : symbols) asked[symbol] = size;
+        return;
+    }
+    sizes.push_back({component, symbols});
+}
+
 std::string short_number(double value, const char* format) {
     char digits[64];
     std::snprintf(digits, sizeof digits, format, value);
@@ -92,18 +110,17 @@ void append(std::vector<std::string>& list, const std::vector<std::string>& more
 
 FluxPipeline::FluxPipeline(const std::string& path, const std::string& runtime,
                            EngineOptions options, bool low_vram)
-    : FluxPipeline(open_pool(path, runtime, std::move(options)), nullptr, low_vram) {}
+    : FluxPipeline(open(path, runtime, std::move(options)), low_vram) {}
 
-FluxPipeline::FluxPipeline(std::shared_ptr<EnginePool> pool,
-                           std::shared_ptr<const Tokenizers> tokenizers, bool low_vram)
-    : pool_(std::move(pool)),
-      tokenizers_(tokenizers ? std::move(tokenizers) : read_tokenizers(pool_->bundle())),
+FluxPipeline::FluxPipeline(OpenedBundle opened, bool low_vram)
+    : pool_(std::move(opened.pool)),
+      tokenizers_(std::move(opened.tokenizers)),
       components_(pool_, low_vram),
       encoder_(tokenizers_) {}
 
 std::unique_ptr<FluxPipeline> FluxPipeline::clone() const {
     return std::unique_ptr<FluxPipeline>(
-        new FluxPipeline(pool_, tokenizers_, components_.low_vram()));
+        new FluxPipeline(OpenedBundle{pool_, tokenizers_}, components_.low_vram()));
 }
 
 void FluxPipeline::load() {
@@ -116,14 +133,17 @@ void FluxPipeline::load() {
 
 Result FluxPipeline::generate(const Arguments& arguments) {
     const Manifest& manifest = bundle().manifest;
-    std::vector<std::string> notices = unused_arguments(arguments);
-    const Request request = check_request(manifest, arguments);
+    std::vector<std::string> notices = unused_arguments(manifest, arguments);
+    const Request request =
+        check_request(manifest, arguments, asked_size(manifest, arguments));
     const std::unique_ptr<Task> task = choose_task(manifest, request, arguments);
     append(notices, idle_arguments(manifest, arguments));
     append(notices, task->notices());
     const std::int64_t length = request.max_sequence_length;
-    append(notices, encoder_.cuts(request.prompts, length, "The prompt"));
-    append(notices, encoder_.cuts(request.negative_prompts, length, "The negative prompt"));
+    append(notices, encoder_.cuts(request.text, length, "The prompt"));
+    if (request.negative) {
+        append(notices, encoder_.cuts(*request.negative, length, "The negative prompt"));
+    }
     if (arguments.skip_recorded) append(notices, unmeasured(manifest, request));
     const Turns::Taken turn(turns_, arguments.cancel);
     const ReleaseAll on_exit(components_);
@@ -140,13 +160,17 @@ Result FluxPipeline::make(const Request& request, const Task& task, const Argume
     };
     const TokenGrid grid = token_grid(request.height, request.width, manifest.latents);
     const std::vector<float> schedule =
-        sigmas(manifest.schedule, request.num_inference_steps, grid.rows * grid.columns);
+        sigmas(manifest.schedule,
+               request.sigmas.empty() ? even_levels(request.num_inference_steps) : request.sigmas,
+               grid.rows * grid.columns);
     const Sampler& sampler = find_sampler(request.sampler);
     const std::int64_t first = request.num_inference_steps - task.steps();
     const std::vector<float> ahead(schedule.begin() + first, schedule.end());
     const auto evaluated = static_cast<std::int64_t>(sampler.levels(ahead).size());
     AskedSizes sizes = request.engine_sizes(manifest, evaluated);
-    for (auto& more : task.engine_sizes()) sizes.push_back(std::move(more));
+    for (const auto& [component, symbols] : task.engine_sizes()) {
+        add_sizes(sizes, component, symbols);
+    }
     components_.check_sizes(cancel, sizes);
 
     Start start = task.prepare(schedule, run);
@@ -154,24 +178,27 @@ Result FluxPipeline::make(const Request& request, const Task& task, const Argume
     const std::vector<float> levels = sampler.levels(start.sigmas);
     const std::optional<double> guidance =
         manifest.guidance_embedding ? std::optional<double>(request.guidance_scale) : std::nullopt;
-    const auto condition = [&](const std::vector<Prompt>& prompts) {
-        return encoder_.encode(prompts, request.num_images_per_prompt, request.max_sequence_length,
+    const auto condition = [&](const Text& text) {
+        return encoder_.encode(text, request.num_images_per_prompt, request.max_sequence_length,
                                levels, guidance, run);
     };
-    const Condition towards = condition(request.prompts);
+    const Condition towards = condition(request.text);
     Condition away;
-    if (!request.negative_prompts.empty()) away = condition(request.negative_prompts);
+    if (request.negative) away = condition(*request.negative);
     for (const char* done : {"clip", "t5", "conditioner"}) components_.release(done);
 
     // Before the largest component is opened.
     cancel.check("before the first step");
     {
+        std::vector<TokenGrid> pictures{grid};
+        pictures.insert(pictures.end(), start.references.begin(), start.references.end());
         const RopeTables positions =
-            rope_tables(manifest.rope, towards.context.shape[1], grid.rows, grid.columns);
+            rope_tables(manifest.rope, towards.context.shape[1], pictures);
         Engine& transformer = components_.engine("transformer");
-        ModulatedTransformer velocity(transformer, towards, positions, cancel);
+        HiddenStates hidden(std::move(start.channels), std::move(start.tokens));
+        ModulatedTransformer velocity(transformer, towards, positions, hidden, cancel);
         std::optional<ModulatedTransformer> negative;
-        if (!away.pictures.empty()) negative.emplace(transformer, away, positions, cancel);
+        if (request.negative) negative.emplace(transformer, away, positions, hidden, cancel);
         denoise(sampler, start.latents, start.sigmas, std::ref(velocity),
                 negative ? Velocity(std::ref(*negative)) : Velocity(), request.true_cfg_scale,
                 request.skip.after(first), start.blend, arguments.on_step_end, cancel);
@@ -181,7 +208,7 @@ Result FluxPipeline::make(const Request& request, const Task& task, const Argume
     result.count = request.batch();
     result.height = request.height;
     result.width = request.width;
-    result.seed = request.seed;
+    if (request.seeds.size() == 1) result.seed = request.seeds.front();
     result.steps = task.steps();
     decode(start.latents, request, cancel, result.pixels);
     if (const MaskCrop* crop = task.crop()) lay_over(*crop, result);

@@ -14,8 +14,8 @@
 
 namespace fluxdeploy {
 
-// What a call made: 8 bits RGB [B, H, W, 3]; the seed that makes it again, if any; how many steps
-// it took; sentences on what did nothing and what was cut.
+// What a call made: 8 bits RGB [B, H, W, 3]; the seed that makes it again, where there is one; how
+// many steps it took; sentences on what did nothing and what was cut.
 struct Result {
     std::int64_t count = 0;
     std::int64_t height = 0;
@@ -30,6 +30,12 @@ struct Result {
 struct Deviation {
     double max_error = 0;
     double cosine = 1;
+};
+
+// What the pipelines of a bundle share.
+struct OpenedBundle {
+    std::shared_ptr<EnginePool> pool;
+    std::shared_ptr<const Tokenizers> tokenizers;
 };
 
 // Makes pictures from a bundle. Calls from several threads take turns; a clone shares the engines,
@@ -58,8 +64,7 @@ public:
     void check(const std::function<void(const std::string&, const Deviation&)>& each);
 
 private:
-    FluxPipeline(std::shared_ptr<EnginePool> pool, std::shared_ptr<const Tokenizers> tokenizers,
-                 bool low_vram);
+    FluxPipeline(OpenedBundle opened, bool low_vram);
 
     Result make(const Request& request, const class Task& task, const Arguments& arguments);
     void decode(const Floats& tokens, const Request& request, const CancelToken& cancel,

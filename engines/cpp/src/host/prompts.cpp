@@ -7,23 +7,27 @@ namespace {
 
 constexpr std::int64_t kKeptNumbers = (128 << 20) / 4;  // 16 of FLUX.1's texts, at 512 tokens
 
+// What an encoder leaves out of a prompt; empty where that is nothing.
+std::string cut(const std::string& encoder, std::int64_t tokens, std::int64_t kept) {
+    if (tokens <= kept) return "";
+    return encoder + " reads " + std::to_string(kept) + " of its " + std::to_string(tokens) +
+           " tokens";
+}
+
 }  // namespace
 
 PromptEncoder::PromptEncoder(std::shared_ptr<const Tokenizers> tokenizers)
     : tokenizers_(std::move(tokenizers)) {}
 
-Condition PromptEncoder::encode(const std::vector<Prompt>& prompts, std::int64_t images_each,
-                                std::int64_t length, const std::vector<float>& levels,
-                                std::optional<double> guidance, const Run& run) {
+Embeddings PromptEncoder::embedded(const std::vector<Prompt>& prompts, std::int64_t length,
+                                   const Run& run) {
+    Embeddings embeddings;
     std::vector<const Prompt*> distinct;
-    Condition condition;
     for (const Prompt& prompt : prompts) {
         const auto known = std::find_if(distinct.begin(), distinct.end(),
                                         [&](const Prompt* each) { return *each == prompt; });
-        const std::int64_t number = known - distinct.begin();
+        embeddings.rows.push_back(known - distinct.begin());
         if (known == distinct.end()) distinct.push_back(&prompt);
-        condition.pictures.insert(condition.pictures.end(), static_cast<std::size_t>(images_each),
-                                  number);
     }
     const auto number = static_cast<std::int64_t>(distinct.size());
     Ints clip({number, tokenizers_->clip.record().max_length}, {});
@@ -32,15 +36,30 @@ Condition PromptEncoder::encode(const std::vector<Prompt>& prompts, std::int64_t
         const auto ids = prompt->tokenized ? prompt->clip : tokenizers_->clip.encode(prompt->text);
         clip.values.insert(clip.values.end(), ids.begin(), ids.end());
         const auto more =
-            prompt->tokenized ? prompt->t5 : tokenizers_->t5.encode(prompt->text, length);
+            prompt->tokenized ? prompt->t5 : tokenizers_->t5.encode(prompt->text_2, length);
         t5.values.insert(t5.values.end(), more.begin(), more.end());
     }
     // Copies: what is kept may go when the second is encoded.
-    const Floats pooled = encoded("clip", "pooled_embeddings", std::move(clip), run);
-    const Floats text = encoded("t5", "text_embeddings", std::move(t5), run);
+    embeddings.pooled = encoded("clip", "pooled_embeddings", std::move(clip), run);
+    embeddings.text = encoded("t5", "text_embeddings", std::move(t5), run);
+    return embeddings;
+}
+
+Condition PromptEncoder::encode(const Text& text, std::int64_t images_each, std::int64_t length,
+                                const std::vector<float>& levels, std::optional<double> guidance,
+                                const Run& run) {
+    const Embeddings embeddings =
+        text.embeddings ? *text.embeddings : embedded(text.prompts, length, run);
+    Condition condition;
+    for (const std::int64_t row : embeddings.rows) {
+        condition.pictures.insert(condition.pictures.end(), static_cast<std::size_t>(images_each),
+                                  row);
+    }
     const Floats timestep({static_cast<std::int64_t>(levels.size())}, levels);
-    Floats scale({number});
-    Inputs inputs{{"text_embeddings", text}, {"pooled_embeddings", pooled}, {"timestep", timestep}};
+    Floats scale({embeddings.pooled.shape.front()});
+    Inputs inputs{{"text_embeddings", embeddings.text},
+                  {"pooled_embeddings", embeddings.pooled},
+                  {"timestep", timestep}};
     if (guidance) {
         std::fill(scale.values.begin(), scale.values.end(), static_cast<float>(*guidance));
         inputs.emplace("guidance", scale);
@@ -51,31 +70,36 @@ Condition PromptEncoder::encode(const std::vector<Prompt>& prompts, std::int64_t
     return condition;
 }
 
-std::vector<std::string> PromptEncoder::cuts(const std::vector<Prompt>& prompts,
-                                             std::int64_t length, const std::string& what) const {
+std::vector<std::string> PromptEncoder::cuts(const Text& text, std::int64_t length,
+                                             const std::string& what) const {
     std::vector<std::string> sentences;
+    const auto& prompts = text.prompts;
     const std::int64_t longest_clip = tokenizers_->clip.record().max_length;
     const std::int64_t longest_t5 = tokenizers_->t5.record().max_length;
     for (std::size_t number = 0; number < prompts.size(); ++number) {
         const Prompt& prompt = prompts[number];
         if (prompt.tokenized) continue;
-        const std::int64_t clip = tokenizers_->clip.count(prompt.text);
-        const std::int64_t t5 = tokenizers_->t5.count(prompt.text);
-        std::string cut;
-        const auto note = [&](const std::string& name, std::int64_t all, std::int64_t kept) {
-            if (all <= kept) return;
-            cut += (cut.empty() ? "" : ", and ") + name + " reads " + std::to_string(kept) +
-                   " of its " + std::to_string(all) + " tokens";
-        };
-        note("T5", t5, length);
-        note("CLIP", clip, longest_clip);
-        if (cut.empty()) continue;
-        const std::string which = prompts.size() > 1 ? what + " " + std::to_string(number + 1) +
-                                                           " of " + std::to_string(prompts.size())
-                                                     : what;
-        const bool more = t5 > length && length < longest_t5;
-        sentences.push_back(which + " is cut: " + cut + "." +
-                            (more ? " Raise `max_sequence_length`, or shorten it." : ""));
+        const std::string which =
+            prompts.size() > 1
+                ? " " + std::to_string(number + 1) + " of " + std::to_string(prompts.size())
+                : "";
+        const std::int64_t t5 = tokenizers_->t5.count(prompt.text_2);
+        const std::string of_clip =
+            cut("CLIP", tokenizers_->clip.count(prompt.text), longest_clip);
+        const std::string of_t5 = cut("T5", t5, length);
+        const std::string advice = t5 > length && length < longest_t5
+                                       ? " Raise `max_sequence_length`, or shorten it."
+                                       : "";
+        if (prompt.text == prompt.text_2) {
+            const std::string both = of_t5.empty() || of_clip.empty() ? "" : ", and ";
+            const std::string all = of_t5 + both + of_clip;
+            if (!all.empty()) sentences.push_back(what + which + " is cut: " + all + "." + advice);
+            continue;
+        }
+        if (!of_clip.empty()) sentences.push_back(what + which + " is cut: " + of_clip + ".");
+        if (!of_t5.empty()) {
+            sentences.push_back(what + "_2" + which + " is cut: " + of_t5 + "." + advice);
+        }
     }
     return sentences;
 }

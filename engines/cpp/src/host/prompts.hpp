@@ -42,20 +42,23 @@ public:
     explicit PromptEncoder(std::shared_ptr<const Tokenizers> tokenizers);
 
     // Run the encoders and the `conditioner` for every noise level; `guidance` where the model has
-    // it. Prompts are padded or cut to `length` T5 tokens; equal ones are encoded once.
-    Condition encode(const std::vector<Prompt>& prompts, std::int64_t images_each,
+    // it. Prompts are padded or cut to `length` T5 tokens; equal ones are encoded once. Embeddings
+    // are taken as they are.
+    Condition encode(const Text& text, std::int64_t images_each,
                      std::int64_t length, const std::vector<float>& levels,
                      std::optional<double> guidance, const Run& run);
 
     // A sentence for each of the prompts that is not read to its end. `what` is what they are
     // called: "The prompt".
-    std::vector<std::string> cuts(const std::vector<Prompt>& prompts, std::int64_t length,
+    std::vector<std::string> cuts(const Text& text, std::int64_t length,
                                   const std::string& what) const;
 
     const Tokenizers& tokenizers() const { return *tokenizers_; }
     std::shared_ptr<const Tokenizers> share_tokenizers() const { return tokenizers_; }
 
 private:
+    // What the encoders make of prompts, one of equal ones; `rows` has one number for each prompt.
+    Embeddings embedded(const std::vector<Prompt>& prompts, std::int64_t length, const Run& run);
     const Floats& encoded(const std::string& component, const std::string& output, Ints ids,
                           const Run& run);
 

@@ -11,29 +11,26 @@
 #include "files/png.hpp"
 #include "host/cancel.hpp"
 #include "host/components.hpp"
+#include "host/texts.hpp"
 #include "sampling/skipping.hpp"
 
 namespace fluxdeploy {
-
-// A prompt: its text, or the padded token ids of both encoders.
-struct Prompt {
-    std::string text;
-    bool tokenized = false;
-    std::vector<std::int32_t> clip;
-    std::vector<std::int32_t> t5;
-
-    bool operator==(const Prompt& other) const;
-};
 
 // After a step: its index, the number of steps, the noise level that it began at, and the live
 // latents [B, L, C], which may be changed. Returns whether to go on.
 using StepCallback =
     std::function<bool(std::int64_t step, std::int64_t steps, float sigma, Floats& latents)>;
 
+// Height and width of pictures, where they are asked for.
+struct AskedSize {
+    std::optional<std::int64_t> height;
+    std::optional<std::int64_t> width;
+};
+
 // What a caller says; what is empty has the bundle's default.
 struct Arguments {
-    std::vector<Prompt> prompts;
-    std::vector<Prompt> negative_prompts;
+    Words words;
+    Words negative_words;
     double true_cfg_scale = 1.0;
     std::optional<std::int64_t> height;
     std::optional<std::int64_t> width;
@@ -42,12 +39,21 @@ struct Arguments {
     std::int64_t num_images_per_prompt = 1;
     std::optional<std::int64_t> max_sequence_length;
     std::optional<std::uint64_t> seed;
+    // One for each picture, in place of one for all.
+    std::vector<std::uint64_t> seeds;
     std::optional<std::vector<float>> latents;
     std::vector<Picture> images;
     std::vector<Picture> mask_images;
     std::optional<double> strength;
     std::optional<std::int64_t> padding_mask_crop;
+    // Of every picture that is drawn after some, so many of `images`, one after the other.
+    std::int64_t references = 1;
+    std::vector<Picture> control_images;
+    std::optional<std::int64_t> max_area;
+    bool auto_resize = true;
     std::string sampler = "euler";
+    // Noise levels before shifting, one a step; the schedule's where there are none.
+    std::vector<float> sigmas;
     // Steps in which the velocity is extrapolated, or whether they are the bundle's record's.
     std::vector<std::int64_t> skip;
     bool skip_recorded = false;
@@ -56,12 +62,13 @@ struct Arguments {
 };
 
 // What to generate, defaults filled in: for each prompt, `num_images_per_prompt` pictures.
-// `negative_prompts` has one for each prompt, or none where true CFG is off. `latents` are the
-// caller's, [B, L, C], packed; where there are none there is a seed, and else none. `skip` counts
-// the steps of the whole schedule.
+// `negative` has as many as `text`, and is nothing where true CFG is off. `latents` are the
+// caller's, [B, L, C], packed; where there are none there is a seed for all pictures, or one for
+// each, and else none. `sigmas` are the caller's noise levels before shifting, or none. `skip`
+// counts the steps of the whole schedule.
 struct Request {
-    std::vector<Prompt> prompts;
-    std::vector<Prompt> negative_prompts;
+    Text text;
+    std::optional<Text> negative;
     double true_cfg_scale = 1.0;
     std::int64_t height = 0;
     std::int64_t width = 0;
@@ -69,15 +76,14 @@ struct Request {
     double guidance_scale = 0;
     std::int64_t num_images_per_prompt = 1;
     std::int64_t max_sequence_length = 0;
-    std::optional<std::uint64_t> seed;
+    std::vector<std::uint64_t> seeds;
     std::optional<Floats> latents;
     std::string sampler;
+    std::vector<float> sigmas;
     Skips skip;
 
     // B: the number of pictures.
-    std::int64_t batch() const {
-        return static_cast<std::int64_t>(prompts.size()) * num_images_per_prompt;
-    }
+    std::int64_t batch() const { return text.size() * num_images_per_prompt; }
 
     // What each component is asked for. `levels` are the noise levels at which the velocity is
     // taken. The VAE decoder comes first: of all ranges that a size can miss, its are the clearest.
@@ -85,8 +91,9 @@ struct Request {
 };
 
 // The request that arguments make; a seed is drawn by the system where neither it nor latents are
-// given. Raises `Error` (usage) for a value outside its range.
-Request check_request(const Manifest& manifest, const Arguments& arguments);
+// given. `size` takes the place of the arguments'. Raises `Error` (usage) for a value outside its
+// range.
+Request check_request(const Manifest& manifest, const Arguments& arguments, const AskedSize& size);
 
 // A sentence for each argument that does nothing beside the others. They have passed the check.
 std::vector<std::string> idle_arguments(const Manifest& manifest, const Arguments& arguments);

@@ -9,15 +9,21 @@
 #include "host/mask_crop.hpp"
 #include "host/prompts.hpp"
 #include "host/request.hpp"
+#include "sampling/latents.hpp"
 
 namespace fluxdeploy {
 
 // What the loop begins with: `latents` [B, L, C], packed, on which it works in place; `sigmas`, the
-// N + 1 noise levels that it goes through; `blend` changes the latents after every step.
+// N + 1 noise levels that it goes through; `blend` changes the latents after every step. `channels`
+// [B, L, C'] stand beside the latents in every step, and `tokens` [B, R, C], those of pictures of
+// `references` tokens, behind them.
 struct Start {
     Floats latents;
     std::vector<float> sigmas;
     Blend blend;
+    Floats channels;
+    Floats tokens;
+    std::vector<TokenGrid> references;
 };
 
 // A request for one task, with the task's own arguments read and checked.
@@ -28,7 +34,7 @@ public:
     // N: how many of the schedule's steps are made.
     virtual std::int64_t steps() const = 0;
 
-    // What components are asked for beyond those that every picture takes.
+    // What components are asked for otherwise than for a picture from text alone.
     virtual AskedSizes engine_sizes() const { return {}; }
 
     // Arguments that do nothing here, a sentence each.
@@ -41,6 +47,10 @@ public:
     virtual Start prepare(const std::vector<float>& sigmas, const Run& run) const = 0;
 };
 
+// Height and width of the pictures, for those that are asked for; none is the bundle's. Raises
+// `Error` (usage) for a value that cannot be.
+AskedSize asked_size(const Manifest& manifest, const Arguments& arguments);
+
 // The task that a call's arguments ask for. `request` and `manifest` outlive it. Raises `Error`
 // (usage) for a value that cannot be, and for a task that the bundle lacks a component for.
 std::unique_ptr<Task> choose_task(const Manifest& manifest, const Request& request,
@@ -48,6 +58,6 @@ std::unique_ptr<Task> choose_task(const Manifest& manifest, const Request& reque
 
 // A sentence for each argument that does nothing in the task that the others ask for. Raises
 // `Error` (usage) for one that asks for another task.
-std::vector<std::string> unused_arguments(const Arguments& arguments);
+std::vector<std::string> unused_arguments(const Manifest& manifest, const Arguments& arguments);
 
 }  // namespace fluxdeploy

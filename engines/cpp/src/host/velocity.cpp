@@ -20,9 +20,37 @@ void take(const float* values, std::int64_t width, const std::vector<std::int64_
 
 }  // namespace
 
+const Floats& HiddenStates::around(const Floats& latents) {
+    if (channels_.values.empty() && tokens_.values.empty()) return latents;
+    const std::int64_t batch = latents.shape[0], length = latents.shape[1];
+    const std::int64_t own = latents.shape[2];
+    const std::int64_t beside = channels_.values.empty() ? 0 : channels_.shape[2];
+    const std::int64_t behind = tokens_.values.empty() ? 0 : tokens_.shape[1];
+    const std::int64_t width = own + beside;
+    const bool first = all_.values.empty();
+    if (first) all_ = Floats({batch, length + behind, width});
+    for (std::int64_t picture = 0; picture < batch; ++picture) {
+        float* to = all_.data() + picture * (length + behind) * width;
+        for (std::int64_t token = 0; token < length; ++token, to += width) {
+            const std::int64_t at = picture * length + token;
+            const float* from = latents.data() + at * own;
+            std::copy(from, from + own, to);
+            if (!first || beside == 0) continue;
+            std::copy(channels_.data() + at * beside, channels_.data() + (at + 1) * beside,
+                      to + own);
+        }
+        if (!first || behind == 0) continue;
+        const std::int64_t count = behind * width;
+        std::copy(tokens_.data() + picture * count, tokens_.data() + (picture + 1) * count, to);
+    }
+    return all_;
+}
+
 ModulatedTransformer::ModulatedTransformer(Engine& engine, const Condition& condition,
-                                           const RopeTables& positions, CancelToken cancel)
+                                           const RopeTables& positions, HiddenStates& hidden,
+                                           CancelToken cancel)
     : condition_(condition),
+      hidden_(hidden),
       cancel_(std::move(cancel)),
       parts_(divide(engine, static_cast<std::int64_t>(condition.pictures.size()))) {
     const std::int64_t width = condition.context.shape[1] * condition.context.shape[2];
@@ -49,8 +77,11 @@ const float* ModulatedTransformer::operator()(std::int64_t level, const Floats& 
     const Shape& context = condition_.context.shape;
     const Shape& modulation = condition_.modulation.shape;
     const std::int64_t width = modulation[2] * modulation[3];
-    const std::int64_t tokens = latents.shape[1];
-    const std::int64_t channels = latents.shape[2];
+    const Floats& states = hidden_.around(latents);
+    const std::int64_t tokens = states.shape[1];
+    const std::int64_t channels = states.shape[2];
+    const std::int64_t length = latents.shape[1];
+    const std::int64_t own = latents.shape[2];
     for (const BatchPart& part : parts_) {
         if (part.start > 0) cancel_.check("in the middle of a step");
         const Bound& bound = bindings_.at(part.size());
@@ -58,7 +89,7 @@ const float* ModulatedTransformer::operator()(std::int64_t level, const Floats& 
              condition_.pictures, part, {0, modulation[2], modulation[3]}, modulation_);
         Inputs inputs{
             {"hidden_states", View({part.size(), tokens, channels},
-                                   latents.data() + part.start * tokens * channels)},
+                                   states.data() + part.start * tokens * channels)},
             {"modulation", modulation_},
         };
         if (!bound.has_context) {
@@ -67,15 +98,18 @@ const float* ModulatedTransformer::operator()(std::int64_t level, const Floats& 
             inputs.emplace("context", context_);
         }
         const Floats& velocity = bound.binding->run(inputs).at("velocity");
-        if (velocity.size() != part.size() * tokens * channels) {
+        if (velocity.size() != part.size() * tokens * own) {
             throw Error(ErrorCode::engine,
                         "The transformer gave a velocity of other sizes than its latents'. Build "
                         "the bundle again with `fluxdeploy build`.");
         }
-        if (parts_.size() == 1) return velocity.data();
+        if (parts_.size() == 1 && tokens == length) return velocity.data();
         if (velocity_.shape != latents.shape) velocity_ = Floats(latents.shape);
-        std::copy(velocity.values.begin(), velocity.values.end(),
-                  velocity_.values.begin() + part.start * tokens * channels);
+        for (std::int64_t row = 0; row < part.size(); ++row) {
+            const float* from = velocity.data() + row * tokens * own;
+            std::copy(from, from + length * own,
+                      velocity_.data() + (part.start + row) * length * own);
+        }
     }
     return velocity_.data();
 }

@@ -1,4 +1,4 @@
-// The transformer as a velocity: bound to its prompts.
+// The transformer as a velocity: bound to its prompts, with a task's channels and tokens.
 #pragma once
 
 #include <map>
@@ -12,12 +12,30 @@
 
 namespace fluxdeploy {
 
+// What the transformer reads: the latents [B, L, C], with channels [B, L, C'] beside and tokens
+// [B, R, C + C'] behind them, either of which may be none.
+class HiddenStates {
+public:
+    HiddenStates(Floats channels, Floats tokens)
+        : channels_(std::move(channels)), tokens_(std::move(tokens)) {}
+
+    // The whole, [B, L + R, C + C'], until the next call; the latents themselves where there is
+    // nothing else.
+    const Floats& around(const Floats& latents);
+
+private:
+    Floats channels_;
+    Floats tokens_;
+    Floats all_;
+};
+
 // dx/dsigma of the latents, with all that no step changes in place. A batch that is larger than the
 // engine takes is computed part by part, in buffers that serve every part.
 class ModulatedTransformer {
 public:
+    // `hidden` outlives it.
     ModulatedTransformer(Engine& engine, const Condition& condition, const RopeTables& positions,
-                         CancelToken cancel);
+                         HiddenStates& hidden, CancelToken cancel);
 
     // The velocity [B, L, C] of `latents` at one of the condition's noise levels. It is read before
     // the next call only. Raises `Error` (cancelled) between two parts.
@@ -31,6 +49,7 @@ private:
     };
 
     const Condition& condition_;
+    HiddenStates& hidden_;
     CancelToken cancel_;
     std::vector<BatchPart> parts_;
     std::map<std::int64_t, Bound> bindings_;

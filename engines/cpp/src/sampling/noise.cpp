@@ -96,4 +96,17 @@ double TorchGenerator::uniform_double() {
     return static_cast<double>(bits) * 0x1p-53;
 }
 
+Floats Generators::normal(Shape shape) {
+    Floats values(std::move(shape));
+    if (generators_.size() == 1) {
+        generators_.front().normal(values.data(), values.size());
+        return values;
+    }
+    const std::int64_t row = values.size() / values.shape.front();
+    for (std::int64_t k = 0; k < values.shape.front(); ++k) {
+        generators_[static_cast<std::size_t>(k)].normal(values.data() + k * row, row);
+    }
+    return values;
+}
+
 }  // namespace fluxdeploy

@@ -4,6 +4,9 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <vector>
+
+#include "arrays.hpp"
 
 namespace fluxdeploy {
 
@@ -28,6 +31,20 @@ private:
     std::array<std::uint32_t, 624> state_;
     std::size_t place_;
     std::optional<double> spare_;
+};
+
+// The generators of a call: one for all of its pictures, or one for each, as in diffusers.
+class Generators {
+public:
+    // At least one seed.
+    explicit Generators(const std::vector<std::uint64_t>& seeds)
+        : generators_(seeds.begin(), seeds.end()) {}
+
+    // What comes next; number k of the first axis from generator k of several.
+    Floats normal(Shape shape);
+
+private:
+    std::vector<TorchGenerator> generators_;
 };
 
 }  // namespace fluxdeploy

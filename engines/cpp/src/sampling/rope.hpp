@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "arrays.hpp"
 #include "files/manifest.hpp"
+#include "sampling/latents.hpp"
 
 namespace fluxdeploy {
 
@@ -14,9 +16,11 @@ struct RopeTables {
     Floats sin;
 };
 
-// Of `text_tokens` tokens with ids of zeros, then rows * columns image tokens, row by row, whose
-// last two numbers are row and column. Raises `Error` (bundle) for fewer than two axes.
-RopeTables rope_tables(const RopeSpec& spec, std::int64_t text_tokens, std::int64_t rows,
-                       std::int64_t columns);
+// Of `text_tokens` tokens with ids of zeros, then those of the pictures, row by row, whose last two
+// numbers are row and column. Those of the second picture, and of each after it, have their
+// picture's number, from 1 on, as their first number. Raises `Error` (bundle) for fewer than two
+// axes.
+RopeTables rope_tables(const RopeSpec& spec, std::int64_t text_tokens,
+                       const std::vector<TokenGrid>& pictures);
 
 }  // namespace fluxdeploy

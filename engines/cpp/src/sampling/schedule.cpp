@@ -10,7 +10,6 @@
 namespace fluxdeploy {
 namespace {
 
-constexpr std::int64_t kMaxSteps = 1000000;
 constexpr double kMaxExponent = 80;  // a float32 holds e to this power, and its inverse
 constexpr double kMaxShift = 1e30;
 
@@ -56,11 +55,9 @@ void stretch(std::vector<float>& levels, double terminal) {
 
 }  // namespace
 
-std::vector<float> sigmas(const ScheduleSpec& spec, std::int64_t num_inference_steps,
-                          std::int64_t image_tokens) {
+std::vector<float> even_levels(std::int64_t num_inference_steps) {
     const std::int64_t steps =
         check_integer("num_inference_steps", num_inference_steps, 1, kMaxSteps);
-    check_integer("image_tokens", image_tokens, 1);
     const double last = 1.0 / static_cast<double>(steps);
     const double between = steps > 1 ? (last - 1.0) / static_cast<double>(steps - 1) : 0.0;
     std::vector<float> levels(static_cast<std::size_t>(steps));
@@ -69,6 +66,12 @@ std::vector<float> sigmas(const ScheduleSpec& spec, std::int64_t num_inference_s
             static_cast<float>(static_cast<double>(i) * between + 1.0);
     }
     levels.back() = static_cast<float>(last);
+    return levels;
+}
+
+std::vector<float> sigmas(const ScheduleSpec& spec, std::vector<float> levels,
+                          std::int64_t image_tokens) {
+    check_integer("image_tokens", image_tokens, 1);
     if (spec.use_dynamic_shifting) {
         shift_by_size(levels, spec.time_shift_type, shift_exponent(spec, image_tokens));
     } else {
