@@ -69,9 +69,9 @@ public:
     Start prepare(const std::vector<float>& sigmas, const Run&) const override {
         if (request_.latents) return {*request_.latents, sigmas, {}};
         const LatentSpec& spec = manifest_.latents;
-        const Floats noise = Generators(request_.seeds)
-                                 .normal(latent_shape(request_.batch(), request_.height,
-                                                      request_.width, spec));
+        const Floats noise =
+            Generators(request_.seeds)
+                .normal(latent_shape(request_.batch(), request_.height, request_.width, spec));
         return {pack(noise, spec), sigmas, {}};
     }
 
