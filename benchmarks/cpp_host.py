@@ -4,7 +4,8 @@
 
 PROGRAM is the command that `make cpp` builds. Each round starts both as a user does, one after the
 other: what is slow on the machine at that time is slow for both. A step is told from the same start
-with more steps: (time of 30 steps - time of 2) / 28. Figures are medians.
+with more steps: (time of 100 steps - time of 2) / 98. Figures are medians. On a machine that does
+other work too, `chrt --fifo 10 python ...` gives both hosts the processor.
 """
 
 from __future__ import annotations

@@ -60,8 +60,8 @@ std::string json_list(const std::vector<std::string>& texts) {
     return list + "]";
 }
 
-// image.png itself for one picture, else image-0.png, image-1.png, ...; with several seeds, of which
-// each makes `each` pictures, image-0-seed7.png, ...
+// image.png itself for one picture, else image-0.png, image-1.png, ...; with several seeds, of
+// which each makes `each` pictures, image-0-seed7.png, ...
 std::vector<std::string> picture_paths(const std::string& out, std::size_t count,
                                        const std::vector<std::uint64_t>& seeds, std::size_t each) {
     const fs::path path(out);
@@ -86,7 +86,8 @@ std::vector<std::string> picture_paths(const std::string& out, std::size_t count
         fs::path own = path;
         if (count > 1) {
             const std::string end =
-                seeds.size() > 1 ? "-seed" + std::to_string(seeds[index / each % seeds.size()]) : "";
+                seeds.size() > 1 ? "-seed" + std::to_string(seeds[index / each % seeds.size()])
+                                 : "";
             own.replace_filename(path.stem().string() + "-" + std::to_string(index) + end +
                                  path.extension().string());
         }
@@ -302,12 +303,12 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
     if (line.json) {
         std::printf(
             "{\"paths\": %s, \"prompts\": %s, \"sheet\": null, \"seed\": %s, \"seeds\": [%s], "
-            "\"width\": %lld, \"height\": %lld, \"steps\": %lld, \"seconds\": %.3f, \"warnings\": %s}\n",
+            "\"width\": %lld, \"height\": %lld, \"steps\": %lld, \"seconds\": %.3f, \"warnings\": "
+            "%s}\n",
             json_list(paths).c_str(), json_list(captions).c_str(),
             different.size() > 1 ? "null" : joined(different).c_str(), joined(seeds, ", ").c_str(),
             static_cast<long long>(first.width), static_cast<long long>(first.height),
-            static_cast<long long>(steps), seconds,
-            json_list(warnings).c_str());
+            static_cast<long long>(steps), seconds, json_list(warnings).c_str());
         return;
     }
     for (const std::string& path : paths) std::printf("%s\n", path.c_str());

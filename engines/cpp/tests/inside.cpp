@@ -39,8 +39,8 @@ int main(int count, char** words) {
         }
     } else if (what == "sigmas") {  // STEPS TOKENS, a manifest on stdin
         const auto manifest = fluxdeploy::parse_manifest(standard_input(), "stdin");
-        write(fluxdeploy::sigmas(manifest.schedule, fluxdeploy::even_levels(numbers[0]),
-                                 numbers[1]));
+        write(
+            fluxdeploy::sigmas(manifest.schedule, fluxdeploy::even_levels(numbers[0]), numbers[1]));
     } else if (what == "rope") {  // TEXT ROWS COLUMNS, a manifest on stdin
         const auto manifest = fluxdeploy::parse_manifest(standard_input(), "stdin");
         const auto tables =

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import shutil
@@ -20,7 +21,7 @@ from fluxdeploy.errors import UsageError
 from fluxdeploy.host.pictures import read_metadata
 from fluxdeploy.host.pipeline import FluxPipeline
 from tests.engines.cpp.conftest import picture
-from tests.engines.cpp.library import Failure, Library, Pipeline
+from tests.engines.cpp.library import CODES, Failure, Library, Pipeline
 
 T5_WIDTH, CLIP_WIDTH = 128, 96
 NAN = np.full((1, CLIP_WIDTH), np.nan, np.float32)
@@ -192,6 +193,15 @@ def test_errors_have_pythons_words(
     with pytest.raises(Failure) as found:
         cpp(**{k: v for k, v in given.items() if v is not None}, **pictures, embeds=embeds)
     assert (found.value.code, str(found.value)) == ("usage", str(wanted.value))
+
+
+@pytest.mark.parametrize("shape", [(2**40, 2**40, 8), (1, 2**40, 2**40), (2**62, 2, 2)])
+def test_an_array_that_no_memory_holds_is_refused(library: Library, shape: tuple[int, ...]) -> None:
+    request = ctypes.c_void_p(library.c.fluxdeploy_request_new())
+    numbers, sizes = (ctypes.c_float * 8)(), (ctypes.c_int64 * 3)(*shape)
+    set_embeds = library.c.fluxdeploy_request_set_prompt_embeds
+    assert CODES[set_embeds(request, numbers, sizes, ctypes.c_size_t(3))] == "usage"
+    library.c.fluxdeploy_request_free(request)
 
 
 def test_a_missing_library_is_a_missing_dependency(library: Library, demo_bundle: Path) -> None:

@@ -203,8 +203,8 @@ FLUXDEPLOY_API void fluxdeploy_request_set_max_sequence_length(fluxdeploy_reques
                                                                int64_t length);
 /* The same seed gives the same picture, in Python too; the system draws one where none is set. */
 FLUXDEPLOY_API void fluxdeploy_request_set_seed(fluxdeploy_request* request, uint64_t seed);
-/* A seed for each picture, in place of one for all: each has noise of its own then. Since version 4.
- */
+/* A seed for each picture, in place of one for all: each has noise of its own then. Since
+ * version 4. */
 FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_seeds(fluxdeploy_request* request,
                                                             const uint64_t* seeds, size_t count);
 /* The noise levels of the steps before shifting, falling, above 0 and at most 1; as many steps are
@@ -256,8 +256,7 @@ FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_skip(fluxdeploy_request* r
                                                            const int64_t* steps, size_t count);
 /* Not 0: skip the steps that `fluxdeploy tune` has found for this bundle, this sampler and so many
  * steps. Since version 3. */
-FLUXDEPLOY_API void fluxdeploy_request_set_skip_recorded(fluxdeploy_request* request,
-                                                         int recorded);
+FLUXDEPLOY_API void fluxdeploy_request_set_skip_recorded(fluxdeploy_request* request, int recorded);
 
 /* After a step: `step` of `total` are done, from 1. `timestep` is 1000 times the noise level that
  * the step began at. `latents` are the live ones, float32 [batch, tokens, channels]: they may be
@@ -337,9 +336,8 @@ FLUXDEPLOY_API const char* fluxdeploy_picture_sha256(const fluxdeploy_picture* p
  * are the image to begin from, `fluxdeploy_picture_mask` the mask, and its size, in multiples of
  * 16, that of the picture to make. It has no SHA-256. Since version 2. */
 FLUXDEPLOY_API fluxdeploy_code fluxdeploy_outpaint_canvas(const uint8_t* rgb, int64_t width,
-                                                          int64_t height, int64_t left,
-                                                          int64_t top, int64_t right,
-                                                          int64_t bottom,
+                                                          int64_t height, int64_t left, int64_t top,
+                                                          int64_t right, int64_t bottom,
                                                           fluxdeploy_picture** canvas,
                                                           fluxdeploy_error** error);
 
@@ -648,8 +646,8 @@ private:
             throw Error(FLUXDEPLOY_USAGE,
                         "The numbers are not as many as their shape says. Give them all.");
         }
-        detail::require(setter(given, numbers->values.data(), numbers->shape.data(),
-                               numbers->shape.size()));
+        detail::require(
+            setter(given, numbers->values.data(), numbers->shape.data(), numbers->shape.size()));
     }
 
     static void fill(fluxdeploy_request* given, const Request& request, Calling* calling) {

@@ -11,7 +11,7 @@ from conan.tools.files import copy
 
 
 class Fluxdeploy(ConanFile):
-    """The library alone; ONNX Runtime is loaded when an engine is opened."""
+    """The library alone; ONNX Runtime is loaded when a bundle is opened."""
 
     name = "fluxdeploy"
     version = "0.1.0"

@@ -6,6 +6,7 @@
 #include <memory>
 #include <new>
 
+#include "arguments.hpp"
 #include "errors.hpp"
 #include "files/disk.hpp"
 #include "files/png.hpp"
@@ -122,15 +123,20 @@ fluxdeploy::Prompt ids_prompt(const std::int32_t* clip, std::size_t clip_count,
     return prompt;
 }
 
-// An array of a caller's shape, without numbers where it cannot have any.
+// An array of a caller's shape, without numbers where it has none; raises for more than memory
+// holds.
 fluxdeploy::Floats array(const float* values, const std::int64_t* shape, std::size_t rank) {
     constexpr std::int64_t most = std::int64_t{1} << 40;
     fluxdeploy::Floats made;
     made.shape = copied(shape, rank, "shape");
     std::int64_t size = 1;
     for (const std::int64_t axis : made.shape) {
-        size = axis < 1 || size > most / axis ? 0 : size * axis;
-        if (size == 0) return made;
+        if (axis < 1) return made;
+        if (size > most / axis) {
+            throw Error(ErrorCode::usage, "An array " + fluxdeploy::shown(made.shape) +
+                                              " cannot be. Give the sizes of yours.");
+        }
+        size *= axis;
     }
     made.values = copied(values, static_cast<std::size_t>(size), "values");
     return made;
@@ -319,8 +325,7 @@ fluxdeploy_code fluxdeploy_request_add_negative_prompt_ids(fluxdeploy_request* r
 fluxdeploy_code fluxdeploy_request_add_prompt_2(fluxdeploy_request* request, const char* text,
                                                 size_t size) {
     return guarded(nullptr, [&] {
-        given(request, "request")
-            .arguments.words.prompts_2.push_back(text_prompt(text, size).text);
+        given(request, "request").arguments.words.prompts_2.push_back(text_prompt(text, size).text);
     });
 }
 fluxdeploy_code fluxdeploy_request_add_negative_prompt_2(fluxdeploy_request* request,
@@ -341,8 +346,7 @@ fluxdeploy_code fluxdeploy_request_set_pooled_prompt_embeds(fluxdeploy_request* 
                                                             const float* values,
                                                             const int64_t* shape, size_t rank) {
     return guarded(nullptr, [&] {
-        given(request, "request").arguments.words.pooled_prompt_embeds =
-            array(values, shape, rank);
+        given(request, "request").arguments.words.pooled_prompt_embeds = array(values, shape, rank);
     });
 }
 fluxdeploy_code fluxdeploy_request_set_negative_prompt_embeds(fluxdeploy_request* request,
@@ -444,9 +448,8 @@ fluxdeploy_code fluxdeploy_request_set_sampler(fluxdeploy_request* request, cons
 }
 fluxdeploy_code fluxdeploy_request_set_skip(fluxdeploy_request* request, const int64_t* steps,
                                             size_t count) {
-    return guarded(nullptr, [&] {
-        given(request, "request").arguments.skip = copied(steps, count, "steps");
-    });
+    return guarded(
+        nullptr, [&] { given(request, "request").arguments.skip = copied(steps, count, "steps"); });
 }
 void fluxdeploy_request_set_skip_recorded(fluxdeploy_request* request, int recorded) {
     request->arguments.skip_recorded = recorded != 0;
@@ -528,14 +531,13 @@ fluxdeploy_code fluxdeploy_picture_read(const char* path, fluxdeploy_picture** p
     });
 }
 fluxdeploy_code fluxdeploy_outpaint_canvas(const uint8_t* rgb, int64_t width, int64_t height,
-                                           int64_t left, int64_t top, int64_t right,
-                                           int64_t bottom, fluxdeploy_picture** canvas,
-                                           fluxdeploy_error** error) {
+                                           int64_t left, int64_t top, int64_t right, int64_t bottom,
+                                           fluxdeploy_picture** canvas, fluxdeploy_error** error) {
     return guarded(error, [&] {
         given(canvas, "canvas") = nullptr;
         auto made = std::make_unique<fluxdeploy_picture>();
-        fluxdeploy::Canvas both = fluxdeploy::outpaint_canvas(picture_of(rgb, width, height), left,
-                                                              top, right, bottom);
+        fluxdeploy::Canvas both =
+            fluxdeploy::outpaint_canvas(picture_of(rgb, width, height), left, top, right, bottom);
         made->picture = std::move(both.image);
         made->mask = std::move(both.mask.rgb);
         *canvas = made.release();

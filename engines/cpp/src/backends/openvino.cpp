@@ -124,8 +124,8 @@ private:
         ov.call(what, "ov_core_get_property", ov.core(), "CPU", "OPTIMIZATION_CAPABILITIES",
                 &capabilities);
         const bool has_bf16 = ov.text(capabilities).find("BF16") != std::string::npos;
-        const bool wide = std::find(std::begin(kWide), std::end(kWide), component) !=
-                          std::end(kWide);
+        const bool wide =
+            std::find(std::begin(kWide), std::end(kWide), component) != std::end(kWide);
         const char* precision = compute == "bf16" && has_bf16 && !wide ? "bf16" : "f32";
         const std::string threads = std::to_string(options.threads.value_or(0));
         ov_compiled_model_t* made = nullptr;
@@ -202,7 +202,8 @@ private:
 class OpenVinoBinding : public Binding {
 public:
     OpenVinoBinding(OpenVinoEngine& engine, const Inputs& resident)
-        : engine_(engine), what_(engine.component + " failed in OpenVINO"),
+        : engine_(engine),
+          what_(engine.component + " failed in OpenVINO"),
           inputs_(engine, resident) {
         request_ = engine.library().made<ov_infer_request_t>(
             what_, "ov_compiled_model_create_infer_request", "ov_infer_request_free",
@@ -230,9 +231,9 @@ private:
         const Library& ov = engine_.library();
         Shape sizes = view.shape();
         const ov_shape_t shape{static_cast<std::int64_t>(sizes.size()), sizes.data()};
-        tensors_[name] = ov.made<ov_tensor_t>(what_, "ov_tensor_create_from_host_ptr",
-                                              "ov_tensor_free",
-                                              view.floats() != nullptr ? F32 : I32, shape, data);
+        tensors_[name] =
+            ov.made<ov_tensor_t>(what_, "ov_tensor_create_from_host_ptr", "ov_tensor_free",
+                                 view.floats() != nullptr ? F32 : I32, shape, data);
         ov.call(what_, "ov_infer_request_set_tensor", request_.get(), name.c_str(),
                 static_cast<const ov_tensor_t*>(tensors_[name].get()));
     }

@@ -155,7 +155,8 @@ std::shared_ptr<Engine> EnginePool::open_best(const std::string& component) {
     }
     throw Error(missing ? ErrorCode::missing_dependency : ErrorCode::engine,
                 "The bundle " + bundle_.root.string() + " has no " + component +
-                    " engine that runs here with the runtime " + runtimes_->name() + ": " + reasons + ".");
+                    " engine that runs here with the runtime " + runtimes_->name() + ": " +
+                    reasons + ".");
 }
 
 }  // namespace fluxdeploy

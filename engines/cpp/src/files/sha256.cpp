@@ -18,15 +18,15 @@ constexpr std::uint32_t kRounds[64] = {
 
 std::uint32_t rotated(std::uint32_t word, int bits) { return word >> bits | word << (32 - bits); }
 
-// Round number `Round` of eight: what the standard moves along a..h stays in its place here, and the
-// letters go round.
+// Round number `Round` of eight: what the standard moves along a..h stays in its place here, and
+// the letters go round.
 template <int Round>
 void mix(std::uint32_t (&state)[8], std::uint32_t added) {
     const auto letter = [&](int n) -> std::uint32_t& { return state[(8 + n - Round) % 8]; };
     const std::uint32_t a = letter(0), b = letter(1), c = letter(2), e = letter(4), f = letter(5);
     const std::uint32_t g = letter(6);
-    const std::uint32_t t1 = letter(7) + (rotated(e, 6) ^ rotated(e, 11) ^ rotated(e, 25)) +
-                             (g ^ (e & (f ^ g))) + added;
+    const std::uint32_t t1 =
+        letter(7) + (rotated(e, 6) ^ rotated(e, 11) ^ rotated(e, 25)) + (g ^ (e & (f ^ g))) + added;
     letter(3) += t1;
     letter(7) = t1 + (rotated(a, 2) ^ rotated(a, 13) ^ rotated(a, 22)) + ((a & b) | (c & (a | b)));
 }

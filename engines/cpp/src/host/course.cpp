@@ -16,11 +16,10 @@ const SkipRecord& recorded(const Manifest& manifest, const std::string& sampler,
         known += (known.empty() ? "" : ", ") + std::to_string(record.num_inference_steps) +
                  " steps of " + in_quotes(record.sampler);
     }
-    throw Error(ErrorCode::usage,
-                "This bundle has no steps to skip for " + std::to_string(steps) + " steps of " +
-                    in_quotes(sampler) + "; it has " +
-                    (known.empty() ? "none at all" : "those for " + known) +
-                    ". Find some with `fluxdeploy tune`, or leave out `skip`.");
+    throw Error(ErrorCode::usage, "This bundle has no steps to skip for " + std::to_string(steps) +
+                                      " steps of " + in_quotes(sampler) + "; it has " +
+                                      (known.empty() ? "none at all" : "those for " + known) +
+                                      ". Find some with `fluxdeploy tune`, or leave out `skip`.");
 }
 
 }  // namespace

@@ -8,8 +8,9 @@
 
 namespace fluxdeploy {
 
-// The caller's noise levels before shifting: below each other, in (0, 1]; none where there are none.
-// Raises `Error` (usage) for others, and where their number is not that of the steps asked for.
+// The caller's noise levels before shifting: below each other, in (0, 1]; none where there are
+// none. Raises `Error` (usage) for others, and where their number is not that of the steps asked
+// for.
 std::vector<float> check_sigmas(const Arguments& arguments);
 
 // The steps that a call skips, of `steps` with the sampler of that name; none where it asks for

@@ -79,13 +79,11 @@ std::vector<std::string> PromptEncoder::cuts(const Text& text, std::int64_t leng
     for (std::size_t number = 0; number < prompts.size(); ++number) {
         const Prompt& prompt = prompts[number];
         if (prompt.tokenized) continue;
-        const std::string which =
-            prompts.size() > 1
-                ? " " + std::to_string(number + 1) + " of " + std::to_string(prompts.size())
-                : "";
+        const std::string which = prompts.size() > 1 ? " " + std::to_string(number + 1) + " of " +
+                                                           std::to_string(prompts.size())
+                                                     : "";
         const std::int64_t t5 = tokenizers_->t5.count(prompt.text_2);
-        const std::string of_clip =
-            cut("CLIP", tokenizers_->clip.count(prompt.text), longest_clip);
+        const std::string of_clip = cut("CLIP", tokenizers_->clip.count(prompt.text), longest_clip);
         const std::string of_t5 = cut("T5", t5, length);
         const std::string advice = t5 > length && length < longest_t5
                                        ? " Raise `max_sequence_length`, or shorten it."

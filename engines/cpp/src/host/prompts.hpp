@@ -44,9 +44,9 @@ public:
     // Run the encoders and the `conditioner` for every noise level; `guidance` where the model has
     // it. Prompts are padded or cut to `length` T5 tokens; equal ones are encoded once. Embeddings
     // are taken as they are.
-    Condition encode(const Text& text, std::int64_t images_each,
-                     std::int64_t length, const std::vector<float>& levels,
-                     std::optional<double> guidance, const Run& run);
+    Condition encode(const Text& text, std::int64_t images_each, std::int64_t length,
+                     const std::vector<float>& levels, std::optional<double> guidance,
+                     const Run& run);
 
     // A sentence for each of the prompts that is not read to its end. `what` is what they are
     // called: "The prompt".

@@ -169,9 +169,9 @@ std::vector<std::string> idle_arguments(const Manifest& manifest, const Argument
     const Words& away = arguments.negative_words;
     const bool negative = !away.prompts.empty() || away.prompt_embeds;
     const bool unused = arguments.true_cfg_scale <= 1;
-    for (const auto& [name, given] : {std::pair("negative_prompt", !away.prompts.empty()),
-                                      std::pair("negative_prompt_embeds",
-                                                away.prompt_embeds.has_value())}) {
+    for (const auto& [name, given] :
+         {std::pair("negative_prompt", !away.prompts.empty()),
+          std::pair("negative_prompt_embeds", away.prompt_embeds.has_value())}) {
         if (!given || !unused) continue;
         notices.push_back(std::string("`") + name +
                           "` does nothing unless `true_cfg_scale` is above 1.");

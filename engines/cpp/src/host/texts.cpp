@@ -50,8 +50,9 @@ std::vector<Prompt> read_prompts(const Words& words, const std::string& side) {
                 static_cast<std::int64_t>(prompts.size()));
     for (std::size_t i = 0; i < prompts.size(); ++i) {
         if (prompts[i].tokenized) {
-            refuse("`" + name + "` has no place beside token ids, which are T5's too. Leave it "
-                                "out.");
+            refuse("`" + name +
+                   "` has no place beside token ids, which are T5's too. Leave it "
+                   "out.");
         }
         prompts[i].text_2 = second[i];
     }
@@ -108,8 +109,9 @@ std::optional<Text> read(const Manifest& manifest, const Words& words, const std
         refuse("`" + (first ? pooled : text) + "` needs `" + (first ? text : pooled) +
                "` too: the model reads both.");
     }
-    const Floats& own = checked(text, *words.prompt_embeds,
-                                {"P", "S", width(manifest, "text_embeddings")}, "T5's for P prompts");
+    const Floats& own =
+        checked(text, *words.prompt_embeds, {"P", "S", width(manifest, "text_embeddings")},
+                "T5's for P prompts");
     const Floats& own_pooled = checked(pooled, *words.pooled_prompt_embeds,
                                        {own.shape[0], width(manifest, "pooled_embeddings")},
                                        "CLIP's for the prompts of `" + text + "`");

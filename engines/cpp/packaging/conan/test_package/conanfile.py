@@ -30,4 +30,4 @@ class Linked(ConanFile):
     def test(self) -> None:
         """Run it."""
         if can_run(self):
-            self.run(str(Path(self.cpp.build.bindir) / "linked"), env="conanrun")
+            self.run(str(Path(self.cpp.build.bindir).resolve() / "linked"), env="conanrun")
