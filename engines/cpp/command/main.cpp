@@ -247,7 +247,8 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
     }
     if (shown) std::fprintf(stderr, "\r\033[K");
     // What is drawn after a reference has its size, and no strength.
-    const bool follows = !line.images.empty() && fluxdeploy_pipeline_does(pipeline.handle(), "kontext") != 0;
+    const bool follows =
+        !line.images.empty() && fluxdeploy_pipeline_does(pipeline.handle(), "kontext") != 0;
     for (std::size_t number = 0; number < images.size(); ++number) {
         Written text;
         text.add("prompt", captions[number]);
@@ -312,8 +313,9 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
         return;
     }
     for (const std::string& path : paths) std::printf("%s\n", path.c_str());
-    const std::string counted =
-        !line.images.empty() ? std::to_string(made) + " of " + std::to_string(steps) : std::to_string(steps);
+    const std::string counted = !line.images.empty()
+                                    ? std::to_string(made) + " of " + std::to_string(steps)
+                                    : std::to_string(steps);
     std::fprintf(stderr, "%lldx%lld, seed %s, %s steps, %.1f s\n",
                  static_cast<long long>(first.width), static_cast<long long>(first.height),
                  joined(different, ", ").c_str(), counted.c_str(), seconds);

@@ -231,12 +231,12 @@ FLUXDEPLOY_API void fluxdeploy_request_set_strength(fluxdeploy_request* request,
  * each, of one size. Since version 2. */
 FLUXDEPLOY_API void fluxdeploy_request_set_padding_mask_crop(fluxdeploy_request* request,
                                                              int64_t pixels);
-/* One more control picture, RGB as the image, for a bundle of a Canny or Depth checkpoint: the edges
- * or depths to draw along. One for all pictures, one a prompt or one a picture. Since version 5. */
+/* One more control picture, RGB as the image, for a bundle of a Canny or Depth checkpoint: the
+ * edges or depths to draw along. One for all pictures, one a prompt or one a picture. Since
+ * version 5. */
 FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_add_control_image(fluxdeploy_request* request,
                                                                     const uint8_t* rgb,
-                                                                    int64_t width,
-                                                                    int64_t height);
+                                                                    int64_t width, int64_t height);
 /* For a bundle of a Kontext checkpoint, whose images are what to change by words: how many of them
  * each picture is drawn after, one after the other; 1 where it is not set. Since version 5. */
 FLUXDEPLOY_API void fluxdeploy_request_set_references(fluxdeploy_request* request, int64_t count);

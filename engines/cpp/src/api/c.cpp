@@ -430,7 +430,8 @@ fluxdeploy_code fluxdeploy_request_add_control_image(fluxdeploy_request* request
                                                      const uint8_t* rgb, int64_t width,
                                                      int64_t height) {
     return guarded(nullptr, [&] {
-        given(request, "request").arguments.control_images.push_back(picture_of(rgb, width, height));
+        given(request, "request")
+            .arguments.control_images.push_back(picture_of(rgb, width, height));
     });
 }
 void fluxdeploy_request_set_references(fluxdeploy_request* request, int64_t count) {

@@ -148,7 +148,8 @@ struct SkipRecord {
     std::int64_t pictures = 0;
 };
 
-// Cheap pictures of latents: r, g, b = x * matrix + bias, with a row of the matrix for each channel.
+// Cheap pictures of latents: r, g, b = x * matrix + bias, with a row of the matrix for each
+// channel.
 struct PreviewSpec {
     std::vector<std::vector<double>> matrix;
     std::vector<double> bias;

@@ -33,7 +33,7 @@ constexpr std::int64_t kMaxSide = 1 << 16, kMaxSteps = 10'000;
 constexpr std::int64_t kMaxOrder = 2;
 constexpr const char* kSpacings[] = {"beta", "exponential", "karras"};
 constexpr const char* kTasks[] = {"text to image", "image to image", "inpainting",
-                                   "fill",          "control",        "kontext"};
+                                  "fill",          "control",        "kontext"};
 constexpr std::string_view kSymbols[] = {"B", "S", "L", "T", "N", "H", "W", "h", "w"};
 
 std::string text(std::int64_t value) { return std::to_string(value); }
@@ -346,8 +346,7 @@ void check_schedule(const Manifest& manifest) {
             "schedule.time_shift_type",
             "is " + in_quotes(schedule.time_shift_type) + "; it must be 'exponential' or 'linear'");
     const std::string spacing = schedule.spacing.value_or("beta");
-    require(std::count(std::begin(kSpacings), std::end(kSpacings), spacing) > 0,
-            "schedule.spacing",
+    require(std::count(std::begin(kSpacings), std::end(kSpacings), spacing) > 0, "schedule.spacing",
             "is " + in_quotes(spacing) + "; it must be null or one of " + listed(kSpacings));
     if (schedule.use_dynamic_shifting) check_dynamic_shift(manifest);
 }
@@ -368,8 +367,7 @@ void check_skips(const std::vector<SkipRecord>& records, std::size_t index,
     require(rising, join(where, "steps"), "must rise, from 1 to at most " + text(count - 1));
     require(0 <= record.order && record.order <= kMaxOrder, join(where, "order"),
             "is " + text(record.order) + "; it must be from 0 to " + text(kMaxOrder));
-    for (const auto& [name, size] :
-         {std::pair{"height", record.height}, {"width", record.width}}) {
+    for (const auto& [name, size] : {std::pair{"height", record.height}, {"width", record.width}}) {
         require(1 <= size && size <= kMaxSide, join(where, name),
                 "is " + text(size) + "; it is 1 to " + text(kMaxSide));
     }
@@ -532,8 +530,8 @@ void check_tasks(const Manifest& manifest) {
     require(!tasks.empty(), "tasks", "is empty; a bundle does something");
     std::set<std::int64_t> read;
     for (std::size_t i = 0; i < tasks.size(); ++i) {
-        const bool known = std::find(std::begin(kTasks), std::end(kTasks), tasks[i]) !=
-                           std::end(kTasks);
+        const bool known =
+            std::find(std::begin(kTasks), std::end(kTasks), tasks[i]) != std::end(kTasks);
         require(known, at("tasks", i),
                 "is " + in_quotes(tasks[i]) + "; it must be one of " + listed(kTasks));
         require(std::find(tasks.begin(), tasks.begin() + static_cast<std::ptrdiff_t>(i),

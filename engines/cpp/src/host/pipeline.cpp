@@ -134,8 +134,7 @@ void FluxPipeline::load() {
 Result FluxPipeline::generate(const Arguments& arguments) {
     const Manifest& manifest = bundle().manifest;
     std::vector<std::string> notices = unused_arguments(manifest, arguments);
-    const Request request =
-        check_request(manifest, arguments, asked_size(manifest, arguments));
+    const Request request = check_request(manifest, arguments, asked_size(manifest, arguments));
     const std::unique_ptr<Task> task = choose_task(manifest, request, arguments);
     append(notices, idle_arguments(manifest, arguments));
     append(notices, task->notices());
@@ -192,8 +191,7 @@ Result FluxPipeline::make(const Request& request, const Task& task, const Argume
     {
         std::vector<TokenGrid> pictures{grid};
         pictures.insert(pictures.end(), start.references.begin(), start.references.end());
-        const RopeTables positions =
-            rope_tables(manifest.rope, towards.context.shape[1], pictures);
+        const RopeTables positions = rope_tables(manifest.rope, towards.context.shape[1], pictures);
         Engine& transformer = components_.engine("transformer");
         HiddenStates hidden(std::move(start.channels), std::move(start.tokens));
         ModulatedTransformer velocity(transformer, towards, positions, hidden, cancel);

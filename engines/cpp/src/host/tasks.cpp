@@ -95,9 +95,9 @@ public:
     Start prepare(const std::vector<float>& sigmas, const Run&) const override {
         if (request_.latents) return {*request_.latents, sigmas, {}, {}, {}, {}};
         const LatentSpec& spec = manifest_.latents;
-        const Floats noise = Generators(request_.seeds)
-                                 .normal(latent_shape(request_.batch(), request_.height,
-                                                      request_.width, spec));
+        const Floats noise =
+            Generators(request_.seeds)
+                .normal(latent_shape(request_.batch(), request_.height, request_.width, spec));
         return {pack(noise, spec), sigmas, {}, {}, {}, {}};
     }
 
@@ -291,7 +291,8 @@ public:
                 any = any || marks(mask, at / request_.width, at % request_.width);
             }
             if (any) continue;
-            return {"`mask_image` marks nothing that is to be drawn: no pixel is white. Mark more."};
+            return {
+                "`mask_image` marks nothing that is to be drawn: no pixel is white. Mark more."};
         }
         return {};
     }
@@ -303,7 +304,8 @@ public:
         const Floats epsilon = generators.normal(latents_of(images_.shape[0]));
         const Floats noise = generators.normal(latents_of(request_.batch()));
         Floats begun = noise;
-        // Of all noise nothing is left of the picture; its draw comes before the others all the same.
+        // Of all noise nothing is left of the picture; its draw comes before the others all the
+        // same.
         if (levels.front() != 1.0f) {
             const Floats known = known_latents(images_, epsilon, spec, run);
             begun = scale_noise(repeat(known, request_.batch()), noise, levels.front());
@@ -348,7 +350,7 @@ private:
             const std::int64_t mask = at / (shape[1] * shape[2] * shape[3]);
             folded.values[static_cast<std::size_t>(at)] =
                 marks(mask, row * side + channel / side, column * side + channel % side) ? 1.0f
-                                                                                       : 0.0f;
+                                                                                         : 0.0f;
         }
         return repeat(pack(folded, spec), request_.batch());
     }
@@ -427,9 +429,9 @@ std::int64_t rounded_even(double value) { return static_cast<std::int64_t>(std::
 constexpr double kTrainedArea = 1024.0 * 1024.0;
 // Widths and heights of the references that FLUX.1 Kontext was trained with.
 constexpr std::int64_t kTrainedSizes[][2] = {
-    {672, 1568}, {688, 1504}, {720, 1456}, {752, 1392},  {800, 1328}, {832, 1248},
+    {672, 1568}, {688, 1504}, {720, 1456},  {752, 1392}, {800, 1328}, {832, 1248},
     {880, 1184}, {944, 1104}, {1024, 1024}, {1104, 944}, {1184, 880}, {1248, 832},
-    {1328, 800}, {1392, 752}, {1456, 720}, {1504, 688},  {1568, 672}};
+    {1328, 800}, {1392, 752}, {1456, 720},  {1504, 688}, {1568, 672}};
 
 // The training size that is nearest in proportions; where the bundle's pictures are smaller or
 // larger than FLUX.1's, it is as much smaller or larger.
@@ -467,16 +469,16 @@ std::vector<Size> reference_sizes(const Manifest& manifest, const Arguments& arg
         check_pixels(image);
         Size size{image.height, image.width};
         if (arguments.auto_resize) {
-            size = trained_size(manifest, static_cast<double>(image.width) /
-                                              static_cast<double>(image.height));
+            size = trained_size(
+                manifest, static_cast<double>(image.width) / static_cast<double>(image.height));
         }
         sizes.push_back(whole(manifest, size.height, size.width));
     }
     return sizes;
 }
 
-// A picture after reference pictures, changed as the prompt says, as diffusers' FluxKontextPipeline:
-// the references' tokens stand behind the latents in every step.
+// A picture after reference pictures, changed as the prompt says, as diffusers'
+// FluxKontextPipeline: the references' tokens stand behind the latents in every step.
 class Kontext : public Task {
 public:
     Kontext(const Manifest& manifest, const Request& request, const Arguments& arguments)
@@ -511,8 +513,8 @@ public:
         std::int64_t tokens = own.rows * own.columns;
         for (const TokenGrid& grid : grids()) tokens += grid.rows * grid.columns;
         AskedSizes sizes = encoder_sizes(height, width, spec);
-        sizes.push_back({"transformer",
-                         {{"L", tokens}, {"T", request_.max_sequence_length + tokens}}});
+        sizes.push_back(
+            {"transformer", {{"L", tokens}, {"T", request_.max_sequence_length + tokens}}});
         return sizes;
     }
 
@@ -582,8 +584,8 @@ AskedSize asked_size(const Manifest& manifest, const Arguments& arguments) {
         check_integer("max_area", *arguments.max_area, side * side, kMaxPixels));
     const double height = static_cast<double>(
         check_integer("height", asked.height.value_or(manifest.defaults.height)));
-    const double width = static_cast<double>(
-        check_integer("width", asked.width.value_or(manifest.defaults.width)));
+    const double width =
+        static_cast<double>(check_integer("width", asked.width.value_or(manifest.defaults.width)));
     const double aspect = width / height;
     const Size size = whole(manifest, rounded_even(std::sqrt(area / aspect)),
                             rounded_even(std::sqrt(area * aspect)));
@@ -716,10 +718,9 @@ std::vector<std::string> given_names(const Arguments& arguments) {
     for (const TaskWords& other : task_words()) {
         if (has(other.chosen_by, name) || has(other.options, name)) others.push_back(other.task);
     }
-    throw Error(ErrorCode::usage,
-                place + "it is for " + joined(others, " and ") +
-                    ", and this bundle's model is one for " + ways(own) +
-                    ". Leave it out, or build a checkpoint that is.");
+    throw Error(ErrorCode::usage, place + "it is for " + joined(others, " and ") +
+                                      ", and this bundle's model is one for " + ways(own) +
+                                      ". Leave it out, or build a checkpoint that is.");
 }
 
 }  // namespace
@@ -750,10 +751,11 @@ std::vector<std::string> unused_arguments(const Manifest& manifest, const Argume
         std::vector<std::string> needed;
         for (const TaskWords* other : takers) {
             // Where `image` will do, `image` and `mask_image` need not be said.
-            const bool less = std::any_of(takers.begin(), takers.end(), [&](const TaskWords* fewer) {
-                return fewer->chosen_by.size() < other->chosen_by.size() &&
-                       all_in(fewer->chosen_by, other->chosen_by);
-            });
+            const bool less =
+                std::any_of(takers.begin(), takers.end(), [&](const TaskWords* fewer) {
+                    return fewer->chosen_by.size() < other->chosen_by.size() &&
+                           all_in(fewer->chosen_by, other->chosen_by);
+                });
             if (!less) needed.push_back(quoted(other->chosen_by));
         }
         notices.push_back("`" + name + "` does nothing without " + joined(needed, " or ") + ".");

@@ -88,8 +88,8 @@ const float* ModulatedTransformer::operator()(std::int64_t level, const Floats& 
         take(condition_.modulation.data() + level * modulation[1] * width, width,
              condition_.pictures, part, {0, modulation[2], modulation[3]}, modulation_);
         Inputs inputs{
-            {"hidden_states", View({part.size(), tokens, channels},
-                                   states.data() + part.start * tokens * channels)},
+            {"hidden_states",
+             View({part.size(), tokens, channels}, states.data() + part.start * tokens * channels)},
             {"modulation", modulation_},
         };
         if (!bound.has_context) {
