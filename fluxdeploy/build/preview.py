@@ -44,16 +44,14 @@ def fit_preview(run: BuildRun) -> PreviewSpec:
     side = math.ceil(_SIDE / spec.token_side) * spec.token_side
     task = run.progress.task("Fitting the preview")
     if VAE_ENCODER.present(checkpoint):
-        images = [{"images": picture} for picture in _pictures(side)]
-        moments = run_samples(*VAE_ENCODER.source(checkpoint, "fp32"), images)
-        latents = [scale(found["mean"].astype(np.float32), spec) for found in moments]
+        images = {"images": np.concatenate(_pictures(side))}
+        (moments,) = run_samples(*VAE_ENCODER.source(checkpoint, "fp32"), [images])
+        latents = scale(moments["mean"].astype(np.float32), spec)
     else:
-        latents = _patches(side // spec.spatial_factor, spec.channels)
-    inputs = [{"latents": unscale(each, spec)} for each in latents]
-    decoded = run_samples(*VAE_DECODER.source(checkpoint, "fp32"), inputs)
-    found = linear_map(
-        np.concatenate(latents), np.concatenate([each["images"] for each in decoded]), spec
-    )
+        latents = np.concatenate(_patches(side // spec.spatial_factor, spec.channels))
+    inputs = {"latents": unscale(latents, spec)}
+    (decoded,) = run_samples(*VAE_DECODER.source(checkpoint, "fp32"), [inputs])
+    found = linear_map(latents, decoded["images"].astype(np.float32), spec)
     task.finish()
     return found
 
