@@ -19,7 +19,11 @@ from exporters.checkpoint.contents import (
     without_prefix,
 )
 from exporters.checkpoint.foreign import check_config, check_part, check_pipeline
-from exporters.checkpoint.names import canonical_transformer, canonical_vae
+from exporters.checkpoint.names import (
+    canonical_controlnet,
+    canonical_transformer,
+    canonical_vae,
+)
 from exporters.checkpoint.tensors import (
     StoredTensor,
     Weights,
@@ -39,7 +43,7 @@ from exporters.checkpoint.weight_files import (
 )
 from fluxdeploy.errors import CheckpointError
 
-__all__ = ["open_checkpoint"]
+__all__ = ["open_checkpoint", "read_folder"]
 
 _TOKENIZERS = {"clip": "tokenizer", "t5": "tokenizer_2"}
 _FOLDERS = {
@@ -252,7 +256,7 @@ def _add_vae(
     folder = root / "vae"
     # It may hold the config alone.
     if folder.is_dir() and list_weight_files(folder):
-        sources.append((folder, _read_folder("vae", folder)))
+        sources.append((folder, read_folder("vae", folder)))
     if sources:
         (first, parts["vae"]), *others = sources
         for other, part in others:
@@ -326,11 +330,14 @@ def _add(parts: dict[str, Part], absent: dict[str, str], name: str, folder: Path
     """Read a part of diffusers' layout, or note what was looked for."""
     absent[name] = f"a folder {folder.name}/ with config.json and safetensors files was looked for"
     if folder.is_dir():
-        parts[name] = _read_folder(name, folder)
+        parts[name] = read_folder(name, folder)
 
 
-def _read_folder(name: str, folder: Path) -> Part:
-    """A part in a folder of diffusers' layout. Raises `CheckpointError` for what is not read."""
+def read_folder(name: str, folder: Path) -> Part:
+    """A part in a folder of diffusers' layout. Raises `CheckpointError` for what is not read.
+
+    name: `transformer`, `vae`, `clip`, `t5` or `controlnet`.
+    """
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
             f"{folder} holds a LoRA that was not merged (adapter_config.json): merge it into the "
@@ -358,6 +365,8 @@ def _canonical(name: str, tensors: dict[str, StoredTensor]) -> dict[str, StoredT
     """A part's tensors under the names of the graphs."""
     if name == "transformer":
         return canonical_transformer(tensors)
+    if name == "controlnet":
+        return canonical_controlnet(tensors)
     return canonical_vae(tensors) if name == "vae" else with_aliases(tensors, name)
 
 

@@ -6,6 +6,7 @@ That takes PyTorch and transformers, whose import lasts longer than all that is 
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import os
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -94,8 +95,9 @@ class LastBuild:
         if self._request.calibration is not None:
             found.append(os.path.realpath(self._request.calibration))
         found += [os.path.realpath(file) for lora in self._request.loras for file in lora.files]
-        folders = os.walk(
-            os.path.realpath(path if path.is_dir() else path.parent), followlinks=True
+        roots = (path if path.is_dir() else path.parent, *self._request.controlnets)
+        folders = itertools.chain.from_iterable(
+            os.walk(os.path.realpath(root), followlinks=True) for root in roots
         )
         for number, (folder, _, files) in enumerate(folders):
             found += [os.path.join(folder, file) for file in files]

@@ -27,8 +27,10 @@ def prepare(
     """
     if request.checkpoint is not None:
         _check_apart(Path(os.path.expanduser(request.checkpoint)), destination)
+    for folder in request.controlnets:
+        _check_apart(folder, destination)
     check_destination(destination)
-    checkpoint = find_checkpoint(request.checkpoint, request.loras)
+    checkpoint = find_checkpoint(request.checkpoint, request.loras, request.controlnets)
     spec = resolve(request, checkpoint, runtime, targets)
     if any(component.quantized for component in spec.components):
         from exporters.calibrate.find import open_calibration

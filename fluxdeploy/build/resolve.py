@@ -43,7 +43,7 @@ class BuildRequest:
     `sizes` are for runtimes whose engines are tuned, `memory_limit` and `weight_streaming` for
     TensorRT. `replace` lets a bundle that runs on this machine be replaced by one that does not.
     `loras` are merged into the weights; with a `lora_rank` the bundle takes others with each call,
-    whose ranks add up to it at most.
+    whose ranks add up to it at most. `controlnets` are folders of ControlNets that join the bundle.
     """
 
     checkpoint: str | None = None
@@ -60,6 +60,7 @@ class BuildRequest:
     replace: bool = False
     loras: tuple[LoraFile, ...] = ()
     lora_rank: int = 0
+    controlnets: tuple[Path, ...] = ()
 
     @property
     def transformer_precision(self) -> str:
@@ -142,16 +143,17 @@ def resolve(
     incomplete, that contradicts itself, whose parts do not belong together, or whose scheduler no
     host has.
     """
-    from exporters.components.registry import COMPONENTS, choose_precisions
+    from exporters.components.registry import choose_precisions, components_of
     from exporters.export import check_all_used, specify
 
     check_family(checkpoint)
     check_limits(checkpoint)
     tokenizers = _tokenizers(checkpoint)
     check_drawable(checkpoint, tokenizers)
-    asked = choose_precisions(COMPONENTS, request.precision, request.component_precision)
+    known = components_of(checkpoint)
+    asked = choose_precisions(known, request.precision, request.component_precision)
     components = []
-    for name, component in COMPONENTS.items():
+    for name, component in known.items():
         if not component.present(checkpoint):
             continue
         own, devices = runtime.of(name, targets)
@@ -168,7 +170,7 @@ def resolve(
         engines = list_engines(own, devices, name, overall(profiles))
         kernels = own.attention(devices[0], precision, compute)
         components.append(ComponentSpec(export, own, devices, kernels, profiles, engines))
-    check_all_used(checkpoint, [component.export for component in components], COMPONENTS)
+    check_all_used(checkpoint, [component.export for component in components], known)
     return BuildSpec(
         request,
         checkpoint,
