@@ -14,6 +14,7 @@ from fluxdeploy.cli.options import (
     CALIBRATION,
     CHECKPOINT,
     COMPONENT_PRECISION,
+    CONTROLNETS,
     FOLDER,
     LORA_RANK,
     LORAS,
@@ -55,6 +56,7 @@ _PICTURES = 3
 @CALIBRATION
 @LORAS
 @LORA_RANK
+@CONTROLNETS
 @QUALITY
 @STRICT
 @RUNTIME
@@ -82,6 +84,7 @@ def command(
     calibration: Path | None,
     loras: tuple[LoraFile, ...],
     lora_rank: int,
+    controlnets: tuple[Path, ...],
     quality: Promise | None,
     strict: bool,
     runtime: str,
@@ -141,6 +144,7 @@ def command(
         replace,
         loras,
         lora_rank,
+        controlnets,
     )
     if page is not None:
         check_page(page)

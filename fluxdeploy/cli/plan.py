@@ -14,6 +14,7 @@ from fluxdeploy.cli.options import (
     CALIBRATION,
     CHECKPOINT,
     COMPONENT_PRECISION,
+    CONTROLNETS,
     FOLDER,
     LORA_RANK,
     LORAS,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 @CALIBRATION
 @LORAS
 @LORA_RANK
+@CONTROLNETS
 @QUALITY
 @STRICT
 @RUNTIME
@@ -74,6 +76,7 @@ def command(
     calibration: Path | None,
     loras: tuple[LoraFile, ...],
     lora_rank: int,
+    controlnets: tuple[Path, ...],
     quality: Promise | None,
     strict: bool,
     runtime: str,
@@ -123,6 +126,7 @@ def command(
         replace,
         loras,
         lora_rank,
+        controlnets,
     )
     with libraries_on_stderr():
         _, plan = prepare(

@@ -16,7 +16,7 @@ from fluxdeploy.host.prompts import Condition
 __all__ = ["ControlResiduals", "RunningControlNet", "zero_residuals"]
 
 Residuals = Mapping[str, NDArray[np.float32]]
-"""`double_residuals` and `single_residuals`, float32 [n, B, L, D], as the transformer takes them."""
+"""`double_residuals` and `single_residuals`, float32 [n, B, L, D], for the transformer."""
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class ControlNet(Task):
                 "each of them takes, in the order in which it was built with them."
             )
         sets = images if count > 1 else [images]
-        modes = _each("control_mode", arguments, count)
+        modes = _modes(arguments, manifest.controlnets)
         scales = _each("controlnet_conditioning_scale", arguments, count)
         starts = _each("control_guidance_start", arguments, count)
         ends = _each("control_guidance_end", arguments, count)
@@ -179,6 +179,18 @@ def _each(name: str, arguments: Mapping[str, Any], count: int) -> Sequence[Any]:
             "all, or one for each."
         )
     return value
+
+
+def _modes(arguments: Mapping[str, Any], records: Sequence[ControlNetRecord]) -> Sequence[Any]:
+    """The mode for each ControlNet: one for all is for those that have modes."""
+    modes = _each("control_mode", arguments, len(records))
+    if isinstance(arguments["control_mode"], (list, tuple)):
+        return modes
+    some = any(record.modes for record in records)
+    return [
+        None if some and not record.modes else mode
+        for mode, record in zip(modes, records, strict=True)
+    ]
 
 
 def _pictures(image: object, request: GenerationRequest) -> NDArray[np.float32]:
