@@ -26,11 +26,11 @@ ARGUMENTS: Mapping[str, str] = {
     "joint_attention_kwargs": (
         "the attention is part of a built engine, and a LoRA's scale of `lora=`; leave it out"
     ),
-    "masked_image_latents": "only FLUX.1-Fill reads them; give `image` and `mask_image`",
+    "masked_image_latents": "they are made of `image` and `mask_image`; give these",
     "callback": "it is `callback_on_step_end=` here",
     "callback_steps": "`callback_on_step_end` is called after every step",
     "clip_skip": "FLUX.1 reads CLIP's last layer; leave it out",
-    "control_image": "there are no ControlNets here; leave it out",
+    "_auto_resize": "it is `auto_resize=` here",
     "cross_attention_kwargs": "the attention is part of a built engine; leave it out",
     "eta": "FLUX.1's samplers draw no noise; leave it out",
     "timesteps": "the schedule is the bundle's; choose `num_inference_steps`",

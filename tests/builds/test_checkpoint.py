@@ -18,7 +18,6 @@ from fluxdeploy.build.checkpoint import (
     check_family,
     find_checkpoint,
     hash_checkpoint,
-    limits,
     require_unchanged,
 )
 from fluxdeploy.build.describe import describe
@@ -75,33 +74,39 @@ def test_an_unknown_name_of_the_package_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("kind", "limited"),
+    ("kind", "variant", "tasks"),
     [
-        ("FluxKontextPipeline", True),
-        ("FluxPipeline", False),
-        ("FluxImg2ImgPipeline", False),
-        ("FluxInpaintPipeline", False),
-        (None, False),
+        ("FluxKontextPipeline", "kontext", ("text to image", "kontext")),
+        ("FluxPipeline", "dev", ("text to image", "image to image", "inpainting")),
+        ("FluxInpaintPipeline", "dev", ("text to image", "image to image", "inpainting")),
+        (None, "dev", ("text to image", "image to image", "inpainting")),
     ],
 )
-def test_a_bundle_says_what_its_checkpoint_is_for_and_it_does_not_do(
-    tmp_path: Path, kind: str | None, limited: bool
+def test_a_bundle_says_what_its_checkpoint_is_for(
+    tmp_path: Path, kind: str | None, variant: str, tasks: tuple[str, ...]
 ) -> None:
-    source = DEMO_CHECKPOINTS["demo:dev"]
     checkpoint = find_checkpoint("demo:dev")
     if kind is not None:
-        for folder in source.iterdir():
-            if folder.is_dir():
-                (tmp_path / folder.name).symlink_to(folder)
-        index = json.loads((source / "model_index.json").read_text())
-        (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": kind}))
-        checkpoint = find_checkpoint(str(tmp_path))
-    limit = limits(checkpoint)
-    assert (limit is not None) == limited
-    provenance = _described(checkpoint).provenance
-    assert provenance.get("limits") == limit
-    if limited:
-        assert "text to image and image to image, and not the editing" in str(limit)
+        checkpoint = find_checkpoint(str(_said_to_be(kind, tmp_path)))
+    manifest = _described(checkpoint)
+    assert (manifest.variant, manifest.tasks) == (variant, tasks)
+
+
+def test_a_checkpoint_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    checkpoint = find_checkpoint(str(_said_to_be("FluxFillPipeline", tmp_path)))
+    with pytest.raises(CheckpointError, match=r"FluxFillPipeline, whose .* reads 384 .* 64"):
+        check_family(checkpoint)
+
+
+def _said_to_be(kind: str, folder: Path) -> Path:
+    """The dev demo, with another class in its model_index.json."""
+    source = DEMO_CHECKPOINTS["demo:dev"]
+    for part in source.iterdir():
+        if part.is_dir():
+            (folder / part.name).symlink_to(part)
+    index = json.loads((source / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": kind}))
+    return folder
 
 
 @pytest.mark.parametrize("kernels", [AttentionKernels.PLAIN, AttentionKernels.ONNX_RUNTIME])

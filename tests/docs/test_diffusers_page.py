@@ -13,7 +13,8 @@ from tests.docs.pages import ROOT
 
 diffusers = pytest.importorskip("diffusers")
 
-PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
+IN_ORDER = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
+PIPELINES = (*IN_ORDER, "FluxFillPipeline", "FluxControlPipeline", "FluxKontextPipeline")
 OURS = inspect.signature(FluxPipeline.__call__).parameters
 
 
@@ -37,7 +38,7 @@ def test_what_is_not_here_is_refused_with_the_sentence_of_the_table() -> None:
             assert said == f"no: {ARGUMENTS[name]}", name
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", IN_ORDER)
 def test_what_may_be_given_without_a_name_has_diffusers_order(name: str) -> None:
     ours = [each for each, of in OURS.items() if of.kind is of.POSITIONAL_OR_KEYWORD][1:]
     assert ours == arguments(name)[: len(ours)]

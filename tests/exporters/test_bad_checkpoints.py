@@ -383,15 +383,16 @@ def build(checkpoint: Path, out: Path) -> Result:
 @pytest.mark.parametrize(
     ("layout", "name"), [("copy", "x_embedder.weight"), ("bfl", "img_in.weight")]
 )
-def test_fill_variant(
+def test_channels_of_no_task(
     request: pytest.FixtureRequest, tmp_path: Path, layout: str, name: str
 ) -> None:
     folder: Path = request.getfixturevalue(layout)
     path = folder / (TRANSFORMER if layout == "copy" else "flux1.safetensors")
-    edit_tensors(path, change_tensor(name, torch.zeros(96, 384)))
+    edit_tensors(path, change_tensor(name, torch.zeros(96, 100)))
     config = folder / ("transformer/config.json" if layout == "copy" else "config.json")
-    edit_json(config, in_channels=384, out_channels=64)
-    assert_refused(build(folder, tmp_path / "out"), "takes 384 channels", "Fill")
+    edit_json(config, in_channels=100, out_channels=64)
+    words = ("takes 100 channels", "384 for fill", "128 for control")
+    assert_refused(build(folder, tmp_path / "out"), *words)
     assert not (tmp_path / "out").exists()
 
 

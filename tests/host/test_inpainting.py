@@ -332,7 +332,7 @@ def test_the_command_draws_around_an_image(opened: FluxPipeline, tmp_path: Path)
         (("--outpaint", "0,0,0,0"), "No pixels are to be added"),
         (
             ("--outpaint", "16,0,0,0", "--mask", "start.png"),
-            "Outpainting needs an image, and makes",
+            "Outpainting needs one image, and makes",
         ),
         (("--mask", "mask.png"), "mask.png is not a picture that can be read"),
         (("--mask-crop", "-1"), "--mask-crop"),

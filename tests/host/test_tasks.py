@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -153,9 +154,10 @@ def pipe(
     manifest: Manifest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Extended:
-    made = make_pipeline(manifest)
-    made.__class__ = Extended
     dummies = (WithChannels, WithTokens, WithText, WithBlend, WithComponent, WithBoth)
+    able = (*manifest.tasks, *(task.name for task in dummies))
+    made = make_pipeline(dataclasses.replace(manifest, tasks=able))
+    made.__class__ = Extended
     monkeypatch.setattr("fluxdeploy.host.pipeline.TASKS", (*TASKS, *dummies))
     assert isinstance(made, Extended)
     return made
@@ -332,7 +334,8 @@ def test_a_task_names_the_components_that_a_bundle_must_have(pipe: Extended) -> 
 
 def choose(**arguments: object) -> tuple[type[Task], tuple[str, ...]]:
     usual = {"image": None, "mask": None, "control": None, "strength": None, "blur": 0}
-    return choose_task((*TASKS, Inpaint, Control), {**usual, **arguments})
+    tasks = (TextToImage, ImageToImage, Inpaint, Control)
+    return choose_task((*tasks, Elsewhere), [task.name for task in tasks], {**usual, **arguments})
 
 
 class Inpaint(DummyTask):
@@ -344,6 +347,11 @@ class Inpaint(DummyTask):
 class Control(DummyTask):
     name: ClassVar[str] = "control"
     chosen_by: ClassVar[tuple[str, ...]] = ("control",)
+
+
+class Elsewhere(DummyTask):
+    name: ClassVar[str] = "portraits"
+    chosen_by: ClassVar[tuple[str, ...]] = ("face",)
 
 
 def test_the_arguments_that_are_given_choose_the_task() -> None:
@@ -366,8 +374,18 @@ def test_an_option_of_another_task_is_told() -> None:
         ({"mask": 1}, "`mask` has no place in text to image: inpainting takes `image` and `mask`"),
         ({"image": 1, "control": 1}, "has no place in"),
         ({"depth": 1}, "no task that takes `depth`"),
+        (
+            {"face": 1},
+            "it is for portraits, and this bundle's model is one for text to im",
+        ),
     ],
 )
 def test_what_no_task_takes_together_is_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         choose(**arguments)
+
+
+def test_a_bundle_that_takes_pictures_alone_says_what_it_takes() -> None:
+    arguments = {"image": None, "mask": None, "control": None, "strength": None, "blur": 0}
+    with pytest.raises(UsageError, match=r"for inpainting \(with `image` and `mask`\)\. Give"):
+        choose_task((TextToImage, Inpaint), ["inpainting"], {**arguments, "image": 1})
