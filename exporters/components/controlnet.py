@@ -186,6 +186,7 @@ def controlnet_components(number: int) -> tuple[Component, ...]:
                 f"{part}_encoder", config(networks), networks.transformer.patch_size, compute
             ),
             activations=functools.partial(controlnet_encoder_bytes, number),
+            turn="encode",
             present=lambda networks: bool(config(networks).hint_channels),
         ),
         Component(
@@ -195,6 +196,7 @@ def controlnet_components(number: int) -> tuple[Component, ...]:
                 f"{part}_conditioner", config(networks), compute
             ),
             activations=functools.partial(controlnet_conditioner_bytes, number),
+            turn="encode",
             vocabulary=lambda networks: config(networks).modes,
         ),
         Component(

@@ -164,6 +164,8 @@ def resolve(
         if request.lora_rank and component.part == "transformer":
             _check_lora(own, request.lora_rank)
             export = export.with_side_paths()
+        if checkpoint.controlnets and name == "transformer":
+            _check_controlnets(own, request.lora_rank)
         specs = export.chain.inputs + export.chain.outputs
         symbols = {d for spec in specs for d in spec.shape if isinstance(d, str)}
         profiles = _profiles(symbols, request, checkpoint, own)
@@ -218,6 +220,20 @@ def _check_lora(runtime: Runtime, rank: int) -> None:
         raise UsageError(
             f"{runtime.name} has no side paths for LoRAs. Build without --lora-rank, or for a "
             f"runtime that has them: {able}."
+        )
+
+
+def _check_controlnets(runtime: Runtime, rank: int) -> None:
+    if not runtime.controlnets:
+        able = ", ".join(known.name for known in runtimes() if known.controlnets)
+        raise UsageError(
+            f"{runtime.name} has no inputs for what ControlNets add. Build without --controlnet, "
+            f"or for a runtime that has them: {able}."
+        )
+    if rank:
+        raise UsageError(
+            "A bundle with --controlnet has no --lora-rank. Merge LoRAs at the build with --lora, "
+            "or leave one of the two out."
         )
 
 
