@@ -1,7 +1,7 @@
 """ControlNets against diffusers' FluxControlNetPipeline, float32, pixel by pixel.
 
 The transformer and the ControlNets run in PyTorch, stage by stage as they are exported, so that
-many kinds of them cost no trace. tests/builds/test_controlnets.py builds one.
+many kinds of them cost no trace. tests/parity/test_controlnet_bundle.py builds one.
 """
 
 from __future__ import annotations
@@ -25,27 +25,12 @@ from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.host.tasks import controlnet
 from fluxdeploy.sampling.latents import latent_shape
 from fluxdeploy.text import load_tokenizers
+from tests.parity.controlnets import CASES
 from tests.parity.test_image_to_image import FOX, ROBOT, TENTH, TOLERANCE, photograph
 from tests.parity.test_inpainting import NoiseFirst
-from tests.support.shared_folder import SharedFolder
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
-
-# By name, the checkpoint and the sizes of each ControlNet beside it.
-CASES: dict[str, tuple[str, tuple[dict[str, Any], ...]]] = {
-    # Two residuals for three blocks.
-    "InstantX": ("constant", ({"double": 2, "single": 1},)),
-    "many single blocks, no guidance": ("schnell", ({"double": 1, "single": 2},)),
-    "no single blocks": ("dev", ({"double": 2, "single": 0},)),
-    "Union": ("dev", ({"double": 1, "single": 2, "modes": 5},)),
-    # Of two and one residuals, one is summed.
-    "several": (
-        "dev",
-        ({"double": 2, "single": 1, "modes": 3}, {"double": 1, "single": 1, "seed": 3}),
-    ),
-    "XLabs": ("constant", ({"double": 2, "single": 0, "hint": 16},)),
-}
 
 USUAL: dict[str, Any] = {
     "prompt": FOX,
@@ -119,24 +104,6 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="session")
-def controlnet_folders(shared_folder: SharedFolder) -> Callable[[str], tuple[Path, ...]]:
-    """The folders of the ControlNets of a case."""
-    from tests.support.checkpoints import SHAPES, make_controlnet
-
-    def find(case: str) -> tuple[Path, ...]:
-        checkpoint, sizes = CASES[case]
-        return tuple(
-            shared_folder.entry(
-                f"controlnet-{case}-{i}",
-                functools.partial(make_controlnet, shape=SHAPES[checkpoint], **each),
-            )
-            for i, each in enumerate(sizes)
-        )
-
-    return find
-
-
-@pytest.fixture(scope="session")
 def open_controlled(
     bundle: Callable[[str], Path],
     checkpoint: Callable[[str], Path],
@@ -179,30 +146,6 @@ def open_controlled(
         return FluxPipeline(changed, load_tokenizers(plain), open_component)
 
     return functools.cache(make)
-
-
-@pytest.fixture(scope="session")
-def open_reference_controlled(
-    open_reference: Callable[[str], Any], controlnet_folders: Callable[[str], tuple[Path, ...]]
-) -> Callable[[str], Any]:
-    """diffusers' pipeline of a case."""
-    import diffusers
-
-    @functools.cache
-    def make(case: str) -> Any:
-        parts = dict(open_reference(CASES[case][0]).components)
-        for adapter in ("image_encoder", "feature_extractor"):
-            del parts[adapter]
-        nets = [
-            diffusers.FluxControlNetModel.from_pretrained(folder)
-            for folder in controlnet_folders(case)
-        ]
-        net = nets[0] if len(nets) == 1 else diffusers.FluxMultiControlNetModel(nets)
-        pipe = diffusers.FluxControlNetPipeline(**parts, controlnet=net)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    return make
 
 
 def draw(pipe: FluxPipeline, call: dict[str, Any], seed: int = 5) -> np.ndarray:
