@@ -18,14 +18,15 @@ from tests.support.shared_folder import SharedFolder
 
 pytest.importorskip("diffusers")
 
-KINDS: dict[str, dict[str, Any]] = {
-    "plain": {"double": 1, "single": 1},
-    "pixels": {"double": 1, "single": 0, "hint": 16},
-    "narrow": {"double": 1, "single": 0, "heads": 3},
-    "axes": {"double": 1, "single": 0, "axes_dims": (8, 8, 8)},
-    "text": {"double": 1, "single": 0, "text_width": 40},
-    "pooled": {"double": 1, "single": 0, "pooled_width": 44},
-    "coarse": {"double": 1, "single": 0, "hint": 4},
+# By name, how its shape differs from that of `dev`, and its sizes.
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {"single": 1}),
+    "pixels": ({}, {"hint": 16}),
+    "coarse": ({}, {"hint": 4}),
+    "narrow": ({"heads": 3}, {}),
+    "axes": ({"axes_dims": (8, 8, 8)}, {}),
+    "text": ({"text_width": 40}, {}),
+    "pooled": ({"pooled_width": 44}, {}),
 }
 
 
@@ -35,21 +36,11 @@ def folder(shared_folder: SharedFolder) -> Callable[[str], Path]:
     from tests.support.checkpoints import SHAPES, make_controlnet
 
     def make(kind: str) -> Path:
-        sizes = dict(KINDS[kind])
-        shape = replace(
-            SHAPES["dev"],
-            **{name: sizes.pop(name) for name in list(sizes) if hasattr(SHAPES["dev"], name)}
-            if kind not in ("plain", "pixels", "coarse")
-            else {},
-        )
+        changes, sizes = KINDS[kind]
+        shape = replace(SHAPES["dev"], **changes)
         return shared_folder.entry(
             f"controlnet-of-{kind}",
-            lambda path: make_controlnet(
-                path,
-                shape,
-                **{"double": KINDS[kind]["double"], "single": KINDS[kind]["single"]},
-                hint=KINDS[kind].get("hint"),
-            ),
+            lambda path: make_controlnet(path, shape, **{"double": 1, "single": 0, **sizes}),
         )
 
     return make
