@@ -134,7 +134,7 @@ def test_kinds_and_numbers_that_do_not_go_together_are_refused(
         find_checkpoint(dev, (), (folder("plain"),) * 5)
     with pytest.raises(CheckpointError, match="is one for fill, and ControlNets go with"):
         find_checkpoint(str(checkpoint("fill")), (), (folder("plain"),))
-    with pytest.raises(CheckpointError, match="control pictures of 16, and the checkpoint 64"):
+    with pytest.raises(CheckpointError, match="says patch_size 2, and its tensors say 4"):
         find_checkpoint(dev, (), (folder("coarse"),))
 
 

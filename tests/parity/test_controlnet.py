@@ -209,32 +209,29 @@ def test_the_steps_in_which_it_counts_are_diffusers(start: float, end: float, st
         assert found[i] == np.float32(0.7 * keep)
 
 
-class Shifted(controlnet.ControlNet):
-    """Counts a step later."""
+def a_step_late(patch: pytest.MonkeyPatch) -> None:
+    def scales(self: Any, given: controlnet.Controlled) -> Any:
+        return np.roll(usual(self, given), 1)
 
-    def _scales(self, given: controlnet.Controlled) -> Any:
-        return np.roll(super()._scales(given), 1)
-
-
-def shifted(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(controlnet.ControlNet, "_scales", Shifted._scales)
+    usual = controlnet.ControlNet._scales
+    patch.setattr(controlnet.ControlNet, "_scales", scales)
 
 
-def again(patch: pytest.MonkeyPatch) -> None:
+def second_from_the_second_block_on(patch: pytest.MonkeyPatch) -> None:
     def rows(nets: object, kind: str, blocks: int) -> list[int]:
-        return [0 if block == 0 else 1 for block in range(blocks)]
+        return [min(block, 1) if kind == "double" else 0 for block in range(blocks)]
 
     patch.setattr("exporters.components.mmdit.residual_rows", rows)
 
 
-def text_first(patch: pytest.MonkeyPatch) -> None:
-    def zeros(self: Any, level: int, latents: np.ndarray, part: slice) -> Any:
+def none_for_negative_prompts(patch: pytest.MonkeyPatch) -> None:
+    def recall(self: Any, level: int, latents: np.ndarray, part: slice) -> Any:
         return residuals.zero_residuals(self._transformer, *latents.shape[:2])
 
-    patch.setattr(residuals.ControlResiduals, "recall", zeros)
+    patch.setattr(residuals.ControlResiduals, "recall", recall)
 
 
-def squared(patch: pytest.MonkeyPatch) -> None:
+def without_a_mode(patch: pytest.MonkeyPatch) -> None:
     def run(self: Any, net: Any, level: int, latents: np.ndarray, part: slice) -> Any:
         other = replace(net, condition=replace(net.condition, mode=0 * net.condition.mode))
         return usual(self, other, level, latents, part)
@@ -243,27 +240,43 @@ def squared(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(residuals.ControlResiduals, "_run", run)
 
 
+def noise_first(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(controlnet, "Generators", NoiseFirst)
+
+
 MISTAKES: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
-    "order of draws": (
-        "same size",
-        lambda patch: patch.setattr(controlnet, "Generators", NoiseFirst),
+    "order of draws": ("same size", noise_first),
+    "steps in which it counts": ("resized, a part of the steps", a_step_late),
+    "residuals of negative prompts": (
+        "one for two prompts, negative prompts",
+        none_for_negative_prompts,
     ),
-    "steps in which it counts": ("resized, a part of the steps", shifted),
-    "number of a residual": ("same size", again),
-    "residuals of negative prompts": ("one for two prompts, negative prompts", text_first),
-    "mode": ("Union", squared),
+    "mode": ("Union", without_a_mode),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_wrong_formulas_move_the_picture(
-    mistake: str, open_controlled: Any, monkeypatch: pytest.MonkeyPatch
+    mistake: str,
+    open_controlled: Callable[[str], FluxPipeline],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name, make = MISTAKES[mistake]
     case, call = CALLS[name]
-    expected = draw(open_controlled(case), call)
+    pipe = open_controlled(case)
+    expected = draw(pipe, call)
     make(monkeypatch)
-    # Opened anew, for the order of residuals is part of the graph.
+    worst = np.abs(draw(pipe, call) - expected).max()
+    assert worst > TENTH, f"moved by {worst:.3g}"
+
+
+def test_another_residual_after_a_block_moves_the_picture(
+    open_controlled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, call = CALLS["same size"]
+    expected = draw(open_controlled(case), call)
+    second_from_the_second_block_on(monkeypatch)
+    # Opened anew, for which residual it is is part of the graph.
     worst = np.abs(draw(open_controlled.__wrapped__(case), call) - expected).max()
     assert worst > TENTH, f"moved by {worst:.3g}"
 
