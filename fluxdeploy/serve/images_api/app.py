@@ -32,8 +32,8 @@ from fluxdeploy.serve.images_api.replies import MEDIA_TYPES
 from fluxdeploy.serve.images_api.schema import EDIT, GENERATION, RESPONSES
 from fluxdeploy.serve.images_api.settings import Settings
 from fluxdeploy.serve.images_api.uploads import (
+    Files,
     LimitedBodies,
-    decoded,
     read_body,
     read_files,
     read_form,
@@ -134,20 +134,19 @@ class _Server:
         return await self._answer(request, drawing, "image_generation")
 
     async def edits(self, request: Request) -> Response:
-        """Draw pictures from a picture: all of it, or what a mask shows."""
+        """Draw pictures from pictures: all of one, what a mask shows, or along another one."""
         form = await read_form(request)
         try:
-            fields, image, mask = await read_files(form)
+            fields, files = await read_files(form)
         finally:
             await form.close()
         body = read_fields(EditBody, fields)
         # Beside the loop, which serves others meanwhile.
-        drawing = await asyncio.to_thread(self._edit, body, image, mask)
+        drawing = await asyncio.to_thread(self._edit, body, files)
         return await self._answer(request, drawing, "image_edit")
 
-    def _edit(self, body: EditBody, image: bytes, mask: bytes | None) -> Drawing:
-        manifest, settings = self._backend.manifest, self._settings
-        return read_drawing(body, manifest, settings, *decoded(image, mask))
+    def _edit(self, body: EditBody, files: Files) -> Drawing:
+        return read_drawing(body, self._backend.manifest, self._settings, files.decoded())
 
     async def _answer(self, request: Request, drawing: Drawing, kind: str) -> Response:
         if drawing.body.stream:

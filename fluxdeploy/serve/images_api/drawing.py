@@ -14,6 +14,7 @@ from fluxdeploy.serve.images_api.bodies import EditBody, GenerationBody
 from fluxdeploy.serve.images_api.errors import ApiError
 from fluxdeploy.serve.images_api.settings import Settings
 from fluxdeploy.serve.images_api.sizes import Sizes
+from fluxdeploy.serve.images_api.uploads import Pictures
 
 __all__ = ["Drawing", "limits_of", "model_name", "read_drawing"]
 
@@ -23,6 +24,8 @@ _PASSED = (
     *("sampler", "skip"),
 )
 """Fields that are arguments of the pipeline under the same names."""
+
+_NONE = Pictures()
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,14 @@ def read_drawing(
     body: GenerationBody | EditBody,
     manifest: Manifest,
     settings: Settings,
-    image: Image | None = None,
-    mask: Image | None = None,
+    pictures: Pictures = _NONE,
 ) -> Drawing:
     """What a body asks for, with the bundle's defaults. Raises `ApiError`."""
     if body.model not in (None, served := model_name(manifest, settings)):
         raise ApiError(404, f"There is no model {body.model!r} here; there is {served!r}.", "model")
     sizes = Sizes.of(manifest)
-    width, height = body.width_and_height or sizes.default(manifest.defaults, image)
+    first = next(iter(pictures.images), pictures.control_image)
+    width, height = body.width_and_height or sizes.default(manifest.defaults, first)
     sizes.check(width, height)
     if width * height * body.n > settings.max_pixels:
         raise ApiError(
@@ -74,10 +77,7 @@ def read_drawing(
     arguments |= {"width": width, "height": height, "num_images_per_prompt": body.n}
     arguments |= {"num_inference_steps": steps, "priority": body.priority}
     arguments |= {"num_previews": body.partial_images}
-    for name, given in (("image", image), ("mask_image", mask)):
-        if given is not None:
-            # As the pipeline would: what waits for its turn is then as large as what is drawn.
-            arguments[name] = given.resize((width, height), Resampling.LANCZOS)
+    arguments |= _given(pictures, width, height, "kontext" in manifest.tasks)
     guidance = defaults.guidance_scale if body.guidance_scale is None else body.guidance_scale
     echo = {
         "num_inference_steps": steps,
@@ -86,6 +86,32 @@ def read_drawing(
         "true_cfg_scale": 1.0 if body.true_cfg_scale is None else body.true_cfg_scale,
     }
     return Drawing(body, width, height, arguments, echo, int(time.time()))
+
+
+def _given(pictures: Pictures, width: int, height: int, references: bool) -> dict[str, Any]:
+    """The arguments that pictures are.
+
+    references: whether the images keep their sizes, and are several for one picture.
+    """
+
+    def resized(picture: Image) -> Image:
+        # As the pipeline would: what waits for its turn is then as large as what is drawn.
+        return picture.resize((width, height), Resampling.LANCZOS)
+
+    images = pictures.images
+    given: dict[str, Any] = {}
+    if references and images:
+        given["image"] = [list(images)]
+    elif len(images) > 1:
+        raise ApiError(
+            400, f"There are {len(images)} images, and this model draws from one.", "image"
+        )
+    elif images:
+        given["image"] = resized(images[0])
+    for name, picture in (("mask_image", pictures.mask), ("control_image", pictures.control_image)):
+        if picture is not None:
+            given[name] = resized(picture)
+    return given
 
 
 def model_name(manifest: Manifest, settings: Settings) -> str:
@@ -98,7 +124,8 @@ def model_name(manifest: Manifest, settings: Settings) -> str:
 def limits_of(manifest: Manifest, settings: Settings) -> dict[str, Any]:
     """What a bundle draws, for whoever asks for the model."""
     sizes, defaults = Sizes.of(manifest), manifest.defaults
-    editing = "vae_encoder" in manifest.components
+    editing = "vae_encoder" in manifest.components and set(manifest.tasks) != {"text to image"}
+    noising = not {"image to image", "inpainting", "fill"}.isdisjoint(manifest.tasks)
     return {
         "width": {**asdict(sizes.widths), "default": defaults.width},
         "height": {**asdict(sizes.heights), "default": defaults.height},
@@ -106,6 +133,9 @@ def limits_of(manifest: Manifest, settings: Settings) -> dict[str, Any]:
         "max_pixels": settings.max_pixels,
         "num_inference_steps": {"max": settings.max_steps, "default": defaults.num_inference_steps},
         "guidance_scale": defaults.guidance_scale if manifest.guidance_embedding else None,
-        "strength": defaults.strength if editing else None,
-        "tasks": ["generations", "edits"] if editing else ["generations"],
+        "strength": defaults.strength if editing and noising else None,
+        "tasks": [
+            *(["generations"] if "text to image" in manifest.tasks else []),
+            *(["edits"] if editing else []),
+        ],
     }

@@ -42,8 +42,13 @@ def _request(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
 def _edit_schema() -> dict[str, Any]:
     schema = EditBody.model_json_schema()
     file = {"type": "string", "format": "binary"}
-    schema["properties"] = {**schema["properties"], "image": file, "mask": file}
-    schema["required"] = [*schema["required"], "image"]
+    files = {
+        "image": {"anyOf": [file, {"type": "array", "items": file}]},
+        "mask": file,
+        "control_image": file,
+    }
+    schema["properties"] = {**schema["properties"], **files}
+    schema["anyOf"] = [{"required": ["image"]}, {"required": ["control_image"]}]
     return schema
 
 

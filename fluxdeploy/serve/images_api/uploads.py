@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from fastapi import Request
@@ -17,19 +18,51 @@ from fluxdeploy.errors import FluxDeployError
 from fluxdeploy.host.input_images import decode_image, decode_mask
 from fluxdeploy.serve.images_api.errors import ApiError, as_api_error
 
-__all__ = ["LimitedBodies", "decoded", "read_body", "read_files", "read_form"]
+__all__ = ["Files", "LimitedBodies", "Pictures", "read_body", "read_files", "read_form"]
 
 _T = TypeVar("_T")
 
 # It tells of each form that is damaged, on stderr; the client is told.
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
-_FIELDS, _FILES = 40, 4
+_FIELDS, _FILES = 40, 18
 _FIELD_BYTES = 1 << 20
 _JSON_BYTES = 1 << 20
 
 _PATIENCE = 60.0
 """Seconds for a body to arrive."""
+
+_MOST = {"image": 16, "mask": 1, "control_image": 1}
+"""Files of a name in a form."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a request is drawn from: pictures, a mask of the first, and one to draw along."""
+
+    images: tuple[Image, ...] = ()
+    mask: Image | None = None
+    control_image: Image | None = None
+
+
+@dataclass(frozen=True)
+class Files:
+    """The bytes of a form's files, by name."""
+
+    data: Mapping[str, Sequence[bytes]]
+
+    def decoded(self) -> Pictures:
+        """The pictures in them. Raises `ApiError`."""
+
+        def all_of(kind: str, decode: Callable[[bytes, str], Image]) -> tuple[Image, ...]:
+            return tuple(_decoded(kind, data, decode) for data in self.data[kind])
+
+        masks, controls = all_of("mask", decode_mask), all_of("control_image", decode_image)
+        return Pictures(
+            all_of("image", decode_image),
+            masks[0] if masks else None,
+            controls[0] if controls else None,
+        )
 
 
 class LimitedBodies:
@@ -84,15 +117,16 @@ async def _in_time(reading: Awaitable[_T]) -> _T:
         raise ApiError(408, f"The body did not arrive within {_PATIENCE:.0f} s.") from None
 
 
-async def read_files(form: FormData) -> tuple[dict[str, str], bytes, bytes | None]:
-    """The fields of an edit's form, its image's file, and its mask's. Raises `ApiError`."""
+async def read_files(form: FormData) -> tuple[dict[str, str], Files]:
+    """The fields of an edit's form, and its files. Raises `ApiError`."""
     fields: dict[str, str] = {}
-    files: dict[str, list[UploadFile]] = {"image": [], "mask": []}
+    files: dict[str, list[UploadFile]] = {name: [] for name in _MOST}
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
             kind = "image" if name == "image[]" else name
             if kind not in files:
-                raise ApiError(400, f"The file {kind[:64]!r} is unknown. Send image and mask.")
+                known = ", ".join(_MOST)
+                raise ApiError(400, f"The file {kind[:64]!r} is unknown. There are {known}.")
             files[kind].append(value)
         elif name in fields:
             raise ApiError(400, f"The field {name[:64]!r} is there twice.")
@@ -101,19 +135,12 @@ async def read_files(form: FormData) -> tuple[dict[str, str], bytes, bytes | Non
         else:
             fields[name] = value
     for kind, held in files.items():
-        if len(held) > 1:
-            raise ApiError(400, f"There are {len(held)} files {kind}. Send one.", kind)
-    if not files["image"]:
+        if len(held) > _MOST[kind]:
+            most = "one" if _MOST[kind] == 1 else str(_MOST[kind])
+            raise ApiError(400, f"There are {len(held)} files {kind}. Send {most}.", kind)
+    if not files["image"] and not files["control_image"]:
         raise ApiError(400, "The file `image` is missing.", "image")
-    masks = files["mask"]
-    return fields, await files["image"][0].read(), await masks[0].read() if masks else None
-
-
-def decoded(image: bytes, mask: bytes | None) -> tuple[Image, Image | None]:
-    """The pictures in an edit's files. Raises `ApiError`."""
-    return _decoded("image", image, decode_image), (
-        None if mask is None else _decoded("mask", mask, decode_mask)
-    )
+    return fields, Files({kind: [await each.read() for each in files[kind]] for kind in files})
 
 
 def _decoded(kind: str, data: bytes, decode: Callable[[bytes, str], Image]) -> Image:

@@ -36,7 +36,8 @@ _FIELDS = {field.argument: field for field in INPUTS if field.argument is not No
 
 _OUTPUTS = ("image", "seeds", "event", "step", "sigma", "seconds")
 
-_DTYPES = {
+_DTYPES: Mapping[str, type[np.generic]] = {
+    "BOOL": np.bool_,
     "FP32": np.float32,
     "FP64": np.float64,
     "INT32": np.int32,
@@ -224,11 +225,20 @@ def _tensors(arguments: Mapping[str, Any]) -> list[tuple[str, str, Array]]:
         if value is None:
             continue
         field = _FIELDS[name]
+        if field.dtype == "UINT8":
+            value = _only(value)
         if field.dtype == "UINT8" and isinstance(value, Image.Image):
             tensors.append((f"{field.name}_bytes", "STRING", _file(name, value)))
         else:
             tensors.append((field.name, field.dtype, _values(name, field, value)))
     return tensors
+
+
+def _only(value: Any) -> Any:
+    """The picture in a list of one, or in a list of one list of one."""
+    while isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    return value
 
 
 def _file(name: str, picture: Image.Image) -> Array:

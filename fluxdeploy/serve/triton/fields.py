@@ -53,12 +53,16 @@ INPUTS: tuple[Field, ...] = (
     _argument("latents", "FP32", (-1, -1, -1), "packed noise to start from, in place of a seed"),
     _argument("image", "UINT8", (-1, -1, 3), "a picture to start from, [H, W, 3]"),
     Field("image_bytes", "STRING", (1,), "the same as the bytes of its file, or these in base64"),
-    _argument("mask_image", "UINT8", (-1, -1), "inpainting: what to draw anew is white, [H, W]"),
+    _argument("mask_image", "UINT8", (-1, -1), "what to draw anew is white, [H, W]"),
     Field("mask_image_bytes", "STRING", (1,), "the same as the bytes of its file, or in base64"),
     _argument("strength", "FP64", (1,), "how much of the image becomes noise, 0 to 1"),
     _argument(
         "padding_mask_crop", "INT32", (1,), "pixels kept around the mask's part, drawn alone"
     ),
+    _argument("control_image", "UINT8", (-1, -1, 3), "edges or depths to draw along, [H, W, 3]"),
+    Field("control_image_bytes", "STRING", (1,), "the same as the bytes of its file, or in base64"),
+    _argument("max_area", "INT32", (1,), "Kontext: pixels of a picture, whatever size is asked"),
+    _argument("auto_resize", "BOOL", (1,), "Kontext: whether the image gets a size of training"),
     _argument("max_sequence_length", "INT32", (1,), "T5 tokens of a prompt"),
     _argument("sampler", "STRING", (1,), "how steps use the velocity; `euler` by default"),
     _argument("skip", "STRING", (1,), "`auto`: leaves out the evaluations that `tune` found"),

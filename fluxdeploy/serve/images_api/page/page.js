@@ -155,7 +155,7 @@ function readFields() {
   if ($("negative_prompt").value) fields.negative_prompt = $("negative_prompt").value;
   else delete fields.true_cfg_scale;
   if (limits.guidance_scale === null) delete fields.guidance_scale;
-  if (image) fields.strength = Number($("strength").value);
+  if (image && limits.strength !== null) fields.strength = Number($("strength").value);
   return fields;
 }
 

@@ -1,0 +1,52 @@
+"""What a request's files become, for bundles that were not made for text to image."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fluxdeploy.bundle import open_bundle
+from fluxdeploy.bundle.manifest import Manifest
+from fluxdeploy.serve.images_api.bodies import EditBody
+from fluxdeploy.serve.images_api.drawing import limits_of, read_drawing
+from fluxdeploy.serve.images_api.errors import ApiError
+from fluxdeploy.serve.images_api.settings import Settings
+from fluxdeploy.serve.images_api.uploads import Pictures
+
+BODY = EditBody(prompt="make it blue")
+WIDE, TALL = Image.new("RGB", (60, 30)), Image.new("RGB", (30, 60))
+
+
+def manifest(bundle: Path, *tasks: str) -> Manifest:
+    return dataclasses.replace(open_bundle(bundle).manifest, tasks=tasks)
+
+
+def test_a_kontext_bundle_takes_several_images_of_their_own_sizes(demo_bundle: Path) -> None:
+    kontext = manifest(demo_bundle, "text to image", "kontext")
+    drawing = read_drawing(BODY, kontext, Settings(), Pictures((WIDE, TALL)))
+    assert drawing.arguments["image"] == [[WIDE, TALL]]
+    assert drawing.width > 1.5 * drawing.height
+    limits = limits_of(kontext, Settings())
+    assert (limits["tasks"], limits["strength"]) == (["generations", "edits"], None)
+
+
+def test_another_bundle_draws_from_one_image(demo_bundle: Path) -> None:
+    fill = manifest(demo_bundle, "fill")
+    with pytest.raises(ApiError, match="There are 2 images"):
+        read_drawing(BODY, fill, Settings(), Pictures((WIDE, TALL), TALL))
+    drawing = read_drawing(BODY, fill, Settings(), Pictures((WIDE,), TALL))
+    size = (drawing.width, drawing.height)
+    assert drawing.arguments["image"].size == drawing.arguments["mask_image"].size == size
+    limits = limits_of(fill, Settings())
+    assert (limits["tasks"], limits["strength"]) == (["edits"], fill.defaults.strength)
+
+
+def test_a_control_image_stands_in_place_of_an_image(demo_bundle: Path) -> None:
+    control = manifest(demo_bundle, "control")
+    drawing = read_drawing(BODY, control, Settings(), Pictures(control_image=WIDE))
+    assert "image" not in drawing.arguments
+    assert drawing.arguments["control_image"].size == (drawing.width, drawing.height)
+    assert drawing.width > drawing.height
