@@ -92,7 +92,10 @@ def _mode_stages(config: ControlNetConfig, compute: ComputeType, text: str) -> l
     repeat = make_piece(controlnet.RepeatFirst, compute, table)
     return [
         Stage(prepend, ("mode", text), ("context.0",)),
-        *(Stage(repeat, (f"rope_{axis}",), (f"mode_{axis}",)) for axis in ("cos", "sin")),
+        *(
+            Stage(repeat, (f"rope_{axis}",), (f"mode_{axis}",), f"mode_{axis}.")
+            for axis in ("cos", "sin")
+        ),
     ]
 
 

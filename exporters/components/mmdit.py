@@ -197,7 +197,8 @@ def _with_residuals(
         names = (before, *(() if double else ("context.0",)), f"{kind}_residuals")
         stages += [
             replace(stage, writes=(before, *others)),
-            Stage(adds[row], names, (end,)),
+            # It has no weights: what stands for their place makes its nodes' names its own.
+            Stage(adds[row], names, (end,), f"{end}."),
         ]
     return stages
 
