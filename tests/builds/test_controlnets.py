@@ -7,12 +7,17 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from engines import runtimes
 from fluxdeploy.build.checkpoint import find_checkpoint, hash_checkpoint
-from fluxdeploy.errors import CheckpointError
+from fluxdeploy.build.resolve import _check_controlnets
+from fluxdeploy.bundle.manifest import DimensionRange, TensorSpec
+from fluxdeploy.errors import CheckpointError, UsageError
 from fluxdeploy.progress import Progress
 from tests.support.shared_folder import SharedFolder
 
@@ -169,3 +174,25 @@ def test_several_add_up_as_many_residuals_as_each_has() -> None:
     assert residual_count([config(5, 10), config(6, 0)], "single") == 10
     # As in diffusers, where the first has none the others' do not count.
     assert residual_count([config(6, 0), config(5, 10)], "single") == 0
+
+
+def test_what_has_no_room_for_them_is_refused() -> None:
+    native, onnxruntime = (runtimes(name)[0] for name in ("native", "onnxruntime"))
+    _check_controlnets(onnxruntime, 0)
+    with pytest.raises(UsageError, match="native has no inputs for what ControlNets add"):
+        _check_controlnets(native, 0)
+    with pytest.raises(UsageError, match="A bundle with --controlnet has no --lora-rank"):
+        _check_controlnets(onnxruntime, 4)
+
+
+def test_golden_residuals_are_as_many_as_the_transformer_takes(dev: str) -> None:
+    from exporters.check.golden import golden_inputs
+
+    opened = find_checkpoint(dev)
+    shape = (1, "B", "L", 8)
+    chain: Any = SimpleNamespace(inputs=(TensorSpec("double_residuals", "float32", shape),))
+    given = np.arange(2 * 2 * 24 * 8, dtype=np.float32).reshape(2, 2, 24, 8)
+    constants = (opened.latents, opened.rope, opened.schedule)
+    ranges = {"B": DimensionRange(1, 1, 1)}
+    found = golden_inputs(chain, None, *constants, ranges, {"double_residuals": given})
+    np.testing.assert_array_equal(found["double_residuals"], given[:1, :1])
