@@ -17,6 +17,7 @@ from fluxdeploy.bundle import open_bundle
 from fluxdeploy.bundle.manifest import from_json, to_json
 from fluxdeploy.cli import main
 from fluxdeploy.errors import BundleError
+from fluxdeploy.host.examples import example_control
 from fluxdeploy.host.pictures import read_metadata
 from fluxdeploy.host.pipeline import FluxPipeline
 from tests.conftest import build_bundle
@@ -34,7 +35,7 @@ CALL: dict[str, Any] = {
     "height": 48,
     "width": 32,
     "num_images_per_prompt": 2,
-    "negative_prompt": "blurred",
+    "negative_prompt": ["blurred", ""],
     "true_cfg_scale": 2.0,
     "control_image": photograph(48, 32),
     "control_mode": 3,
@@ -92,11 +93,19 @@ def test_without_control_a_picture_is_the_plain_model_s_to_the_bit(
     assert np.abs(pictures - draw(pipe, CALL)).max() > TENTH
 
 
-def test_image_to_image_and_warming_up_go_on(pipe: FluxPipeline) -> None:
-    before = pipe.stats.pictures
-    pipe.warm_up()
-    pipe(FOX, image=photograph(48, 32), height=48, width=32, num_inference_steps=3, seed=1)
-    assert pipe.stats.pictures == before + 2
+def test_image_to_image_goes_on(
+    pipe: FluxPipeline, open_pipeline: Callable[[str], FluxPipeline]
+) -> None:
+    sizes = {"height": 48, "width": 32, "num_inference_steps": 3, "max_sequence_length": 16}
+    call = {"prompt": FOX, "image": photograph(48, 32), **sizes}
+    np.testing.assert_array_equal(draw(pipe, call), draw(open_pipeline("dev"), call))
+
+
+def test_warming_up_runs_the_controlnet(pipe: FluxPipeline) -> None:
+    given = example_control(pipe.bundle.manifest, 32, 48)
+    assert len(given["control_image"]) == 1
+    assert given["control_mode"] == 0
+    pipe(FOX, height=32, width=48, num_inference_steps=1, max_sequence_length=16, **given)
 
 
 def test_the_manifest_names_the_controlnet(union: Path) -> None:
@@ -169,7 +178,7 @@ def test_generate_takes_its_options_and_writes_them_down(union: Path, tmp_path: 
         "controlnet_scale": 0.7,
         "control_start": "0.5",
         "control_guidance_end": [1],
-        "out": str(again),
+        "out": "b.png",
     }
     (tmp_path / "lines.jsonl").write_text(json.dumps(line) + "\n")
     lines = ["--prompts", str(tmp_path / "lines.jsonl"), "--out", str(again)]
