@@ -196,3 +196,20 @@ def test_golden_residuals_are_as_many_as_the_transformer_takes(dev: str) -> None
     ranges = {"B": DimensionRange(1, 1, 1)}
     found = golden_inputs(chain, None, *constants, ranges, {"double_residuals": given})
     np.testing.assert_array_equal(found["double_residuals"], given[:1, :1])
+
+
+def test_a_transformer_with_controlnets_is_measured_as_the_plain_one(
+    dev: str, folder: Callable[[str], Path]
+) -> None:
+    from exporters.calibrate.trajectory import Calibration, start_samples, take_step
+    from exporters.components.registry import COMPONENTS
+
+    calibration = Calibration(("a fox",), 0, ((32, 48),), 2, 3.5)
+    ends = []
+    for nets in ((), (folder("plain"),)):
+        opened = find_checkpoint(dev, (), nets)
+        (sample,) = start_samples(opened, calibration, Progress(quiet=True))
+        assert ("single_residuals" in sample.inputs(0)) == bool(nets)
+        take_step(*COMPONENTS["transformer"].source(opened, "fp32"), [sample], 0)
+        ends.append(sample.latents)
+    np.testing.assert_array_equal(*ends)
