@@ -24,6 +24,7 @@ from onnxscript.optimizer import optimize_ir
 from torch import Tensor, nn
 
 from exporters.components.chain import Chain, Piece
+from exporters.graph.lower import to_onnx
 from exporters.graph.simplify import drop_round_trips, simplify_shapes
 from fluxdeploy.bundle.manifest import TensorSpec
 from fluxdeploy.errors import ExportError
@@ -101,19 +102,9 @@ def _trace_pieces(chain: Chain) -> dict[Piece, _Traced]:
     )
     try:
         with _quiet(), torch.device("meta"), torch.no_grad():
-            program = torch.onnx.export(
-                torch.export.export(
-                    _SideBySide(pieces), (arguments,), dynamic_shapes=(dynamic,), strict=False
-                ),
-                dynamo=True,
-                optimize=False,
-                verify=False,
-                verbose=False,
-                opset_version=OPSET,
-            )
+            program = to_onnx(_SideBySide(pieces), (arguments,), (dynamic,), OPSET)
     except Exception as error:
         raise ExportError(f"{chain.component} could not be traced to ONNX: {error}") from error
-    assert program is not None
     graph = program.model.graph
     inputs = iter(list(graph.inputs))
     parameters = [_take_parameters(graph, number, piece) for number, piece in enumerate(pieces)]

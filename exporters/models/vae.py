@@ -62,7 +62,7 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.group_norm(x, activate=False).flatten(2).transpose(1, 2)[:, None]
         y = attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens), x.shape[1] ** -0.5)
-        return x + self.to_out[0](y[:, 0]).transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + self.to_out[0](y[:, 0]).transpose(1, 2).reshape(x.shape)
 
 
 class Upsample(nn.Module):

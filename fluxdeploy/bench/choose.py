@@ -79,6 +79,8 @@ def choose_contenders(
         _check_installed(name)
     paths = dict.fromkeys(str(path) for path in request.bundles)
     bundles = {name: open_bundle(name) for name in paths}
+    for bundle in bundles.values():
+        bundle.manifest.require_text_to_image("bench")
     first = next(iter(bundles.values()))
     generation = _check_sizes(request, bundles)
     checkpoint = _find_checkpoint(first, request.checkpoint, progress) if request.peers else ""

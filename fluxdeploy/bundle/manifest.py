@@ -23,7 +23,7 @@ from fluxdeploy.bundle.typed_json import (
     parse,
     to_plain,
 )
-from fluxdeploy.errors import BundleError
+from fluxdeploy.errors import BundleError, UsageError
 
 __all__ = [
     "MANIFEST_NAME",
@@ -366,6 +366,14 @@ class Manifest:
             if RANK in engine.dimensions
         ]
         return min(ranks, default=0)
+
+    def require_text_to_image(self, command: str) -> None:
+        """Raise `UsageError` for a bundle that does not draw from text alone, as `command` does."""
+        if "text to image" not in self.tasks:
+            raise UsageError(
+                f"`{command}` draws from text alone, and this bundle's model is one for "
+                f"{' and '.join(self.tasks)}. Give a bundle of another checkpoint."
+            )
 
     def files(self) -> Iterator[tuple[str, FileRecord]]:
         """Every file record with its place in the JSON; a shared file comes more than once."""

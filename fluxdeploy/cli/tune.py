@@ -72,6 +72,7 @@ def command(
         FluxPipeline.from_bundle(bundle, runtime, options) as pipe,
         Progress(quiet=as_json) as progress,
     ):
+        pipe.bundle.manifest.require_text_to_image("tune")
         defaults = pipe.bundle.manifest.defaults
         height, width = size or (defaults.height, defaults.width)
         steps = defaults.num_inference_steps if steps is None else steps

@@ -61,21 +61,27 @@ def traces(remembered_traces: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 @pytest.fixture(scope="session")
-def checkpoints(shared_folder: SharedFolder) -> Callable[..., Path]:
-    """`checkpoints(dtype="BF16", scale=1.0)`: the default checkpoint in other types or weights.
+def checkpoints(shared_folder: SharedFolder, request: pytest.FixtureRequest) -> Callable[..., Path]:
+    """`checkpoints(dtype="BF16", scale=1.0, name=None)`: a checkpoint in other types or weights.
 
-    Every weight is multiplied by `scale`, a power of two, so that nothing but the numbers changes.
+    It is the default one, or a random one of `tests.support.checkpoints.SHAPES`. Every weight is
+    multiplied by `scale`, a power of two, so that nothing but the numbers changes.
     Not to be written to.
     """
     pytest.importorskip("torch")
 
-    def make(dtype: str = "BF16", scale: float = 1.0) -> Path:
+    def make(dtype: str = "BF16", scale: float = 1.0, name: str | None = None) -> Path:
+        if name is None:
+            source = DEMO_CHECKPOINTS[DEFAULT_CHECKPOINT]
+        else:
+            source = request.getfixturevalue("checkpoint")(name)
+
         def write(folder: Path) -> None:
-            shutil.copytree(DEMO_CHECKPOINTS[DEFAULT_CHECKPOINT], folder)
+            shutil.copytree(source, folder)
             for file in sorted(folder.rglob("*.safetensors")):
                 rewrite(file, dtype, scale)
 
-        return shared_folder.entry(f"demo-{dtype}-{scale}", write)
+        return shared_folder.entry(f"{name or 'demo'}-{dtype}-{scale}", write)
 
     return make
 

@@ -18,11 +18,12 @@ KILLS = 35
 def test_killed_and_interrupted_builds(
     tmp_path: Path,
     remembered_traces: Path,
-    demo_bundle: Path,
+    bundle: Callable[..., Path],
     checkpoints: Callable[..., Path],
 ) -> None:
-    assert demo_bundle.is_dir()  # which needs the same traces: no build here waits for them
-    arguments = [remembered_traces, tmp_path, KILLS, checkpoints(), checkpoints(scale=0.5)]
+    assert bundle("dev").is_dir()  # which needs the same traces: no build here waits for them
+    sources = [checkpoints(scale=scale, name="dev") for scale in (1.0, 0.5)]
+    arguments = [remembered_traces, tmp_path, KILLS, *sources]
     done = subprocess.run(
         [sys.executable, "-m", "tests.builds.killed_builds", *map(str, arguments)],
         cwd=REPOSITORY,

@@ -118,7 +118,7 @@ def test_the_command_lines_run(
 def test_the_pages_whose_command_lines_run_are_all_that_have_some() -> None:
     assert {name_of(page) for page, _ in LINES} == {
         "README.md",
-        *(f"docs/{name}.md" for name in ("build", "run", "serving", "triton")),
+        *(f"docs/{name}.md" for name in ("build", "family", "run", "serving", "triton")),
     }
 
 

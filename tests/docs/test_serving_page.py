@@ -43,7 +43,8 @@ def fields_of_openai() -> set[str]:
 
 
 def test_the_table_has_every_field_of_openais_client_and_of_the_server() -> None:
-    ours = {*GenerationBody.model_fields, *EditBody.model_fields, "image", "mask"}
+    files = {"image", "mask", "control_image"}
+    ours = {*GenerationBody.model_fields, *EditBody.model_fields, *files}
     assert fields_of_openai() <= set(rows()), "OpenAI's client has new fields"
     assert set(rows()) == ours | set(REFUSED)
     for name, (owner, said) in rows().items():

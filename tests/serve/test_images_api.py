@@ -256,10 +256,10 @@ FORMS = [
     (FIELD.format("image", "", "a"), "`image` must be a file"),
     (FIELD.format("mask", '; filename="m"', "a"), "The file `image` is missing"),
     (FIELD.format("other", '; filename="m"', "a"), "The file 'other' is unknown"),
-    (2 * FIELD.format("image", '; filename="m"', "a"), "There are 2 files image"),
+    (17 * FIELD.format("image", '; filename="m"', "a"), "There are 17 files image"),
     (2 * FIELD.format("prompt", "", "a"), "The field 'prompt' is there twice"),
     (WHOLE + FIELD.format("image[]", '; filename="m"', "a"), "not a picture that can be read"),
-    (5 * FIELD.format("image", '; filename="m"', "a"), "The form cannot be read: Too many files"),
+    (19 * FIELD.format("image", '; filename="m"', "a"), "The form cannot be read: Too many files"),
     (41 * FIELD.format("prompt", "", "a"), "The form cannot be read: Too many fields"),
     ("nonsense", "The form cannot be read"),
 ]

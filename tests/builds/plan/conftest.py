@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("torch")
 
+from exporters import tokenizers
 from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.synthetic.sparse_checkpoint import FLUX_DEV, write_sparse_checkpoint
 from fluxdeploy.build.checkpoint import find_checkpoint
@@ -25,6 +28,16 @@ def flux_dev(shared_folder: SharedFolder) -> Checkpoint:
         "sparse-dev", lambda folder: write_sparse_checkpoint(folder, FLUX_DEV)
     )
     return open_checkpoint(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tokenizers_read_once() -> Iterator[None]:
+    """Reading one takes longer than all else of a plan, which has nothing to say of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            tokenizers, "canonical_tokenizer", functools.cache(tokenizers.canonical_tokenizer)
+        )
+        yield
 
 
 @pytest.fixture

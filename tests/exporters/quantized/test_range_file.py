@@ -39,6 +39,7 @@ def opened(checkpoint: Callable[..., Path]) -> Checkpoint:
 @pytest.fixture
 def ranges(opened: Checkpoint) -> ActivationRanges:
     chain, weights = COMPONENTS["transformer"].source(opened, "fp32")
+    shared = shared_inputs(chain)
     heads = {name: math.pi / (i + 1) for i, name in enumerate(attentions(chain))}
     return ActivationRanges(
         checkpoint=DIGEST,
@@ -49,7 +50,7 @@ def ranges(opened: Checkpoint) -> ActivationRanges:
         keys=heads,
         channels={
             name: base64.b64encode(bytes(weights[f"{name}.weight"].shape[1])).decode()
-            for name in {shared_inputs(chain)[name] for name in linears(chain)}
+            for name in {shared[name] for name in linears(chain)}
         },
     )
 
