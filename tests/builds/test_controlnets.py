@@ -213,3 +213,29 @@ def test_a_transformer_with_controlnets_is_measured_as_the_plain_one(
         take_step(*COMPONENTS["transformer"].source(opened, "fp32"), [sample], 0)
         ends.append(sample.latents)
     np.testing.assert_array_equal(*ends)
+
+
+def test_the_weights_of_two_lie_side_by_side(
+    dev: str, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from exporters.weights.bind import WeightFolder
+    from fluxdeploy.build.run import _controlnet_files
+
+    nets = (folder("plain"), copied(folder("pixels"), tmp_path / "other"), folder("plain"))
+    opened = find_checkpoint(dev, (), nets[:1])
+    files = [next(each.glob("*.safetensors")) for each in nets]
+    parts = {
+        part: SimpleNamespace(weights={"a": SimpleNamespace(file=file)})
+        for part, file in zip(("controlnet", "controlnet_2", "controlnet_3"), files, strict=True)
+    }
+    many: Any = SimpleNamespace(controlnet_parts=tuple(parts), parts=parts)
+    (tmp_path / "weights").mkdir()
+    weights = WeightFolder(tmp_path / "weights", owners=_controlnet_files(many))
+    name = files[0].name
+    assert [weights.link(file) for file in files] == [
+        f"controlnet.{name}",
+        f"controlnet_2.{name}",
+        f"controlnet.{name}",
+    ]
+    own = next(iter(opened.parts["transformer"].weights.values())).file
+    assert weights.link(own) == f"transformer.{own.name}"
