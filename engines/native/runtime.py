@@ -64,6 +64,7 @@ class Native(Runtime):
         ),
     )
     builds = True
+    controlnets = False
 
     def __init__(self) -> None:
         self._others = OnnxRuntime()

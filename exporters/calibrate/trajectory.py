@@ -18,6 +18,7 @@ from exporters.calibrate.task_inputs import TaskInputs, task_inputs
 from exporters.checkpoint import Checkpoint, Weights
 from exporters.components.chain import Chain, Stage
 from exporters.components.registry import COMPONENTS
+from exporters.components.residuals import KINDS, residual_count
 from exporters.components.run import run_samples
 from exporters.tokenizers import open_tokenizer
 from fluxdeploy.bundle.manifest import LatentSpec
@@ -169,10 +170,26 @@ def start_samples(
         cos, sin = rope_tables(ids, checkpoint.rope)
         steps = slice(number * calibration.steps, (number + 1) * calibration.steps)
         for start, condition in zip(noise, conditions, strict=True):
-            constant = {"context": condition["context"], "rope_cos": cos, "rope_sin": sin}
+            constant = {
+                "context": condition["context"],
+                "rope_cos": cos,
+                "rope_sin": sin,
+                **_no_residuals(checkpoint, grid),
+            }
             modulation = condition["modulation"][steps]
             samples.append(Sample(start[None], levels, modulation, constant, given))
     return samples
+
+
+def _no_residuals(checkpoint: Checkpoint, grid: tuple[int, int]) -> dict[str, Array]:
+    """What the transformer is given where none of its ControlNets runs."""
+    tokens, width = math.prod(grid), checkpoint.transformer.width
+    counts = {kind: residual_count(checkpoint.controlnets, kind) for kind in KINDS}
+    return {
+        f"{kind}_residuals": np.zeros((count, 1, tokens, width), np.float32)
+        for kind, count in counts.items()
+        if count
+    }
 
 
 def _reference(checkpoint: Checkpoint, progress: Progress) -> Runner:

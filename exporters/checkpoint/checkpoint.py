@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, T5Config
 
 from exporters.checkpoint.agreement import check_class, unknown_keys
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
+from exporters.checkpoint.controlnet_config import ControlNetConfig
 from exporters.checkpoint.tasks import find_task, usual_defaults
 from exporters.checkpoint.tensors import WHOLE_TYPES, Weights
 from exporters.checkpoint.text_configs import text_config, unknown_text_keys
@@ -21,7 +22,17 @@ from fluxdeploy.bundle.manifest import SPACINGS, Defaults, LatentSpec, RopeSpec,
 from fluxdeploy.bundle.typed_json import load_strict
 from fluxdeploy.errors import CheckpointError
 
-__all__ = ["Checkpoint", "LoraRecord", "Part", "read_json"]
+__all__ = [
+    "MOST_CONTROLNETS",
+    "Checkpoint",
+    "LoraRecord",
+    "Part",
+    "controlnet_name",
+    "read_json",
+]
+
+MOST_CONTROLNETS = 4
+"""Of a bundle: each is a network of its own, run in every step."""
 
 _OTHER_SCHEDULES = ("invert_sigmas", "stochastic_sampling")
 """Of the scheduler's keys, those that make a schedule where they are set which no host computes."""
@@ -74,6 +85,7 @@ class Checkpoint:
     sentence for each entry there that is not followed; `revision` the commit of a hub repository;
     `pipeline` the class that model_index.json names, None where there is no such file. `loras` are
     those that are merged into it, and `base` is then what it was without them.
+    `controlnet_folders` are the names of the folders that its ControlNets come from.
     """
 
     root: Path
@@ -88,6 +100,7 @@ class Checkpoint:
     pipeline: str | None = None
     loras: tuple[LoraRecord, ...] = ()
     base: Checkpoint | None = None
+    controlnet_folders: tuple[str, ...] = ()
 
     @property
     def unmerged(self) -> Checkpoint:
@@ -123,6 +136,17 @@ class Checkpoint:
         """Sizes of the VAE."""
         part = self.part("vae")
         return VaeConfig.of(part.weights, part.given)
+
+    @functools.cached_property
+    def controlnets(self) -> tuple[ControlNetConfig, ...]:
+        """Sizes of the ControlNets, in their order."""
+        parts = map(self.part, self.controlnet_parts)
+        return tuple(ControlNetConfig.of(part.weights, part.config) for part in parts)
+
+    @property
+    def controlnet_parts(self) -> tuple[str, ...]:
+        """Names of the ControlNets' parts."""
+        return tuple(map(controlnet_name, range(len(self.controlnet_folders))))
 
     @functools.cached_property
     def task(self) -> str:
@@ -298,6 +322,8 @@ class Checkpoint:
             told += self.transformer.notices(self.parts["transformer"].config)
         if "vae" in self.parts:
             told += self.vae.notices(self.parts["vae"].config)
+        for name in self.controlnet_parts:
+            told += ControlNetConfig.notices(self.parts[name].config)
         for name in ("clip", "t5"):
             if name in self.parts:
                 told += unknown_text_keys(name, self.parts[name].config)
@@ -314,6 +340,11 @@ class Checkpoint:
             for tensor in part.weights.values():
                 found[tensor.file] = None
         return tuple(found)
+
+
+def controlnet_name(number: int) -> str:
+    """What the part and the component of a ControlNet are called, by its number from 0."""
+    return "controlnet" if number == 0 else f"controlnet_{number + 1}"
 
 
 def read_json(path: Path) -> dict[str, Any]:

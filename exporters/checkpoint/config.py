@@ -10,7 +10,14 @@ from exporters.checkpoint.agreement import check_class, check_said, unknown_keys
 from exporters.checkpoint.tensors import Weights
 from fluxdeploy.errors import CheckpointError
 
-__all__ = ["TransformerConfig", "VaeConfig", "count_blocks", "is_guided"]
+__all__ = [
+    "TransformerConfig",
+    "VaeConfig",
+    "axes_dims_of",
+    "count_blocks",
+    "is_guided",
+    "shape_of",
+]
 
 _FLUX_WIDTH, _FLUX_BLOCKS = 3072, (19, 38)
 """The width of FLUX.1's own transformer, and its double-stream and single-stream blocks."""
@@ -93,24 +100,24 @@ class TransformerConfig:
             raise CheckpointError("The transformer has no blocks: it is not a FLUX.1 model.")
         first = "transformer_blocks.0" if double else "single_transformer_blocks.0"
         mlp = f"{first}.ff.net.0.proj" if double else f"{first}.proj_mlp"
-        head_dim = _shape(weights, f"{first}.attn.norm_q.weight", 1)[0]
-        width, in_channels = _shape(weights, "x_embedder.weight", 2)
+        head_dim = shape_of(weights, f"{first}.attn.norm_q.weight", 1)[0]
+        width, in_channels = shape_of(weights, "x_embedder.weight", 2)
         if width % head_dim:
             raise CheckpointError(
                 f"The transformer's width {width} is no multiple of its head size {head_dim}."
             )
         sizes = cls(
             in_channels=in_channels,
-            out_channels=_shape(weights, "proj_out.weight", 2)[0],
+            out_channels=shape_of(weights, "proj_out.weight", 2)[0],
             width=width,
             head_dim=head_dim,
-            mlp_width=_shape(weights, f"{mlp}.weight", 2)[0],
+            mlp_width=shape_of(weights, f"{mlp}.weight", 2)[0],
             double_blocks=double,
             single_blocks=single,
-            text_width=_shape(weights, "context_embedder.weight", 2)[1],
-            pooled_width=_shape(weights, "time_text_embed.text_embedder.linear_1.weight", 2)[1],
+            text_width=shape_of(weights, "context_embedder.weight", 2)[1],
+            pooled_width=shape_of(weights, "time_text_embed.text_embedder.linear_1.weight", 2)[1],
             guidance_embedding=is_guided(weights),
-            axes_dims=_axes_dims(config.get("axes_dims_rope"), head_dim),
+            axes_dims=axes_dims_of(config.get("axes_dims_rope"), head_dim),
         )
         check_said("transformer", config, sizes._in_words_of_diffusers(config))
         # Diffusers would pass over a guidance embedding, and draw another picture.
@@ -196,7 +203,7 @@ class VaeConfig:
                 'config.json must name the right "norm_num_groups".'
             )
         sizes = cls(
-            latent_channels=_shape(weights, "decoder.conv_in.weight", 4)[1],
+            latent_channels=shape_of(weights, "decoder.conv_in.weight", 4)[1],
             channels=channels,
             layers=layers,
             groups=int(groups),
@@ -213,7 +220,7 @@ class VaeConfig:
         levels = len(self.channels)
         return {
             "in_channels": 3,
-            "out_channels": _shape(weights, "decoder.conv_out.weight", 4)[0],
+            "out_channels": shape_of(weights, "decoder.conv_out.weight", 4)[0],
             "block_out_channels": self.channels,
             "down_block_types": ("DownEncoderBlock2D",) * levels,
             "up_block_types": ("UpDecoderBlock2D",) * levels,
@@ -273,7 +280,9 @@ def _vae_levels(weights: Weights, encoder: bool) -> tuple[tuple[int, ...], int]:
     levels = count_blocks(weights, rf"{pattern}\.(\d{{1,9}})\.")
     if not levels:
         raise CheckpointError(f"The VAE has no {side}: it is not FLUX.1's.")
-    channels = [_shape(weights, f"{side}.{i}.resnets.0.conv1.weight", 4)[0] for i in range(levels)]
+    channels = [
+        shape_of(weights, f"{side}.{i}.resnets.0.conv1.weight", 4)[0] for i in range(levels)
+    ]
     blocks = count_blocks(weights, rf"{pattern}\.0\.resnets\.(\d{{1,9}})\.")
     return tuple(channels if encoder else reversed(channels)), blocks - more
 
@@ -295,7 +304,8 @@ def count_blocks(weights: Weights, pattern: str) -> int:
     return len(found)
 
 
-def _shape(weights: Weights, name: str, rank: int) -> tuple[int, ...]:
+def shape_of(weights: Weights, name: str, rank: int) -> tuple[int, ...]:
+    """The shape of a tensor of so many axes. Raises `CheckpointError` for anything else."""
     if name not in weights:
         raise CheckpointError(
             f"The checkpoint has no tensor {name}: it is incomplete, or not a FLUX.1 model."
@@ -321,7 +331,11 @@ def _number(config: Mapping[str, object], key: str, default: float) -> float:
     return value
 
 
-def _axes_dims(value: object, head_dim: int) -> tuple[int, ...]:
+def axes_dims_of(value: object, head_dim: int) -> tuple[int, ...]:
+    """How RoPE splits a head, by a config's `axes_dims_rope`; FLUX.1's own way without one.
+
+    Raises `CheckpointError` for what is no split of it.
+    """
     if value is None:
         if head_dim != 128:
             raise CheckpointError(

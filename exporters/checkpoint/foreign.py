@@ -273,6 +273,8 @@ def check_part(header: Mapping[str, Any], part: str, file: Path) -> None:
 
 _ANCHORS = {
     "transformer": r"(?:double_blocks|(?:single_)?transformer_blocks|single_blocks)\.\d+\.",
+    "controlnet": r"(?:double_blocks|(?:single_)?transformer_blocks|single_blocks|input_blocks"
+    r"|down_blocks)\.\d+\.",
     "vae": r"decoder\.conv_in\.weight$",
     "clip": r"(?:text_model\.)?encoder\.layers\.\d+\.self_attn\.",
     "t5": r"encoder\.block\.\d+\.layer\.\d+\.|enc\.blk\.\d+\.",

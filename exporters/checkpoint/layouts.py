@@ -15,7 +15,7 @@ from exporters.checkpoint.single_file import open_single_file
 from exporters.checkpoint.weight_files import is_gguf_file, is_weight_file
 from fluxdeploy.errors import CheckpointError
 
-__all__ = ["open_checkpoint"]
+__all__ = ["open_checkpoint", "read_folder"]
 
 
 def open_checkpoint(path: str | Path, base: Path | None = None) -> Checkpoint:

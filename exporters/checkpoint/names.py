@@ -12,7 +12,7 @@ from exporters.checkpoint.tensors import StoredTensor, Weights
 from fluxdeploy.bfl_names import ADDED_QKV, FINAL_ADALN, QKV, RENAMED, graph_names
 from fluxdeploy.errors import CheckpointError
 
-__all__ = ["canonical_transformer", "canonical_vae"]
+__all__ = ["canonical_controlnet", "canonical_transformer", "canonical_vae"]
 
 _PARAMETERS = ("weight", "bias", "scale")
 
@@ -28,6 +28,12 @@ _DIFFUSERS_TRANSFORMER = re.compile(
     )
 )
 """The modules of an MM-DiT in diffusers layout: what the other layout is renamed to."""
+
+_CONTROLNET = re.compile(
+    r"controlnet_(?:single_)?blocks\.\d+|controlnet_x_embedder|controlnet_mode_embedder"
+    r"|input_hint_block\.(?:conv_in|conv_out|blocks\.\d+)"
+)
+"""The modules of a ControlNet besides those of an MM-DiT."""
 
 _BFL_VAE = {
     r"(encoder|decoder)\.mid\.block_1\.(.+)": r"\1.mid_block.resnets.0.\2",
@@ -107,6 +113,24 @@ def canonical_transformer(tensors: Weights) -> dict[str, StoredTensor]:
         for target, part in zip(targets, _split(tensor, targets, width), strict=True):
             weights[f"{target}.{suffix}"] = part
     return weights
+
+
+def canonical_controlnet(tensors: Weights) -> dict[str, StoredTensor]:
+    """The tensors of a ControlNet in diffusers layout.
+
+    Raises `CheckpointError` for a tensor that none of FLUX.1 has.
+    """
+    for name, tensor in tensors.items():
+        module, _, parameter = name.rpartition(".")
+        known = _CONTROLNET.fullmatch(module) or (
+            _DIFFUSERS_TRANSFORMER.fullmatch(module) and not module.startswith(("norm_out", "proj"))
+        )
+        if not known or parameter not in ("weight", "bias"):
+            raise CheckpointError(
+                f"Tensor {tensor.name} in {tensor.file} does not belong to a ControlNet of FLUX.1 "
+                "in diffusers' layout, the one that is read: convert it, or take one that is."
+            )
+    return dict(tensors)
 
 
 def _foreign(tensor: StoredTensor) -> CheckpointError:

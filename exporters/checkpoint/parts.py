@@ -8,7 +8,11 @@ from pathlib import Path
 from exporters.checkpoint.checkpoint import Part, read_json
 from exporters.checkpoint.foreign import check_config, check_part
 from exporters.checkpoint.four_bits import attach_blocks
-from exporters.checkpoint.names import canonical_transformer, canonical_vae
+from exporters.checkpoint.names import (
+    canonical_controlnet,
+    canonical_transformer,
+    canonical_vae,
+)
 from exporters.checkpoint.tensors import StoredTensor, attach_scales, read_stored
 from exporters.checkpoint.text_configs import FOLDERS as TEXT_FOLDERS
 from exporters.checkpoint.text_configs import with_aliases
@@ -23,7 +27,10 @@ FOLDERS = {"transformer": "transformer", "vae": "vae", **TEXT_FOLDERS}
 
 
 def read_folder(name: str, folder: Path) -> Part:
-    """A part in a folder of diffusers' layout. Raises `CheckpointError` for what is not read."""
+    """A part in a folder of diffusers' layout. Raises `CheckpointError` for what is not read.
+
+    name: `transformer`, `vae`, `clip`, `t5` or `controlnet`.
+    """
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
             f"{folder} holds a LoRA that was not merged (adapter_config.json): merge it into the "
@@ -54,4 +61,6 @@ def _canonical(name: str, tensors: dict[str, StoredTensor]) -> dict[str, StoredT
     """A part's tensors under the names of the graphs."""
     if name == "transformer":
         return canonical_transformer(tensors)
+    if name == "controlnet":
+        return canonical_controlnet(tensors)
     return canonical_vae(tensors) if name == "vae" else with_aliases(tensors, name)

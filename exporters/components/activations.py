@@ -34,6 +34,9 @@ float32. T5's attention has a bias and is not fused.
     conditioner  4 (4 N B M D + B S (E + D))
     VAE          (4 + 3 e) C P
 
+A ControlNet's blocks take what the transformer's take, and each gives B L D numbers in float32,
+which are there twice while they are stacked; the transformer reads them.
+
 A native engine draws the pictures of a batch one after the other, each in the buffers of its plan:
 the streams, what a norm gives, Q, K and V, and attention beside the MLP. Inputs are float32 and
 there for the whole batch. This is reckoned from the plan, and not measured:
@@ -45,6 +48,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from exporters.checkpoint.config import TransformerConfig
+from exporters.checkpoint.controlnet_config import ControlNetConfig
+from exporters.components.residuals import KINDS, residual_count
 from fluxdeploy.kernels import AttentionKernels, CallSizes
 
 if TYPE_CHECKING:
@@ -53,6 +59,9 @@ if TYPE_CHECKING:
 __all__ = [
     "clip_bytes",
     "conditioner_bytes",
+    "controlnet_bytes",
+    "controlnet_conditioner_bytes",
+    "controlnet_encoder_bytes",
     "t5_bytes",
     "transformer_bytes",
     "vae_decoder_bytes",
@@ -73,7 +82,27 @@ def transformer_bytes(
     networks: Networks, sizes: CallSizes, kernels: AttentionKernels, element: int
 ) -> int:
     """Of the MM-DiT without its conditioner; `element` are the bytes of its compute type."""
-    config = networks.transformer
+    residuals = sum(residual_count(networks.controlnets, kind) for kind in KINDS)
+    added = 4 * sizes.batch * residuals * sizes.image * networks.transformer.width
+    return _blocks_bytes(networks.transformer, sizes, kernels, element) + added
+
+
+def controlnet_bytes(
+    number: int, networks: Networks, sizes: CallSizes, kernels: AttentionKernels, element: int
+) -> int:
+    """Of a ControlNet's blocks, and of what they give: once each, and stacked."""
+    config = networks.controlnets[number]
+    blocks = config.double_blocks + config.single_blocks
+    given = 4 * sizes.batch * blocks * sizes.image * config.width
+    return _blocks_bytes(config, sizes, kernels, element) + 2 * given
+
+
+def _blocks_bytes(
+    config: TransformerConfig | ControlNetConfig,
+    sizes: CallSizes,
+    kernels: AttentionKernels,
+    element: int,
+) -> int:
     tokens = sizes.text + sizes.image
     if kernels is AttentionKernels.ONNX_RUNTIME:
         return 4 * sizes.batch * tokens * (14 * config.width + 2 * config.mlp_width)
@@ -92,7 +121,29 @@ def conditioner_bytes(
     networks: Networks, sizes: CallSizes, kernels: AttentionKernels, element: int
 ) -> int:
     """Of the conditioner, whose rows of modulation are in float32 whatever it computes in."""
-    config, batch = networks.transformer, sizes.batch
+    return _conditioner_bytes(networks.transformer, sizes, kernels)
+
+
+def controlnet_conditioner_bytes(
+    number: int, networks: Networks, sizes: CallSizes, kernels: AttentionKernels, element: int
+) -> int:
+    """Of a ControlNet's conditioner, as the transformer's."""
+    return _conditioner_bytes(networks.controlnets[number], sizes, kernels)
+
+
+def controlnet_encoder_bytes(
+    number: int, networks: Networks, sizes: CallSizes, kernels: AttentionKernels, element: int
+) -> int:
+    """Of a ControlNet's convolutions, which begin at the full resolution."""
+    channels = max(networks.controlnets[number].hint_channels)
+    pixels = networks.transformer.patch_size**2 * sizes.image * networks.vae.spatial_factor**2
+    return 4 * _PICTURE * channels * pixels
+
+
+def _conditioner_bytes(
+    config: TransformerConfig | ControlNetConfig, sizes: CallSizes, kernels: AttentionKernels
+) -> int:
+    batch = sizes.batch
     rows = sizes.steps * batch * config.modulation_rows * config.width
     text = batch * sizes.text * (config.text_width + config.width)
     return 4 * ((4 if kernels is AttentionKernels.TENSORRT else 3) * rows + text)

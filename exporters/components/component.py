@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -11,6 +11,7 @@ from transformers import CLIPTextConfig, T5Config
 
 from exporters.checkpoint import Checkpoint, Weights
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
+from exporters.checkpoint.controlnet_config import ControlNetConfig
 from exporters.components.chain import Chain
 from exporters.components.pieces import COMPUTE_TYPES, ComputeType
 from fluxdeploy.errors import ExportError, UsageError
@@ -47,6 +48,9 @@ class Networks(Protocol):
 
     @property
     def t5(self) -> T5Config: ...
+
+    @property
+    def controlnets(self) -> Sequence[ControlNetConfig]: ...
 
 
 @dataclass(frozen=True)

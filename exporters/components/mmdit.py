@@ -2,42 +2,67 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from exporters.checkpoint.config import TransformerConfig
+from exporters.checkpoint.controlnet_config import ControlNetConfig
 from exporters.components.activations import conditioner_bytes, transformer_bytes
 from exporters.components.chain import Chain, Stage, Value
-from exporters.components.component import WEIGHTS_ONLY, Component
+from exporters.components.component import WEIGHTS_ONLY, Component, Networks
 from exporters.components.pieces import COMPUTE_TYPES, ComputeType, floats, make_piece, value_of
+from exporters.components.residuals import (
+    KINDS,
+    Kind,
+    residual_count,
+    residual_rows,
+)
 from exporters.models import mmdit
 from fluxdeploy.bundle.manifest import Dimension, TensorSpec
 from fluxdeploy.precision import PRECISIONS
 
-__all__ = ["CONDITIONER", "ONE_PIECE", "TRANSFORMER"]
+__all__ = [
+    "CONDITIONER",
+    "ONE_PIECE",
+    "TRANSFORMER",
+    "Blocks",
+    "ModulationNames",
+    "double_stages",
+    "embedding_stages",
+    "join_stage",
+    "modulation_stages",
+    "single_stages",
+]
+
+Blocks = TransformerConfig | ControlNetConfig
+"""A network of these blocks."""
 
 
-class _ModulationNames:
+class ModulationNames:
     """Names of the values that carry each block's rows, in the order of the modulation tensor."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: Blocks) -> None:
         self.double = tuple(f"modulation.double.{i}" for i in range(config.double_blocks))
         self.single = tuple(f"modulation.single.{i}" for i in range(config.single_blocks))
         self.final = "modulation.final"
-        self.all = (*self.double, *self.single, self.final)
+        # A ControlNet ends without an AdaLN.
+        ends = (self.final,) if isinstance(config, TransformerConfig) else ()
+        self.all = (*self.double, *self.single, *ends)
 
 
-def _modulation_stages(
-    config: TransformerConfig, compute: ComputeType, vector: tuple[Dimension, ...]
+def modulation_stages(
+    config: Blocks, compute: ComputeType, vector: tuple[Dimension, ...]
 ) -> list[Stage]:
     """`vector` [..., D] to the rows of each block."""
-    names = _ModulationNames(config)
+    names = ModulationNames(config)
     value = Value(torch.float32, (*vector, config.width))
     double = make_piece(lambda: mmdit.DoubleBlockModulation(config.width), compute, value)
     single = make_piece(lambda: mmdit.SingleBlockModulation(config.width), compute, value)
     final = make_piece(lambda: mmdit.FinalModulation(config.width), compute, value)
-    return [
+    stages = [
         *(
             Stage(double, ("vector",), (name,), f"transformer_blocks.{i}.")
             for i, name in enumerate(names.double)
@@ -46,12 +71,14 @@ def _modulation_stages(
             Stage(single, ("vector",), (name,), f"single_transformer_blocks.{i}.")
             for i, name in enumerate(names.single)
         ),
-        Stage(final, ("vector",), (names.final,), "norm_out."),
     ]
+    if names.final in names.all:
+        stages.append(Stage(final, ("vector",), (names.final,), "norm_out."))
+    return stages
 
 
-def _embedding_stages(
-    config: TransformerConfig,
+def embedding_stages(
+    config: Blocks,
     compute: ComputeType,
     text: TensorSpec,
     pooled: TensorSpec,
@@ -78,78 +105,144 @@ def _embedding_stages(
     ]
 
 
-def _block_stages(config: TransformerConfig, compute: ComputeType, output: str) -> list[Stage]:
-    """From `hidden`, `context.0`, the blocks' rows and the RoPE tables to the velocity."""
-    names = _ModulationNames(config)
-    width, dtype = config.width, compute.residual
-    hidden = Value(dtype, ("B", "L", width))
-    context = Value(dtype, ("B", "S", width))
-    joint = Value(dtype, ("B", "T", width))
+def double_stages(
+    config: Blocks,
+    compute: ComputeType,
+    tables: tuple[str, str] = ("rope_cos", "rope_sin"),
+) -> list[Stage]:
+    """The double-stream blocks, from `hidden.0` and `context.0`; block i leaves number i + 1."""
+    names, width, dtype = ModulationNames(config), config.width, compute.residual
+    hidden, context = (Value(dtype, ("B", tokens, width)) for tokens in ("L", "S"))
     table = Value(torch.float32, ("T", config.head_dim))
-    tables = ("rope_cos", "rope_sin")
-
-    def rows(count: int) -> Value:
-        return Value(torch.float32, ("B", count, width))
-
     double = make_piece(
         lambda: mmdit.DoubleBlock(width, config.head_dim, config.mlp_width),
         compute,
         hidden,
         context,
-        rows(mmdit.DOUBLE_ROWS),
+        Value(torch.float32, ("B", mmdit.DOUBLE_ROWS, width)),
         table,
         table,
     )
-    single = make_piece(
-        lambda: mmdit.SingleBlock(width, config.head_dim, config.mlp_width),
-        compute,
-        joint,
-        rows(mmdit.SINGLE_ROWS),
-        table,
-        table,
-    )
-    join = make_piece(mmdit.JoinStreams, compute, hidden, context)
-    project = make_piece(
-        lambda: mmdit.OutputProjection(width, config.out_channels),
-        compute,
-        joint,
-        context,
-        rows(mmdit.FINAL_ROWS),
-    )
-    n, m = config.double_blocks, config.single_blocks
     return [
-        *(
-            Stage(
-                double,
-                (f"hidden.{i}", f"context.{i}", names.double[i], *tables),
-                (f"hidden.{i + 1}", f"context.{i + 1}"),
-                f"transformer_blocks.{i}.",
-            )
-            for i in range(n)
-        ),
-        Stage(join, (f"hidden.{n}", f"context.{n}"), ("joint.0",)),
-        *(
-            Stage(
-                single,
-                (f"joint.{i}", names.single[i], *tables),
-                (f"joint.{i + 1}",),
-                f"single_transformer_blocks.{i}.",
-            )
-            for i in range(m)
-        ),
-        Stage(project, (f"joint.{m}", "context.0", names.final), (output,)),
+        Stage(
+            double,
+            (f"hidden.{i}", f"context.{i}", names.double[i], *tables),
+            (f"hidden.{i + 1}", f"context.{i + 1}"),
+            f"transformer_blocks.{i}.",
+        )
+        for i in range(config.double_blocks)
     ]
 
 
-def _transformer_chain(config: TransformerConfig, compute: ComputeType) -> Chain:
+def join_stage(config: Blocks, compute: ComputeType) -> Stage:
+    """What the double-stream blocks leave, as the `joint.0` of the single-stream ones."""
+    n = config.double_blocks
+    hidden, context = (Value(compute.residual, ("B", d, config.width)) for d in ("L", "S"))
+    join = make_piece(mmdit.JoinStreams, compute, hidden, context)
+    return Stage(join, (f"hidden.{n}", f"context.{n}"), ("joint.0",))
+
+
+def single_stages(
+    config: Blocks,
+    compute: ComputeType,
+    tables: tuple[str, str] = ("rope_cos", "rope_sin"),
+) -> list[Stage]:
+    """The single-stream blocks, from `joint.0`; block i leaves `joint.i + 1`."""
+    names, width = ModulationNames(config), config.width
+    table = Value(torch.float32, ("T", config.head_dim))
+    single = make_piece(
+        lambda: mmdit.SingleBlock(width, config.head_dim, config.mlp_width),
+        compute,
+        Value(compute.residual, ("B", "T", width)),
+        Value(torch.float32, ("B", mmdit.SINGLE_ROWS, width)),
+        table,
+        table,
+    )
+    return [
+        Stage(
+            single,
+            (f"joint.{i}", names.single[i], *tables),
+            (f"joint.{i + 1}",),
+            f"single_transformer_blocks.{i}.",
+        )
+        for i in range(config.single_blocks)
+    ]
+
+
+def _with_residuals(
+    config: TransformerConfig,
+    compute: ComputeType,
+    controlnets: Sequence[ControlNetConfig],
+    kind: Kind,
+    blocks: list[Stage],
+) -> list[Stage]:
+    """Blocks of one kind, each followed by what ControlNets add to the image's tokens."""
+    count = residual_count(controlnets, kind)
+    if not count:
+        return blocks
+    width, dtype = config.width, compute.residual
+    residuals = Value(torch.float32, (count, "B", "L", width))
+    double = kind == "double"
+    stream = Value(dtype, ("B", "L" if double else "T", width))
+    reads = () if double else (Value(dtype, ("B", "S", width)),)
+    make = mmdit.AddResidual if double else mmdit.AddImageResidual
+    adds = [
+        make_piece(functools.partial(make, row), compute, stream, *reads, residuals)
+        for row in range(count)
+    ]
+    stages = []
+    for stage, row in zip(blocks, residual_rows(controlnets, kind, len(blocks)), strict=True):
+        end, *others = stage.writes
+        before = f"{end}.before"
+        names = (before, *(() if double else ("context.0",)), f"{kind}_residuals")
+        stages += [
+            replace(stage, writes=(before, *others)),
+            # It has no weights: what stands for their place makes its nodes' names its own.
+            Stage(adds[row], names, (end,), f"{end}."),
+        ]
+    return stages
+
+
+def _block_stages(
+    config: TransformerConfig,
+    compute: ComputeType,
+    output: str,
+    controlnets: Sequence[ControlNetConfig] = (),
+) -> list[Stage]:
+    """From `hidden`, `context.0`, the blocks' rows and the RoPE tables to the velocity."""
+    project = make_piece(
+        lambda: mmdit.OutputProjection(config.width, config.out_channels),
+        compute,
+        Value(compute.residual, ("B", "T", config.width)),
+        Value(compute.residual, ("B", "S", config.width)),
+        Value(torch.float32, ("B", mmdit.FINAL_ROWS, config.width)),
+    )
+    double, single = double_stages(config, compute), single_stages(config, compute)
+    ends = (f"joint.{config.single_blocks}", "context.0", ModulationNames(config).final)
+    return [
+        *_with_residuals(config, compute, controlnets, "double", double),
+        join_stage(config, compute),
+        *_with_residuals(config, compute, controlnets, "single", single),
+        Stage(project, ends, (output,)),
+    ]
+
+
+def _transformer_chain(networks: Networks, compute: ComputeType) -> Chain:
     """The part of the MM-DiT that runs every step."""
+    config, controlnets = networks.transformer, networks.controlnets
     width, table = config.width, ("T", config.head_dim)
+    counts = {kind: residual_count(controlnets, kind) for kind in KINDS}
     inputs = (
         floats("hidden_states", "B", "L", config.in_channels),
         floats("context", "B", "S", width),
         floats("modulation", "B", config.modulation_rows, width),
         floats("rope_cos", *table),
         floats("rope_sin", *table),
+        *(
+            floats(f"{kind}_residuals", count, "B", "L", width)
+            for kind, count in counts.items()
+            if count
+        ),
     )
     project = make_piece(
         lambda: mmdit.ImageProjection(
@@ -166,9 +259,9 @@ def _transformer_chain(config: TransformerConfig, compute: ComputeType) -> Chain
         Stage(
             project,
             ("hidden_states", "context", "modulation"),
-            ("hidden.0", "context.0", *_ModulationNames(config).all),
+            ("hidden.0", "context.0", *ModulationNames(config).all),
         ),
-        *_block_stages(config, compute, "velocity"),
+        *_block_stages(config, compute, "velocity", controlnets),
     ]
     outputs = (floats("velocity", "B", "L", config.out_channels),)
     return Chain("transformer", inputs, outputs, tuple(stages))
@@ -188,11 +281,11 @@ def _conditioner_chain(config: TransformerConfig, compute: ComputeType) -> Chain
     ]
     pack = make_piece(mmdit.PackModulation, compute, *rows)
     stages = [
-        *_embedding_stages(
+        *embedding_stages(
             config, compute, text, pooled, timestep, guidance, "context", schedule=True
         ),
-        *_modulation_stages(config, compute, ("N", "B")),
-        Stage(pack, _ModulationNames(config).all, ("modulation",)),
+        *modulation_stages(config, compute, ("N", "B")),
+        Stage(pack, ModulationNames(config).all, ("modulation",)),
     ]
     return Chain(
         "conditioner",
@@ -227,11 +320,11 @@ def _one_piece_chain(config: TransformerConfig, compute: ComputeType) -> Chain:
         Value(torch.float32, ("B", "S", config.width)),
     )
     stages = [
-        *_embedding_stages(
+        *embedding_stages(
             config, compute, text, pooled, timestep, guidance, "projected", schedule=False
         ),
         Stage(tables, ("img_ids", "txt_ids"), ("rope_cos", "rope_sin")),
-        *_modulation_stages(config, compute, ("B",)),
+        *modulation_stages(config, compute, ("B",)),
         Stage(project, ("hidden_states", "projected"), ("hidden.0", "context.0")),
         *_block_stages(config, compute, "latent"),
     ]
@@ -254,7 +347,7 @@ _BLOCK_LINEARS = (
 TRANSFORMER = Component(
     name="transformer",
     part="transformer",
-    chain=lambda networks, compute: _transformer_chain(networks.transformer, compute),
+    chain=lambda networks, compute: _transformer_chain(networks, compute),
     activations=transformer_bytes,
     turn="denoise",
     precisions=PRECISIONS,

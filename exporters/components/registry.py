@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from exporters.components.component import Component
+from exporters.components.component import Component, Networks
+from exporters.components.controlnet import controlnet_components
 from exporters.components.mmdit import CONDITIONER, ONE_PIECE, TRANSFORMER
 from exporters.components.text_encoders import CLIP, T5
 from exporters.components.vae import VAE_DECODER, VAE_ENCODER
 from fluxdeploy.errors import UsageError
 
-__all__ = ["COMPONENTS", "ONE_PIECE_COMPONENTS", "choose_precisions", "find_component"]
+__all__ = [
+    "COMPONENTS",
+    "ONE_PIECE_COMPONENTS",
+    "choose_precisions",
+    "components_of",
+    "find_component",
+]
 
 
 def _by_name(components: Iterable[Component]) -> Mapping[str, Component]:
@@ -18,10 +25,22 @@ def _by_name(components: Iterable[Component]) -> Mapping[str, Component]:
 
 
 COMPONENTS = _by_name((CLIP, T5, CONDITIONER, TRANSFORMER, VAE_DECODER, VAE_ENCODER))
-"""In the order in which a picture passes them."""
+"""Those of every checkpoint, in the order in which a picture passes them."""
 
 ONE_PIECE_COMPONENTS = _by_name((CLIP, T5, ONE_PIECE, VAE_DECODER, VAE_ENCODER))
 """What other tools expect: one transformer, and no conditioner."""
+
+
+def components_of(networks: Networks) -> Mapping[str, Component]:
+    """Those of a checkpoint, with its ControlNets' before the transformer, which adds theirs up."""
+    controlnets = [
+        component
+        for number in range(len(networks.controlnets))
+        for component in controlnet_components(number)
+    ]
+    found = list(COMPONENTS.values())
+    at = list(COMPONENTS).index("transformer")
+    return _by_name([*found[:at], *controlnets, *found[at:]])
 
 
 def find_component(name: str, components: Mapping[str, Component] = COMPONENTS) -> Component:

@@ -21,6 +21,8 @@ from exporters.models.attention import attention
 
 __all__ = [
     "AdaptiveNorm",
+    "AddImageResidual",
+    "AddResidual",
     "DoubleBlock",
     "DoubleBlockModulation",
     "FinalModulation",
@@ -248,6 +250,31 @@ class ImageProjection(nn.Module):
             context.to(self.residual),
             *modulation.split(self.rows, dim=1),
         )
+
+
+class AddResidual(nn.Module):
+    """What a ControlNet adds to the image's stream after a double-stream block."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__()
+        self.row = row
+
+    def forward(self, hidden: Tensor, residuals: Tensor) -> Tensor:
+        """hidden [B,L,D], residuals float32 [n,B,L,D], of which one row is added."""
+        return hidden + residuals[self.row].to(hidden.dtype)
+
+
+class AddImageResidual(nn.Module):
+    """What a ControlNet adds to the image's tokens after a single-stream block."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__()
+        self.row = row
+
+    def forward(self, joint: Tensor, context: Tensor, residuals: Tensor) -> Tensor:
+        """joint [B,T,D], context [B,S,D], residuals float32 [n,B,L,D]."""
+        text, image = joint.split((context.shape[1], joint.shape[1] - context.shape[1]), dim=1)
+        return torch.cat((text, image + residuals[self.row].to(joint.dtype)), dim=1)
 
 
 class JoinStreams(nn.Module):

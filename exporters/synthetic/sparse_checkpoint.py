@@ -20,6 +20,7 @@ import numpy as np
 from transformers import CLIPTextConfig, T5Config
 
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
+from exporters.checkpoint.controlnet_config import ControlNetConfig
 from exporters.components.chain import Chain
 from exporters.components.pieces import COMPUTE_TYPES
 from exporters.components.registry import COMPONENTS
@@ -55,12 +56,13 @@ MODEL_INDEX = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a checkpoint's four networks."""
+    """Sizes of a checkpoint's four networks, and of ControlNets beside it."""
 
     transformer: TransformerConfig
     vae: VaeConfig
     clip: CLIPTextConfig
     t5: T5Config
+    controlnets: tuple[ControlNetConfig, ...] = ()
 
 
 FLUX_DEV = Sizes(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -42,10 +42,13 @@ class WeightFolder:
     """The `weights` folder beside the graphs, and what was put there.
 
     put: makes a checkpoint's file available at a path, as `link_or_copy` and `clone` do.
+    owners: by their real paths, files whose names here begin with a part's: those of ControlNets,
+        whose folders may have any name and whose files all have one.
     """
 
     root: Path
     put: Callable[[Path, Path, OnBytes], object] = link_or_copy
+    owners: Mapping[Path, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._links: dict[Path, str] = {}
@@ -55,7 +58,9 @@ class WeightFolder:
         """Make a checkpoint's file available below the folder; returns its name there."""
         source = Path(os.path.realpath(file))
         if source not in self._links:
-            name = f"{file.parent.name}.{file.name}" if _is_part_folder(file.parent) else file.name
+            own = file.parent.name if _is_part_folder(file.parent) else None
+            owner = self.owners.get(source, own)
+            name = file.name if owner is None else f"{owner}.{file.name}"
             if name in self._links.values() or name in self._converted:
                 raise ExportError(f"Two weight files are both called {name}: rename one of them.")
             self.put(source, self.root / name, on_bytes)

@@ -220,7 +220,7 @@ def _anywhere(job: Job) -> Job:
         order,
         image=tuple(map(absolute, order.image)),
         mask_image=order.mask_image and absolute(order.mask_image),
-        control_image=order.control_image and absolute(order.control_image),
+        control_image=tuple(map(absolute, order.control_image)),
         lora=tuple(replace(lora, path=absolute(lora.path)) for lora in order.lora),
     )
     return replace(job, order=order)

@@ -34,6 +34,13 @@ OnPreview = Callable[["list[Image]"], None]
 """Called after each step with a small picture of where each picture of the call is going."""
 
 
+_CONTROLNET_NUMBERS = (
+    "controlnet_conditioning_scale",
+    "control_guidance_start",
+    "control_guidance_end",
+)
+
+
 @dataclass(frozen=True)
 class Drawn:
     """A picture: the bytes of its PNG, which says how it was made, and its share of the seconds."""
@@ -112,18 +119,17 @@ def draw(
 def _arguments(order: Order) -> tuple[dict[str, Any], dict[Path, str]]:
     """The arguments of a call but for prompt and seed, and the SHA-256 of the files in it."""
     files: dict[Path, str] = {}
-    image = mask = control = None
-    opened = []
+    image = mask = None
+    opened, controls = [], []
     for path in order.image:
         picture, files[path] = open_image(path)
         opened.append(picture)
     if opened:
         image = opened[0]
-    if order.control_image is not None:
-        control, files[order.control_image] = open_image(order.control_image)
-        if order.control is not None:
-            control = find_filter(order.control)(control)
-    elif order.control is not None:
+    for path in order.control_image:
+        picture, files[path] = open_image(path)
+        controls.append(picture if order.control is None else find_filter(order.control)(picture))
+    if order.control is not None and not controls:
         raise UsageError("`control` filters a `control_image`: give one.")
     if order.mask_image is not None:
         mask, files[order.mask_image] = open_mask(order.mask_image)
@@ -149,7 +155,8 @@ def _arguments(order: Order) -> tuple[dict[str, Any], dict[Path, str]]:
         "mask_image": mask,
         "strength": order.strength,
         "padding_mask_crop": order.padding_mask_crop,
-        "control_image": control,
+        "control_image": _one_or_all(controls),
+        "control_mode": _one_or_all(order.control_mode),
         "max_area": order.max_area,
         "auto_resize": order.auto_resize is not False,
         "max_sequence_length": order.max_sequence_length,
@@ -157,7 +164,15 @@ def _arguments(order: Order) -> tuple[dict[str, Any], dict[Path, str]]:
         "skip": order.skip,
         "lora": order.lora,
     }
+    for name in _CONTROLNET_NUMBERS:
+        if getattr(order, name):
+            arguments[name] = _one_or_all(getattr(order, name))
     return arguments, files
+
+
+def _one_or_all(values: Sequence[Any]) -> Any:
+    """What is given for all ControlNets, or for each; None for nothing."""
+    return (values or [None])[0] if len(values) < 2 else list(values)
 
 
 def _noise(pipe: FluxPipeline, order: Order) -> Any:
@@ -202,12 +217,14 @@ def _metadata(
         bundle_hash=pipe.bundle.content_hash,
         fluxdeploy_version=__version__,
         loras=describe_loras(order.lora, files) if order.lora else None,
-        control_sha256=None if order.control_image is None else files[order.control_image],
+        control_sha256=",".join(files[path] for path in order.control_image) or None,
         control=order.control,
+        control_mode=_joined(order.control_mode) or None,
         max_area=order.max_area,
         auto_resize="no" if order.auto_resize is False else None,
+        **{name: _joined(getattr(order, name)) or None for name in _CONTROLNET_NUMBERS},
     )
 
 
-def _joined(numbers: Sequence[int]) -> str:
+def _joined(numbers: Sequence[float]) -> str:
     return ",".join(map(str, numbers))

@@ -32,7 +32,12 @@ _INTEGERS = (
     "max_sequence_length",
 )
 _NUMBERS = ("true_cfg_scale", "guidance_scale", "strength")
-_PATHS = ("image", "mask_image", "control_image")
+_SEVERAL_NUMBERS = (
+    "controlnet_conditioning_scale",
+    "control_guidance_start",
+    "control_guidance_end",
+)
+_SEVERAL_PATHS = ("image", "control_image")
 
 _OTHER_NAMES = {
     "steps": "num_inference_steps",
@@ -40,6 +45,9 @@ _OTHER_NAMES = {
     "num_images": "num_images_per_prompt",
     "mask": "mask_image",
     "mask_crop": "padding_mask_crop",
+    "controlnet_scale": "controlnet_conditioning_scale",
+    "control_start": "control_guidance_start",
+    "control_end": "control_guidance_end",
 }
 """The command's options, where the pipeline's arguments are called otherwise."""
 
@@ -53,7 +61,8 @@ class Order:
 
     None is the bundle's default, and of `seed` a random one. image: several where a picture is
     drawn after several. outpaint: pixels that are added to the image on the left, top, right and
-    bottom. control: a filter that makes the control image of what is given for it.
+    bottom. control: a filter that makes the control image of what is given for it. control_image
+    and the options of ControlNets: one for all of a bundle's ControlNets, or one for each.
     """
 
     prompt: str
@@ -72,8 +81,12 @@ class Order:
     strength: float | None = None
     padding_mask_crop: int | None = None
     outpaint: tuple[int, ...] | None = None
-    control_image: Path | None = None
+    control_image: tuple[Path, ...] = ()
     control: str | None = None
+    control_mode: tuple[int, ...] = ()
+    controlnet_conditioning_scale: tuple[float, ...] = ()
+    control_guidance_start: tuple[float, ...] = ()
+    control_guidance_end: tuple[float, ...] = ()
     max_area: int | None = None
     auto_resize: bool | None = None
     max_sequence_length: int | None = None
@@ -99,12 +112,12 @@ class Order:
         files: the SHA-256 of the pictures and LoRAs that are given. bundle: its content hash.
         """
         plain = {name: value for name, value in asdict(self).items() if value not in (None, ())}
-        for name in ("mask_image", "control_image"):
-            if name in plain:
-                plain[name] = files[plain[name]]
-        if self.image:
-            hashes = [files[path] for path in self.image]
-            plain["image"] = hashes[0] if len(hashes) == 1 else hashes
+        if self.mask_image is not None:
+            plain["mask_image"] = files[self.mask_image]
+        for name in _SEVERAL_PATHS:
+            hashes = [files[path] for path in getattr(self, name)]
+            if hashes:
+                plain[name] = hashes[0] if len(hashes) == 1 else hashes
         plain["lora"] = [(files[lora.path], lora.strength) for lora in self.lora]
         text = json.dumps({**plain, "bundle": bundle}, sort_keys=True)
         return hashlib.sha256(text.encode("utf-8")).hexdigest()
@@ -162,10 +175,14 @@ def _value(name: str, value: Any, folder: Path) -> Any:
         return _steps(value)
     if name == "lora":
         return _loras(value, folder)
-    if name == "image":
+    if name in _SEVERAL_PATHS:
         return tuple(_file(name, each, folder) for each in _several(value))
-    if name in _PATHS:
+    if name == "mask_image":
         return _file(name, value, folder)
+    if name in _SEVERAL_NUMBERS:
+        return tuple(_number(name, each) for each in _listed(value))
+    if name == "control_mode":
+        return tuple(_integer(name, each) for each in _listed(value))
     if name == "auto_resize":
         return _flag(name, value)
     if not isinstance(value, str):

@@ -46,13 +46,17 @@ _MOST_GUIDANCE = 1000.0
 
 
 def find_checkpoint(
-    checkpoint: str | None, loras: Sequence[LoraFile] = (), base: Path | None = None
+    checkpoint: str | None,
+    loras: Sequence[LoraFile] = (),
+    base: Path | None = None,
+    controlnets: Sequence[Path] = (),
 ) -> Checkpoint:
     """Open a checkpoint: a path, a hub id, or one of `DEMO_CHECKPOINTS`; None is the default.
 
-    `loras` are merged into it, and `base` is a folder with what a single file lacks. No folder and
-    no hub id can be meant by a name that begins with `demo:`. Raises `UsageError` for such a name
-    that there is not, and `MissingDependencyError` without the packages of the extra `export`.
+    `loras` are merged into it, `base` is a folder with what a single file lacks, and ControlNets in
+    the folders `controlnets` join it. No folder and no hub id can be meant by a name that begins
+    with `demo:`. Raises `UsageError` for such a name that there is not, and
+    `MissingDependencyError` without the packages of the extra `export`.
     """
     name = DEFAULT_CHECKPOINT if checkpoint is None else checkpoint
     if name.startswith("demo:") and name not in DEMO_CHECKPOINTS:
@@ -64,17 +68,22 @@ def find_checkpoint(
         with sleeping_threads():
             import exporters.export  # noqa: F401
             from exporters.checkpoint import open_checkpoint
+            from exporters.checkpoint.controlnet import with_controlnets
             from exporters.checkpoint.lora import merge_loras
     except ImportError as error:
         raise MissingDependencyError(
             f"Reading checkpoints needs the package {error.name}: {install_command('export')}."
         ) from error
-    return merge_loras(open_checkpoint(DEMO_CHECKPOINTS.get(name, name), base), loras)
+    opened = with_controlnets(open_checkpoint(DEMO_CHECKPOINTS.get(name, name), base), controlnets)
+    return merge_loras(opened, loras)
 
 
 @dataclass(frozen=True)
 class CheckpointHashes:
-    """SHA-256 of each weight file, by its real path, and of all of them together."""
+    """SHA-256 of each weight file, by its real path, and of all of them together.
+
+    Files of ControlNets are no part of the whole, which says what the checkpoint itself is.
+    """
 
     files: Mapping[Path, str]
     digest: str
@@ -92,7 +101,13 @@ def hash_checkpoint(
     hashes = (cache or HashCache()).hash_files(checkpoint.files, task.advance)
     _require_same_places(checkpoint)
     files = {Path(os.path.realpath(file)): digest for file, digest in hashes.items()}
-    whole = hashlib.sha256("\n".join(sorted(files.values())).encode())
+    beside = {
+        Path(os.path.realpath(tensor.file))
+        for name in checkpoint.controlnet_parts
+        for tensor in checkpoint.parts[name].weights.values()
+    }
+    own = sorted(digest for file, digest in files.items() if file not in beside)
+    whole = hashlib.sha256("\n".join(own).encode())
     return CheckpointHashes(files, whole.hexdigest())
 
 

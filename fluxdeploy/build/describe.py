@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxdeploy import __version__
@@ -13,6 +15,7 @@ from fluxdeploy.build.run import BuildRun
 from fluxdeploy.bundle.manifest import (
     SCHEMA_VERSION,
     ComponentRecord,
+    ControlNetRecord,
     Manifest,
     PreviewSpec,
     QualityRecord,
@@ -59,6 +62,7 @@ def describe(
         provenance={
             "checkpoint": checkpoint_origin(request.checkpoint or DEFAULT_CHECKPOINT, run),
             **({"loras": [asdict(lora) for lora in checkpoint.loras]} if checkpoint.loras else {}),
+            **({"controlnets": _controlnet_files(run)} if checkpoint.controlnets else {}),
             "requested_precision": request.precision,
             "transformer_bytes": _transformer_bytes(run),
             "vae_bytes_per_pixel": _vae_bytes_per_pixel(run),
@@ -66,6 +70,12 @@ def describe(
         },
         tasks=_tasks(checkpoint),
         preview=preview,
+        controlnets=tuple(
+            ControlNetRecord(name, config.modes)
+            for name, config in zip(
+                checkpoint.controlnet_parts, checkpoint.controlnets, strict=True
+            )
+        ),
     )
 
 
@@ -73,7 +83,20 @@ def _tasks(checkpoint: Checkpoint) -> tuple[str, ...]:
     """What the bundle does: a VAE without an encoder leaves text to image alone."""
     from exporters.checkpoint.tasks import TASKS
 
-    return TASKS[checkpoint.task] if checkpoint.vae.encoder else ("text to image",)
+    tasks = TASKS[checkpoint.task] if checkpoint.vae.encoder else ("text to image",)
+    return (*tasks, "controlnet") if checkpoint.controlnets else tasks
+
+
+def _controlnet_files(run: BuildRun) -> list[dict[str, object]]:
+    """The name of each ControlNet's folder, and the SHA-256 of its weight files."""
+    checkpoint = run.spec.checkpoint
+    found: list[dict[str, object]] = []
+    for folder, name in zip(
+        checkpoint.controlnet_folders, checkpoint.controlnet_parts, strict=True
+    ):
+        files = {Path(os.path.realpath(t.file)) for t in checkpoint.parts[name].weights.values()}
+        found.append({"name": folder, "sha256": sorted(run.hashes.files[file] for file in files)})
+    return found
 
 
 def _variant(checkpoint: Checkpoint) -> str:

@@ -19,9 +19,10 @@ __all__ = ["golden_path", "read_gate", "write_golden_tensors"]
 
 Array = NDArray[np.generic]
 
+_CONTROLNET = "controlnet"
 _UPSTREAM: Mapping[str, tuple[str, ...]] = {
     "conditioner": ("clip", "t5"),
-    "transformer": ("conditioner",),
+    "transformer": (_CONTROLNET, "conditioner"),
 }
 """Whose golden outputs a component's golden inputs are: static scales fit values of the network's
 own, and cut off others."""
@@ -83,7 +84,9 @@ def write_golden_tensors(component: ComponentSpec, run: BuildRun) -> None:
 
 def _upstream(component: str, root: Path) -> dict[str, Array]:
     given: dict[str, Array] = {}
-    for name in _UPSTREAM.get(component, ()):
+    for name in _before(component):
+        if not (root / golden_path(name)).is_file():
+            continue
         file = read_header(root / golden_path(name))
         for tensor in file.tensors:
             side, _, output = tensor.partition(".")
@@ -92,3 +95,11 @@ def _upstream(component: str, root: Path) -> dict[str, Array]:
     if "modulation" in given:  # of all timesteps: the first
         given["modulation"] = given["modulation"][0]
     return given
+
+
+def _before(component: str) -> tuple[str, ...]:
+    if component.startswith(_CONTROLNET):
+        # What runs each step takes what its conditioner gives; and that, what encoders give.
+        ends = component.endswith(("_conditioner", "_encoder"))
+        return ("clip", "t5") if ends else (f"{component}_conditioner",)
+    return _UPSTREAM.get(component, ())

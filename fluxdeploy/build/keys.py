@@ -52,7 +52,7 @@ def content_key(
             "kernels": component.kernels.value,
             "layers": None if layers is None else _described(layers),
             "upstream": _upstream(component, checkpoint, hashes),
-            "networks": repr((checkpoint.transformer, checkpoint.vae)),
+            "networks": repr((checkpoint.transformer, checkpoint.vae, *checkpoint.controlnets)),
             "configs": {name: dict(part.config) for name, part in checkpoint.parts.items()},
             # The names are those of the files in the bundle.
             "weights": sorted(
@@ -75,10 +75,13 @@ def content_key(
 def _upstream(
     component: ComponentSpec, checkpoint: Checkpoint, hashes: CheckpointHashes
 ) -> list[str]:
-    """The weights of the text encoders, where golden inputs are made of what they give."""
-    if component.export.component.part != "transformer":
+    """The weights of the text encoders and of ControlNets, where golden inputs are made of what
+    they give."""
+    part = component.export.component.part
+    if part not in ("transformer", *checkpoint.controlnet_parts):
         return []
-    tensors = [s for part in ("clip", "t5") for s in checkpoint.part(part).weights.values()]
+    before = ("clip", "t5", *(checkpoint.controlnet_parts if part == "transformer" else ()))
+    tensors = [s for name in before for s in checkpoint.part(name).weights.values()]
     files = {stored.file for stored in tensors}
     return [
         *sorted(hashes.files[Path(os.path.realpath(file))] for file in files),

@@ -25,11 +25,13 @@ def prepare(
     that cannot be read, and what `resolve` raises. Weights are not read: NaN in them, and a
     calibration.json of another checkpoint, are found by the build alone.
     """
-    for source in (request.checkpoint, request.base):
-        if source is not None:
-            _check_apart(Path(os.path.expanduser(source)), destination)
+    named = [each for each in (request.checkpoint, request.base) if each is not None]
+    for source in (*named, *request.controlnets):
+        _check_apart(Path(os.path.expanduser(source)), destination)
     check_destination(destination)
-    checkpoint = find_checkpoint(request.checkpoint, request.loras, request.base)
+    checkpoint = find_checkpoint(
+        request.checkpoint, request.loras, request.base, request.controlnets
+    )
     spec = resolve(request, checkpoint, runtime, targets)
     if any(component.quantized for component in spec.components):
         from exporters.calibrate.find import open_calibration

@@ -44,7 +44,7 @@ class BuildRequest:
     `sizes` are for runtimes whose engines are tuned, `memory_limit` and `weight_streaming` for
     TensorRT. `replace` lets a bundle that runs on this machine be replaced by one that does not.
     `loras` are merged into the weights; with a `lora_rank` the bundle takes others with each call,
-    whose ranks add up to it at most.
+    whose ranks add up to it at most. `controlnets` are folders of ControlNets that join the bundle.
     """
 
     checkpoint: str | None = None
@@ -62,6 +62,7 @@ class BuildRequest:
     loras: tuple[LoraFile, ...] = ()
     lora_rank: int = 0
     base: Path | None = None
+    controlnets: tuple[Path, ...] = ()
 
     @property
     def transformer_precision(self) -> str:
@@ -144,16 +145,17 @@ def resolve(
     incomplete, that contradicts itself, whose parts do not belong together, or whose scheduler no
     host has.
     """
-    from exporters.components.registry import COMPONENTS, choose_precisions
+    from exporters.components.registry import choose_precisions, components_of
     from exporters.export import check_all_used, specify
 
     check_family(checkpoint)
     check_limits(checkpoint)
     tokenizers = _tokenizers(checkpoint)
     check_drawable(checkpoint, tokenizers)
-    asked = choose_precisions(COMPONENTS, request.precision, request.component_precision)
+    known = components_of(checkpoint)
+    asked = choose_precisions(known, request.precision, request.component_precision)
     components = []
-    for name, component in COMPONENTS.items():
+    for name, component in known.items():
         if not component.present(checkpoint):
             continue
         own, devices = runtime.of(name, targets)
@@ -164,13 +166,15 @@ def resolve(
         if request.lora_rank and component.part == "transformer":
             _check_lora(own, request.lora_rank)
             export = export.with_side_paths()
+        if checkpoint.controlnets and name == "transformer":
+            _check_controlnets(own, request.lora_rank)
         specs = export.chain.inputs + export.chain.outputs
         symbols = {d for spec in specs for d in spec.shape if isinstance(d, str)}
         profiles = _profiles(symbols, request, checkpoint, own)
         engines = list_engines(own, devices, name, overall(profiles))
         kernels = own.attention(devices[0], precision, compute)
         components.append(ComponentSpec(export, own, devices, kernels, profiles, engines))
-    check_all_used(checkpoint, [component.export for component in components], COMPONENTS)
+    check_all_used(checkpoint, [component.export for component in components], known)
     return BuildSpec(
         request,
         checkpoint,
@@ -218,6 +222,20 @@ def _check_lora(runtime: Runtime, rank: int) -> None:
         raise UsageError(
             f"{runtime.name} has no side paths for LoRAs. Build without --lora-rank, or for a "
             f"runtime that has them: {able}."
+        )
+
+
+def _check_controlnets(runtime: Runtime, rank: int) -> None:
+    if not runtime.controlnets:
+        able = ", ".join(known.name for known in runtimes() if known.controlnets)
+        raise UsageError(
+            f"{runtime.name} has no inputs for what ControlNets add. Build without --controlnet, "
+            f"or for a runtime that has them: {able}."
+        )
+    if rank:
+        raise UsageError(
+            "A bundle with --controlnet has no --lora-rank. Merge LoRAs at the build with --lora, "
+            "or leave one of the two out."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
     from exporters.calibrate.range_file import CalibrationFile
+    from exporters.checkpoint import Checkpoint
 
 __all__ = ["BuildRun"]
 
@@ -48,7 +50,9 @@ class BuildRun:
         self.earlier = earlier
         self.hashes = hash_checkpoint(spec.checkpoint, progress, cache)
         cache.hash_files([file for lora in spec.request.loras for file in lora.files])
-        self.weights = WeightFolder(staging.root / "onnx" / "weights", cache.link)
+        self.weights = WeightFolder(
+            staging.root / "onnx" / "weights", cache.link, _controlnet_files(spec.checkpoint)
+        )
 
     @cached_property
     def calibration(self) -> tuple[CalibrationFile, FileRecord]:
@@ -98,3 +102,12 @@ class BuildRun:
                 path.write_bytes(source.read_bytes())
             files = self.staging.record(_CALIBRATION, _TAKEN, [path])
         return found, files[0]
+
+
+def _controlnet_files(checkpoint: Checkpoint) -> dict[Path, str]:
+    """The weight files of ControlNets, by their real paths, with the first part that has each."""
+    found: dict[Path, str] = {}
+    for part in checkpoint.controlnet_parts:
+        for stored in checkpoint.parts[part].weights.values():
+            found.setdefault(Path(os.path.realpath(stored.file)), part)
+    return found

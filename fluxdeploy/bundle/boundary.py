@@ -6,12 +6,12 @@ is read: a host would fail with it in the middle of a picture.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fluxdeploy.bundle.side_paths import find_side_paths, is_side_input
 from fluxdeploy.bundle.typed_json import FieldError
 
-__all__ = ["NEEDED", "Tensors", "check_boundary"]
+__all__ = ["NEEDED", "RESIDUALS", "Tensors", "check_boundary"]
 
 Shape = tuple[int | str, ...]
 
@@ -20,6 +20,14 @@ Tensors = Mapping[str, tuple[str, Shape]]
 
 NEEDED = ("clip", "t5", "conditioner", "transformer", "vae_decoder")
 """The components that every picture takes."""
+
+RESIDUALS = ("double_residuals", "single_residuals")
+"""What ControlNets give and the transformer takes; a network without such blocks has not both."""
+
+_OPTIONAL = (*RESIDUALS, "mode", "control_mode")
+"""Tensors that a component may have or lack."""
+
+_INTEGERS = (".input_ids", ".control_mode")
 
 _HAVE_SIDE_PATHS = ("conditioner", "transformer")
 
@@ -51,6 +59,8 @@ _BOUNDARY: Mapping[str, tuple[Mapping[str, Shape], Mapping[str, Shape]]] = {
             "modulation": ("B", "the modulation's rows", "the transformer's width"),
             "rope_cos": ("T", "a head's channels"),
             "rope_sin": ("T", "a head's channels"),
+            "double_residuals": ("double residuals", "B", "L", "the transformer's width"),
+            "single_residuals": ("single residuals", "B", "L", "the transformer's width"),
         },
         {"velocity": ("B", "L", "a token's channels")},
     ),
@@ -65,18 +75,58 @@ _BOUNDARY: Mapping[str, tuple[Mapping[str, Shape], Mapping[str, Shape]]] = {
 }
 
 
+def _controlnet(name: str) -> Mapping[str, tuple[Mapping[str, Shape], Mapping[str, Shape]]]:
+    """The boundaries of a ControlNet's components."""
+    width, rows = "the transformer's width", f"the rows of {name}"
+    tables: Mapping[str, Shape] = {
+        "rope_cos": ("T", "a head's channels"),
+        "rope_sin": ("T", "a head's channels"),
+    }
+    residuals: Mapping[str, Shape] = {
+        each: (f"{each} of {name}", "B", "L", width) for each in RESIDUALS
+    }
+    tokens: Shape = ("B", "L", "a token's channels")
+    return {
+        f"{name}_encoder": ({"images": _PICTURE}, {"control_latents": tokens}),
+        f"{name}_conditioner": (
+            {**_BOUNDARY["conditioner"][0], "control_mode": ("B", 1)},
+            {
+                "context": ("B", "S", width),
+                "modulation": ("N", "B", rows, width),
+                "mode": ("B", 1, width),
+            },
+        ),
+        name: (
+            {
+                "hidden_states": tokens,
+                "control_latents": tokens,
+                "context": ("B", "S", width),
+                "modulation": ("B", rows, width),
+                **tables,
+                "mode": ("B", 1, width),
+            },
+            residuals,
+        ),
+    }
+
+
 def check_boundary(
     components: Mapping[str, tuple[Tensors, Tensors]],
     guidance: bool,
+    controlnets: Sequence[str],
     sizes: Mapping[str, tuple[int, str]],
 ) -> None:
     """Hold the inputs and outputs of the components that hosts know against what they expect.
 
-    guidance: whether the conditioner takes a guidance scale. sizes: what the rest of the manifest
+    guidance: whether the conditioner takes a guidance scale. controlnets: the components that are
+    ControlNets; their conditioners may take one or not. sizes: what the rest of the manifest
     says of a size, and where. Raises `FieldError` with the place in the manifest.
     """
     known = dict(sizes)
-    for name, expected in _BOUNDARY.items():
+    boundary = dict(_BOUNDARY)
+    for controlnet in controlnets:
+        boundary |= _controlnet(controlnet)
+    for name, expected in boundary.items():
         if name not in components:
             continue
         for side, tensors, wanted in zip(
@@ -85,7 +135,10 @@ def check_boundary(
             where = f"components.{name}.{side}"
             if side == "inputs" and name in _HAVE_SIDE_PATHS:
                 tensors = _without_side_paths(where, tensors)
-            names = [each for each in wanted if each != "guidance" or guidance]
+            optional = _OPTIONAL if name in _BOUNDARY else (*_OPTIONAL, "guidance")
+            names = [each for each in wanted if each in tensors or each not in optional]
+            if not guidance and name in _BOUNDARY and "guidance" in names:
+                names.remove("guidance")
             if set(tensors) != set(names):
                 raise FieldError(
                     where, f"must be {', '.join(names)}, not {', '.join(tensors) or 'none'}"
@@ -109,7 +162,7 @@ def _without_side_paths(where: str, tensors: Tensors) -> Tensors:
 def _check_tensor(
     where: str, dtype: str, shape: Shape, wanted: Shape, known: dict[str, tuple[int, str]]
 ) -> None:
-    kind = "int32" if where.endswith(".input_ids") else "float32"
+    kind = "int32" if where.endswith(_INTEGERS) else "float32"
     if dtype != kind:
         raise FieldError(where, f"is {dtype}; it must be {kind}")
     fits = len(shape) == len(wanted) and all(

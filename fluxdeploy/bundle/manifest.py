@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from fluxdeploy.bundle.boundary import NEEDED, Tensors, check_boundary
+from fluxdeploy.bundle.boundary import NEEDED, RESIDUALS, Tensors, check_boundary
 from fluxdeploy.bundle.recipe import RecipeRecord, check_recipe
 from fluxdeploy.bundle.side_paths import RANK
 from fluxdeploy.bundle.typed_json import (
@@ -34,6 +34,7 @@ __all__ = [
     "SYMBOLS",
     "TASKS",
     "ComponentRecord",
+    "ControlNetRecord",
     "Defaults",
     "Dimension",
     "DimensionRange",
@@ -68,11 +69,14 @@ SPACINGS = ("karras", "exponential", "beta")
 """What `ScheduleSpec.spacing` may be."""
 
 _USUAL_TASKS = ("text to image", "image to image", "inpainting")
-TASKS = (*_USUAL_TASKS, "fill", "control", "kontext")
+TASKS = (*_USUAL_TASKS, "fill", "control", "kontext", "controlnet")
 """What `Manifest.tasks` may name."""
 
 MAX_ORDER = 2
 """Of the extrapolation of a velocity: a parabola."""
+
+_CONTROLNET = re.compile(r"controlnet(?:_[2-9]\d?)?")
+_MAX_MODES = 1000
 
 _MAX_DEPTH = 32
 _MAX_NAME, _MAX_PATH = 255, 1024
@@ -328,10 +332,24 @@ class PreviewSpec:
 
 
 @dataclass(frozen=True)
+class ControlNetRecord:
+    """A ControlNet, and the name of the component that runs it in each step.
+
+    What runs once a picture is `<component>_conditioner`; where there is `<component>_encoder`,
+    that takes the control picture, and else the `vae_encoder`. `modes` counts the kinds of control
+    that it tells apart by a number; 0 where it knows one alone.
+    """
+
+    component: str
+    modes: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A whole bundle. `provenance` is free-form JSON: checkpoint hash, tool versions, requests.
 
-    tasks: what its transformer was trained for, some of `TASKS`.
+    tasks: what its transformer was trained for, some of `TASKS`. controlnets: those that can run
+    beside it.
     """
 
     schema_version: int
@@ -349,6 +367,7 @@ class Manifest:
     skips: tuple[SkipRecord, ...] = field(default=(), metadata=OPTIONAL)
     tasks: tuple[str, ...] = field(default=_USUAL_TASKS, metadata=OPTIONAL)
     preview: PreviewSpec | None = field(default=None, metadata=OPTIONAL)
+    controlnets: tuple[ControlNetRecord, ...] = field(default=(), metadata=OPTIONAL)
 
     @property
     def lora_rank(self) -> int:
@@ -497,6 +516,7 @@ def _check(manifest: Manifest) -> None:
     _check_magnitudes(manifest)
     _check_schedule(manifest)
     _check_tasks(manifest)
+    _check_controlnets(manifest)
     for index, record in enumerate(manifest.skips):
         _check_skips(record, manifest.skips[:index], f"skips[{index}]")
     if manifest.preview is not None:
@@ -513,6 +533,7 @@ def _check_counts(manifest: Manifest) -> None:
         "rope.axes_dims": len(manifest.rope.axes_dims),
         "skips": len(manifest.skips),
         "tasks": len(manifest.tasks),
+        "controlnets": len(manifest.controlnets),
     }
     for name, component in manifest.components.items():
         specs = {"inputs": component.inputs, "outputs": component.outputs}
@@ -546,6 +567,62 @@ def _check_tasks(manifest: Manifest) -> None:
     )
     read = {manifest.latents.channels_read(task) for task in tasks}
     _require(len(read) == 1, "tasks", f"needs transformers of {_listed(read)} channels at once")
+
+
+def _check_controlnets(manifest: Manifest) -> None:
+    """Each has its components, and the transformer takes what all of them give."""
+    records, components = manifest.controlnets, manifest.components
+    _require(
+        bool(records) == ("controlnet" in manifest.tasks),
+        "controlnets",
+        "must name one or more where tasks has controlnet, and none elsewhere",
+    )
+    for index, record in enumerate(records):
+        where = f"controlnets[{index}]"
+        name = record.component
+        _require(
+            _CONTROLNET.fullmatch(name) is not None,
+            f"{where}.component",
+            f"is {name!r}; it must be controlnet, or controlnet_2 and so on",
+        )
+        _require(
+            all(other.component != name for other in records[:index]),
+            where,
+            "has the component of an earlier one",
+        )
+        for needed in (name, f"{name}_conditioner"):
+            _require(
+                needed in components,
+                f"{where}.component",
+                f"needs the component {needed}, which there is not",
+            )
+        _require(0 <= record.modes <= _MAX_MODES, f"{where}.modes", f"is {record.modes}")
+        given = {spec.name for spec in components[f"{name}_conditioner"].inputs}
+        _require(
+            (record.modes > 0) == ("control_mode" in given),
+            f"{where}.modes",
+            f"is {record.modes}, and {name}_conditioner takes "
+            f"{', '.join(sorted(given)) or 'nothing'}",
+        )
+    transformer = components.get("transformer")
+    for spec in () if transformer is None else transformer.inputs:
+        if spec.name not in RESIDUALS:
+            continue
+        where = f"components.transformer.inputs.{spec.name}"
+        _require(bool(records), where, "is what ControlNets give, and controlnets names none")
+        for record in records:
+            for output in components[record.component].outputs:
+                _require(
+                    output.name != spec.name or _rows(output) >= _rows(spec),
+                    where,
+                    f"has {_rows(spec)} residuals, and {record.component} gives {_rows(output)}",
+                )
+
+
+def _rows(spec: TensorSpec) -> int:
+    """The residuals in one tensor of them."""
+    first = spec.shape[0] if spec.shape else 0
+    return first if isinstance(first, int) else 0
 
 
 def _check_magnitudes(manifest: Manifest) -> None:
@@ -839,6 +916,7 @@ def _check_boundary(manifest: Manifest) -> None:
             for name, component in manifest.components.items()
         },
         manifest.guidance_embedding,
+        [record.component for record in manifest.controlnets],
         sizes,
     )
 

@@ -15,6 +15,7 @@ from fluxdeploy.cli.options import (
     CALIBRATION,
     CHECKPOINT,
     COMPONENT_PRECISION,
+    CONTROLNETS,
     FOLDER,
     LORA_RANK,
     LORAS,
@@ -57,6 +58,7 @@ _PICTURES = 3
 @CALIBRATION
 @LORAS
 @LORA_RANK
+@CONTROLNETS
 @QUALITY
 @STRICT
 @RUNTIME
@@ -85,6 +87,7 @@ def command(
     calibration: Path | None,
     loras: tuple[LoraFile, ...],
     lora_rank: int,
+    controlnets: tuple[Path, ...],
     quality: Promise | None,
     strict: bool,
     runtime: str,
@@ -146,6 +149,7 @@ def command(
         loras,
         lora_rank,
         base,
+        controlnets,
     )
     if page is not None:
         check_page(page)

@@ -183,8 +183,40 @@ _KINDS = (CutPromptWarning, TiledWarning, UnmeasuredSkipsWarning, UnusedArgument
 )
 @click.option(
     "--control-image",
+    "control_images",
     type=PathType(),
-    help="For a Canny or Depth bundle: the edges or depths to draw along.",
+    multiple=True,
+    help="For a Canny or Depth bundle, or one with a ControlNet: the edges, depths and so on to "
+    "draw along. Once for each of several ControlNets, in their order, as the next four options.",
+)
+@click.option(
+    "--control-mode",
+    "control_modes",
+    type=int,
+    multiple=True,
+    metavar="N",
+    help="The kind of control, for a ControlNet that tells several apart.",
+)
+@click.option(
+    "--controlnet-scale",
+    "controlnet_scales",
+    type=float,
+    multiple=True,
+    help="How much a ControlNet counts.  [default: 1]",
+)
+@click.option(
+    "--control-start",
+    "control_starts",
+    type=float,
+    multiple=True,
+    help="The part of the steps, 0 to 1, after which a ControlNet counts.  [default: 0]",
+)
+@click.option(
+    "--control-end",
+    "control_ends",
+    type=float,
+    multiple=True,
+    help="The part of the steps, 0 to 1, after which it no longer does.  [default: 1]",
 )
 @click.option(
     "--control",
@@ -297,7 +329,11 @@ def command(
     mask: Path | None,
     mask_crop: int | None,
     outpaint: tuple[int, ...] | None,
-    control_image: Path | None,
+    control_images: tuple[Path, ...],
+    control_modes: tuple[int, ...],
+    controlnet_scales: tuple[float, ...],
+    control_starts: tuple[float, ...],
+    control_ends: tuple[float, ...],
     control: str | None,
     max_area: int | None,
     auto_resize: bool | None,
@@ -365,8 +401,12 @@ def command(
         "strength": strength,
         "padding_mask_crop": mask_crop,
         "outpaint": outpaint,
-        "control_image": control_image,
+        "control_image": control_images,
         "control": control,
+        "control_mode": control_modes,
+        "controlnet_conditioning_scale": controlnet_scales,
+        "control_guidance_start": control_starts,
+        "control_guidance_end": control_ends,
         "max_area": max_area,
         "auto_resize": auto_resize,
         "max_sequence_length": max_sequence_length,

@@ -166,6 +166,9 @@ def _tabulate_constants(bundle: Bundle, *, check: bool) -> Table:
     guidance = "with" if manifest.guidance_embedding else "without"
     table.add_row("model", f"{manifest.family} {manifest.variant}, {guidance} guidance embedding")
     table.add_row("tasks", ", ".join(manifest.tasks))
+    for controlnet in manifest.controlnets:
+        kinds = f"{controlnet.modes} kinds" if controlnet.modes else "one kind"
+        table.add_row(controlnet.component, f"{kinds} of control")
     table.add_row(
         "defaults",
         f"{defaults.width} x {defaults.height}, {defaults.num_inference_steps} steps, "

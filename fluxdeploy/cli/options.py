@@ -262,6 +262,16 @@ CALIBRATION = click.option(
     "calibration.json of an earlier build of the same checkpoint.  [default: prompts of our own]",
 )
 
+CONTROLNETS = click.option(
+    "--controlnet",
+    "controlnets",
+    multiple=True,
+    type=FOLDER,
+    metavar="FOLDER",
+    help="Put this ControlNet into the bundle: a folder in diffusers layout. May be given several "
+    "times; what they add is summed.",
+)
+
 LORAS = click.option(
     "--lora",
     "loras",

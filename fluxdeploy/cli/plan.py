@@ -15,6 +15,7 @@ from fluxdeploy.cli.options import (
     CALIBRATION,
     CHECKPOINT,
     COMPONENT_PRECISION,
+    CONTROLNETS,
     FOLDER,
     LORA_RANK,
     LORAS,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 @CALIBRATION
 @LORAS
 @LORA_RANK
+@CONTROLNETS
 @QUALITY
 @STRICT
 @RUNTIME
@@ -77,6 +79,7 @@ def command(
     calibration: Path | None,
     loras: tuple[LoraFile, ...],
     lora_rank: int,
+    controlnets: tuple[Path, ...],
     quality: Promise | None,
     strict: bool,
     runtime: str,
@@ -127,6 +130,7 @@ def command(
         loras,
         lora_rank,
         base,
+        controlnets,
     )
     with libraries_on_stderr():
         _, plan = prepare(

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from fluxdeploy.bundle.boundary import RESIDUALS
 from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.host.tasks.task import Task
 from fluxdeploy.host.turns import Demand, Priority
@@ -22,8 +23,8 @@ def demand(task: Task, priority: Priority, lora_bytes: int = 0) -> Demand:
     """The demand of a task: pixels times evaluations, of both prompts where guidance takes two.
 
     The bytes are those that the host holds while other calls go first: latents, pictures, what the
-    conditioner gives for all steps, and for each prompt a copy of the LoRAs' `lora_bytes`. Engines
-    hold their own besides.
+    conditioner gives for all steps, what ControlNets add to the transformer, and for each prompt a
+    copy of the LoRAs' `lora_bytes`. Engines hold their own besides.
     """
     request, manifest = task.request, task.manifest
     sides = 1 if request.negative is None else 2
@@ -32,10 +33,26 @@ def demand(task: Task, priority: Priority, lora_bytes: int = 0) -> Demand:
     prompts = sides * len(request.text.distinct)
     latents = math.prod(latent_shape(batch, height, width, manifest.latents))
     numbers = _COPIES * latents + 3 * pixels + prompts * _conditioned(manifest, task)
+    numbers += _residuals(manifest, task)
     rows, columns = token_grid(height, width, manifest.latents)
     longer = 1 + task.reference_tokens / (rows * columns)
     each = sides * pixels * longer * task.evaluations / max(1, task.steps)
     return Demand(priority, task.steps, each, 4 * numbers + sides * lora_bytes)
+
+
+def _residuals(manifest: Manifest, task: Task) -> int:
+    """How many numbers ControlNets give the transformer for a call, or stand there as zeros."""
+    request = task.request
+    record = manifest.components.get("transformer")
+    sizes = {
+        "B": request.batch,
+        "L": math.prod(token_grid(request.height, request.width, manifest.latents)),
+    }
+    return sum(
+        math.prod(sizes[size] if isinstance(size, str) else size for size in spec.shape)
+        for spec in (() if record is None else record.inputs)
+        if spec.name in RESIDUALS
+    )
 
 
 def _conditioned(manifest: Manifest, task: Task) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.sampling.examples import example_edges, example_mask, example_picture
 
-__all__ = ["example_arguments"]
+__all__ = ["example_arguments", "example_control"]
 
 
 def example_arguments(manifest: Manifest, height: int, width: int) -> dict[str, Any]:
@@ -25,3 +25,13 @@ def example_arguments(manifest: Manifest, height: int, width: int) -> dict[str, 
     if "kontext" in manifest.tasks:
         return {"image": example_picture(height, width), "auto_resize": False}
     return {}
+
+
+def example_control(manifest: Manifest, height: int, width: int) -> dict[str, Any]:
+    """Arguments for a picture with all ControlNets of a bundle; nothing where it has none."""
+    records = manifest.controlnets
+    if not records:
+        return {}
+    edges = example_edges(height, width)
+    mode = 0 if any(record.modes for record in records) else None
+    return {"control_image": [edges] * len(records), "control_mode": mode}

@@ -17,7 +17,14 @@ from fluxdeploy.host.decoding import decode
 from fluxdeploy.host.loop import StepCallback, denoise
 from fluxdeploy.host.loras import SideInputs
 from fluxdeploy.host.previews import Previews, Wanted, linear_pictures
-from fluxdeploy.host.prompts import Condition, PromptEncoder, condition, with_text
+from fluxdeploy.host.prompts import (
+    Condition,
+    EncodedPrompts,
+    PromptEncoder,
+    condition,
+    with_text,
+)
+from fluxdeploy.host.residuals import ControlResiduals, RunningControlNet
 from fluxdeploy.host.tasks.task import Start, Task
 from fluxdeploy.host.tiles import tiled
 from fluxdeploy.host.turns import Turn
@@ -69,8 +76,12 @@ def make_pictures(
     start = task.prepare(sigmas, run)
     components.release(*task.components)
     beside = _with_loras(run, components, loras)
-    conditions = _conditions(task, encoder, start, sampler.levels(start.sigmas), beside)
-    components.release("clip", "t5", "conditioner")
+    texts = _texts(task, encoder, start, beside)
+    levels = sampler.levels(start.sigmas)
+    guidance = request.guidance_scale if manifest.guidance_embedding else None
+    conditions = [condition(text, levels, guidance, beside) for text in texts]
+    controls = _control_conditions(task, start, texts[0], levels, run)
+    components.release("clip", "t5", "conditioner", *map(_conditioner, controls))
 
     # Before the largest component is opened.
     turn.check("before the first step")
@@ -89,14 +100,29 @@ def make_pictures(
 
     with turn.stage("denoising"):
         transformer = components.engine("transformer")
+        tables = _tables(conditions[0], start, rows, columns, manifest)
+        residuals = ControlResiduals(
+            transformer,
+            [
+                RunningControlNet(
+                    components.engine(each.component),
+                    controls[each.component],
+                    each.latents,
+                    each.scales,
+                )
+                for each in start.controls
+                if each.component in controls
+            ],
+            tables,
+            len(conditions) > 1,
+            functools.partial(turn.check, "in the middle of a step"),
+        )
         velocity, *negative = _velocities(
             transformer,
             conditions,
             start,
-            rows,
-            columns,
-            manifest,
-            loras.of(transformer),
+            {**tables, **loras.of(transformer)},
+            residuals if controls else None,
             turn,
         )
         denoise(
@@ -107,12 +133,12 @@ def make_pictures(
             negative=negative[0] if negative else None,
             true_cfg_scale=request.true_cfg_scale,
             skips=task.skips,
-            blend=functools.partial(_step_made, turn, start),
+            blend=functools.partial(_step_made, turn, start, residuals),
             on_step_end=_after_step(callback, previews, start, previewed),
             cancel=turn,
             interrupted=interrupted,
         )
-    components.release("transformer")
+    components.release("transformer", *controls)
     pictures = decoded(start.latents)
     components.release("vae_decoder")
     return pictures
@@ -139,16 +165,13 @@ def _with_loras(run: Run, components: Components, loras: SideInputs) -> Run:
     return beside
 
 
-def _conditions(
-    task: Task, encoder: PromptEncoder, start: Start, levels: NDArray[np.float32], run: Run
-) -> list[Condition]:
-    """What the prompts make of the transformer, and the negative prompts where there are any.
+def _texts(task: Task, encoder: PromptEncoder, start: Start, run: Run) -> list[EncodedPrompts]:
+    """The prompts, and the negative prompts where there are any.
 
     A task's text stands behind the negative prompts too: one table of positions serves both.
     """
     request = task.request
-    guidance = request.guidance_scale if task.manifest.guidance_embedding else None
-    text, conditions = start.text, []
+    text, texts = start.text, []
     for side in (request.text, request.negative):
         if side is None:
             continue
@@ -157,33 +180,67 @@ def _conditions(
         )
         if text is not None:
             encoded, text = with_text(encoded, text)
-        conditions.append(condition(encoded, levels, guidance, run))
-    return conditions
+        texts.append(encoded)
+    return texts
+
+
+def _control_conditions(
+    task: Task, start: Start, text: EncodedPrompts, levels: NDArray[np.float32], run: Run
+) -> dict[str, Condition]:
+    """What the prompts make of each ControlNet that counts in some step, by its component."""
+    found = {}
+    for control in start.controls:
+        if not control.scales.any():
+            continue
+        name = _conditioner(control.component)
+        inputs = {spec.name for spec in task.manifest.components[name].inputs}
+        guidance = task.request.guidance_scale if "guidance" in inputs else None
+        found[control.component] = condition(text, levels, guidance, run, name, control.mode)
+    return found
+
+
+def _conditioner(controlnet: str) -> str:
+    return f"{controlnet}_conditioner"
+
+
+def _tables(
+    condition: Condition, start: Start, rows: int, columns: int, manifest: Manifest
+) -> dict[str, Array]:
+    """The position tables of text, picture and a task's own tokens."""
+    ids = joint_ids(condition.context.shape[1], rows, columns, len(manifest.rope.axes_dims))
+    if start.token_ids is not None:
+        ids = np.concatenate([ids, start.token_ids])
+    cos, sin = rope_tables(ids, manifest.rope)
+    return {"rope_cos": cos, "rope_sin": sin}
 
 
 def _velocities(
     engine: Engine,
     conditions: Sequence[Condition],
     start: Start,
-    rows: int,
-    columns: int,
-    manifest: Manifest,
-    side_inputs: Mapping[str, Array],
+    fixed: Mapping[str, Array],
+    residuals: ControlResiduals | None,
     cancel: Checked,
 ) -> list[ModulatedTransformer]:
     """The transformer with all that no step changes in place, once for each condition."""
-    text_tokens = conditions[0].context.shape[1]
-    ids = joint_ids(text_tokens, rows, columns, len(manifest.rope.axes_dims))
-    if start.token_ids is not None:
-        ids = np.concatenate([ids, start.token_ids])
-    cos, sin = rope_tables(ids, manifest.rope)
     hidden = HiddenStates(start.latents.shape, start.channels, start.tokens)
-    fixed = {"rope_cos": cos, "rope_sin": sin, **side_inputs}
-    return [ModulatedTransformer(engine, each, fixed, hidden, cancel) for each in conditions]
+    # The prompts' evaluation comes first, and the negative prompts' takes over its residuals.
+    added = [None, None] if residuals is None else [residuals.compute, residuals.recall]
+    return [
+        ModulatedTransformer(engine, each, fixed, hidden, cancel, more)
+        for each, more in zip(conditions, added, strict=False)
+    ]
 
 
-def _step_made(turn: Turn, start: Start, step: int, latents: NDArray[np.float32]) -> None:
+def _step_made(
+    turn: Turn,
+    start: Start,
+    residuals: ControlResiduals,
+    step: int,
+    latents: NDArray[np.float32],
+) -> None:
     turn.step_made()
+    residuals.step = step + 1
     if start.blend is not None:
         start.blend(step, latents)
 

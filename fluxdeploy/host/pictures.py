@@ -35,6 +35,16 @@ __all__ = [
 _N = TypeVar("_N", int, float)
 _MAX_DIGITS = 32
 
+_LATER_TEXTS = (
+    "control_sha256",
+    "control",
+    "auto_resize",
+    "control_mode",
+    "controlnet_conditioning_scale",
+    "control_guidance_start",
+    "control_guidance_end",
+)
+
 
 @dataclass(frozen=True)
 class PictureMetadata:
@@ -48,8 +58,9 @@ class PictureMetadata:
     `outpaint` has the pixels that were added on the left, top, right and bottom. `loras` has name,
     strength and SHA-256 of each LoRA, with commas, and `image_sha256` those of several pictures.
     `control` is the filter that made the control image of the file that is named; `auto_resize` is
-    "no" where references were not resized. Each field is a text chunk of the PNG under its own
-    name; a field that is None has no chunk.
+    "no" where references were not resized. Of ControlNets, all numbers and `control_sha256` have
+    commas between what each of several was given. Each field is a text chunk of the PNG under its
+    own name; a field that is None has no chunk.
     """
 
     prompt: str
@@ -78,6 +89,10 @@ class PictureMetadata:
     control: str | None = None
     max_area: int | None = None
     auto_resize: str | None = None
+    control_mode: str | None = None
+    controlnet_conditioning_scale: str | None = None
+    control_guidance_start: str | None = None
+    control_guidance_end: str | None = None
 
 
 def to_pil(pictures: Iterable[NDArray[np.float32]]) -> list[Image]:
@@ -199,6 +214,8 @@ def read_metadata(path: Path) -> PictureMetadata:
             bundle_hash=text["bundle_hash"],
             fluxdeploy_version=text["fluxdeploy_version"],
             loras=text.get("loras"),
+            max_area=_number(int, text["max_area"]) if "max_area" in text else None,
+            **{name: text.get(name) for name in _LATER_TEXTS},
         )
     except (KeyError, ValueError) as error:
         raise FluxDeployError(

@@ -32,7 +32,7 @@ from fluxdeploy.host.components import Components
 from fluxdeploy.host.course import unmeasured
 from fluxdeploy.host.demand import demand
 from fluxdeploy.host.diffusers_names import ATTRIBUTES, missing_attribute, refuse_arguments
-from fluxdeploy.host.examples import example_arguments
+from fluxdeploy.host.examples import example_arguments, example_control
 from fluxdeploy.host.loras import Loras, check_loras
 from fluxdeploy.host.making import LevelCallback, make_pictures
 from fluxdeploy.host.memory import check_memory
@@ -42,6 +42,7 @@ from fluxdeploy.host.prompts import PromptEncoder
 from fluxdeploy.host.request import GenerationRequest, check_request, idle_arguments
 from fluxdeploy.host.stats import PipelineStats
 from fluxdeploy.host.tasks.control import Control
+from fluxdeploy.host.tasks.controlnet import ControlNet
 from fluxdeploy.host.tasks.fill import Fill
 from fluxdeploy.host.tasks.image_to_image import ImageToImage
 from fluxdeploy.host.tasks.inpainting import Inpainting
@@ -81,7 +82,10 @@ LoraArgument = (
 )
 """`lora` of a call: a file, with a scale or without, or several."""
 
-TASKS: tuple[type[Task], ...] = (TextToImage, ImageToImage, Inpainting, Fill, Control, Kontext)
+TASKS: tuple[type[Task], ...] = (
+    *(TextToImage, ImageToImage, Inpainting, Fill, Control, Kontext),
+    ControlNet,
+)
 """The tasks that a call's arguments can ask for, where a bundle does them."""
 
 _KEPT_TEXT = 128 << 20
@@ -209,6 +213,10 @@ class FluxPipeline:
         strength: float | None = None,
         padding_mask_crop: int | None = None,
         control_image: object | None = None,
+        control_mode: int | Sequence[int | None] | None = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
         max_area: int | None = None,
         auto_resize: bool = True,
         max_sequence_length: int | None = None,
@@ -258,7 +266,13 @@ class FluxPipeline:
             on each side, in height x width, and lay it over the image, whose size the pictures have
             then. Image and mask are one PIL image each, of one size.
         control_image: what to draw along, for a bundle of a Canny or Depth checkpoint: the edges or
-            depths of a picture, of the kinds and resized as `image`.
+            depths of a picture, of the kinds and resized as `image`. Of a bundle that was built
+            with ControlNets: what its ControlNet takes; of one with several, a list with what each
+            takes, and what follows may be lists too.
+        control_mode: the kind of control, for a ControlNet that tells several apart.
+        controlnet_conditioning_scale: what its residuals are multiplied with.
+        control_guidance_start, control_guidance_end: the part of the steps, 0 to 1, in which it
+            counts.
         For a bundle of a Kontext checkpoint, `image` is what to change by words, resized to one of
             the sizes that FLUX.1 Kontext was trained with; with auto_resize=False to whole tokens
             alone. A list of lists has several for each picture. The picture has its size where
@@ -329,6 +343,10 @@ class FluxPipeline:
                 "strength": strength,
                 "padding_mask_crop": padding_mask_crop,
                 "control_image": control_image,
+                "control_mode": control_mode,
+                "controlnet_conditioning_scale": controlnet_conditioning_scale,
+                "control_guidance_start": control_guidance_start,
+                "control_guidance_end": control_guidance_end,
                 "max_area": max_area,
                 "auto_resize": auto_resize,
             },
@@ -405,6 +423,7 @@ class FluxPipeline:
         manifest = self._bundle.manifest
         height, width = manifest.defaults.height, manifest.defaults.width
         given = example_arguments(manifest, height, width)
+        given = given or example_control(manifest, height, width)
         if not given and "vae_encoder" in manifest.components:
             given = {"image": example_picture(height, width), "strength": 0.5}
         self("warm-up", num_inference_steps=2, seed=0, **given)

@@ -36,11 +36,13 @@ class Condition:
     """What prompts and schedule make of the transformer: E noise levels, U prompts, B pictures.
 
     context: float32 [U, S, D]. modulation: float32 [E, U, M, D]. pictures: [B], the prompt of each.
+    mode: float32 [U, 1, D], the kind of control as a text token, where a ControlNet has kinds.
     """
 
     context: NDArray[np.float32]
     modulation: NDArray[np.float32]
     pictures: NDArray[np.intp]
+    mode: NDArray[np.float32] | None = None
 
 
 class PromptEncoder:
@@ -152,8 +154,13 @@ def condition(
     levels: NDArray[np.float32],
     guidance_scale: float | None,
     run: Run,
+    component: str = "conditioner",
+    mode: int | None = None,
 ) -> Condition:
-    """Run the `conditioner` for every noise level, float32 [E]; guidance where the model has it."""
+    """Run a conditioner for every noise level, float32 [E]; guidance where the model has it.
+
+    mode: the kind of control, of a ControlNet's conditioner that knows several.
+    """
     inputs: dict[str, Array] = {
         "text_embeddings": encoded.text,
         "pooled_embeddings": encoded.pooled,
@@ -161,5 +168,9 @@ def condition(
     }
     if guidance_scale is not None:
         inputs["guidance"] = np.full(len(encoded.pooled), guidance_scale, np.float32)
-    outputs = run("conditioner", inputs)
-    return Condition(outputs["context"], outputs["modulation"], encoded.pictures)
+    if mode is not None:
+        inputs["control_mode"] = np.full((len(encoded.pooled), 1), mode, np.int32)
+    outputs = run(component, inputs)
+    return Condition(
+        outputs["context"], outputs["modulation"], encoded.pictures, outputs.get("mode")
+    )

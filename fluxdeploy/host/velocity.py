@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +11,12 @@ from engines.base import Array, Binding, Engine
 from fluxdeploy.host.batches import divide
 from fluxdeploy.host.cancel import Checked
 from fluxdeploy.host.prompts import Condition
+from fluxdeploy.host.residuals import zero_residuals
 
-__all__ = ["HiddenStates", "ModulatedTransformer"]
+__all__ = ["Added", "HiddenStates", "ModulatedTransformer"]
+
+Added = Callable[[int, NDArray[np.float32], slice], Mapping[str, Array]]
+"""`added(level, latents, part)`: what ControlNets give for a part of the batch, by input."""
 
 
 class HiddenStates:
@@ -29,6 +33,7 @@ class HiddenStates:
         tokens: NDArray[np.float32] | None = None,
     ) -> None:
         batch, length, width = shape
+        self.tokens = length + (0 if tokens is None else tokens.shape[1])
         self._all: NDArray[np.float32] | None = None
         if channels is None and tokens is None:
             return
@@ -59,6 +64,7 @@ class ModulatedTransformer:
     fixed: its position tables, `rope_cos` and `rope_sin`, and what its side paths read.
     hidden: what it reads around the latents.
     cancel: ends a step between its parts.
+    added: what ControlNets add inside it; None for zeros, where it takes any.
     """
 
     def __init__(
@@ -68,7 +74,9 @@ class ModulatedTransformer:
         fixed: Mapping[str, Array],
         hidden: HiddenStates,
         cancel: Checked,
+        added: Added | None = None,
     ) -> None:
+        self._added = added
         self._condition = condition
         self._hidden = hidden
         self._cancel = cancel
@@ -81,7 +89,9 @@ class ModulatedTransformer:
         for size in {len(rows) for _, rows in self._parts}:
             first, *others = (rows for _, rows in self._parts if len(rows) == size)
             same = all((rows == first).all() for rows in others)
-            resident = {"context": condition.context[first]} if same else {}
+            resident: Mapping[str, Array] = {"context": condition.context[first]} if same else {}
+            if added is None:
+                resident = {**resident, **zero_residuals(engine, size, hidden.tokens)}
             self._bindings[size] = engine.bind({**fixed, **resident}), same
         self._velocity: Array | None = None
 
@@ -90,7 +100,8 @@ class ModulatedTransformer:
         for part, rows in self._parts:
             if part.start > 0:
                 self._cancel.check("in the middle of a step")
-            velocity = self._run(level, states[part], rows)[:, :length]
+            more = {} if self._added is None else self._added(level, latents[part], part)
+            velocity = self._run(level, states[part], rows, more)[:, :length]
             if len(self._parts) == 1:
                 return velocity
             if self._velocity is None:
@@ -99,10 +110,20 @@ class ModulatedTransformer:
         assert self._velocity is not None  # there is a picture
         return self._velocity
 
-    def _run(self, level: int, states: NDArray[np.float32], rows: NDArray[np.intp]) -> Array:
+    def _run(
+        self,
+        level: int,
+        states: NDArray[np.float32],
+        rows: NDArray[np.intp],
+        more: Mapping[str, Array],
+    ) -> Array:
         binding, has_context = self._bindings[len(rows)]
         modulation = self._condition.modulation[level]
-        inputs = {"hidden_states": states, "modulation": self._modulation.take(modulation, rows)}
+        inputs = {
+            "hidden_states": states,
+            "modulation": self._modulation.take(modulation, rows),
+            **more,
+        }
         if not has_context:
             inputs["context"] = self._context.take(self._condition.context, rows)
         return binding.run(inputs)["velocity"]

@@ -75,7 +75,9 @@ def test_every_option_reaches_the_pipeline(
         "--prompt-2 owl --negative-prompt-2 fog --negative-prompt blur "
         "--true-cfg-scale 2 --width 32 --height 48 --steps 3 --guidance 4.5 "
         "--seed 7 --num-images 2 --max-sequence-length 128 --runtime onnxruntime --threads 2 "
-        "--device 1 --low-vram --strength 0.5 --sampler ab2 --skip 1,2"
+        "--device 1 --low-vram --strength 0.5 --sampler ab2 --skip 1,2 "
+        "--control-mode 3 --control-mode 4 --controlnet-scale 0.6 --control-start 0.1 "
+        "--control-end 0.9"
     )
     start = ("--image", tmp_path / "start.png")
     result = run("a fox", "--bundle", bundle, "--out", out, *start, *options.split())
@@ -104,6 +106,13 @@ def test_every_option_reaches_the_pipeline(
         "strength": 0.5,
         "mask_image": None,
         "padding_mask_crop": None,
+        "control_image": None,
+        "control_mode": [3, 4],
+        "controlnet_conditioning_scale": 0.6,
+        "control_guidance_start": 0.1,
+        "control_guidance_end": 0.9,
+        "max_area": None,
+        "auto_resize": True,
         "max_sequence_length": 128,
     }
     assert sorted(path.name for path in tmp_path.glob("fox*")) == ["fox-0.png", "fox-1.png"]

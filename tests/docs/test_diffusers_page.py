@@ -14,7 +14,13 @@ from tests.docs.pages import ROOT
 diffusers = pytest.importorskip("diffusers")
 
 IN_ORDER = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
-PIPELINES = (*IN_ORDER, "FluxFillPipeline", "FluxControlPipeline", "FluxKontextPipeline")
+PIPELINES = (
+    *IN_ORDER,
+    "FluxFillPipeline",
+    "FluxControlPipeline",
+    "FluxControlNetPipeline",
+    "FluxKontextPipeline",
+)
 OURS = inspect.signature(FluxPipeline.__call__).parameters
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from engines import EngineOptions
 from fluxdeploy.host.pipeline import FluxPipeline
+from tests.parity.controlnets import CASES
+from tests.support.shared_folder import SharedFolder
 
 Factory = Callable[..., Path]
 
@@ -44,5 +46,47 @@ def open_reference(checkpoint: Factory) -> Callable[..., Any]:
     @functools.cache
     def make(name: str, dtype: torch.dtype = torch.float32) -> Any:
         return load_diffusers(checkpoint(name), dtype)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def controlnet_folders(shared_folder: SharedFolder) -> Callable[[str], tuple[Path, ...]]:
+    """The folders of the ControlNets of a case."""
+    from tests.support.checkpoints import SHAPES, make_controlnet
+
+    def find(case: str) -> tuple[Path, ...]:
+        checkpoint, sizes = CASES[case]
+        return tuple(
+            shared_folder.entry(
+                f"controlnet-{case}-{i}",
+                functools.partial(make_controlnet, shape=SHAPES[checkpoint], **each),
+            )
+            for i, each in enumerate(sizes)
+        )
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def open_reference_controlled(
+    open_reference: Callable[[str], Any], controlnet_folders: Callable[[str], tuple[Path, ...]]
+) -> Callable[[str], Any]:
+    """diffusers' pipeline of a case."""
+    import diffusers
+
+    @functools.cache
+    def make(case: str) -> Any:
+        parts = dict(open_reference(CASES[case][0]).components)
+        for adapter in ("image_encoder", "feature_extractor"):
+            del parts[adapter]
+        nets = [
+            diffusers.FluxControlNetModel.from_pretrained(folder)
+            for folder in controlnet_folders(case)
+        ]
+        net = nets[0] if len(nets) == 1 else diffusers.FluxMultiControlNetModel(nets)
+        pipe = diffusers.FluxControlNetPipeline(**parts, controlnet=net)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
     return make

@@ -18,6 +18,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
     FluxPipeline,
     FluxTransformer2DModel,
 )
@@ -196,6 +197,45 @@ def make_checkpoint(folder: Path, shape: Shape, dtype: torch.dtype = torch.float
     if shape.settings:
         index["_fluxdeploy"] = shape.settings
     (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+    return folder
+
+
+def make_controlnet(
+    folder: Path,
+    shape: Shape,
+    double: int,
+    single: int,
+    modes: int | None = None,
+    hint: int | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write a ControlNet for a checkpoint's transformer to `folder`, and return it.
+
+    It moves the picture: the projections that training begins with at zero are random here.
+    """
+    torch.manual_seed(100 + seed)
+    network = FluxControlNetModel(
+        patch_size=1 if hint is None else 2,
+        num_layers=double,
+        num_single_layers=single,
+        attention_head_dim=shape.head_dim,
+        num_attention_heads=shape.heads,
+        joint_attention_dim=shape.text_width,
+        pooled_projection_dim=shape.pooled_width,
+        guidance_embeds=shape.guidance,
+        axes_dims_rope=shape.axes_dims,
+        num_mode=modes,
+        conditioning_embedding_channels=hint,
+    )
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.startswith(("controlnet_", "input_hint_block.conv_out")):
+                fan = parameter[0].numel() if parameter.ndim > 1 else 10
+                parameter.normal_(0, fan**-0.5)
+            for pattern, factor in _FACTORS["transformer"].items():
+                if fnmatchcase(name, pattern):
+                    parameter.mul_(factor)
+    network.save_pretrained(folder)
     return folder
 
 

@@ -21,7 +21,21 @@ from fluxdeploy.host.request import GenerationRequest
 from fluxdeploy.sampling.sampler import load_sampler
 from fluxdeploy.sampling.skipping import Skips
 
-__all__ = ["Start", "Task", "choose_task"]
+__all__ = ["ControlInput", "Start", "Task", "choose_task"]
+
+
+@dataclass(frozen=True)
+class ControlInput:
+    """What a ControlNet reads, and how much it counts.
+
+    component: the ControlNet's. latents: float32 [B, L, C], packed. mode: the kind of control,
+    None where it knows one alone. scales: float32 [N], what its residuals are multiplied with.
+    """
+
+    component: str
+    latents: NDArray[np.float32]
+    mode: int | None
+    scales: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,7 @@ class Start:
     text: float32 [U, X, E] or [B, X, E], put behind T5's text embeddings, of each of the U distinct
         prompts or of each picture; their ids are zeros, as all text's.
     blend: changes the latents after every step.
+    controls: of the ControlNets that run beside the transformer.
     """
 
     latents: NDArray[np.float32]
@@ -45,6 +60,7 @@ class Start:
     token_ids: NDArray[np.float64] | None = None
     text: NDArray[np.float32] | None = None
     blend: Blend | None = None
+    controls: tuple[ControlInput, ...] = ()
 
 
 @dataclass(frozen=True)

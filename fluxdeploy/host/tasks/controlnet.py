@@ -1,0 +1,222 @@
+"""ControlNet: a picture is drawn along control pictures, which networks beside the model read.
+
+Equal to diffusers' FluxControlNetPipeline, for a bundle that was built with ControlNets. One
+generator draws the noise of the posterior of each control picture, for every picture of the batch,
+and then the noise that the picture begins with; for ControlNets that take pixels nothing is drawn.
+In step i of n a ControlNet counts where start <= i/n and (i + 1)/n <= end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluxdeploy.arguments import check_integer, check_number
+from fluxdeploy.bundle.manifest import ControlNetRecord, Manifest
+from fluxdeploy.errors import UsageError
+from fluxdeploy.host.components import Run
+from fluxdeploy.host.input_images import to_pixels
+from fluxdeploy.host.request import GenerationRequest
+from fluxdeploy.host.tasks.encoding import encode
+from fluxdeploy.host.tasks.task import ControlInput, Start, Task
+from fluxdeploy.sampling.latents import latent_shape, pack, sample_posterior, scale, token_grid
+from fluxdeploy.sampling.noise import Generators
+
+__all__ = ["ControlNet"]
+
+_MOST_SCALE = 1e3
+
+
+@dataclass(frozen=True)
+class Controlled:
+    """What one ControlNet is given: pictures float32 [Bc, 3, H, W] in -1..1, and how it counts.
+
+    There is one picture for all, one for each prompt or one for each picture. mode: the kind of
+    control, None where it knows one alone.
+    """
+
+    images: NDArray[np.float32]
+    mode: int | None
+    scale: float
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class ControlNet(Task):
+    """Pictures drawn along control pictures, with one set of them for each ControlNet."""
+
+    name: ClassVar[str] = "controlnet"
+    chosen_by: ClassVar[tuple[str, ...]] = ("control_image",)
+    options: ClassVar[Mapping[str, object]] = {
+        "control_mode": None,
+        "controlnet_conditioning_scale": 1.0,
+        "control_guidance_start": 0.0,
+        "control_guidance_end": 1.0,
+    }
+    components: ClassVar[tuple[str, ...]] = ("vae_encoder",)
+
+    given: tuple[Controlled, ...]
+
+    @classmethod
+    def read(
+        cls, request: GenerationRequest, manifest: Manifest, arguments: Mapping[str, Any]
+    ) -> ControlNet:
+        """The task of a request with `control_image`, and the options of each ControlNet."""
+        if request.latents is not None:
+            raise UsageError(
+                "`latents` has no place in controlnet, whose noise comes from `seed`. Leave them "
+                "out."
+            )
+        count = len(manifest.controlnets)
+        images = arguments["control_image"]
+        if count > 1 and (not isinstance(images, (list, tuple)) or len(images) != count):
+            raise UsageError(
+                f"This bundle has {count} ControlNets. Give `control_image` as a list with what "
+                "each of them takes, in the order in which it was built with them."
+            )
+        sets = images if count > 1 else [images]
+        modes = _modes(arguments, manifest.controlnets)
+        scales = _each("controlnet_conditioning_scale", arguments, count)
+        starts = _each("control_guidance_start", arguments, count)
+        ends = _each("control_guidance_end", arguments, count)
+        return cls(
+            request,
+            manifest,
+            tuple(
+                Controlled(
+                    _pictures(sets[i], request),
+                    _mode(modes[i], record),
+                    check_number(
+                        "controlnet_conditioning_scale", scales[i], -_MOST_SCALE, _MOST_SCALE
+                    ),
+                    check_number("control_guidance_start", starts[i], 0, 1),
+                    check_number("control_guidance_end", ends[i], 0, 1),
+                )
+                for i, record in enumerate(manifest.controlnets)
+            ),
+        )
+
+    def engine_sizes(self) -> Mapping[str, Mapping[str, int]]:
+        """Encoders are given one picture at a time, and ControlNets what the transformer is."""
+        request, spec = self.request, self.manifest.latents
+        height, width, text = request.height, request.width, request.max_sequence_length
+        _, _, h, w = latent_shape(1, height, width, spec)
+        rows, columns = token_grid(height, width, spec)
+        tokens = rows * columns
+        sizes = {"vae_encoder": {"H": height, "W": width, "h": h, "w": w}}
+        for record in self.manifest.controlnets:
+            name = record.component
+            sizes[name] = {"L": tokens, "S": text, "T": text + tokens}
+            sizes[f"{name}_conditioner"] = {"S": text}
+            if _encoder(name) in self.manifest.components:
+                sizes[_encoder(name)] = {"H": height, "W": width, "L": tokens}
+        return sizes
+
+    def notices(self) -> tuple[str, ...]:
+        """Control pictures that count in no step, and modes that nothing reads."""
+        notices = []
+        if not any(self._scales(given).any() for given in self.given):
+            notices.append(
+                f"`control_image` does nothing: in none of {self.steps} steps a ControlNet counts. "
+                "Raise `controlnet_conditioning_scale` or `control_guidance_end`, or lower "
+                "`control_guidance_start`."
+            )
+        return tuple(notices)
+
+    def prepare(self, sigmas: NDArray[np.float32], run: Run) -> Start:
+        """Noise of the seed, and what each ControlNet reads of its control pictures."""
+        request, spec = self.request, self.manifest.latents
+        assert request.seed is not None  # without latents there is one
+        generator = Generators(request.seed)
+        shape = latent_shape(request.batch, request.height, request.width, spec)
+        controls = []
+        for record, given in zip(self.manifest.controlnets, self.given, strict=True):
+            each = request.batch // len(given.images)
+            if _encoder(record.component) in self.manifest.components:
+                latents = np.repeat(_from_pixels(record.component, given.images, run), each, axis=0)
+            else:
+                epsilon = generator.normal(shape)
+                mean, logvar = (np.repeat(x, each, axis=0) for x in encode(given.images, spec, run))
+                latents = pack(scale(sample_posterior(mean, logvar, epsilon), spec), spec)
+            controls.append(
+                ControlInput(record.component, latents, given.mode, self._scales(given))
+            )
+        noise = generator.normal(shape)
+        return Start(pack(noise, spec), sigmas, controls=tuple(controls))
+
+    def _scales(self, given: Controlled) -> NDArray[np.float32]:
+        """What residuals are multiplied with in each step, float32 [N]."""
+        steps = self.steps
+        inside = [
+            given.start <= step / steps and (step + 1) / steps <= given.end for step in range(steps)
+        ]
+        return np.where(inside, np.float32(given.scale), np.float32(0))
+
+
+def _encoder(component: str) -> str:
+    """The component that makes tokens of pixels, where a ControlNet has one."""
+    return f"{component}_encoder"
+
+
+def _from_pixels(component: str, images: NDArray[np.float32], run: Run) -> NDArray[np.float32]:
+    found = [run(_encoder(component), {"images": image[None]}) for image in images]
+    return np.concatenate([each["control_latents"] for each in found])
+
+
+def _each(name: str, arguments: Mapping[str, Any], count: int) -> Sequence[Any]:
+    """What is given for each of several ControlNets: one for all, or a list."""
+    value = arguments[name]
+    if not isinstance(value, (list, tuple)):
+        return [value] * count
+    if len(value) != count:
+        raise UsageError(
+            f"`{name}` has {len(value)} entries, and this bundle {count} ControlNets. Give one for "
+            "all, or one for each."
+        )
+    return value
+
+
+def _modes(arguments: Mapping[str, Any], records: Sequence[ControlNetRecord]) -> Sequence[Any]:
+    """The mode for each ControlNet: one for all is for those that have modes."""
+    modes = _each("control_mode", arguments, len(records))
+    if isinstance(arguments["control_mode"], (list, tuple)):
+        return modes
+    some = any(record.modes for record in records)
+    return [
+        None if some and not record.modes else mode
+        for mode, record in zip(modes, records, strict=True)
+    ]
+
+
+def _pictures(image: object, request: GenerationRequest) -> NDArray[np.float32]:
+    name = "control_image"
+    images = to_pixels(image, request.height, request.width, name)
+    prompts = len(request.text)
+    if len(images) not in (1, prompts, request.batch):
+        raise UsageError(
+            f"There are {len(images)} control images for {prompts} prompts and {request.batch} "
+            "pictures. Give one for all, one a prompt or one a picture."
+        )
+    return images
+
+
+def _mode(value: object, record: ControlNetRecord) -> int | None:
+    """The kind of control, where a ControlNet tells several apart."""
+    if record.modes == 0:
+        if value is None:
+            return None
+        raise UsageError(
+            f"`control_mode` has no place here: {record.component} knows one kind of control. "
+            "Leave it out."
+        )
+    if value is None:
+        raise UsageError(
+            f"{record.component} tells {record.modes} kinds of control apart. Give `control_mode`, "
+            f"0 to {record.modes - 1}; its model card says which is which."
+        )
+    return check_integer("control_mode", value, 0, record.modes - 1)
