@@ -80,7 +80,6 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
         "many single blocks, no guidance",
         {"sigmas": [1.0, 0.8, 0.3], "control_image": photograph(48, 32)},
     ),
-    "no single blocks": ("no single blocks", {"control_image": photograph(48, 32)}),
     "Union": ("Union", {"control_image": photograph(48, 32), "control_mode": 3}),
     "several": (
         "several",
