@@ -13,21 +13,19 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from exporters.training.checkpoint import read_checkpoint
 from exporters.training.data import pack, to_tensor
 from exporters.training.difference import Difference, widen
 from exporters.training.flow import noised
-from exporters.training.loop import Draw, Recipe, plot_losses, train, write_record
+from exporters.training.loop import Draw, Recipe
 from exporters.training.networks import TextEncoders, velocity
-from exporters.training.pairs import Pair, PairSet, make_pairs
-from fluxdeploy.demo import DEMO_CHECKPOINTS
+from exporters.training.pairs import Pair, PairSet
+from exporters.training.task import train_task
 from fluxdeploy.demo.holes import sample_hole
 from fluxdeploy.demo.scenes import draw
-from fluxdeploy.progress import Progress
 
 __all__ = ["RECIPE", "FillStage", "fold_mask", "sample_fill"]
 
-RECIPE = Recipe("fill", steps=1700, rate=2e-3, matrix_rate=2e-3, warmup=50, ema=0.99)
+RECIPE = Recipe("fill", steps=1000, rate=2e-3, matrix_rate=2e-3, warmup=50, ema=0.99)
 
 _PAIRS = 8192
 _FACTOR = 8
@@ -90,17 +88,7 @@ def fold_mask(masks: Tensor) -> Tensor:
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 def main(folder: Path, seed: int, device: str) -> None:
     """Train the Fill demo and write FOLDER/fill.safetensors, with a record of the training."""
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
-    on = torch.device(device)
-    transformer, text, vae = read_checkpoint(DEMO_CHECKPOINTS["demo:dev"])
-    with Progress() as progress:
-        made = (_PAIRS, vae.to(on), folder / "pairs.pt", seed, on, progress)
-        stage = FillStage(transformer, text, make_pairs(sample_fill, *made), batch=24, device=on)
-        train(RECIPE, stage.networks, stage.loss, folder, seed, on, progress)
-    stage.difference.write(folder / "fill.safetensors")
-    plot_losses(folder, [RECIPE.name])
-    write_record(folder, [RECIPE.name], on)
+    train_task(RECIPE, FillStage, sample_fill, _PAIRS, folder, seed, torch.device(device))
 
 
 if __name__ == "__main__":
