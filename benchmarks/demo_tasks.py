@@ -126,7 +126,7 @@ def main(
                 for picture, one, score in zip(pictures, some, scores, strict=True):
                     cells.append(_cell(task.shown(one), picture, one.prompt, score.right))
                 bar.advance(len(some))
-    report = {
+    report: dict[str, Any] = {
         "machine": describe_machine(PACKAGES),
         "task": name,
         "scenes": scenes,
@@ -166,7 +166,8 @@ def _answer(
         output_type="np",
         **task.inputs(some),
     )
-    return np.rint(255 * np.asarray(output.images)).astype(np.uint8)
+    pictures: Array = np.rint(255 * np.asarray(output.images)).astype(np.uint8)
+    return pictures
 
 
 def _cell(shown: Array, picture: Array, prompt: str, right: bool) -> Array:

@@ -13,9 +13,9 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from exporters.training.lora import LowRank, add_low_rank
+from exporters.training.lora import add_low_rank
 
-__all__ = ["Difference", "merged", "widen"]
+__all__ = ["Difference", "widen"]
 
 _RANK = 32
 _WHOLE = ("x_embedder", "context_embedder", "norm_out.linear", "proj_out")
@@ -27,10 +27,11 @@ class Difference(nn.Module):
     def __init__(self, transformer: FluxTransformer2DModel) -> None:
         super().__init__()
         transformer.requires_grad_(False)
-        self._added = add_low_rank(transformer, _RANK)
+        added = add_low_rank(transformer, _RANK)
+        # A module's name has no dots.
         ranks = {
             name.replace(".", "-"): nn.ParameterList([part.down, part.up])
-            for name, part in self._added.items()
+            for name, part in added.items()
         }
         self.low_ranks = nn.ModuleDict(ranks)
         whole = {
@@ -39,16 +40,12 @@ class Difference(nn.Module):
         }
         self.whole = nn.ModuleDict(whole)
 
-    @property
-    def added(self) -> dict[str, LowRank]:
-        """The low ranks by their linears' names."""
-        return self._added
-
     def write(self, file: Path) -> None:
-        """Write it in bfloat16: `NAME.lora_A.weight` and `lora_B`, and whole linears as they are."""
+        """Write it in bfloat16, as `fluxdeploy.demo.assemble` reads it."""
         tensors: dict[str, Tensor] = {}
-        for name, part in self._added.items():
-            tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = part.down, part.up
+        for key, ranks in self.low_ranks.items():
+            for half, values in zip("AB", ranks.parameters(), strict=True):
+                tensors[f"{key.replace('-', '.')}.lora_{half}.weight"] = values
         for key, linear in self.whole.items():
             for name, values in linear.named_parameters():
                 tensors[f"{key.replace('-', '.')}.{name}"] = values
@@ -66,12 +63,3 @@ def widen(transformer: FluxTransformer2DModel, channels: int) -> None:
         new.bias.copy_(old.bias)
     transformer.x_embedder = new.to(old.weight.device)
     transformer.register_to_config(in_channels=new.in_features, out_channels=old.in_features)
-
-
-@torch.no_grad()
-def merged(transformer: FluxTransformer2DModel, difference: Difference) -> FluxTransformer2DModel:
-    """The transformer with the low ranks in its weights, without linears of theirs; in place."""
-    for name, part in difference.added.items():
-        parent, _, last = name.rpartition(".")
-        setattr(transformer.get_submodule(parent), last, part.merged())
-    return transformer.requires_grad_(False)

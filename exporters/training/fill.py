@@ -11,15 +11,14 @@ import click
 import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from exporters.training.data import pack, to_tensor
-from exporters.training.difference import Difference, widen
-from exporters.training.flow import noised
-from exporters.training.loop import Draw, Recipe
+from exporters.training.difference import widen
+from exporters.training.loop import Recipe
 from exporters.training.networks import TextEncoders, velocity
-from exporters.training.pairs import Pair, PairSet
-from exporters.training.task import train_task
+from exporters.training.pairs import Pair, PairBatch, PairSet
+from exporters.training.task import TaskStage, train_task
 from fluxdeploy.demo.holes import sample_hole
 from fluxdeploy.demo.scenes import draw
 
@@ -31,12 +30,14 @@ _PAIRS = 8192
 _FACTOR = 8
 
 
-class FillStage:
-    """Rectified flow, at guidance 1, of the whole picture given the one with the hole.
+class FillStage(TaskStage):
+    """The whole picture given the one with the hole, which is drawn too outside of the hole.
 
-    As in FLUX.1 Fill, channels are the latents, those of the masked picture, and the mask. What
-    lies outside the hole is drawn too: the model learns to leave it as it is.
+    As in FLUX.1 Fill, channels are the latents, those of the masked picture, and the mask.
     """
+
+    PIPELINE = "FluxFillPipeline"
+    GUIDANCE = 1.0
 
     def __init__(
         self,
@@ -46,24 +47,16 @@ class FillStage:
         batch: int,
         device: torch.device,
     ) -> None:
-        latents = transformer.config.in_channels
-        widen(transformer, latents + 4 * _FACTOR**2)
-        self.difference = Difference(transformer).to(device)
-        self.networks = nn.ModuleDict({"difference": self.difference})
-        self._transformer = transformer.to(device)
-        self._text, self._pairs = text.to(device), pairs
-        self._batch, self._device = batch, device
+        widen(transformer, transformer.config.in_channels + 4 * _FACTOR**2)
+        super().__init__(transformer, text, pairs, batch, device)
 
-    def loss(self, draw_: Draw) -> dict[str, Tensor]:
-        batch = self._pairs.batch(draw_, self._batch, self._device)
+    def velocity(
+        self, x: Tensor, t: Tensor, text: tuple[Tensor, Tensor], batch: PairBatch
+    ) -> Tensor:
+        """See `TaskStage`."""
         assert batch.masks is not None
-        with torch.no_grad():
-            text = self._text(batch.prompts)
-        t, noise, x = noised(batch.wanted, draw_)
-        given = torch.cat([x, batch.given, fold_mask(batch.masks)], dim=-1)
-        guidance = torch.ones(self._batch, device=self._device)
-        predicted = velocity(self._transformer, given, t, text, batch.size, guidance)
-        return {"flow": (predicted - (noise - batch.wanted)).square().mean()}
+        x = torch.cat([x, batch.given, fold_mask(batch.masks)], dim=-1)
+        return velocity(self._transformer, x, t, text, batch.size, self._guidance())
 
 
 def sample_fill(rng: np.random.Generator, height: int, width: int) -> Pair:
@@ -87,7 +80,7 @@ def fold_mask(masks: Tensor) -> Tensor:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 def main(folder: Path, seed: int, device: str) -> None:
-    """Train the Fill demo and write FOLDER/fill.safetensors, with a record of the training."""
+    """Train the Fill demo and write FOLDER/fill, with a record of the training."""
     train_task(RECIPE, FillStage, sample_fill, _PAIRS, folder, seed, torch.device(device))
 
 

@@ -10,16 +10,13 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from diffusers import FluxTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from exporters.training.data import to_tensor
-from exporters.training.difference import Difference
-from exporters.training.flow import noised
-from exporters.training.loop import Draw, Recipe
-from exporters.training.networks import TextEncoders, velocity
-from exporters.training.pairs import Pair, PairSet
-from exporters.training.task import train_task
+from exporters.training.loop import Recipe
+from exporters.training.networks import velocity
+from exporters.training.pairs import Pair, PairBatch
+from exporters.training.task import TaskStage, train_task
 from fluxdeploy.demo.edits import sample_edit
 from fluxdeploy.demo.scenes import draw
 
@@ -30,36 +27,22 @@ RECIPE = Recipe("kontext", steps=1500, rate=2e-3, matrix_rate=2e-3, warmup=50, e
 _PAIRS = 8192
 
 
-class KontextStage:
-    """Rectified flow, at guidance 1, of the changed picture given the words and the one before.
+class KontextStage(TaskStage):
+    """The changed picture given the words and the one before.
 
     As in FLUX.1 Kontext, the latents of the picture before stand behind those that are drawn.
     """
 
-    def __init__(
-        self,
-        transformer: FluxTransformer2DModel,
-        text: TextEncoders,
-        pairs: PairSet,
-        batch: int,
-        device: torch.device,
-    ) -> None:
-        self.difference = Difference(transformer).to(device)
-        self.networks = nn.ModuleDict({"difference": self.difference})
-        self._transformer = transformer.to(device)
-        self._text, self._pairs = text.to(device), pairs
-        self._batch, self._device = batch, device
+    PIPELINE = "FluxKontextPipeline"
+    GUIDANCE = 1.0
 
-    def loss(self, draw_: Draw) -> dict[str, Tensor]:
-        batch = self._pairs.batch(draw_, self._batch, self._device)
-        with torch.no_grad():
-            text = self._text(batch.prompts)
-        t, noise, x = noised(batch.wanted, draw_)
-        guidance = torch.ones(self._batch, device=self._device)
-        predicted = velocity(
-            self._transformer, x, t, text, batch.size, guidance, reference=batch.given
+    def velocity(
+        self, x: Tensor, t: Tensor, text: tuple[Tensor, Tensor], batch: PairBatch
+    ) -> Tensor:
+        """See `TaskStage`."""
+        return velocity(
+            self._transformer, x, t, text, batch.size, self._guidance(), reference=batch.given
         )
-        return {"flow": (predicted - (noise - batch.wanted)).square().mean()}
 
 
 def sample_pair(rng: np.random.Generator, height: int, width: int) -> Pair:
@@ -74,7 +57,7 @@ def sample_pair(rng: np.random.Generator, height: int, width: int) -> Pair:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 def main(folder: Path, seed: int, device: str) -> None:
-    """Train the Kontext demo and write FOLDER/kontext.safetensors, with a record of it."""
+    """Train the Kontext demo and write FOLDER/kontext, with a record of it."""
     train_task(RECIPE, KontextStage, sample_pair, _PAIRS, folder, seed, torch.device(device))
 
 

@@ -49,11 +49,6 @@ class LowRank(nn.Module):
         result: Tensor = self._base(x) + nn.functional.linear(inner, self.up)
         return result
 
-    def merged(self) -> nn.Linear:
-        """One linear that does the same; the low rank's own is left without effect."""
-        self._base.weight += self.up @ self.down
-        return self._base
-
 
 def add_low_rank(transformer: FluxTransformer2DModel, rank: int) -> dict[str, LowRank]:
     """Put a low rank beside every linear of the blocks; by the linears' names."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,9 +15,10 @@ from torch import Tensor, nn
 
 from exporters.training.checkpoint import read_checkpoint
 from exporters.training.difference import Difference
+from exporters.training.flow import noised
 from exporters.training.loop import Draw, Recipe, plot_losses, train, write_record
 from exporters.training.networks import TextEncoders
-from exporters.training.pairs import Pair, PairSet, make_pairs
+from exporters.training.pairs import Pair, PairBatch, PairSet, make_pairs
 from fluxdeploy.demo import DEMO_CHECKPOINTS
 from fluxdeploy.progress import Progress
 
@@ -24,30 +27,65 @@ __all__ = ["TaskStage", "train_task"]
 _BATCH = 24
 
 
-class TaskStage(Protocol):
-    """A stage that trains a difference of a transformer."""
+class TaskStage(ABC):
+    """Rectified flow, at guidance 1, of a picture given the prompt and another picture.
 
-    difference: Difference
-    networks: nn.ModuleDict
+    At guidance 1 a guided model is the plain one, whose loss this is; what is learnt there serves
+    at every guidance. The text encoders stay as they are.
+    """
 
-    def loss(self, draw_: Draw) -> dict[str, Tensor]:
-        """Named terms, of which the sum is minimised."""
+    PIPELINE: ClassVar[str]
+    """The name of diffusers' pipeline."""
+
+    GUIDANCE: ClassVar[float]
+    """The checkpoint's own default for a picture."""
+
+    def __init__(
+        self,
+        transformer: FluxTransformer2DModel,
+        text: TextEncoders,
+        pairs: PairSet,
+        batch: int,
+        device: torch.device,
+    ) -> None:
+        self.difference = Difference(transformer).to(device)
+        self.networks = nn.ModuleDict({"difference": self.difference})
+        self._transformer = transformer.to(device)
+        self._text, self._pairs = text.to(device), pairs
+        self._batch, self._device = batch, device
+
+    def loss(self, draw: Draw) -> dict[str, Tensor]:
+        """The squared error of the velocity."""
+        batch = self._pairs.batch(draw, self._batch, self._device)
+        with torch.no_grad():
+            text = self._text(batch.prompts)
+        t, noise, x = noised(batch.wanted, draw)
+        predicted = self.velocity(x, t, text, batch)
+        return {"flow": (predicted - (noise - batch.wanted)).square().mean()}
+
+    @abstractmethod
+    def velocity(
+        self, x: Tensor, t: Tensor, text: tuple[Tensor, Tensor], batch: PairBatch
+    ) -> Tensor:
+        """The velocity [B, L, 64] at noise levels `t` [B] of `x` [B, L, 64], given the pictures."""
+
+    def _guidance(self) -> Tensor:
+        return torch.ones(self._batch, device=self._device)
 
 
 def train_task(
     recipe: Recipe,
-    stage_of: Callable[
-        [FluxTransformer2DModel, TextEncoders, PairSet, int, torch.device], TaskStage
-    ],
+    stage_of: type[TaskStage],
     sample: Callable[[np.random.Generator, int, int], Pair],
     pairs: int,
     folder: Path,
     seed: int,
     device: torch.device,
 ) -> None:
-    """Train a task's difference and write `folder/NAME.safetensors`, with a record of the training.
+    """Train a task's difference and write `folder/NAME`, with a record of the training.
 
-    A run that was stopped goes on where it was.
+    That is what `fluxdeploy.demo.assemble` makes a checkpoint of. A run that was stopped goes on
+    where it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -57,6 +95,15 @@ def train_task(
         made = make_pairs(sample, pairs, vae.to(device), kept, seed, device, progress)
         stage = stage_of(transformer, text, made, _BATCH, device)
         train(recipe, stage.networks, stage.loss, folder, seed, device, progress)
-    stage.difference.write(folder / f"{recipe.name}.safetensors")
+    _write(folder / recipe.name, transformer, stage)
     plot_losses(folder, [recipe.name])
     write_record(folder, [recipe.name], device)
+
+
+def _write(folder: Path, transformer: FluxTransformer2DModel, stage: TaskStage) -> None:
+    index = json.loads((DEMO_CHECKPOINTS["demo:dev"] / "model_index.json").read_text())
+    index["_class_name"] = stage.PIPELINE
+    index["_fluxdeploy"]["guidance_scale"] = stage.GUIDANCE
+    transformer.save_config(folder / "transformer")
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    stage.difference.write(folder / "difference.safetensors")

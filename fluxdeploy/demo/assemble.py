@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from fluxdeploy.bundle.tensorfile import (
@@ -40,9 +39,7 @@ def assemble(base: Path, task: Path, folder: Path) -> None:
     """
     shutil.copytree(base, folder, ignore=shutil.ignore_patterns(_WEIGHTS.name))
     shutil.copytree(base / "vae", folder / "vae", dirs_exist_ok=True)
-    shutil.copytree(
-        task, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_DIFFERENCE)
-    )
+    shutil.copytree(task, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_DIFFERENCE))
     before = read_header(base / _WEIGHTS)
     tensors = dict(_merged(before, read_header(task / _DIFFERENCE)))
     declared = [(name, "BF16", values.shape) for name, values in tensors.items()]

@@ -36,9 +36,7 @@ class Edit:
     prompt: str
 
 
-def sample_edit(
-    rng: np.random.Generator, height: int, width: int, split: Split = "train"
-) -> Edit:
+def sample_edit(rng: np.random.Generator, height: int, width: int, split: Split = "train") -> Edit:
     """One change to a random scene: a thing's colour, the background's, or a thing's shape.
 
     What it becomes has no two things that are the same. In the held-out split, training has never

@@ -34,9 +34,7 @@ class Hole:
     prompt: str
 
 
-def sample_hole(
-    rng: np.random.Generator, height: int, width: int, split: Split = "train"
-) -> Hole:
+def sample_hole(rng: np.random.Generator, height: int, width: int, split: Split = "train") -> Hole:
     """A box or a blob over one thing of a random scene.
 
     The prompt describes the whole picture, or the thing in the hole alone. Or it leaves that thing
@@ -66,9 +64,8 @@ def _box(rng: np.random.Generator, thing: Placed, height: int, width: int) -> Ar
 
 def _blob(rng: np.random.Generator, thing: Placed, height: int, width: int) -> Array:
     turn = np.linspace(0, 2 * math.pi, 48, endpoint=False)
-    waves = sum(
-        rng.uniform(0, 0.15) * np.cos(n * turn + rng.uniform(0, 2 * math.pi)) for n in (2, 3, 5)
-    )
+    heights, phases = rng.uniform(0, (0.15, 2 * math.pi), (3, 2)).T[..., None]
+    waves = (heights * np.cos(np.outer((2, 3, 5), turn) + phases)).sum(0)
     # The corners of a square lie farthest from its centre, and the waves cut some of the margin.
     reach = math.sqrt(2) * thing.radius + _margins(rng, 1) + thing.radius * (waves - waves.min())
     points = np.stack([thing.x + reach * np.cos(turn), thing.y + reach * np.sin(turn)], 1)
