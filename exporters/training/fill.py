@@ -38,6 +38,7 @@ class FillStage(TaskStage):
 
     PIPELINE = "FluxFillPipeline"
     GUIDANCE = 1.0
+    BATCH = 24
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from fluxdeploy.demo.scenes import draw
 
 __all__ = ["RECIPE", "KontextStage", "sample_pair"]
 
-RECIPE = Recipe("kontext", steps=1500, rate=2e-3, matrix_rate=2e-3, warmup=50, ema=0.99)
+RECIPE = Recipe("kontext", steps=1600, rate=2e-3, matrix_rate=2e-3, warmup=50, ema=0.99)
 
 _PAIRS = 8192
 
@@ -35,6 +35,7 @@ class KontextStage(TaskStage):
 
     PIPELINE = "FluxKontextPipeline"
     GUIDANCE = 1.0
+    BATCH = 12
 
     def velocity(
         self, x: Tensor, t: Tensor, text: tuple[Tensor, Tensor], batch: PairBatch

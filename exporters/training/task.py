@@ -24,8 +24,6 @@ from fluxdeploy.progress import Progress
 
 __all__ = ["TaskStage", "train_task"]
 
-_BATCH = 24
-
 
 class TaskStage(ABC):
     """Rectified flow, at guidance 1, of a picture given the prompt and another picture.
@@ -39,6 +37,8 @@ class TaskStage(ABC):
 
     GUIDANCE: ClassVar[float]
     """The checkpoint's own default for a picture."""
+
+    BATCH: ClassVar[int]
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ def train_task(
     with Progress() as progress:
         kept = folder / "pairs.pt"
         made = make_pairs(sample, pairs, vae.to(device), kept, seed, device, progress)
-        stage = stage_of(transformer, text, made, _BATCH, device)
+        stage = stage_of(transformer, text, made, stage_of.BATCH, device)
         train(recipe, stage.networks, stage.loss, folder, seed, device, progress)
     _write(folder / recipe.name, transformer, stage)
     plot_losses(folder, [recipe.name])

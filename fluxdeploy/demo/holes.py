@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from fluxdeploy.demo.scenes import Drawing, Placed, Scene, Split, arrange, caption, sample_scene
+from fluxdeploy.demo.scenes import (
+    Drawing,
+    Placed,
+    Scene,
+    Split,
+    arrange,
+    caption,
+    coverage,
+    sample_scene,
+)
 
 __all__ = ["Hole", "sample_hole"]
 
@@ -38,8 +47,26 @@ def sample_hole(rng: np.random.Generator, height: int, width: int, split: Split 
     """A box or a blob over one thing of a random scene.
 
     The prompt describes the whole picture, or the thing in the hole alone. Or it leaves that thing
-    out: then background is to go on through the hole.
+    out: then background is to go on through the hole. In the held-out split, training has never
+    seen the scene, and the hole cuts no other thing: what a prompt leaves out of one that is cut,
+    nobody could tell.
     """
+    while True:
+        hole = _sample(rng, height, width, split)
+        if split == "train" or not _cuts(hole):
+            return hole
+
+
+def _cuts(hole: Hole) -> bool:
+    height, width = hole.mask.shape
+    for other in hole.drawing.things:
+        covered = coverage(other.thing.shape, height, width, other.x, other.y, other.radius)
+        if other is not hole.thing and covered[hole.mask].any():
+            return True
+    return False
+
+
+def _sample(rng: np.random.Generator, height: int, width: int, split: Split) -> Hole:
     scene = sample_scene(rng, split)
     drawing = arrange(scene, height, width, rng)
     thing = drawing.things[int(rng.integers(len(drawing.things)))]
