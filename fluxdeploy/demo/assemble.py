@@ -37,8 +37,7 @@ def assemble(base: Path, task: Path, folder: Path) -> None:
     model_index.json and transformer/config.json, and difference.safetensors. Raises
     `CheckpointError` for tensors that do not fit and `BundleError` where the disk refuses.
     """
-    shutil.copytree(base, folder, ignore=shutil.ignore_patterns(_WEIGHTS.name))
-    shutil.copytree(base / "vae", folder / "vae", dirs_exist_ok=True)
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("transformer"))
     shutil.copytree(task, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_DIFFERENCE))
     before = read_header(base / _WEIGHTS)
     tensors = dict(_merged(before, read_header(task / _DIFFERENCE)))
