@@ -32,29 +32,33 @@ _ENCODED_AT_ONCE = 32
 class Pair:
     """A prompt and three pictures, float32 [3, H, W] in [-1, 1]: the one to draw, and one given.
 
-    mask: [H, W], 1 where to paint; None where the task takes none.
+    mask: [H, W], 1 where to paint; None where the task takes none. marks: what lies where in the
+    picture to draw and then in the given one, uint8 [2 L, 6], see `data.labels`; None where it is
+    not asked for.
     """
 
     prompt: str
     wanted: Tensor
     given: Tensor
     mask: Tensor | None = None
+    marks: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """B pairs of one size: latents [B, L, 64] wanted and given, masks [B, H, W], prompts."""
+    """B pairs of one size: latents [B, L, 64] wanted and given, masks [B, H, W], prompts, marks."""
 
     size: Size
     wanted: Tensor
     given: Tensor
     masks: Tensor | None
     prompts: list[str]
+    marks: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class PairSet:
-    """Tensors `wanted`, `given` and perhaps `mask` of N pairs, and their prompts, by size."""
+    """Tensors `wanted`, `given`, perhaps `mask` and `marks` of N pairs, and prompts, by size."""
 
     tensors: dict[Size, dict[str, Tensor]]
     prompts: dict[Size, list[str]]
@@ -68,7 +72,8 @@ class PairSet:
             name: tensor[rows].float().to(device) for name, tensor in self.tensors[size].items()
         }
         prompts = [self.prompts[size][index] for index in chosen]
-        return PairBatch(size, picked["wanted"], picked["given"], picked.get("mask"), prompts)
+        images = picked["wanted"], picked["given"], picked.get("mask")
+        return PairBatch(size, *images, prompts, picked.get("marks"))
 
 
 def make_pairs(
@@ -99,11 +104,12 @@ def make_pairs(
                 images = torch.stack([getattr(pair, name) for pair in pairs])
                 latents = encode_packed(vae, images.to(device))
                 parts.setdefault(name, []).append(latents.half().cpu())
-            masks = [pair.mask for pair in pairs if pair.mask is not None]
-            if masks:
-                parts.setdefault("mask", []).append(torch.stack(masks).to(torch.uint8))
+            for name in ("mask", "marks"):
+                some = [getattr(pair, name) for pair in pairs]
+                if some[0] is not None:
+                    parts.setdefault(name, []).append(torch.stack(some).to(torch.uint8))
             task.advance(len(pairs))
-        tensors[size] = {name: torch.cat(some) for name, some in parts.items()}
+        tensors[size] = {name: torch.cat(each) for name, each in parts.items()}
     save({"tensors": tensors, "prompts": prompts}, file)
     return PairSet(tensors, prompts)
 

@@ -55,13 +55,17 @@ class TaskStage(ABC):
         self._batch, self._device = batch, device
 
     def loss(self, draw: Draw) -> dict[str, Tensor]:
-        """The squared error of the velocity."""
+        """Named terms, of which the sum is minimised."""
         batch = self._pairs.batch(draw, self._batch, self._device)
         with torch.no_grad():
             text = self._text(batch.prompts)
         t, noise, x = noised(batch.wanted, draw)
         predicted = self.velocity(x, t, text, batch)
-        return {"flow": (predicted - (noise - batch.wanted)).square().mean()}
+        return self.terms(predicted, noise - batch.wanted, batch)
+
+    def terms(self, predicted: Tensor, wanted: Tensor, batch: PairBatch) -> dict[str, Tensor]:
+        """The loss of a velocity [B, L, 64]: its squared error."""
+        return {"flow": (predicted - wanted).square().mean()}
 
     @abstractmethod
     def velocity(

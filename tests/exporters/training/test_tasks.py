@@ -25,6 +25,7 @@ from exporters.training.pairs import PairSet, encode_packed, make_pairs
 from exporters.training.task import TaskStage, train_task
 from fluxdeploy.demo import DEMO_CHECKPOINTS
 from fluxdeploy.demo.assemble import assemble
+from fluxdeploy.demo.scenes import SHAPES
 from fluxdeploy.progress import Progress
 
 CPU = torch.device("cpu")
@@ -136,6 +137,29 @@ def test_the_reference_stands_where_diffusers_puts_it(dev: Parts) -> None:
     )
 
 
+def test_the_middle_is_asked_what_lies_where_in_both_pictures(make: Any) -> None:
+    stage, pairs = make("kontext")
+    drawn = np.random.default_rng([0, 0])
+    pair = sample_pair(drawn, *SIZE)
+    assert pair.marks is not None
+    torch.testing.assert_close(pairs.tensors[SIZE]["marks"][0], pair.marks)
+    batch = batches(pairs)
+    before = batch.marks[:, 48:].clone()
+    batch.marks[:, :48] = 0
+    linear = stage.reader.linear
+    with torch.no_grad():
+        linear.weight.zero_()
+        linear.bias.fill_(-20)
+        linear.bias[[0, 1 + len(SHAPES)]] = 20
+    wanted = torch.zeros(2, 48, 64)
+    stage._middle = torch.zeros(2, 96, 192)
+    assert before.any()
+    with torch.no_grad():
+        assert stage.terms(wanted, wanted, batch)["reading"] > 0.1
+        batch.marks[:, 48:] = 0
+        assert stage.terms(wanted, wanted, batch)["reading"] < 1e-6
+
+
 def test_a_wider_transformer_starts_as_the_one_before(dev: Parts, make: Any) -> None:
     stage, pairs = make("fill")
     x, t = torch.randn(2, 48, 64), torch.full((2,), 0.5)
@@ -167,6 +191,7 @@ def test_two_steps_teach_a_task_and_its_checkpoint_opens_in_diffusers(
     assert json.loads((tmp_path / "training.json").read_text())["stages"][name]["steps"] == 2
 
     (stage,) = stages
+    assert ("reading" in (tmp_path / f"{name}.jsonl").read_text()) == (name == "kontext")
     assemble(DEMO_CHECKPOINTS["demo:dev"], tmp_path / name, tmp_path / "checkpoint")
     index = json.loads((tmp_path / "checkpoint" / "model_index.json").read_text())
     assert index["_class_name"] == stage.PIPELINE
