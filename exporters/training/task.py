@@ -108,6 +108,9 @@ def _write(folder: Path, transformer: FluxTransformer2DModel, stage: TaskStage) 
     index = json.loads((DEMO_CHECKPOINTS["demo:dev"] / "model_index.json").read_text())
     index["_class_name"] = stage.PIPELINE
     index["_fluxdeploy"]["guidance_scale"] = stage.GUIDANCE
-    transformer.save_config(folder / "transformer")
+    config = json.loads(transformer.to_json_string())
+    config.pop("_name_or_path", None)
+    (folder / "transformer").mkdir(parents=True, exist_ok=True)
+    (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     stage.difference.write(folder / "difference.safetensors")

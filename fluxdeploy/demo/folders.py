@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fluxdeploy.bundle.files import disk_errors, is_private, user_cache
-from fluxdeploy.demo.assemble import assemble
 from fluxdeploy.errors import CheckpointError
 
 __all__ = ["Folders"]
@@ -46,6 +45,9 @@ class Folders(Mapping[str, Path]):
 
 
 def _assembled(base: Path, task: Path) -> Path:
+    # Names alone are completed in a shell, which should not wait for NumPy.
+    from fluxdeploy.demo.assemble import assemble
+
     cache = user_cache()
     if not is_private(cache):
         raise CheckpointError(

@@ -195,6 +195,9 @@ def test_two_steps_teach_a_task_and_its_checkpoint_opens_in_diffusers(
     assemble(DEMO_CHECKPOINTS["demo:dev"], tmp_path / name, tmp_path / "checkpoint")
     index = json.loads((tmp_path / "checkpoint" / "model_index.json").read_text())
     assert index["_class_name"] == stage.PIPELINE
+    config = json.loads((tmp_path / name / "transformer" / "config.json").read_text())
+    assert config["in_channels"] == {"fill": 384, "kontext": 64}[name]
+    assert str(DEMO_CHECKPOINTS["demo:dev"]) not in json.dumps(config)
     opened = FluxTransformer2DModel.from_pretrained(
         tmp_path / "checkpoint", subfolder="transformer"
     ).float()
