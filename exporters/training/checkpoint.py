@@ -1,4 +1,4 @@
-"""Trained networks as a checkpoint in diffusers layout."""
+"""Trained networks as a checkpoint in diffusers layout, and back."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from safetensors.torch import load_file
 
+from exporters.synthetic.small_tokenizers import TokenizerSizes
 from exporters.synthetic.sparse_checkpoint import MODEL_INDEX
 from exporters.training.few_steps import SHIFT
 from exporters.training.networks import TEXT_LENGTH, TextEncoders
 
-__all__ = ["write_checkpoint"]
+__all__ = ["read_checkpoint", "write_checkpoint"]
 
 
 def write_checkpoint(
@@ -45,3 +47,27 @@ def write_checkpoint(
     defaults = {"height": 128, "width": 128, "max_sequence_length": TEXT_LENGTH, **settings}
     index = {**MODEL_INDEX, "_fluxdeploy": defaults}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def read_checkpoint(
+    checkpoint: Path,
+) -> tuple[FluxTransformer2DModel, TextEncoders, AutoencoderKL]:
+    """The networks of a checkpoint that `write_checkpoint` wrote, in float32 and not training."""
+
+    def config(name: str) -> Any:
+        return json.loads((checkpoint / name / "config.json").read_text())
+
+    clip, t5 = config("text_encoder"), config("text_encoder_2")
+    sizes = TokenizerSizes(
+        clip["vocab_size"], clip["bos_token_id"], clip["eos_token_id"], t5["vocab_size"]
+    )
+    text = TextEncoders(checkpoint, sizes)
+    for part, name in ((text.clip, "text_encoder"), (text.t5, "text_encoder_2")):
+        state = load_file(checkpoint / name / "model.safetensors")
+        # T5 writes one table for the two names that it has for it.
+        part.load_state_dict(state, strict=False)
+        for key, values in state.items():
+            torch.testing.assert_close(part.state_dict()[key], values.float())
+    transformer = FluxTransformer2DModel.from_pretrained(checkpoint, subfolder="transformer")
+    vae = AutoencoderKL.from_pretrained(checkpoint, subfolder="vae")
+    return transformer.float(), text.eval().requires_grad_(False), vae.float().eval()

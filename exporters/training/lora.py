@@ -6,18 +6,16 @@ cores.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from exporters.synthetic.small_tokenizers import TokenizerSizes
+from exporters.training.checkpoint import read_checkpoint
 from exporters.training.data import draw_size, pack
 from exporters.training.flow import noised
 from exporters.training.loop import Draw, Recipe, train, write_record
@@ -113,26 +111,6 @@ def write_lora(added: dict[str, LowRank], file: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
 
 
-def _load(checkpoint: Path) -> tuple[FluxTransformer2DModel, TextEncoders, AutoencoderKL]:
-    def config(name: str) -> Any:
-        return json.loads((checkpoint / name / "config.json").read_text())
-
-    clip, t5 = config("text_encoder"), config("text_encoder_2")
-    sizes = TokenizerSizes(
-        clip["vocab_size"], clip["bos_token_id"], clip["eos_token_id"], t5["vocab_size"]
-    )
-    text = TextEncoders(checkpoint, sizes)
-    for part, name in ((text.clip, "text_encoder"), (text.t5, "text_encoder_2")):
-        state = load_file(checkpoint / name / "model.safetensors")
-        # T5 writes one table for the two names that it has for it.
-        part.load_state_dict(state, strict=False)
-        for key, values in state.items():
-            torch.testing.assert_close(part.state_dict()[key], values.float())
-    transformer = FluxTransformer2DModel.from_pretrained(checkpoint, subfolder="transformer")
-    vae = AutoencoderKL.from_pretrained(checkpoint, subfolder="vae")
-    return transformer.float(), text.eval().requires_grad_(False), vae.float().eval()
-
-
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -141,7 +119,7 @@ def main(folder: Path, seed: int, device: str) -> None:
     """Train the demo's LoRA and write FOLDER/embers.safetensors, with a record of the training."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    transformer, text, vae = _load(DEMO_CHECKPOINTS["demo:dev"])
+    transformer, text, vae = read_checkpoint(DEMO_CHECKPOINTS["demo:dev"])
     stage = LoraStage(transformer, text, vae, batch=24, device=torch.device(device))
     with Progress() as progress:
         train(RECIPE, stage.networks, stage.loss, folder, seed, torch.device(device), progress)

@@ -106,18 +106,27 @@ def velocity(
     text: tuple[Tensor, Tensor],
     size: tuple[int, int],
     guidance: Tensor | None = None,
+    reference: Tensor | None = None,
 ) -> Tensor:
-    """The velocity at noise level `t` [B] in [0, 1] of packed latents `x` [B, L, 64]; float32."""
+    """The velocity at noise level `t` [B] in [0, 1] of packed latents `x` [B, L, 64]; float32.
+
+    reference: latents [B, L, 64] of a picture of that size, as FLUX.1 Kontext takes it: its tokens
+    stand behind those of `x`, at the same places, with 1 in the first axis of their positions.
+    """
     states, pooled = text
+    ids, tokens = image_ids(*size, x.device), x.shape[1]
+    if reference is not None:
+        x = torch.cat([x, reference], dim=1)
+        ids = torch.cat([ids, ids + torch.tensor([1.0, 0.0, 0.0], device=x.device)])
     result: Any = transformer(
         hidden_states=x,
         encoder_hidden_states=states,
         pooled_projections=pooled,
         timestep=t,
         guidance=guidance,
-        img_ids=image_ids(*size, x.device),
+        img_ids=ids,
         txt_ids=torch.zeros(TEXT_LENGTH, 3, device=x.device),
         return_dict=False,
     )
-    velocity: Tensor = result[0].float()
+    velocity: Tensor = result[0][:, :tokens].float()
     return velocity

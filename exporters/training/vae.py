@@ -8,10 +8,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from exporters.training.data import draw_batch, draw_windows, labels, pack, to_tensor
-from exporters.training.loop import Draw, Recipe
+from exporters.training.loop import Draw, Recipe, half_precision
 from exporters.training.reader import Reader
 
-__all__ = ["RECIPE", "VaeStage", "encode", "make_vae"]
+__all__ = ["RECIPE", "VaeStage", "encode", "encode_images", "make_vae"]
 
 RECIPE = Recipe("vae", steps=2200, rate=2e-3, matrix_rate=2e-3, ema=0.995)
 
@@ -88,10 +88,15 @@ class VaeStage:
         }
 
 
-@torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> Tensor:
-    """Latents, not scaled: the posterior's mean, float32 [B, 16, H/8, W/8]."""
-    images = to_tensor(pictures).to(device, memory_format=torch.channels_last)
-    with torch.autocast(device.type, torch.bfloat16):
-        latents: Tensor = vae.encode(images).latent_dist.mean.float()
+    """Latents, not scaled, of pictures uint8 [B, H, W, 3]: see `encode_images`."""
+    return encode_images(vae, to_tensor(pictures).to(device))
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Latents, not scaled, of images [B, 3, H, W]: the posterior's mean, [B, 16, H/8, W/8]."""
+    with half_precision(images.device):
+        posterior = vae.encode(images.to(memory_format=torch.channels_last)).latent_dist
+    latents: Tensor = posterior.mean.float()
     return latents

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from fluxdeploy.demo.folders import Folders
+
 __all__ = ["DEFAULT_CHECKPOINT", "DEMO_CHECKPOINTS", "DEMO_LORAS"]
 
 _FOLDER = Path(__file__).parent / "checkpoints"
 
-DEMO_CHECKPOINTS: Mapping[str, Path] = {
-    "demo:dev": _FOLDER / "dev",
-    "demo:schnell": _FOLDER / "schnell",
-}
+DEMO_CHECKPOINTS: Mapping[str, Path] = Folders(
+    {f"demo:{name}": _FOLDER / name for name in ("dev", "schnell")},
+    {"demo:fill": _FOLDER / "fill"},
+    base=_FOLDER / "dev",
+)
 """Folders in diffusers layout, by the names that commands take for them."""
 
 DEMO_LORAS: Mapping[str, Path] = {

@@ -27,6 +27,7 @@ __all__ = [
     "Drawing",
     "Placed",
     "Scene",
+    "Split",
     "Thing",
     "arrange",
     "caption",

@@ -43,7 +43,7 @@ def test_the_names_open_the_folders_of_the_package(name: str) -> None:
     checkpoint = find_checkpoint(name)
     assert checkpoint.root == DEMO_CHECKPOINTS[name]
     check_family(checkpoint)
-    assert checkpoint.transformer.guidance_embedding == (name == "demo:dev")
+    assert checkpoint.transformer.guidance_embedding == (name != "demo:schnell")
 
 
 def test_the_default_is_dev() -> None:
