@@ -71,7 +71,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
         "prompt": [FOX, ROBOT],
         "num_images_per_prompt": 2,
         "control_image": floats(90, 40)[None],
-        "guidance_scale": 30.0,
+        "guidance_scale": 10.0,
     },
     "one a prompt": {
         "height": 32,

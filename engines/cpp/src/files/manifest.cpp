@@ -185,7 +185,7 @@ Manifest read_fields(const Json& json) {
         json, "",
         {"schema_version", "family", "variant", "guidance_embedding", "components", "latents",
          "rope", "schedule", "tokenizers", "defaults", "quality", "provenance"},
-        {"skips", "tasks", "preview"});
+        {"skips", "tasks", "preview", "controlnets"});
     Manifest manifest;
     manifest.schema_version = fields.integer("schema_version");
     manifest.family = fields.text("family");
@@ -202,6 +202,9 @@ Manifest read_fields(const Json& json) {
     if (fields.has("skips")) manifest.skips = fields.list("skips", read_skips);
     if (fields.has("preview")) {
         manifest.preview = read_preview(fields.get("preview"), fields.where("preview"));
+    }
+    if (fields.has("controlnets")) {
+        throw FieldError("controlnets", "is there, and this library runs no ControlNets");
     }
     if (fields.has("tasks")) manifest.tasks = fields.list("tasks", copied_text);
     return manifest;
