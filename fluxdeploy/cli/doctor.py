@@ -32,6 +32,7 @@ _COMMANDS = {
     BASE: "generate, inspect, doctor",
     "export": "build, export, verify",
     "serve": "serve",
+    "control": "generate --control canny",
     "ray": "generate --ray",
 }
 """What the packages that every runtime needs are for; the others are the runtimes' own."""

@@ -223,9 +223,11 @@ def test_ray_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_files_of_a_job_are_found_from_any_folder() -> None:
-    order = Order("fox", image=Path("ring.png"), lora=(LoraFile(Path("style.safetensors"), 0.5),))
+    order = Order(
+        "fox", image=(Path("ring.png"),), lora=(LoraFile(Path("style.safetensors"), 0.5),)
+    )
     there = _anywhere(Job(order, "", (), "digest"))
-    assert there.order.image == Path.cwd() / "ring.png"
+    assert there.order.image == (Path.cwd() / "ring.png",)
     assert there.order.mask_image is None
     assert there.order.lora == (LoraFile(Path.cwd() / "style.safetensors", 0.5),)
     assert there.request == "digest"

@@ -264,10 +264,10 @@ class NoiseFirst(Generators):
 
 
 MISTAKES: dict[str, Callable[..., Any]] = {
-    "Generators": NoiseFirst,
-    "scale_noise": lambda known, noise, sigma: (1 - sigma) * noise + sigma * known,
-    "sample_posterior": lambda mean, logvar, noise: mean,
-    "scale": lambda latents, spec: latents,
+    "image_to_image.Generators": NoiseFirst,
+    "image_to_image.scale_noise": lambda known, noise, sigma: (1 - sigma) * noise + sigma * known,
+    "encoding.sample_posterior": lambda mean, logvar, noise: mean,
+    "encoding.scale": lambda latents, spec: latents,
 }
 
 
@@ -281,7 +281,6 @@ def test_wrong_formulas_move_the_picture(
 ) -> None:
     case = Case("", 64, 48, 4, 0.6, one(64, 48))
     expected = generate(open_pipeline(name), case)
-    module = "fluxdeploy.host.tasks.image_to_image"
-    monkeypatch.setattr(f"{module}.{formula}", MISTAKES[formula])
+    monkeypatch.setattr(f"fluxdeploy.host.tasks.{formula}", MISTAKES[formula])
     worst = np.abs(generate(open_pipeline(name), case) - expected).max()
     assert worst > TENTH, f"moved by {worst:.3g}"
