@@ -119,7 +119,7 @@ def test_a_folder_that_was_never_installed_knows_no_packages_of_its_own(
 def test_without_numpy_the_base_is_still_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "engines", None)
     report = json.loads(run("--json").stdout)
-    assert set(report["packages"]) == {"base", "export", "ray", "serve"}
+    assert set(report["packages"]) == {"base", "control", "export", "ray", "serve"}
     assert "numpy" in report["packages"]["base"]
     assert "base: generate, inspect, doctor" in run().stdout
 

@@ -33,7 +33,8 @@ DEMO = Path(__file__).parents[3] / "fluxdeploy/demo/checkpoints/dev"
 
 _SIZES = {
     "CLIP's tokens": 77, "CLIP's width": 768, "T5's width": 4096, "the transformer's width": 3072,
-    "the modulation's rows": 30, "a token's channels": 64, "what a task reads": 64, "a head's channels": 128,
+    "the modulation's rows": 30, "a token's channels": 64, "a head's channels": 128,
+    "what a task reads": 64,
     "the latents' channels": 16,
 }  # fmt: skip
 _RANGES = {
