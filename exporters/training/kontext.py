@@ -24,7 +24,7 @@ from fluxdeploy.demo.scenes import draw
 
 __all__ = ["RECIPE", "KontextStage", "sample_pair"]
 
-RECIPE = Recipe("kontext", steps=1600, rate=2e-3, matrix_rate=2e-3, warmup=50, ema=0.99)
+RECIPE = Recipe("kontext", steps=4000, rate=2e-3, matrix_rate=2e-3, warmup=50, ema=0.99)
 
 _PAIRS = 8192
 _READ_AFTER = 2  # of five single blocks
@@ -42,7 +42,7 @@ class KontextStage(TaskStage):
     """
 
     PIPELINE = "FluxKontextPipeline"
-    GUIDANCE = 1.0
+    GUIDANCE = 3.0
     BATCH = 12
 
     def __init__(
