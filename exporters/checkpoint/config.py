@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from exporters.checkpoint.agreement import check_class, check_said, unknown_keys
 from exporters.checkpoint.tensors import Weights
@@ -13,7 +14,7 @@ from fluxdeploy.errors import CheckpointError
 __all__ = [
     "TransformerConfig",
     "VaeConfig",
-    "axes_dims_of",
+    "block_sizes",
     "count_blocks",
     "is_guided",
     "shape_of",
@@ -94,30 +95,9 @@ class TransformerConfig:
         contradict each other or the config.
         """
         check_class("transformer", config, "FluxTransformer2DModel")
-        double = count_blocks(weights, r"transformer_blocks\.(\d{1,9})\.")
-        single = count_blocks(weights, r"single_transformer_blocks\.(\d{1,9})\.")
-        if not double + single:
-            raise CheckpointError("The transformer has no blocks: it is not a FLUX.1 model.")
-        first = "transformer_blocks.0" if double else "single_transformer_blocks.0"
-        mlp = f"{first}.ff.net.0.proj" if double else f"{first}.proj_mlp"
-        head_dim = shape_of(weights, f"{first}.attn.norm_q.weight", 1)[0]
-        width, in_channels = shape_of(weights, "x_embedder.weight", 2)
-        if width % head_dim:
-            raise CheckpointError(
-                f"The transformer's width {width} is no multiple of its head size {head_dim}."
-            )
         sizes = cls(
-            in_channels=in_channels,
+            **block_sizes("transformer", weights, config),
             out_channels=shape_of(weights, "proj_out.weight", 2)[0],
-            width=width,
-            head_dim=head_dim,
-            mlp_width=shape_of(weights, f"{mlp}.weight", 2)[0],
-            double_blocks=double,
-            single_blocks=single,
-            text_width=shape_of(weights, "context_embedder.weight", 2)[1],
-            pooled_width=shape_of(weights, "time_text_embed.text_embedder.linear_1.weight", 2)[1],
-            guidance_embedding=is_guided(weights),
-            axes_dims=axes_dims_of(config.get("axes_dims_rope"), head_dim),
         )
         check_said("transformer", config, sizes._in_words_of_diffusers(config))
         # Diffusers would pass over a guidance embedding, and draw another picture.
@@ -287,6 +267,37 @@ def _vae_levels(weights: Weights, encoder: bool) -> tuple[tuple[int, ...], int]:
     return tuple(channels if encoder else reversed(channels)), blocks - more
 
 
+def block_sizes(what: str, weights: Weights, config: Mapping[str, object]) -> dict[str, Any]:
+    """The sizes that an MM-DiT and a ControlNet share, by their names in `TransformerConfig`.
+
+    Raises `CheckpointError`, which calls the network `what`.
+    """
+    double = count_blocks(weights, r"transformer_blocks\.(\d{1,9})\.")
+    single = count_blocks(weights, r"single_transformer_blocks\.(\d{1,9})\.")
+    if not double + single:
+        raise CheckpointError(f"The {what} has no blocks: it is not one of FLUX.1's.")
+    first = "transformer_blocks.0" if double else "single_transformer_blocks.0"
+    mlp = f"{first}.ff.net.0.proj" if double else f"{first}.proj_mlp"
+    head_dim = shape_of(weights, f"{first}.attn.norm_q.weight", 1)[0]
+    width, in_channels = shape_of(weights, "x_embedder.weight", 2)
+    if width % head_dim:
+        raise CheckpointError(
+            f"The {what}'s width {width} is no multiple of its head size {head_dim}."
+        )
+    return {
+        "in_channels": in_channels,
+        "width": width,
+        "head_dim": head_dim,
+        "mlp_width": shape_of(weights, f"{mlp}.weight", 2)[0],
+        "double_blocks": double,
+        "single_blocks": single,
+        "text_width": shape_of(weights, "context_embedder.weight", 2)[1],
+        "pooled_width": shape_of(weights, "time_text_embed.text_embedder.linear_1.weight", 2)[1],
+        "guidance_embedding": is_guided(weights),
+        "axes_dims": _axes_dims(config.get("axes_dims_rope"), head_dim),
+    }
+
+
 def is_guided(weights: Weights) -> bool:
     """Whether an MM-DiT has a guidance embedding, as FLUX.1-dev's and not as schnell's."""
     return "time_text_embed.guidance_embedder.linear_1.weight" in weights
@@ -331,7 +342,7 @@ def _number(config: Mapping[str, object], key: str, default: float) -> float:
     return value
 
 
-def axes_dims_of(value: object, head_dim: int) -> tuple[int, ...]:
+def _axes_dims(value: object, head_dim: int) -> tuple[int, ...]:
     """How RoPE splits a head, by a config's `axes_dims_rope`; FLUX.1's own way without one.
 
     Raises `CheckpointError` for what is no split of it.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from exporters.checkpoint.agreement import check_class, check_said, unknown_keys
-from exporters.checkpoint.config import axes_dims_of, count_blocks, shape_of
+from exporters.checkpoint.config import block_sizes, count_blocks, shape_of
 from exporters.checkpoint.tensors import Weights
 from fluxdeploy.errors import CheckpointError
 
@@ -65,31 +65,10 @@ class ControlNetConfig:
         each other or the config.
         """
         check_class("ControlNet", config, "FluxControlNetModel")
-        double = count_blocks(weights, r"transformer_blocks\.(\d{1,9})\.")
-        single = count_blocks(weights, r"single_transformer_blocks\.(\d{1,9})\.")
-        if not double + single:
-            raise CheckpointError("The ControlNet has no blocks: it is not one of FLUX.1's.")
-        first = "transformer_blocks.0" if double else "single_transformer_blocks.0"
-        mlp = f"{first}.ff.net.0.proj" if double else f"{first}.proj_mlp"
-        head_dim = shape_of(weights, f"{first}.attn.norm_q.weight", 1)[0]
-        width, in_channels = shape_of(weights, "x_embedder.weight", 2)
-        if width % head_dim:
-            raise CheckpointError(
-                f"The ControlNet's width {width} is no multiple of its head size {head_dim}."
-            )
         mode = "controlnet_mode_embedder.weight"
         sizes = cls(
-            in_channels=in_channels,
+            **block_sizes("ControlNet", weights, config),
             control_channels=shape_of(weights, "controlnet_x_embedder.weight", 2)[1],
-            width=width,
-            head_dim=head_dim,
-            mlp_width=shape_of(weights, f"{mlp}.weight", 2)[0],
-            double_blocks=double,
-            single_blocks=single,
-            text_width=shape_of(weights, "context_embedder.weight", 2)[1],
-            pooled_width=shape_of(weights, "time_text_embed.text_embedder.linear_1.weight", 2)[1],
-            guidance_embedding="time_text_embed.guidance_embedder.linear_1.weight" in weights,
-            axes_dims=axes_dims_of(config.get("axes_dims_rope"), head_dim),
             modes=shape_of(weights, mode, 2)[0] if mode in weights else 0,
             hint_channels=_hint_channels(weights),
         )

@@ -127,7 +127,8 @@ def verify(
         return VerifyReport(bundle.content_hash, tuple(components), None, None)
     layers = compare_layers(bundle, opened, progress)
     count = 1 if pictures is None else pictures
-    is_demo = (
+    # Its scenes are for text alone: others have a picture given beside it.
+    is_demo = opened.task == "text to image" and (
         source in DEMO_CHECKPOINTS or checkpoint_record(bundle).get("name") in DEMO_CHECKPOINTS
     )
     if prompts:
