@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.errors import UsageError
 from fluxdeploy.host.components import Run
-from fluxdeploy.host.input_images import to_pixels
 from fluxdeploy.host.request import GenerationRequest
-from fluxdeploy.host.tasks.encoding import encode
+from fluxdeploy.host.tasks.encoding import control_latents, read_controls
 from fluxdeploy.host.tasks.task import Start, Task
-from fluxdeploy.sampling.latents import latent_shape, pack, sample_posterior, scale
+from fluxdeploy.sampling.latents import latent_shape, pack
 from fluxdeploy.sampling.noise import Generators
 
 __all__ = ["Control"]
@@ -50,14 +49,7 @@ class Control(Task):
             raise UsageError(
                 "`latents` has no place in control, whose noise comes from `seed`. Leave them out."
             )
-        name = "control_image"
-        images = to_pixels(arguments[name], request.height, request.width, name)
-        prompts = len(request.text)
-        if len(images) not in (1, prompts, request.batch):
-            raise UsageError(
-                f"There are {len(images)} control images for {prompts} prompts and "
-                f"{request.batch} pictures. Give one for all, one a prompt or one a picture."
-            )
+        images = read_controls(arguments["control_image"], request)
         return cls(request, manifest, images)
 
     def engine_sizes(self) -> Mapping[str, Mapping[str, int]]:
@@ -71,10 +63,7 @@ class Control(Task):
         request, spec = self.request, self.manifest.latents
         assert request.seed is not None  # without latents there is one
         generator = Generators(request.seed)
+        control = control_latents(self.images, request.batch, spec, generator, run)
         shape = latent_shape(request.batch, request.height, request.width, spec)
-        epsilon = generator.normal(shape)
-        each = request.batch // len(self.images)
-        mean, logvar = (np.repeat(x, each, axis=0) for x in encode(self.images, spec, run))
-        control = scale(sample_posterior(mean, logvar, epsilon), spec)
         noise = generator.normal(shape)
-        return Start(pack(noise, spec), sigmas, channels=pack(control, spec))
+        return Start(pack(noise, spec), sigmas, channels=control)

@@ -19,11 +19,10 @@ from fluxdeploy.arguments import check_integer, check_number
 from fluxdeploy.bundle.manifest import ControlNetRecord, Manifest
 from fluxdeploy.errors import UsageError
 from fluxdeploy.host.components import Run
-from fluxdeploy.host.input_images import to_pixels
 from fluxdeploy.host.request import GenerationRequest
-from fluxdeploy.host.tasks.encoding import encode
+from fluxdeploy.host.tasks.encoding import control_latents, read_controls
 from fluxdeploy.host.tasks.task import ControlInput, Start, Task
-from fluxdeploy.sampling.latents import latent_shape, pack, sample_posterior, scale, token_grid
+from fluxdeploy.sampling.latents import latent_shape, pack, token_grid
 from fluxdeploy.sampling.noise import Generators
 
 __all__ = ["ControlNet"]
@@ -89,7 +88,7 @@ class ControlNet(Task):
             manifest,
             tuple(
                 Controlled(
-                    _pictures(sets[i], request),
+                    read_controls(sets[i], request),
                     _mode(modes[i], record),
                     check_number(
                         "controlnet_conditioning_scale", scales[i], -_MOST_SCALE, _MOST_SCALE
@@ -136,13 +135,12 @@ class ControlNet(Task):
         shape = latent_shape(request.batch, request.height, request.width, spec)
         controls = []
         for record, given in zip(self.manifest.controlnets, self.given, strict=True):
-            each = request.batch // len(given.images)
+            images, batch = given.images, request.batch
             if _encoder(record.component) in self.manifest.components:
-                latents = np.repeat(_from_pixels(record.component, given.images, run), each, axis=0)
+                tokens = _from_pixels(record.component, images, run)
+                latents = np.repeat(tokens, batch // len(images), axis=0)
             else:
-                epsilon = generator.normal(shape)
-                mean, logvar = (np.repeat(x, each, axis=0) for x in encode(given.images, spec, run))
-                latents = pack(scale(sample_posterior(mean, logvar, epsilon), spec), spec)
+                latents = control_latents(images, batch, spec, generator, run)
             controls.append(
                 ControlInput(record.component, latents, given.mode, self._scales(given))
             )
@@ -191,18 +189,6 @@ def _modes(arguments: Mapping[str, Any], records: Sequence[ControlNetRecord]) ->
         None if some and not record.modes else mode
         for mode, record in zip(modes, records, strict=True)
     ]
-
-
-def _pictures(image: object, request: GenerationRequest) -> NDArray[np.float32]:
-    name = "control_image"
-    images = to_pixels(image, request.height, request.width, name)
-    prompts = len(request.text)
-    if len(images) not in (1, prompts, request.batch):
-        raise UsageError(
-            f"There are {len(images)} control images for {prompts} prompts and {request.batch} "
-            "pictures. Give one for all, one a prompt or one a picture."
-        )
-    return images
 
 
 def _mode(value: object, record: ControlNetRecord) -> int | None:

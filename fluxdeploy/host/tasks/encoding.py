@@ -8,10 +8,12 @@ from numpy.typing import NDArray
 from fluxdeploy.bundle.manifest import LatentSpec
 from fluxdeploy.errors import EngineError, UsageError
 from fluxdeploy.host.components import Run
-from fluxdeploy.sampling.latents import latent_shape, sample_posterior, scale
+from fluxdeploy.host.input_images import to_pixels
+from fluxdeploy.host.request import GenerationRequest
+from fluxdeploy.sampling.latents import latent_shape, pack, sample_posterior, scale
 from fluxdeploy.sampling.noise import Generators
 
-__all__ = ["check_count", "encode", "known_latents"]
+__all__ = ["check_count", "control_latents", "encode", "known_latents", "read_controls"]
 
 
 def check_count(what: str, count: int, pictures: int) -> None:
@@ -59,3 +61,36 @@ def known_latents(
     epsilon = generator.normal(latent_shape(count, height, width, spec))
     known = scale(sample_posterior(*encode(images, spec, run), epsilon), spec)
     return np.concatenate([known] * (pictures // len(known)))
+
+
+def read_controls(image: object, request: GenerationRequest) -> NDArray[np.float32]:
+    """Control pictures, float32 [Bc, 3, H, W] in -1..1: one for all, one a prompt or one a picture.
+
+    Raises `UsageError` for another number of them, and for what are no pictures.
+    """
+    images = to_pixels(image, request.height, request.width, "control_image")
+    prompts = len(request.text)
+    if len(images) not in (1, prompts, request.batch):
+        raise UsageError(
+            f"There are {len(images)} control images for {prompts} prompts and {request.batch} "
+            "pictures. Give one for all, one a prompt or one a picture."
+        )
+    return images
+
+
+def control_latents(
+    images: NDArray[np.float32],
+    pictures: int,
+    spec: LatentSpec,
+    generator: Generators,
+    run: Run,
+) -> NDArray[np.float32]:
+    """Latents of control pictures, float32 [B, L, C], packed: a draw of its own for each picture.
+
+    Raises `EngineError` where the encoder gives other shapes.
+    """
+    _, _, height, width = images.shape
+    epsilon = generator.normal(latent_shape(pictures, height, width, spec))
+    each = pictures // len(images)
+    mean, logvar = (np.repeat(x, each, axis=0) for x in encode(images, spec, run))
+    return pack(scale(sample_posterior(mean, logvar, epsilon), spec), spec)
