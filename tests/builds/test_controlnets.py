@@ -138,7 +138,7 @@ def test_kinds_and_numbers_that_do_not_go_together_are_refused(
     with pytest.raises(CheckpointError, match="A bundle has 4 at most"):
         find_checkpoint(dev, controlnets=(folder("plain"),) * 5)
     with pytest.raises(CheckpointError, match="is one for fill, and ControlNets go with"):
-        find_checkpoint(str(checkpoint("fill")), (), (folder("plain"),))
+        find_checkpoint(str(checkpoint("fill")), controlnets=(folder("plain"),))
     with pytest.raises(CheckpointError, match="says patch_size 2, and its tensors say 4"):
         find_checkpoint(dev, controlnets=(folder("coarse"),))
 

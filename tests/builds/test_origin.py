@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fluxdeploy.build.describe import _origin
+from fluxdeploy.build.describe import checkpoint_origin
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,8 @@ from fluxdeploy.build.describe import _origin
 def test_the_commit_of_a_hub_repository_is_recorded(
     name: str, revision: str | None, expected: dict[str, str]
 ) -> None:
-    checkpoint = SimpleNamespace(root=Path("/models/mine"), layout="bfl", revision=revision)
+    root = Path("/models/mine")
+    checkpoint = SimpleNamespace(root=root, layout="bfl", rounded={}, revision=revision)
     hashes = SimpleNamespace(digest="0" * 64)
     run: Any = SimpleNamespace(spec=SimpleNamespace(checkpoint=checkpoint), hashes=hashes)
-    assert _origin(name, run) == expected | {"layout": "bfl", "sha256": "0" * 64}
+    assert checkpoint_origin(name, run) == expected | {"layout": "bfl", "sha256": "0" * 64}

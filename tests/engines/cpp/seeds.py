@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from fluxdeploy.bundle.boundary import _BOUNDARY
+from fluxdeploy.bundle.boundary import _BOUNDARY, RESIDUALS
 from fluxdeploy.bundle.manifest import (
     ComponentRecord,
     DimensionRange,
@@ -90,6 +90,8 @@ def _component(name: str, like: ComponentRecord) -> ComponentRecord:
                 tuple(_SIZES.get(str(size), size) for size in shape),
             )
             for tensor, shape in tensors.items()
+            # What ControlNets bring is refused.
+            if tensor not in RESIDUALS
         )
         for tensors in _BOUNDARY[name]
     ]
