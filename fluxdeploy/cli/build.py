@@ -187,12 +187,21 @@ def command(
     if report is not None:
         show_report(report)
     call = f'fluxdeploy generate "a prompt" --bundle {shlex.quote(str(out))}'
+    call += "".join(_GIVEN.get(task, "") for task in bundle.manifest.tasks)
     if here:
         say(f"{out} is ready: {call}")
     else:
         devices = _devices(bundle.manifest)
         say(f"{out} is ready for {devices}; nothing on this machine runs it")
         say(f"to see here what it draws, slowly: {call} --runtime emulate")
+
+
+_GIVEN = {
+    "fill": " --image picture.png --mask mask.png",
+    "control": " --control-image edges.png",
+    "kontext": " --image picture.png",
+}
+"""What the call that a build tells has besides, by what the bundle does."""
 
 
 def _compare(

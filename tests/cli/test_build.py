@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Callable
@@ -161,6 +162,11 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
         return result
 
     return call
+
+
+def test_the_call_that_is_told_has_what_the_task_takes(build: Callable[..., Result]) -> None:
+    fill = dataclasses.replace(manifest_for(("onnxruntime", "cpu")), tasks=("fill",))
+    assert build(fill).stdout.endswith("--bundle 'a b' --image picture.png --mask mask.png\n")
 
 
 def test_only_what_runs_here_is_called_ready(build: Callable[..., Result]) -> None:
