@@ -62,7 +62,7 @@ def find_checkpoint(
     if name.startswith("demo:") and name not in DEMO_CHECKPOINTS:
         raise UsageError(
             f"There is no checkpoint {name}. The ones that come with the package are "
-            f"{' and '.join(DEMO_CHECKPOINTS)}."
+            f"{', '.join(DEMO_CHECKPOINTS)}."
         )
     try:
         with sleeping_threads():

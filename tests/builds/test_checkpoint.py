@@ -74,7 +74,7 @@ def test_an_unknown_name_of_the_package_is_refused(
 ) -> None:
     (tmp_path / "demo:large").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"demo:large.*demo:dev and demo:schnell"):
+    with pytest.raises(UsageError, match=r"demo:large.*demo:dev, demo:schnell"):
         find_checkpoint("demo:large")
 
 
