@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import numpy as np
@@ -88,8 +88,6 @@ def main(bundle: Path, count: int, kills: int, seed: int, report: Path | None) -
         wrong = made_wrongly(folder, index, count)
         largest = largest_difference(bundle, folder, rows)
         result = {
-            "processor": describe_cpu()["name"] or platform.processor(),
-            "cores": os.cpu_count(),
             "prompts": count,
             "kills": kills,
             "pictures_at_each_kill": made,
@@ -100,11 +98,17 @@ def main(bundle: Path, count: int, kills: int, seed: int, report: Path | None) -
             "wrong": wrong,
             "largest_difference_of_255": largest,
         }
-    text = json.dumps(result, indent=2) + "\n"
+    tell(result, report)
+
+
+def tell(result: dict[str, Any], report: Path | None) -> NoReturn:
+    """Print what was found and on what, write it to `report`, and exit with 1 where it is wrong."""
+    machine = {"processor": describe_cpu()["name"] or platform.processor(), "cores": os.cpu_count()}
+    text = json.dumps(machine | result, indent=2) + "\n"
     click.echo(text, nl=False)
     if report is not None:
         report.write_text(text, encoding="utf-8")
-    sys.exit(bool(wrong) or largest > 1)
+    sys.exit(bool(result["wrong"]) or result["largest_difference_of_255"] > 1)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -19,9 +18,8 @@ from pathlib import Path
 
 import click
 import ray
-from killed_batch import largest_difference, make_row
+from killed_batch import largest_difference, make_row, tell
 
-from fluxdeploy.machine import describe_cpu
 from tests.support.killed import lines_of, made_wrongly
 
 
@@ -84,8 +82,6 @@ def main(
             wrong.append(f"exit code {batch.returncode}, {len(made)} workers killed")
         largest = 255 if wrong else largest_difference(bundle, folder, rows)
         result = {
-            "processor": describe_cpu()["name"] or platform.processor(),
-            "cores": os.cpu_count(),
             "ray": ray.__version__,
             "workers": workers,
             "prompts": count,
@@ -97,11 +93,7 @@ def main(
             "wrong": wrong,
             "largest_difference_of_255": largest,
         }
-    text = json.dumps(result, indent=2) + "\n"
-    click.echo(text, nl=False)
-    if report is not None:
-        report.write_text(text, encoding="utf-8")
-    sys.exit(bool(wrong) or largest > 1)
+    tell(result, report)
 
 
 if __name__ == "__main__":
