@@ -149,8 +149,8 @@ def picture_size(image: object) -> tuple[int, int]:
     """
     item = image[0] if isinstance(image, (list, tuple)) and image else image
     if isinstance(item, Image.Image):
-        item = upright_picture(item)
-        return item.height, item.width
+        upright = _decoded(item, "image", _checked_upright)
+        return upright.height, upright.width
     height, width = _pictures(item, "image").shape[1:3]
     return height, width
 
