@@ -21,7 +21,7 @@ __all__ = ["Drawing", "limits_of", "model_name", "read_drawing"]
 _PASSED = (
     *("seed", "guidance_scale", "negative_prompt", "true_cfg_scale", "max_sequence_length"),
     *("strength", "prompt_2", "negative_prompt_2"),
-    *("sampler", "skip"),
+    *("sampler", "skip", "preview_decoder"),
 )
 """Fields that are arguments of the pipeline under the same names."""
 
