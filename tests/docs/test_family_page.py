@@ -30,6 +30,7 @@ def workplace(
     pytest.importorskip("torch")
     for name, kind in BUNDLES.items():
         (tmp_path / name).symlink_to(bundle(kind), target_is_directory=True)
+    (tmp_path / "demo-kontext").symlink_to(bundle("kontext"), target_is_directory=True)
     for name in ("room", "wall", "beach", "house", "edges", "ring", "star"):
         image = Image.new("RGB", (70, 50), "white")
         image.paste("black", (10, 10, 40, 30))
