@@ -84,7 +84,8 @@ class Checkpoint:
     checkpoint's author recorded for hosts under `_fluxdeploy` in model_index.json; `unused` a
     sentence for each entry there that is not followed; `revision` the commit of a hub repository;
     `pipeline` the class that model_index.json names, None where there is no such file. `loras` are
-    those that are merged into it, and `base` is then what it was without them.
+    those that are merged into it, and `base` is what it was without those of them that leave what
+    it is for as it was.
     `controlnet_folders` are the names of the folders that its ControlNets come from.
     """
 
@@ -104,7 +105,7 @@ class Checkpoint:
 
     @property
     def unmerged(self) -> Checkpoint:
-        """The checkpoint as it was published."""
+        """The checkpoint as it was published, or as a control LoRA made one of another task."""
         return self if self.base is None else self.base
 
     def part(self, name: str) -> Part:

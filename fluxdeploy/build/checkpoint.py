@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointHashes",
+    "calibration_digest",
     "check_drawable",
     "check_family",
     "check_limits",
@@ -109,6 +110,15 @@ def hash_checkpoint(
     own = sorted(digest for file, digest in files.items() if file not in beside)
     whole = hashlib.sha256("\n".join(own).encode())
     return CheckpointHashes(files, whole.hexdigest())
+
+
+def calibration_digest(checkpoint: Checkpoint, hashes: CheckpointHashes) -> str:
+    """What a calibration is of: the weights, and the LoRAs that make it a model of another task."""
+    reshaping = checkpoint.unmerged.loras
+    if not reshaping:
+        return hashes.digest
+    lines = [hashes.digest, *(f"{lora.sha256}:{lora.scale}" for lora in reshaping)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _require_same_places(checkpoint: Checkpoint) -> None:

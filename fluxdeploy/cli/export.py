@@ -84,7 +84,7 @@ def command(
       fluxdeploy export ./FLUX.1-dev --precision fp16 --out flux-onnx
       fluxdeploy export flux1-dev.safetensors --component transformer --no-split
     """
-    from fluxdeploy.build.checkpoint import find_checkpoint, hash_checkpoint
+    from fluxdeploy.build.checkpoint import calibration_digest, find_checkpoint, hash_checkpoint
 
     overrides = component_precisions(component_precision)
     source = find_checkpoint(checkpoint, loras, base)
@@ -122,7 +122,7 @@ def command(
             Asked(spec.component, spec.precision, spec.compute) for spec in specs if spec.layers
         ]
         if asked:
-            digest = hash_checkpoint(source, progress).digest
+            digest = calibration_digest(source, hash_checkpoint(source, progress))
             given = open_calibration(source, digest, calibration)
             found = calibrate(source.unmerged, digest, given, asked, Promise(), None, progress)
             write_calibration(found, out / "calibration.json")
