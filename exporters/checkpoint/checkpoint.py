@@ -86,7 +86,8 @@ class Checkpoint:
     `pipeline` the class that model_index.json names, None where there is no such file. `loras` are
     those that are merged into it, and `base` is what it was without those of them that leave what
     it is for as it was.
-    `controlnet_folders` are the names of the folders that its ControlNets come from.
+    `controlnet_folders` are the names of the folders that its ControlNets come from. `asked_task`
+    is what it is for, where a user has said so of one that does not tell.
     """
 
     root: Path
@@ -102,6 +103,7 @@ class Checkpoint:
     loras: tuple[LoraRecord, ...] = ()
     base: Checkpoint | None = None
     controlnet_folders: tuple[str, ...] = ()
+    asked_task: str | None = None
 
     @property
     def unmerged(self) -> Checkpoint:
@@ -156,7 +158,9 @@ class Checkpoint:
         Raises `CheckpointError` for a transformer that is for none.
         """
         sizes = self.transformer
-        return find_task(self.pipeline, sizes.in_channels, sizes.out_channels, self.latents)
+        return find_task(
+            self.pipeline, sizes.in_channels, sizes.out_channels, self.latents, self.asked_task
+        )
 
     @property
     def references(self) -> int:

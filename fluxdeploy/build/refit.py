@@ -11,6 +11,7 @@ from engines import Runtime, choose_builder, runtimes
 from fluxdeploy.build.checkpoint import (
     checkpoint_record,
     find_checkpoint,
+    recorded_task,
     require_recorded,
     require_unchanged,
 )
@@ -61,7 +62,7 @@ def refit(
     runtime, targets = _builder(bundle)
     _require_same_tools(bundle)
     name = checkpoint or _recorded_name(bundle)
-    opened = find_checkpoint(name, loras, base)
+    opened = find_checkpoint(name, loras, base, task=recorded_task(bundle))
     _require_same_channels(opened, bundle)
     spec = resolve(_request(bundle, name, loras), opened, runtime, targets)
     cache = HashCache()
