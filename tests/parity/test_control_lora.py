@@ -7,7 +7,6 @@ PEFT, are added as PEFT adds them. The chains run in PyTorch, so that nothing is
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import pytest
 from engines import open_engine
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.bundle.manifest import ComponentRecord
-from fluxdeploy.errors import CheckpointError, UsageError
+from fluxdeploy.errors import CheckpointError
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.lora import LoraFile, read_lora
 from fluxdeploy.text import load_tokenizers
@@ -353,10 +352,23 @@ def test_what_cannot_be_merged_is_refused_by_name(
     refuse(checkpoint("dev"), [lost], "lacks its factor `down`")
 
 
-def test_with_a_call_a_control_lora_is_refused(control_lora: tuple[ControlLora, Path]) -> None:
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ("_norm.scale", r"replaces norms, by its key \S+_norm.scale"),
+        ("txt_in", "adds to biases, by its key txt_in.lora_B.bias"),
+        ("img_in.lora_A", "takes tokens of 128 channels, by its key img_in.lora_A.weight"),
+    ],
+)
+def test_with_a_call_a_control_lora_is_refused(
+    kept: str, said: str, control_lora: tuple[ControlLora, Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
     made, path = control_lora
-    linears = {"transformer": {n: (len(up), made.downs[n].shape[1]) for n, up in made.ups.items()}}
-    for name in ("attn.norm.query_norm", "lora_B"):
-        with pytest.raises(CheckpointError, match="cannot come with a call. Merge it with"):
-            read_lora(path, linears)
-        assert name
+    linears = {n: (len(up), made.downs[n].shape[1]) for n, up in made.ups.items()}
+    linears["x_embedder"] = (96, 64)
+    part = {name: values for name, values in load_file(path).items() if kept in name}
+    save_file(part, tmp_path / "part.safetensors")
+    with pytest.raises(CheckpointError, match=f"{said}, as control LoRAs do.*build --lora"):
+        read_lora(tmp_path / "part.safetensors", {"transformer": linears})
