@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 # It tells of each form that is damaged, on stderr; the client is told.
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
-_FIELDS, _FILES = 48, 22
+_FIELDS, _FILES = 40, 22
 _FIELD_BYTES = 1 << 20
 _JSON_BYTES = 1 << 20
 
