@@ -113,7 +113,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
             "image": photograph(48, 32, 2),
             "strength": 0.6,
             "control_image": [photograph(48, 32, 1), photograph(40, 60, 2)],
-            "control_mode": [2, 1],
+            "control_mode": [2, None],
             "controlnet_conditioning_scale": [0.7, 1.2],
         },
     ),
