@@ -65,9 +65,7 @@ def test_a_control_lora_stays_what_the_bundle_was_built_with(
     }
     save_file(wide, tmp_path / "canny.safetensors")
     lora = LoraFile(tmp_path / "canny.safetensors", 0.5)
-    with pytest.raises(
-        UsageError, match="reads 64 .* it would read 128"
-    ):
+    with pytest.raises(UsageError, match=r"reads 64 .* it would read 128"):
         refit(bundle("dev"), str(checkpoint("dev")), [lora], Progress(quiet=True))
     found: Any = SimpleNamespace(root="b", manifest=SimpleNamespace(provenance={}))
     record = LoraRecord("canny.safetensors", "0" * 64, 0.5)
