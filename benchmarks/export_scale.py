@@ -1,8 +1,8 @@
-"""Time, memory and disk that it takes to export a full-size FLUX.1-dev.
+"""Time, memory and disk that it takes to export a full-size FLUX.1.
 
-Writes the checkpoint as sparse files (real headers, no data on the disk) in the layouts of
-diffusers and of Black Forest Labs, and exports every component of each in bfloat16 in a process of
-its own.
+Writes checkpoints as sparse files (real headers, no data on the disk), and exports every component
+of each in bfloat16 in a process of its own: FLUX.1-dev in the layouts of diffusers and of Black
+Forest Labs, and with `--model` Fill, Kontext, and dev with a ControlNet.
 """
 
 from __future__ import annotations
@@ -29,7 +29,13 @@ from fluxdeploy.progress import Progress
 
 WORKER = Path(__file__).with_name("export_worker.py")
 PRECISION = "bf16"
-LAYOUTS = ("diffusers", "bfl")
+CASES = {
+    "dev": ("diffusers", "bfl"),
+    "fill": ("diffusers",),
+    "kontext": ("diffusers",),
+    "controlnet": ("diffusers",),
+}
+"""The kinds of checkpoints, and the layouts that each is measured in."""
 PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
@@ -57,13 +63,14 @@ class ComponentRow:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The export of a layout in a fresh process.
+    """The export of a checkpoint in a fresh process.
 
     `seconds` and `cpu_seconds` count from the start of the process to its end, imports included;
     `import_seconds` is the part of the imports. `written_bytes` is the room that new files take
     on the disk: hard links to the checkpoint take none.
     """
 
+    model: str
     layout: str
     components: tuple[ComponentRow, ...]
     seconds: float
@@ -80,7 +87,8 @@ class Measurement:
             (self.peak_bytes, TARGETS.peak_bytes, f"held {_megabytes(self.peak_bytes)}"),
             (self.written_bytes, TARGETS.written_bytes, f"wrote {_megabytes(self.written_bytes)}"),
         )
-        return [f"{self.layout} {words}" for value, limit, words in figures if value >= limit]
+        name = f"{self.model}, {self.layout},"
+        return [f"{name} {words}" for value, limit, words in figures if value >= limit]
 
 
 def _megabytes(count: float) -> str:
@@ -89,11 +97,13 @@ def _megabytes(count: float) -> str:
 
 @click.command()
 @click.option(
-    "--layout",
-    type=click.Choice([*LAYOUTS, "both"]),
-    default="both",
+    "--model",
+    "models",
+    type=click.Choice([*CASES]),
+    multiple=True,
+    default=("dev",),
     show_default=True,
-    help="The checkpoint's layout.",
+    help="The kind of checkpoint. May be given several times.",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write this file.")
 @click.option(
@@ -102,26 +112,23 @@ def _megabytes(count: float) -> str:
     help="Where to work; it must support sparse files.  [default: the system's temporary folder]",
 )
 @click.option("--keep", is_flag=True, help="Leave checkpoints and exports on the disk.")
-def main(layout: str, json_file: Path | None, folder: Path | None, keep: bool) -> None:
-    """Export a full-size FLUX.1-dev in bf16 and measure it.
+def main(models: tuple[str, ...], json_file: Path | None, folder: Path | None, keep: bool) -> None:
+    """Export full-size checkpoints of FLUX.1 in bf16 and measure it.
 
-    The checkpoint is 34 GB of zeros that take no room on the disk. For each layout the targets
-    are 60 s, 1 GB of resident memory and 64 MB written; exits with 1 where one is missed.
+    A checkpoint is 34 GB of zeros that take no room on the disk. For each the targets are 60 s,
+    1 GB of resident memory and 64 MB written; exits with 1 where one is missed.
     """
     from full_size import write_full_size  # torch, which --help can do without
 
-    layouts = LAYOUTS if layout == "both" else (layout,)
     machine = describe_machine(PACKAGES)
     measurements = []
     with _workplace(folder, keep) as place, Progress() as progress:
-        for name in layouts:
-            task = progress.task(f"Writing the {name} checkpoint, sparse", total=1)
-            checkpoint, output = place / name, place / f"{name}-onnx"
-            for stale in (checkpoint, output):
-                shutil.rmtree(stale, ignore_errors=True)
-            write_full_size(checkpoint, name)
+        for model, layout in ((m, layout) for m in models for layout in CASES[m]):
+            task = progress.task(f"Writing {model} in {layout} layout, sparse", total=1)
+            checkpoint, output = place / f"{model}-{layout}", place / f"{model}-{layout}-onnx"
+            write_full_size(checkpoint, layout, model)
             task.advance()
-            measurements.append(measure(name, checkpoint, output, progress))
+            measurements.append(measure(model, layout, checkpoint, output, progress))
     for measurement in measurements:
         show(measurement)
     if json_file is not None:
@@ -151,11 +158,17 @@ def _workplace(folder: Path | None, keep: bool) -> Iterator[Path]:
             shutil.rmtree(place)
 
 
-def measure(layout: str, checkpoint: Path, output: Path, progress: Progress) -> Measurement:
+def measure(
+    model: str, layout: str, checkpoint: Path, output: Path, progress: Progress
+) -> Measurement:
     """Export `checkpoint` to `output` in a fresh process."""
-    from exporters.components.registry import COMPONENTS
+    from full_size import MODELS
 
-    task = progress.task(f"Exporting the {layout} checkpoint", total=len(COMPONENTS))
+    from exporters.components.registry import components_of
+
+    _, sizes = MODELS[model]
+    count = sum(component.present(sizes) for component in components_of(sizes).values())
+    task = progress.task(f"Exporting {model} in {layout} layout", total=count)
     command = [sys.executable, str(WORKER), str(checkpoint), str(output), PRECISION]
     told: dict[str, float] = {}
     seconds: dict[str, float] = {}
@@ -175,6 +188,7 @@ def measure(layout: str, checkpoint: Path, output: Path, progress: Progress) -> 
     total = time.perf_counter() - started
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return Measurement(
+        model=model,
         layout=layout,
         components=tuple(_row(output, name, spent) for name, spent in seconds.items()),
         seconds=round(total, 2),
@@ -200,8 +214,9 @@ def _written_bytes(output: Path, checkpoint: Path) -> int:
 
 
 def show(measurement: Measurement) -> None:
-    """Print the table of a layout."""
-    table = Table("component", title=f"FLUX.1-dev, {measurement.layout} layout, {PRECISION}")
+    """Print the table of a checkpoint."""
+    title = f"FLUX.1, {measurement.model}, {measurement.layout} layout, {PRECISION}"
+    table = Table("component", title=title)
     for heading in ("seconds", "nodes", "ONNX file"):
         table.add_column(heading, justify="right")
     for row in measurement.components:

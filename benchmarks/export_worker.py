@@ -16,7 +16,8 @@ from pathlib import Path
 _started = time.perf_counter()
 
 from exporters.checkpoint import open_checkpoint  # noqa: E402
-from exporters.components.registry import COMPONENTS  # noqa: E402
+from exporters.checkpoint.controlnet import with_controlnets  # noqa: E402
+from exporters.components.registry import components_of  # noqa: E402
 from exporters.export import export_component, specify  # noqa: E402
 from exporters.weights.bind import WeightFolder  # noqa: E402
 
@@ -41,8 +42,13 @@ def main(source: str, output: str, precision: str) -> None:
     """Export `source` to the folder `output`."""
     _tell(imports=time.perf_counter() - _started)
     weights = WeightFolder(Path(output) / "weights")
+    controlnet = Path(source) / "controlnet"
     checkpoint = open_checkpoint(source)
-    for name, component in COMPONENTS.items():
+    if controlnet.is_dir():
+        checkpoint = with_controlnets(checkpoint, [controlnet])
+    for name, component in components_of(checkpoint).items():
+        if not component.present(checkpoint):
+            continue
         started = time.perf_counter()
         exported = export_component(specify(checkpoint, component, precision), weights)
         _tell(component=name, seconds=time.perf_counter() - started, path=exported.path)

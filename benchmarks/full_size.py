@@ -1,4 +1,7 @@
-"""A full-size FLUX.1-dev checkpoint in both layouts: real headers, no data on the disk."""
+"""Full-size checkpoints of FLUX.1's kinds: real headers, no data on the disk.
+
+FLUX.1-dev's is written in both layouts, the others' in that of diffusers.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,43 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
-from exporters.synthetic.sparse_checkpoint import FLUX_DEV, declare_tensors, write_sparse_checkpoint
+from exporters.checkpoint.controlnet_config import ControlNetConfig
+from exporters.synthetic.sparse_checkpoint import (
+    FLUX_DEV,
+    declare_tensors,
+    write_sparse_checkpoint,
+    write_sparse_controlnet,
+)
 from fluxdeploy.bundle.tensorfile import write_sparse
 
-__all__ = ["write_full_size"]
+__all__ = ["MODELS", "write_full_size"]
+
+_DEV = FLUX_DEV.transformer
+_UNION = ControlNetConfig(
+    in_channels=64,
+    control_channels=64,
+    width=_DEV.width,
+    head_dim=_DEV.head_dim,
+    mlp_width=_DEV.mlp_width,
+    double_blocks=5,
+    single_blocks=10,
+    text_width=_DEV.text_width,
+    pooled_width=_DEV.pooled_width,
+    guidance_embedding=True,
+    axes_dims=_DEV.axes_dims,
+    modes=10,
+)
+MODELS = {
+    "dev": ("FluxPipeline", FLUX_DEV),
+    "fill": ("FluxFillPipeline", replace(FLUX_DEV, transformer=replace(_DEV, in_channels=384))),
+    "kontext": ("FluxKontextPipeline", FLUX_DEV),
+    # InstantX's first Union, beside dev.
+    "controlnet": ("FluxPipeline", replace(FLUX_DEV, controlnets=(_UNION,))),
+}
+"""Pipeline and sizes of each kind."""
 
 Declaration = tuple[str, str, tuple[int, ...]]
 
@@ -80,13 +114,22 @@ _VAE = (
 )
 
 
-def write_full_size(folder: Path, layout: str) -> None:
-    """Write the checkpoint to `folder`, in the layout "diffusers" or "bfl"."""
-    write_sparse_checkpoint(folder, FLUX_DEV)
+def write_full_size(folder: Path, layout: str, model: str = "dev") -> None:
+    """Write a checkpoint of a kind to `folder`, in the layout "diffusers" or, of dev, "bfl".
+
+    A ControlNet stands in the folder controlnet/ of it.
+    """
+    pipeline, sizes = MODELS[model]
+    write_sparse_checkpoint(folder, sizes)
     if layout == "diffusers":
         for part, (name, stem, limit) in _SHARDED.items():
             (folder / name / f"{stem}.safetensors").unlink()
-            _write_shards(folder / name, stem, declare_tensors(FLUX_DEV, part), limit)
+            _write_shards(folder / name, stem, declare_tensors(sizes, part), limit)
+        index = folder / "model_index.json"
+        said = json.loads(index.read_text(encoding="utf-8"))
+        index.write_text(json.dumps({**said, "_class_name": pipeline}), encoding="utf-8")
+        if sizes.controlnets:
+            write_sparse_controlnet(folder / "controlnet", sizes)
         return
     for name in ("transformer", "vae", "scheduler"):
         shutil.rmtree(folder / name)

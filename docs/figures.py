@@ -30,13 +30,18 @@ CHECKPOINTS = ROOT / "fluxdeploy" / "demo" / "checkpoints"
 MODEL_CARD = CHECKPOINTS / "README.md"
 
 _LAYOUTS = {"diffusers": "diffusers layout", "bfl": "BFL layout"}
+_MODELS = {"fill": "Fill", "kontext": "Kontext", "controlnet": "dev and a ControlNet"}
 
 
 def _export_scale(report: dict[str, Any]) -> str:
     """The report of benchmarks/export_scale.py as a Markdown table and the machine it ran on."""
     layouts, targets = report["layouts"], report["targets"]
     rows = [
-        ["", *(_LAYOUTS[layout["layout"]] for layout in layouts), "target"],
+        [
+            "",
+            *(_MODELS.get(each.get("model", "dev"), _LAYOUTS[each["layout"]]) for each in layouts),
+            "target",
+        ],
         ["---", *("---:" for _ in layouts), "---:"],
         [
             "time, imports included",

@@ -84,8 +84,10 @@ class Checkpoint:
     checkpoint's author recorded for hosts under `_fluxdeploy` in model_index.json; `unused` a
     sentence for each entry there that is not followed; `revision` the commit of a hub repository;
     `pipeline` the class that model_index.json names, None where there is no such file. `loras` are
-    those that are merged into it, and `base` is then what it was without them.
-    `controlnet_folders` are the names of the folders that its ControlNets come from.
+    those that are merged into it, and `base` is what it was without those of them that leave what
+    it is for as it was.
+    `controlnet_folders` are the names of the folders that its ControlNets come from. `asked_task`
+    is what it is for, where a user has said so of one that does not tell.
     """
 
     root: Path
@@ -101,10 +103,11 @@ class Checkpoint:
     loras: tuple[LoraRecord, ...] = ()
     base: Checkpoint | None = None
     controlnet_folders: tuple[str, ...] = ()
+    asked_task: str | None = None
 
     @property
     def unmerged(self) -> Checkpoint:
-        """The checkpoint as it was published."""
+        """The checkpoint as it was published, or as a control LoRA made one of another task."""
         return self if self.base is None else self.base
 
     def part(self, name: str) -> Part:
@@ -155,7 +158,9 @@ class Checkpoint:
         Raises `CheckpointError` for a transformer that is for none.
         """
         sizes = self.transformer
-        return find_task(self.pipeline, sizes.in_channels, sizes.out_channels, self.latents)
+        return find_task(
+            self.pipeline, sizes.in_channels, sizes.out_channels, self.latents, self.asked_task
+        )
 
     @property
     def references(self) -> int:

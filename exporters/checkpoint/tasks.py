@@ -36,13 +36,16 @@ TASKS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """What a bundle of a checkpoint does, by what it was trained for."""
 
 
-def find_task(pipeline: str | None, read: int, given: int, latents: LatentSpec) -> str:
+def find_task(
+    pipeline: str | None, read: int, given: int, latents: LatentSpec, asked: str | None = None
+) -> str:
     """What a checkpoint was trained for, one of `TASKS`.
 
     read, given: the channels of a token that the transformer takes and gives. These decide, and
     model_index.json between tasks that read the same: `pipeline` is the class that it names, None
-    without one. Raises `CheckpointError` where the two contradict each other, and for a transformer
-    that reads what no task of FLUX.1 gives it.
+    without one; `asked` is what a user says of a checkpoint that does not tell, None for nothing.
+    Raises `CheckpointError` where these contradict each other, and for a transformer that reads
+    what no task of FLUX.1 gives it.
     """
     channels = {task: latents.channels_read(task) for task in TASKS}
     fitting = [task for task, count in channels.items() if count == read]
@@ -61,7 +64,14 @@ def find_task(pipeline: str | None, read: int, given: int, latents: LatentSpec) 
             f"and this one reads {read}, as for {fitting[0]}: the parts belong to different "
             "checkpoints."
         )
-    return said if said in fitting else fitting[0]
+    if asked is None:
+        return said if said in fitting else fitting[0]
+    if asked not in fitting:
+        raise CheckpointError(
+            f"--task {asked} was said, whose transformer reads {channels[asked]} channels, and "
+            f"this one reads {read}, as for {fitting[0]}: leave out --task."
+        )
+    return asked
 
 
 def usual_defaults(task: str, guided: bool) -> Defaults:

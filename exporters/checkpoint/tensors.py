@@ -39,7 +39,8 @@ class StoredTensor:
     `offset` is in bytes from the start of the file. `scale` is the scalar that an FP8 checkpoint
     multiplies the stored values with. `changes` are LoRAs that are added to a linear's weight as it
     is read. `packing` widens numbers that stand in blocks: `offset` and `nbytes` are then those of
-    the whole tensor, of whose numbers `skipped` come before the first row.
+    the whole tensor, of whose numbers `skipped` come before the first row. `padding` columns of
+    zeros, of those in `shape`, stand in no file but behind the stored ones.
     """
 
     file: Path
@@ -52,6 +53,7 @@ class StoredTensor:
     changes: tuple[Change, ...] = ()
     packing: Packing | None = None
     skipped: int = 0
+    padding: int = 0
 
     @classmethod
     def of(cls, file: Path, entry: TensorEntry) -> StoredTensor:
@@ -75,7 +77,8 @@ class StoredTensor:
     @property
     def as_stored(self) -> bool:
         """Whether the numbers are the stored ones, for a graph to read in their file."""
-        return self.scale is None and not self.changes and self.packing is None
+        plain = self.scale is None and self.packing is None
+        return plain and not self.changes and not self.padding
 
     @property
     def row_count(self) -> int:
@@ -101,7 +104,7 @@ class StoredTensor:
         )
         if self.packing is not None:
             # A block may reach over the end of a row.
-            before = self.skipped + start * math.prod(self.shape[1:])
+            before = self.skipped + start * (math.prod(self.shape[1:]) - self.padding)
             return dataclasses.replace(part, skipped=before)
         row = self.nbytes // max(self.row_count, 1)
         return dataclasses.replace(
@@ -111,6 +114,11 @@ class StoredTensor:
     def squeezed(self) -> StoredTensor:
         """A 1×1 convolution's weight as a linear's."""
         return dataclasses.replace(self, shape=tuple(d for d in self.shape if d != 1))
+
+    def padded(self, columns: int) -> StoredTensor:
+        """A linear's weight with columns of zeros behind its own, `columns` in all."""
+        rows, own = self.shape
+        return dataclasses.replace(self, shape=(rows, columns), padding=columns - own)
 
     def check_readable(self) -> None:
         """Raise `CheckpointError` for a type that weights are not read from, such as I64."""
@@ -125,16 +133,24 @@ class StoredTensor:
 
         Raises `CheckpointError` for a file that cannot be read, and for NaN and infinity.
         """
-        if not self.changes:
+        if not self.changes and not self.padding:
             return self._read(start, stop)
-        columns = self.shape[1]
+        columns = math.prod(self.shape[1:])
         end = math.prod(self.shape) if stop is None else stop
         first = start // columns
         part = self.rows(first, -(-end // columns))
-        values = part._read(0, None).reshape(part.shape)
+        values = part._unpadded().reshape(part.shape)
         for change in part.changes:
             values = change.add_to(values)
         return values.reshape(-1)[start - first * columns : end - first * columns]
+
+    def _unpadded(self) -> NDArray[np.float32]:
+        """All of the checkpoint's own values, with zeros in the columns that it has not."""
+        if not self.padding:
+            return self._read(0, None)
+        rows, columns = self.shape
+        own = dataclasses.replace(self, shape=(rows, columns - self.padding), padding=0)
+        return np.pad(own._read(0, None).reshape(own.shape), ((0, 0), (0, self.padding)))
 
     def _read(self, start: int, stop: int | None) -> NDArray[np.float32]:
         """As `read`, of the checkpoint's own values."""

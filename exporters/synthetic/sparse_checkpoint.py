@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 from transformers import CLIPTextConfig, T5Config
 
+from exporters.checkpoint.checkpoint import controlnet_name
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.checkpoint.controlnet_config import ControlNetConfig
 from exporters.components.chain import Chain
 from exporters.components.pieces import COMPUTE_TYPES
-from exporters.components.registry import COMPONENTS
+from exporters.components.registry import components_of
 from exporters.synthetic.small_tokenizers import write_tokenizers
 from fluxdeploy.bundle.files import write_atomic
 from fluxdeploy.bundle.tensorfile import TensorEntry, from_float32, read_header, write_sparse
@@ -36,6 +37,7 @@ __all__ = [
     "flux_of_depth",
     "write_random_checkpoint",
     "write_sparse_checkpoint",
+    "write_sparse_controlnet",
 ]
 
 Declaration = tuple[str, str, tuple[int, ...]]
@@ -187,10 +189,34 @@ def write_sparse_checkpoint(folder: Path, sizes: Sizes) -> None:
         write_sparse(folder / path, declare_tensors(sizes, part))
 
 
+def write_sparse_controlnet(folder: Path, sizes: Sizes) -> None:
+    """Write the first of the ControlNets, one that takes latents, as zeros that take no room."""
+    config = sizes.controlnets[0]
+    document = {
+        "_class_name": "FluxControlNetModel",
+        "patch_size": 1,
+        "in_channels": config.in_channels,
+        "num_layers": config.double_blocks,
+        "num_single_layers": config.single_blocks,
+        "attention_head_dim": config.head_dim,
+        "num_attention_heads": config.width // config.head_dim,
+        "joint_attention_dim": config.text_width,
+        "pooled_projection_dim": config.pooled_width,
+        "guidance_embeds": config.guidance_embedding,
+        "axes_dims_rope": list(config.axes_dims),
+        "num_mode": config.modes or None,
+    }
+    folder.mkdir(parents=True)
+    write_atomic(folder / "config.json", json.dumps(document, indent=2) + "\n")
+    tensors = declare_tensors(sizes, controlnet_name(0))
+    write_sparse(folder / "diffusion_pytorch_model.safetensors", tensors)
+
+
 def declare_tensors(sizes: Sizes, part: str) -> list[Declaration]:
     """Names, types and shapes of a network's tensors in diffusers layout, all bfloat16."""
     compute = COMPUTE_TYPES["bf16"]
-    built = [c.chain(sizes, compute) for c in COMPONENTS.values() if c.part == part]
+    known = components_of(sizes).values()
+    built = [c.chain(sizes, compute) for c in known if c.part == part and c.present(sizes)]
     shapes = dict(_parameters(built))
     for parameter in ("weight", "bias"):
         # One tensor in the file, two linears in the graph.
@@ -225,6 +251,7 @@ def _write_configs(folder: Path, sizes: Sizes) -> None:
         "transformer/config.json": {
             "_class_name": "FluxTransformer2DModel",
             "in_channels": transformer.in_channels,
+            "out_channels": transformer.out_channels,
             "num_layers": transformer.double_blocks,
             "num_single_layers": transformer.single_blocks,
             "attention_head_dim": transformer.head_dim,

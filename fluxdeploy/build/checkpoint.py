@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointHashes",
+    "calibration_digest",
     "check_drawable",
     "check_family",
     "check_limits",
@@ -37,6 +38,7 @@ __all__ = [
     "find_text_remarks",
     "hash_checkpoint",
     "open_recorded",
+    "recorded_task",
     "require_recorded",
     "require_unchanged",
 ]
@@ -50,13 +52,14 @@ def find_checkpoint(
     loras: Sequence[LoraFile] = (),
     base: Path | None = None,
     controlnets: Sequence[Path] = (),
+    task: str | None = None,
 ) -> Checkpoint:
     """Open a checkpoint: a path, a hub id, or one of `DEMO_CHECKPOINTS`; None is the default.
 
     `loras` are merged into it, `base` is a folder with what a single file lacks, and ControlNets in
-    the folders `controlnets` join it. No folder and no hub id can be meant by a name that begins
-    with `demo:`. Raises `UsageError` for such a name that there is not, and
-    `MissingDependencyError` without the packages of the extra `export`.
+    the folders `controlnets` join it. `task` is what it is for, where it does not tell. No folder
+    and no hub id can be meant by a name that begins with `demo:`. Raises `UsageError` for such a
+    name that there is not, and `MissingDependencyError` without the packages of the extra `export`.
     """
     name = DEFAULT_CHECKPOINT if checkpoint is None else checkpoint
     if name.startswith("demo:") and name not in DEMO_CHECKPOINTS:
@@ -74,8 +77,8 @@ def find_checkpoint(
         raise MissingDependencyError(
             f"Reading checkpoints needs the package {error.name}: {install_command('export')}."
         ) from error
-    opened = with_controlnets(open_checkpoint(DEMO_CHECKPOINTS.get(name, name), base), controlnets)
-    return merge_loras(opened, loras)
+    opened = replace(open_checkpoint(DEMO_CHECKPOINTS.get(name, name), base), asked_task=task)
+    return merge_loras(with_controlnets(opened, controlnets), loras)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,15 @@ def hash_checkpoint(
     own = sorted(digest for file, digest in files.items() if file not in beside)
     whole = hashlib.sha256("\n".join(own).encode())
     return CheckpointHashes(files, whole.hexdigest())
+
+
+def calibration_digest(checkpoint: Checkpoint, hashes: CheckpointHashes) -> str:
+    """What a calibration is of: the weights, and the LoRAs that make it a model of another task."""
+    reshaping = checkpoint.unmerged.loras
+    if not reshaping:
+        return hashes.digest
+    lines = [hashes.digest, *(f"{lora.sha256}:{lora.scale}" for lora in reshaping)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _require_same_places(checkpoint: Checkpoint) -> None:
@@ -157,7 +169,7 @@ def open_recorded(
 
     Raises `UsageError` for another one and for other LoRAs, and what `find_checkpoint` raises.
     """
-    checkpoint = find_checkpoint(name, loras, base)
+    checkpoint = find_checkpoint(name, loras, base, task=recorded_task(bundle))
     merged = [asdict(record) for record in checkpoint.loras]
     if _unnamed(merged) != _unnamed(bundle.manifest.provenance.get("loras", [])):
         raise UsageError(
@@ -166,6 +178,11 @@ def open_recorded(
         )
     require_recorded(bundle, name, hash_checkpoint(checkpoint, progress))
     return checkpoint
+
+
+def recorded_task(bundle: Bundle) -> str | None:
+    """What a bundle's checkpoint is for, where its tensors cannot tell."""
+    return "kontext" if "kontext" in bundle.manifest.tasks else None
 
 
 def require_recorded(bundle: Bundle, name: str, hashes: CheckpointHashes) -> None:

@@ -93,7 +93,7 @@ def _merged(tensors: Iterable[StoredTensor]) -> list[str]:
     """The LoRAs that change any of the tensors, in the order in which they are added."""
     changes = (change for stored in tensors for change in stored.changes)
     # The scale may come from a file beside it.
-    return list(dict.fromkeys(f"{c.sha256}:{c.strength}:{c.low_rank.scale}" for c in changes))
+    return list(dict.fromkeys(f"{c.sha256}:{c.strength}:{c.difference.scale}" for c in changes))
 
 
 def _described(layers: Layers) -> Any:

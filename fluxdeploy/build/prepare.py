@@ -30,7 +30,7 @@ def prepare(
         _check_apart(Path(os.path.expanduser(source)), destination)
     check_destination(destination)
     checkpoint = find_checkpoint(
-        request.checkpoint, request.loras, request.base, request.controlnets
+        request.checkpoint, request.loras, request.base, request.controlnets, request.task
     )
     spec = resolve(request, checkpoint, runtime, targets)
     if any(component.quantized for component in spec.components):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engines import Runtime, choose_builder, runtimes
 from fluxdeploy.build.checkpoint import (
     checkpoint_record,
     find_checkpoint,
+    recorded_task,
     require_recorded,
     require_unchanged,
 )
@@ -26,6 +28,9 @@ from fluxdeploy.errors import UsageError
 from fluxdeploy.lora import LoraFile
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
+
+if TYPE_CHECKING:
+    from exporters.checkpoint import Checkpoint
 
 __all__ = ["refit"]
 
@@ -57,12 +62,14 @@ def refit(
     runtime, targets = _builder(bundle)
     _require_same_tools(bundle)
     name = checkpoint or _recorded_name(bundle)
-    opened = find_checkpoint(name, loras, base)
+    opened = find_checkpoint(name, loras, base, task=recorded_task(bundle))
+    _require_same_channels(opened, bundle)
     spec = resolve(_request(bundle, name, loras), opened, runtime, targets)
     cache = HashCache()
     with Staging(path, cache.link) as staging:
         run = BuildRun(spec, staging, progress, cache, bundle.root)
         require_recorded(bundle, name, run.hashes)
+        _require_same_calibration(run, bundle)
         tokenizers = {name: make_tokenizer(name, run) for name in spec.tokenizers}
         components = make_components(run, "Refitting components")
         require_unchanged(cache)
@@ -119,6 +126,32 @@ def _require_same_tools(bundle: Bundle) -> None:
                 f"and {version} is installed: its graphs may not fit. Run `fluxdeploy build` with "
                 "the same --lora."
             )
+
+
+def _require_same_channels(checkpoint: Checkpoint, bundle: Bundle) -> None:
+    """Raise `UsageError` where LoRAs make the transformer read more, or no longer do."""
+    inputs = bundle.manifest.components["transformer"].inputs
+    built = next(spec.shape[-1] for spec in inputs if spec.name == "hidden_states")
+    reads = checkpoint.transformer.in_channels
+    if built != reads:
+        raise UsageError(
+            f"The transformer of {bundle.root} reads {built} channels, and with these LoRAs it "
+            f"would read {reads}: refit leaves graphs as they are. Run `fluxdeploy build` with the "
+            "same --lora."
+        )
+
+
+def _require_same_calibration(run: BuildRun, bundle: Bundle) -> None:
+    """Raise `UsageError` where a control LoRA is not the one that a bundle was calibrated with."""
+    recorded = bundle.manifest.provenance.get("loras")
+    records = recorded if isinstance(recorded, list) else []
+    known = [(r.get("sha256"), r.get("scale")) for r in records if isinstance(r, dict)]
+    lacks = [r for r in run.spec.checkpoint.unmerged.loras if (r.sha256, r.scale) not in known]
+    if lacks and any(component.quantized for component in run.spec.components):
+        raise UsageError(
+            f"{bundle.root} is quantized, and was calibrated with another LoRA than "
+            f"{lacks[0].name}. Run `fluxdeploy build` with the same --lora."
+        )
 
 
 def _recorded_name(bundle: Bundle) -> str:

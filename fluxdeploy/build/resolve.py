@@ -45,6 +45,7 @@ class BuildRequest:
     TensorRT. `replace` lets a bundle that runs on this machine be replaced by one that does not.
     `loras` are merged into the weights; with a `lora_rank` the bundle takes others with each call,
     whose ranks add up to it at most. `controlnets` are folders of ControlNets that join the bundle.
+    `task` is what the checkpoint is for, where it does not tell.
     """
 
     checkpoint: str | None = None
@@ -63,6 +64,7 @@ class BuildRequest:
     lora_rank: int = 0
     base: Path | None = None
     controlnets: tuple[Path, ...] = ()
+    task: str | None = None
 
     @property
     def transformer_precision(self) -> str:

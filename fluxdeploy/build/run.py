@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fluxdeploy.build.checkpoint import hash_checkpoint
+from fluxdeploy.build.checkpoint import calibration_digest, hash_checkpoint
 from fluxdeploy.build.keys import digest, sources_digest
 from fluxdeploy.build.quality import require_nothing_spared
 from fluxdeploy.build.resolve import BuildSpec
@@ -64,7 +64,7 @@ class BuildRun:
         if self.earlier is not None:
             return self._calibration_of(self.earlier)
         # Of the base: ranges and recipes hold for all that is merged into it.
-        checkpoint, known = self.spec.checkpoint.unmerged, self.hashes.digest
+        checkpoint, known = self.spec.checkpoint.unmerged, self._calibrated
         request = self.spec.request
         source = open_calibration(checkpoint, known, request.calibration)
         path = self.staging.root / _CALIBRATION
@@ -90,11 +90,16 @@ class BuildRun:
             files = self.staging.record(_CALIBRATION, key, [path])
         return read_calibration(path, checkpoint, known), files[0]
 
+    @property
+    def _calibrated(self) -> str:
+        """The digest of what is calibrated."""
+        return calibration_digest(self.spec.checkpoint, self.hashes)
+
     def _calibration_of(self, earlier: Path) -> tuple[CalibrationFile, FileRecord]:
         from exporters.calibrate.range_file import read_calibration
 
         source, path = earlier / _CALIBRATION, self.staging.root / _CALIBRATION
-        found = read_calibration(source, self.spec.checkpoint.unmerged, self.hashes.digest)
+        found = read_calibration(source, self.spec.checkpoint.unmerged, self._calibrated)
         files = self.staging.finished(_CALIBRATION, _TAKEN)
         if files is None or path.read_bytes() != source.read_bytes():
             with disk_errors("write", path):

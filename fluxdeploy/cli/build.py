@@ -31,6 +31,7 @@ from fluxdeploy.cli.options import (
     RUNTIME,
     STRICT,
     TARGETS,
+    TASK,
     WEIGHT_STREAMING,
     WORKSPACE,
     component_precisions,
@@ -53,6 +54,7 @@ _PICTURES = 3
 @click.command()
 @CHECKPOINT
 @BASE
+@TASK
 @PRECISION
 @COMPONENT_PRECISION
 @CALIBRATION
@@ -82,6 +84,7 @@ _PICTURES = 3
 def command(
     checkpoint: str | None,
     base: Path | None,
+    task: str | None,
     precision: str,
     component_precision: tuple[str, ...],
     calibration: Path | None,
@@ -150,6 +153,7 @@ def command(
         lora_rank,
         base,
         controlnets,
+        task,
     )
     if page is not None:
         check_page(page)

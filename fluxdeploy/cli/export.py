@@ -15,6 +15,7 @@ from fluxdeploy.cli.options import (
     FOLDER,
     LORAS,
     PRECISION,
+    TASK,
     complete_component,
     component_precisions,
 )
@@ -28,6 +29,7 @@ from fluxdeploy.terminal import say, say_json
 @click.command()
 @CHECKPOINT
 @BASE
+@TASK
 @PRECISION
 @COMPONENT_PRECISION
 @CALIBRATION
@@ -61,6 +63,7 @@ from fluxdeploy.terminal import say, say_json
 def command(
     checkpoint: str | None,
     base: Path | None,
+    task: str | None,
     precision: str,
     component_precision: tuple[str, ...],
     calibration: Path | None,
@@ -84,10 +87,10 @@ def command(
       fluxdeploy export ./FLUX.1-dev --precision fp16 --out flux-onnx
       fluxdeploy export flux1-dev.safetensors --component transformer --no-split
     """
-    from fluxdeploy.build.checkpoint import find_checkpoint, hash_checkpoint
+    from fluxdeploy.build.checkpoint import calibration_digest, find_checkpoint, hash_checkpoint
 
     overrides = component_precisions(component_precision)
-    source = find_checkpoint(checkpoint, loras, base)
+    source = find_checkpoint(checkpoint, loras, base, task=task)
     from exporters.calibrate.find import open_calibration
     from exporters.calibrate.range_file import write_calibration
     from exporters.components.registry import (
@@ -122,7 +125,7 @@ def command(
             Asked(spec.component, spec.precision, spec.compute) for spec in specs if spec.layers
         ]
         if asked:
-            digest = hash_checkpoint(source, progress).digest
+            digest = calibration_digest(source, hash_checkpoint(source, progress))
             given = open_calibration(source, digest, calibration)
             found = calibrate(source.unmerged, digest, given, asked, Promise(), None, progress)
             write_calibration(found, out / "calibration.json")
@@ -135,7 +138,7 @@ def command(
             specs = [
                 spec.with_layers(known_layers[spec.name]) if spec.layers else spec for spec in specs
             ]
-        task = progress.task("Exporting", total=len(specs))
+        exporting = progress.task("Exporting", total=len(specs))
         for spec in specs:
             exported = export_component(spec, folder, progress=progress)
             files[spec.name] = {
@@ -143,7 +146,7 @@ def command(
                 "path": str(out / exported.path),
                 "weights": [str(out / path) for path in exported.weights],
             }
-            task.advance()
+            exporting.advance()
     if as_json:
         say_json(files)
         return

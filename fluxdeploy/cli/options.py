@@ -248,6 +248,13 @@ BASE = click.option(
     "any of text_encoder/, text_encoder_2/, vae/ and scheduler/, as in diffusers layout.",
 )
 
+TASK = click.option(
+    "--task",
+    type=click.Choice(["kontext"]),
+    help="What a checkpoint is for that does not tell: a file of FLUX.1 Kontext has the tensors of "
+    "FLUX.1-dev.",
+)
+
 PRECISION = click.option(
     "--precision",
     type=click.Choice(list(PRECISIONS)),

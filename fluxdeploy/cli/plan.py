@@ -29,6 +29,7 @@ from fluxdeploy.cli.options import (
     RUNTIME,
     STRICT,
     TARGETS,
+    TASK,
     WEIGHT_STREAMING,
     WORKSPACE,
     component_precisions,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 @click.command()
 @CHECKPOINT
 @BASE
+@TASK
 @PRECISION
 @COMPONENT_PRECISION
 @CALIBRATION
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
 def command(
     checkpoint: str | None,
     base: Path | None,
+    task: str | None,
     precision: str,
     component_precision: tuple[str, ...],
     calibration: Path | None,
@@ -131,6 +134,7 @@ def command(
         lora_rank,
         base,
         controlnets,
+        task,
     )
     with libraries_on_stderr():
         _, plan = prepare(

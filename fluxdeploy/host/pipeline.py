@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -42,7 +43,11 @@ from fluxdeploy.host.prompts import PromptEncoder
 from fluxdeploy.host.request import GenerationRequest, check_request, idle_arguments
 from fluxdeploy.host.stats import PipelineStats
 from fluxdeploy.host.tasks.control import Control
-from fluxdeploy.host.tasks.controlnet import ControlNet
+from fluxdeploy.host.tasks.controlnet import (
+    ControlNet,
+    ControlNetImageToImage,
+    ControlNetInpainting,
+)
 from fluxdeploy.host.tasks.fill import Fill
 from fluxdeploy.host.tasks.image_to_image import ImageToImage
 from fluxdeploy.host.tasks.inpainting import Inpainting
@@ -84,7 +89,7 @@ LoraArgument = (
 
 TASKS: tuple[type[Task], ...] = (
     *(TextToImage, ImageToImage, Inpainting, Fill, Control, Kontext),
-    ControlNet,
+    *(ControlNet, ControlNetImageToImage, ControlNetInpainting),
 )
 """The tasks that a call's arguments can ask for, where a bundle does them."""
 
@@ -250,7 +255,8 @@ class FluxPipeline:
         seed: 0 to 2^64 - 1; the picture equals diffusers' with a CPU generator of that seed. A list
             has one for each picture, as diffusers takes generators: then each has noise of its own.
             One is drawn where None.
-        latents: the noise to start from, float32 [B, L, C], packed as in diffusers; no seed then.
+        latents: the noise to start from, float32 [B, L, C], packed as in diffusers. The seed then
+            counts where the VAE's posterior is drawn too: in fill, in control and with ControlNets.
         prompt_embeds, pooled_prompt_embeds: in place of prompts, what T5 and CLIP make of P of
             them: float32 [P, S, E] and [P, E']. negative_prompt_embeds,
             negative_pooled_prompt_embeds: in place of negative prompts, of P or of one for all.
@@ -462,9 +468,11 @@ class FluxPipeline:
         kind, unused = choose_task(TASKS, manifest.tasks, of_tasks)
         height, width = kind.size(manifest, arguments["height"], arguments["width"], of_tasks)
         arguments = {**arguments, "height": height, "width": width}
-        if arguments["seed"] is None and arguments["latents"] is None:
+        drawing = arguments["latents"] is None or kind.draws_more
+        if arguments["seed"] is None and drawing:
             arguments = {**arguments, "seed": int.from_bytes(os.urandom(4), "little")}
         request = check_request(manifest, **arguments)
+        request = request if drawing else replace(request, seed=None)
         for component in kind.components:
             if component not in manifest.components:
                 raise UsageError(
@@ -480,7 +488,7 @@ class FluxPipeline:
         side_inputs = self._loras.read(tuple(loras))
         idle = (
             *unused,
-            *idle_arguments(manifest, arguments),
+            *idle_arguments(manifest, arguments, drawing),
             *task.notices(),
             *side_inputs.notices,
         )

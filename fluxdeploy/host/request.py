@@ -36,7 +36,8 @@ class GenerationRequest:
 
     `negative` holds as many prompts as `text`, or is None where true CFG is off. Prompts become
     `max_sequence_length` tokens, and embeddings have as many. `seed` is one for all pictures, or
-    one for each. `latents` are the caller's, float32 [B, L, C], packed; there is no seed then.
+    one for each, None beside latents where nothing is drawn. `latents` are the caller's, float32
+    [B, L, C], packed.
     `sigmas` are the caller's noise levels before shifting, float32 [N]. `skip` counts the steps of
     the whole schedule.
     """
@@ -108,8 +109,8 @@ def check_request(
 ) -> GenerationRequest:
     """The request that the arguments of `FluxPipeline.__call__` make.
 
-    One of `seed` and `latents` must be given; latents leave the seed without a use. Raises
-    `UsageError` for a value of the wrong kind or outside its range.
+    One of `seed` and `latents` must be given. Raises `UsageError` for a value of the wrong kind or
+    outside its range.
     """
     defaults = manifest.defaults
     text, negative = read_texts(
@@ -152,7 +153,7 @@ def check_request(
         guidance_scale=check_number("guidance_scale", guidance_scale, -_MAX_SCALE, _MAX_SCALE),
         num_images_per_prompt=images_each,
         max_sequence_length=_text_tokens(text, negative, length),
-        seed=None if latents is not None else seeds,
+        seed=seeds,
         latents=None,
         sampler=sampler,
         sigmas=levels,
@@ -174,10 +175,12 @@ def check_request(
     return replace(request, latents=read_numbers("latents", latents, shape, size))
 
 
-def idle_arguments(manifest: Manifest, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+def idle_arguments(
+    manifest: Manifest, arguments: Mapping[str, Any], drawing: bool
+) -> tuple[str, ...]:
     """A sentence for each of the arguments of `check_request` that does nothing beside the others.
 
-    They have passed that check.
+    They have passed that check. drawing: whether random numbers are drawn at all.
     """
     scale, guidance = arguments["true_cfg_scale"], arguments["guidance_scale"]
     given = {name for name, value in arguments.items() if value is not None}
@@ -199,7 +202,7 @@ def idle_arguments(manifest: Manifest, arguments: Mapping[str, Any]) -> tuple[st
         notices.append(
             "`guidance_scale` does nothing here: this bundle's model has no guidance embedding."
         )
-    if arguments["seed"] is not None and arguments["latents"] is not None:
+    if arguments["seed"] is not None and not drawing:
         notices.append("`seed` does nothing beside `latents`.")
     return tuple(notices)
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 __all__ = ["Key", "Role", "parse_key", "refused_kind"]
 
-Role = Literal["down", "up", "alpha", "difference"]
+Role = Literal["down", "up", "bias", "norm", "alpha", "difference"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,13 @@ _ROLES: tuple[tuple[re.Pattern[str], dict[str, Role]], ...] = (
     (
         re.compile(r"(?P<module>.+)\.lora(?:_linear_layer)?\.(?P<role>down|up)\.weight"),
         {"down": "down", "up": "up"},
+    ),
+    # BFL's control LoRAs, and PEFT with `lora_bias`.
+    (re.compile(rf"(?P<module>.+)\.lora_(?P<role>B){_ADAPTER}\.bias"), {"B": "bias"}),
+    (re.compile(r"(?P<module>.+\.(?:query|key)_norm)\.(?P<role>scale)"), {"scale": "norm"}),
+    (
+        re.compile(r"(?P<module>.+\.norm_(?:added_)?[qk])\.(?P<role>weight)"),
+        {"weight": "norm"},
     ),
     # XLabs: the module is an attention processor's `qkv_lora1`.
     (
@@ -90,12 +97,11 @@ _REFUSED = (
     ("GLoRA", r"\.(?:a1|a2|b1|b2|bm)\.weight$"),
     ("VeRA", r"\.?vera_\w+(?:\.[\w-]+)*$"),
     ("a LoRA of an embedding", r"\.lora_embedding_[AB]"),
-    ("a LoRA with biases", r"\.lora_[AB](?:\.[\w-]+)?\.bias$"),
+    ("a LoRA with biases of its inner layers", r"\.lora_A(?:\.[\w-]+)?\.bias$"),
     ("LyCORIS with a scalar", r"\.scalar$"),
     ("PEFT with whole modules", r"\.(?:modules_to_save|base_layer|original_module)\."),
     ("ComfyUI with whole weights", r"\.set_weight$"),
     ("a ControlNet-like LoRA of other inputs", r"\.reshape_weight$"),
-    ("BFL's control LoRA", r"\.(?:query_norm|key_norm)\.scale$|\.norm_(?:added_)?[qk]\.weight$"),
     ("an IP-Adapter", r"ip_adapter|\.to_[kv]_ip\."),
     ("an embedding of a textual inversion", r"^bundle_emb\."),
 )

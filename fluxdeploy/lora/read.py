@@ -7,11 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from fluxdeploy.bfl_names import graph_names
 from fluxdeploy.bundle.tensorfile import TensorFile, read_header
 from fluxdeploy.errors import CheckpointError
 from fluxdeploy.lora.families import other_family
 from fluxdeploy.lora.keys import Key, Role, parse_key, refused_kind
-from fluxdeploy.lora.lora import Linears, Lora, LowRank, read_float32
+from fluxdeploy.lora.lora import (
+    AddedBias,
+    Linears,
+    Lora,
+    LowRank,
+    NewNorm,
+    read_float32,
+)
 from fluxdeploy.lora.scales import Scales
 from fluxdeploy.lora.targets import Targets
 
@@ -21,11 +29,19 @@ _Pair = Mapping[Role, Key]
 
 _ENCODERS = {"clip": "the text encoder CLIP", "t5": "the text encoder T5"}
 
+_FIRST = ("x_embedder",)
+"""The linear that reads a token's channels."""
+
 # CLIP's last projection makes what other models read and FLUX.1 does not.
 _UNUSED = ("clip", "text_projection")
 
 
-def read_lora(path: str | os.PathLike[str], linears: Linears, without: Sequence[str] = ()) -> Lora:
+def read_lora(
+    path: str | os.PathLike[str],
+    linears: Linears,
+    without: Sequence[str] = (),
+    norms: Mapping[str, int] | None = None,
+) -> Lora:
     """A LoRA file of any trainer as low-rank changes of a base's linears.
 
     Every tensor is read once, one at a time, and checked; the result reads them again when it is
@@ -34,18 +50,24 @@ def read_lora(path: str | os.PathLike[str], linears: Linears, without: Sequence[
 
     without: parts whose changes are left out, where `linears` lacks them: `Lora.left_out` has those
         that the file has.
+    norms: the widths of the transformer's norms of queries and keys, by name, where a file may
+        also bring others, and add to biases and channels, as control LoRAs do; None where only
+        linears can be changed.
 
     Raises `CheckpointError`, which names the file and the key: for what is no safetensors file, is
     cut off or is empty; for keys that name no linear of the base, or a part that `linears` lacks;
     for half a pair; for ranks and sizes that do not fit each other or the base, as those of another
-    model's LoRA; for NaN and infinity; and for kinds that are no plain LoRA, such as DoRA, LoKr,
-    LoHa and control LoRAs.
+    model's LoRA; for NaN and infinity; and for kinds that are not read, such as DoRA and LoKr.
     """
     file = read_header(path)
     keys = _parse(file)
     scales = Scales(file)
     changes: dict[str, dict[str, LowRank]] = {}
-    kept, left_out = _without(file, keys, without)
+    biases: dict[str, dict[str, AddedBias]] = {}
+    if norms is None:
+        _check_plain(file, keys, linears)
+    new_norms = _norms(file, keys, norms or {})
+    kept, left_out = _without(file, [key for key in keys if key.role != "norm"], without)
     for pair, names in _located(file, kept, linears):
         part = _down(pair).part
         known = changes.setdefault(part, {})
@@ -56,22 +78,111 @@ def read_lora(path: str | os.PathLike[str], linears: Linears, without: Sequence[
                     f"{change.down_key}: keep one of the two sets of keys."
                 )
             known[name] = change
+        biases.setdefault(part, {}).update(_biases(file, pair, names, linears[part], scales))
     ranked = {
         part: {name: change for name, change in found.items() if change.rank}
         for part, found in changes.items()
     }
     ranked = {part: found for part, found in ranked.items() if found}
-    if not ranked and left_out:
+    biases = {part: found for part, found in biases.items() if found}
+    reads = _reads(file, changes, linears)
+    if ranked or biases or new_norms or reads:
+        return Lora(file.path, ranked, left_out, biases, new_norms, reads)
+    if left_out:
         names_of = " and ".join(_ENCODERS[part] for part in left_out)
         raise CheckpointError(
             f"{file.path} changes {names_of} alone, which cannot be changed here. Merge it with "
             "`fluxdeploy build --lora`."
         )
-    if not ranked:
+    raise CheckpointError(
+        f"{file.path} changes nothing: all its factors are zero. It was not trained."
+    )
+
+
+def _check_plain(file: TensorFile, keys: Iterable[Key], linears: Linears) -> None:
+    """Refuse what changes more than linears of the base's own sizes."""
+    for key in keys:
+        if key.part != "transformer":
+            continue
+        what = {"norm": "replaces norms", "bias": "adds to biases"}.get(key.role)
+        if key.role == "down" and _is_first(key):
+            shape = file.tensors[key.text].shape
+            if len(shape) == 2 and shape[1] > linears["transformer"].get(_FIRST[0], shape)[1]:
+                what = f"takes tokens of {shape[1]} channels"
+        if what is not None:
+            raise CheckpointError(
+                f"{file.path} {what}, by its key {key.text}, as control LoRAs do: that cannot come "
+                "with a call. Merge it with `fluxdeploy build --lora`."
+            )
+
+
+def _is_first(key: Key) -> bool:
+    """Whether a key is of the linear that reads a token's channels."""
+    names = graph_names(key.module, key.flat) or (key.module,)
+    return names == _FIRST
+
+
+def _norms(file: TensorFile, keys: Iterable[Key], norms: Mapping[str, int]) -> dict[str, NewNorm]:
+    """The norms that the file brings, by their names in the graphs."""
+    found: dict[str, NewNorm] = {}
+    for key in keys:
+        if key.role != "norm":
+            continue
+        (name,) = graph_names(key.module) or (key.module,)
+        if name not in norms:
+            raise _unmatched(file, [key.text], "name no norm of this model")
+        shape = file.tensors[key.text].shape
+        if shape != (norms[name],):
+            raise CheckpointError(
+                f"{key.text} of {file.path} has shape {list(shape)}; {name} of this model has "
+                f"[{norms[name]}]: it is a LoRA of another model."
+            )
+        if name in found:
+            raise CheckpointError(
+                f"{file.path} has {name} twice, as {found[name].key} and as {key.text}: keep one."
+            )
+        read_float32(file, key.text)
+        found[name] = NewNorm(file, key.text, 0, norms[name])
+    return found
+
+
+def _biases(
+    file: TensorFile,
+    pair: _Pair,
+    names: tuple[str, ...],
+    shapes: Mapping[str, tuple[int, int]],
+    scales: Scales,
+) -> dict[str, AddedBias]:
+    """What one pair adds to biases, by linear."""
+    key = pair.get("bias")
+    if key is None:
+        return {}
+    shape, rows = file.tensors[key.text].shape, sum(shapes[name][0] for name in names)
+    if shape != (rows,):
         raise CheckpointError(
-            f"{file.path} changes nothing: all its factors are zero. It was not trained."
+            f"{key.text} of {file.path} has shape {list(shape)}; the bias of {' + '.join(names)} "
+            f"of this model has [{rows}]."
         )
-    return Lora(file.path, ranked, left_out)
+    if not read_float32(file, key.text).any():
+        return {}
+    down = pair["down"]
+    scale = scales.of(pair.get("alpha"), down, file.tensors[down.text].shape[0])
+    added, start = {}, 0
+    for name in names:
+        stop = start + shapes[name][0]
+        added[name] = AddedBias(file, key.text, start, stop, scale)
+        start = stop
+    return added
+
+
+def _reads(
+    file: TensorFile, changes: Mapping[str, Mapping[str, LowRank]], linears: Linears
+) -> int | None:
+    """The channels of a token that the file takes, where they are more than the base's."""
+    first = changes.get("transformer", {}).get(_FIRST[0])
+    if first is None or first.width == linears["transformer"][_FIRST[0]][1]:
+        return None
+    return first.width
 
 
 def _without(
@@ -195,13 +306,14 @@ def _changes(
     scale = scales.of(pair.get("alpha"), down, rank)
     read_float32(file, down.text)
     values = read_float32(file, up.text)
+    width = max(file.tensors[down.text].shape[1], shapes[names[0]][1])
     changes: dict[str, LowRank] = {}
     start = 0
     for name in names:
         stop = start + shapes[name][0]
         columns = np.flatnonzero(values[start:stop].any(axis=0))
         changes[name] = LowRank(
-            file, down.text, up.text, start, stop, tuple(columns.tolist()), scale
+            file, down.text, up.text, start, stop, tuple(columns.tolist()), scale, width
         )
         start = stop
     return changes
@@ -226,13 +338,13 @@ def _check_shapes(
         )
     rows = sum(shapes[name][0] for name in names)
     width = shapes[names[0]][1]
-    if (second[0], first[1]) != (rows, width):
-        control = (
-            " It is a control LoRA, which takes more inputs" if names[0] == "x_embedder" else ""
-        )
+    # A text-to-image LoRA changes the latents' channels alone, a control LoRA adds channels.
+    latents = shapes.get("proj_out", (width, 0))[0]
+    free = names == _FIRST and (first[1] == latents or first[1] > width)
+    if second[0] != rows or (first[1] != width and not free):
         raise CheckpointError(
             f"{have}, which change a linear of [{second[0]}, {first[1]}]; {' + '.join(names)} of "
-            f"this model is [{rows}, {width}].{control or ' It is a LoRA of another model'}."
+            f"this model is [{rows}, {width}]. It is a LoRA of another model."
         )
     return first[0]
 

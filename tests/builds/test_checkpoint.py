@@ -10,7 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from exporters.checkpoint.tasks import find_task
 from exporters.components.activations import transformer_bytes
 from exporters.components.registry import COMPONENTS
 from fluxdeploy.build import build as build_module
@@ -18,6 +20,7 @@ from fluxdeploy.build.checkpoint import (
     check_family,
     find_checkpoint,
     hash_checkpoint,
+    recorded_task,
     require_unchanged,
 )
 from fluxdeploy.build.describe import describe
@@ -30,6 +33,7 @@ from fluxdeploy.bundle.manifest import (
     PreviewSpec,
 )
 from fluxdeploy.bundle.tensorfile import read_header, write_sparse
+from fluxdeploy.cli import main
 from fluxdeploy.demo import DEFAULT_CHECKPOINT, DEMO_CHECKPOINTS
 from fluxdeploy.errors import CheckpointError, UsageError
 from fluxdeploy.kernels import AttentionKernels, CallSizes
@@ -95,6 +99,25 @@ def test_a_bundle_says_what_its_checkpoint_is_for(
         checkpoint = find_checkpoint(str(_said_to_be(kind, tmp_path)))
     manifest = _described(checkpoint)
     assert (manifest.variant, manifest.tasks) == (variant, tasks)
+
+
+def test_what_a_checkpoint_does_not_tell_is_said_beside_it(tmp_path: Path) -> None:
+    said = find_checkpoint("demo:dev", task="kontext")
+    manifest = _described(said)
+    assert (manifest.variant, manifest.tasks) == ("kontext", ("text to image", "kontext"))
+    assert said.defaults.guidance_scale == find_checkpoint("demo:dev").defaults.guidance_scale
+    # A bundle knows it, for those that open its checkpoint again.
+    assert recorded_task(SimpleNamespace(manifest=manifest)) == "kontext"  # type: ignore[arg-type]
+    plain = SimpleNamespace(manifest=_described(find_checkpoint("demo:dev")))
+    assert recorded_task(plain) is None  # type: ignore[arg-type]
+    latents = said.latents
+    assert find_task("FluxKontextPipeline", 64, 64, latents, "kontext") == "kontext"
+    for pipeline, channels in ((None, 384), ("FluxFillPipeline", 384), ("FluxPipeline", 128)):
+        with pytest.raises(CheckpointError, match=rf"--task kontext .* reads {channels}"):
+            find_task(pipeline, channels, 64, latents, "kontext")
+    found = CliRunner().invoke(main, ["plan", "demo:fill", "--task", "kontext"])
+    assert found.exit_code == 1
+    assert "this one reads 384, as for fill: leave out --task" in found.stderr
 
 
 def test_a_checkpoint_that_contradicts_itself_is_refused(tmp_path: Path) -> None:

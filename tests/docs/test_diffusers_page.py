@@ -19,6 +19,8 @@ PIPELINES = (
     "FluxFillPipeline",
     "FluxControlPipeline",
     "FluxControlNetPipeline",
+    "FluxControlNetImg2ImgPipeline",
+    "FluxControlNetInpaintPipeline",
     "FluxKontextPipeline",
 )
 OURS = inspect.signature(FluxPipeline.__call__).parameters

@@ -161,7 +161,9 @@ _A, _B = f"transformer.{_BLOCK}.attn.to_q.lora_A.weight", "B.weight"
         (_with("transformer.x.dora_scale"), "DoRA"),
         (_with("transformer.x.lokr_w1"), "LoKr"),
         (_with("transformer.x.hada_w1_a"), "LoHa"),
-        (_with("double_blocks.0.img_attn.norm.query_norm.scale"), "control LoRA"),
+        (_with("double_blocks.0.img_attn.norm.query_norm.scale"), "replaces norms, by its key"),
+        (_with("double_blocks.0.img_attn.proj.lora_B.bias"), "adds to biases, by its key"),
+        (_with(f"transformer.{_BLOCK}.attn.to_q.lora_A.bias"), "biases of its inner layers"),
         (_with("lora_unet_single_blocks_0_linear1.diff_b"), "whole tensors"),
         (_with("strange.weight"), "strange.weight"),
         (_renamed(_peft(), "attn.to_q", "attn.to_qkv_mlp_proj"), "FLUX.2"),
@@ -177,3 +179,64 @@ def test_what_is_no_lora_of_this_model_is_refused_by_name(
     with pytest.raises(CheckpointError, match=words) as caught:
         read_lora(path, LINEARS)
     assert "x.safetensors" in str(caught.value)
+
+
+def _bfl_control(blocks: tuple[int, int] = (19, 38)) -> Tensors:
+    """A control LoRA of rank 2 by BFL's names, of linears as narrow as diffusers' converter takes.
+
+    That has FLUX.1's numbers of blocks in its code, and the width where it splits `linear1`.
+    """
+    rows = {"img_in": 4, "txt_in": 4, "final_layer.linear": 4, "final_layer.adaLN_modulation.1": 8}
+    for module in ("time_in", "vector_in", "guidance_in"):
+        rows |= {f"{module}.in_layer": 4, f"{module}.out_layer": 4}
+    norms = []
+    for i in range(blocks[0]):
+        for stream in ("img", "txt"):
+            block = f"double_blocks.{i}.{stream}"
+            rows |= {f"{block}_{m}": 4 for m in ("mod.lin", "attn.proj", "mlp.0", "mlp.2")}
+            rows[f"{block}_attn.qkv"] = 12
+            norms += [f"{block}_attn.norm.query_norm", f"{block}_attn.norm.key_norm"]
+    for i in range(blocks[1]):
+        block = f"single_blocks.{i}"
+        rows |= {f"{block}.modulation.lin": 4, f"{block}.linear2": 4}
+        rows[f"{block}.linear1"] = 3 * _WIDTH + _MLP
+        norms += [f"{block}.norm.query_norm", f"{block}.norm.key_norm"]
+    draw = torch.Generator().manual_seed(0)
+    tensors = {f"{norm}.scale": torch.randn(2, generator=draw) for norm in norms}
+    for module, count in rows.items():
+        tensors[f"{module}.lora_A.weight"] = torch.randn(2, 3, generator=draw)
+        tensors[f"{module}.lora_B.weight"] = torch.randn(count, 2, generator=draw)
+        tensors[f"{module}.lora_B.bias"] = torch.randn(count, generator=draw)
+    return tensors
+
+
+def test_a_control_lora_of_bfl_is_what_diffusers_makes_of_it(tmp_path: Path) -> None:
+    tensors = _bfl_control()
+    found = converters._convert_bfl_flux_control_lora_to_diffusers(dict(tensors))
+    found = {name.removeprefix("transformer."): value.numpy() for name, value in found.items()}
+    for kind in ("lora_B.weight", "lora_B.bias", "lora_A.weight"):
+        # Two linears in the graphs. The swap of shift and scale is one of rows alone: that of
+        # diffusers, which swaps the ranks of lora_A too, makes another product than BFL's code.
+        whole = found.pop(f"norm_out.linear.{kind}")
+        scale, shift = (whole[::-1],) * 2 if "A" in kind else np.split(whole, 2)
+        found |= {f"norm_out.scale.{kind}": scale, f"norm_out.shift.{kind}": shift}
+    shapes = {
+        name.removesuffix(".lora_B.weight"): (len(value), 2 if name.startswith("x_emb") else 3)
+        for name, value in found.items()
+        if name.endswith(".lora_B.weight")
+    }
+    norms = {n.removesuffix(".weight"): 2 for n in found if ".norm_" in n and "lora" not in n}
+    path = _write(tmp_path / "x.safetensors", tensors)
+    lora = read_lora(path, {"transformer": shapes}, norms=norms)
+    assert lora.reads == 3
+    assert lora.norms.keys() == norms.keys()
+    changes, biases = lora.changes["transformer"], lora.biases["transformer"]
+    assert changes.keys() == biases.keys() == shapes.keys()
+    for name, (rows, _) in shapes.items():
+        np.testing.assert_array_equal(changes[name].up(), found[f"{name}.lora_B.weight"])
+        np.testing.assert_array_equal(changes[name].down(), found[f"{name}.lora_A.weight"])
+        bias = biases[name].add_to(np.zeros(rows, np.float32), 0.5)
+        np.testing.assert_array_equal(bias, 0.5 * found[f"{name}.lora_B.bias"])
+    for name, norm in lora.norms.items():
+        own = norm.add_to(np.ones(2, np.float32), 0.5)
+        np.testing.assert_array_equal(own, found[f"{name}.weight"])

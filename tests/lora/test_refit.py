@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from fluxdeploy.build.refit import refit
+from exporters.checkpoint.checkpoint import LoraRecord
+from fluxdeploy.build.refit import _require_same_calibration, refit
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.bundle.manifest import MANIFEST_NAME, to_json
 from fluxdeploy.errors import UsageError
@@ -49,6 +54,33 @@ def test_another_checkpoint_and_none_are_refused(
         refit(bundle("dev"), str(checkpoint("dev", "bfl")), [], quiet)
     with pytest.raises(UsageError, match="takes --checkpoint"):
         refit(bundle("dev"), None, [lora], quiet)
+
+
+def test_a_control_lora_stays_what_the_bundle_was_built_with(
+    checkpoint: Callable[..., Path], bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    wide = {
+        "transformer.x_embedder.lora_A.weight": torch.ones(2, 128),
+        "transformer.x_embedder.lora_B.weight": torch.ones(96, 2),
+    }
+    save_file(wide, tmp_path / "canny.safetensors")
+    lora = LoraFile(tmp_path / "canny.safetensors", 0.5)
+    with pytest.raises(UsageError, match=r"reads 64 .* it would read 128"):
+        refit(bundle("dev"), str(checkpoint("dev")), [lora], Progress(quiet=True))
+    found: Any = SimpleNamespace(root="b", manifest=SimpleNamespace(provenance={}))
+    record = LoraRecord("canny.safetensors", "0" * 64, 0.5)
+    opened = SimpleNamespace(unmerged=SimpleNamespace(loras=(record,)))
+    for quantized in (False, True):
+        part = SimpleNamespace(quantized=quantized)
+        run: Any = SimpleNamespace(spec=SimpleNamespace(checkpoint=opened, components=(part,)))
+        found.manifest.provenance = {"loras": [{**asdict(record), "name": "renamed"}]}
+        _require_same_calibration(run, found)
+        found.manifest.provenance = {"loras": [{**asdict(record), "scale": 1.0}]}
+        if quantized:
+            with pytest.raises(UsageError, match="was calibrated with another LoRA than canny"):
+                _require_same_calibration(run, found)
+        else:
+            _require_same_calibration(run, found)
 
 
 def test_engines_that_hold_weights_and_graphs_of_other_versions_are_refused(

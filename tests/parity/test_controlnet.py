@@ -10,11 +10,11 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from engines import open_engine
 from fluxdeploy.bundle import open_bundle
@@ -23,11 +23,12 @@ from fluxdeploy.errors import UnusedArgumentWarning, UsageError
 from fluxdeploy.host import residuals
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.host.tasks import controlnet
-from fluxdeploy.sampling.latents import latent_shape
+from fluxdeploy.sampling.noise import Generators
 from fluxdeploy.text import load_tokenizers
 from tests.parity.controlnets import CASES
+from tests.parity.test_family import ADAPTERS
 from tests.parity.test_image_to_image import FOX, ROBOT, TENTH, TOLERANCE, photograph
-from tests.parity.test_inpainting import NoiseFirst
+from tests.parity.test_inpainting import NoiseFirst, marks
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -45,6 +46,8 @@ PART: dict[str, Any] = {
     "control_guidance_start": 0.25,
     "control_guidance_end": 0.75,
 }
+
+LATENTS = np.random.default_rng(5).standard_normal((1, 6, 64)).astype(np.float32)
 
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "same size": ("InstantX", {"control_image": photograph(48, 32)}),
@@ -89,6 +92,49 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
             "controlnet_conditioning_scale": [0.7, 1.2],
             "control_guidance_start": [0.0, 0.3],
             "control_guidance_end": [0.8, 1.0],
+        },
+    ),
+    "latents": ("InstantX", {"control_image": photograph(40, 40), "latents": LATENTS}),
+    "image to image": (
+        "InstantX",
+        {
+            "height": 32,
+            "width": 80,
+            "prompt": [FOX, ROBOT],
+            "image": [photograph(50, 80, 1), photograph(32, 80, 2)],
+            "strength": 0.7,
+            "control_image": photograph(99, 70),
+            **PART,
+        },
+    ),
+    "image to image, several": (
+        "several",
+        {
+            "image": photograph(48, 32, 2),
+            "strength": 0.6,
+            "control_image": [photograph(48, 32, 1), photograph(40, 60, 2)],
+            "control_mode": [2, None],
+            "controlnet_conditioning_scale": [0.7, 1.2],
+        },
+    ),
+    "inpainting": (
+        "Union",
+        {
+            "image": photograph(60, 30, 2),
+            "mask_image": marks(48, 32),
+            "strength": 0.8,
+            "control_image": photograph(48, 32),
+            "control_mode": 3,
+            **PART,
+        },
+    ),
+    "inpainting, pixels": (
+        "XLabs",
+        {
+            "image": photograph(48, 32, 2),
+            "mask_image": marks(48, 32),
+            "strength": 1.0,
+            "control_image": photograph(48, 32),
         },
     ),
     "XLabs": (
@@ -151,6 +197,20 @@ def draw(pipe: FluxPipeline, call: dict[str, Any], seed: int = 5) -> np.ndarray:
     return np.asarray(pipe(**{**USUAL, **call}, seed=seed, output_type="np").images)
 
 
+def as_asked(pipe: Any, call: dict[str, Any]) -> Any:
+    """diffusers' pipeline for what a call has beside its control picture."""
+    import diffusers
+
+    if "image" not in call:
+        return pipe
+    kind = diffusers.FluxControlNetImg2ImgPipeline
+    if "mask_image" in call:
+        kind = diffusers.FluxControlNetInpaintPipeline
+    other = kind(**{n: part for n, part in pipe.components.items() if n not in ADAPTERS})
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_pictures_equal_diffusers(
     name: str,
@@ -161,7 +221,9 @@ def test_pictures_equal_diffusers(
     guidance = open_controlled(case).bundle.manifest.defaults.guidance_scale
     generator = torch.Generator("cpu").manual_seed(5)
     reference = {"guidance_scale": guidance, **USUAL, **call}
-    expected = open_reference_controlled(case)(
+    if "latents" in call:
+        reference["latents"] = torch.from_numpy(call["latents"])
+    expected = as_asked(open_reference_controlled(case), call)(
         **reference, generator=generator, output_type="np"
     ).images
     pictures = draw(open_controlled(case), call)
@@ -201,19 +263,19 @@ def test_a_controlnet_is_not_run_where_it_does_not_count(
 @pytest.mark.parametrize(("start", "end"), [(0, 1), (0.25, 0.75), (0.3, 1), (0.5, 0.5), (0.1, 0.9)])
 @pytest.mark.parametrize("steps", [1, 4, 7, 28])
 def test_the_steps_in_which_it_counts_are_diffusers(start: float, end: float, steps: int) -> None:
-    given: Any = controlnet.Controlled(np.zeros((1, 3, 8, 8), np.float32), None, 0.7, start, end)
-    found = controlnet.ControlNet._scales(SimpleNamespace(steps=steps), given)  # type: ignore[arg-type]
+    given = controlnet.Controlled(np.zeros((1, 3, 8, 8), np.float32), None, 0.7, start, end)
+    found = controlnet._scales(given, steps)
     for i in range(steps):
         keep = 1.0 - float(i / steps < start or (i + 1) / steps > end)
         assert found[i] == np.float32(0.7 * keep)
 
 
 def a_step_late(patch: pytest.MonkeyPatch) -> None:
-    def scales(self: Any, given: controlnet.Controlled) -> Any:
-        return np.roll(usual(self, given), 1)
+    def scales(given: controlnet.Controlled, steps: int) -> Any:
+        return np.roll(usual(given, steps), 1)
 
-    usual = controlnet.ControlNet._scales
-    patch.setattr(controlnet.ControlNet, "_scales", scales)
+    usual = controlnet._scales
+    patch.setattr(controlnet, "_scales", scales)
 
 
 def second_from_the_second_block_on(patch: pytest.MonkeyPatch) -> None:
@@ -243,6 +305,14 @@ def noise_first(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(controlnet, "Generators", NoiseFirst)
 
 
+def picture_first(patch: pytest.MonkeyPatch) -> None:
+    def inputs(task: Any, given: Any, generator: Any, run: Any) -> Any:
+        return usual(task, given, Generators(task.request.seed + 1), run)
+
+    usual = controlnet._inputs
+    patch.setattr(controlnet, "_inputs", inputs)
+
+
 MISTAKES: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "order of draws": ("same size", noise_first),
     "steps in which it counts": ("resized, a part of the steps", a_step_late),
@@ -250,6 +320,8 @@ MISTAKES: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
         "one for two prompts, negative prompts",
         none_for_negative_prompts,
     ),
+    "order of draws beside an image": ("image to image", picture_first),
+    "steps that count beside an image": ("image to image", a_step_late),
     "mode": ("Union", without_a_mode),
 }
 
@@ -293,7 +365,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "has 2 entries, and this bundle 1 ControlNets",
     ),
     ("several", {"control_image": IMAGE}, "has 2 ControlNets. Give `control_image` as a list"),
-    ("InstantX", {"control_image": IMAGE, "image": IMAGE}, "has no place in"),
+    (
+        "InstantX",
+        {
+            "control_image": IMAGE,
+            "image": Image.fromarray(IMAGE),
+            "mask_image": Image.fromarray(IMAGE),
+            "padding_mask_crop": 8,
+        },
+        "`padding_mask_crop` has no place beside",
+    ),
 ]
 
 
@@ -303,14 +384,6 @@ def test_what_cannot_be_is_refused_by_name(
 ) -> None:
     with pytest.raises(UsageError, match=said):
         draw(open_controlled(case), call)
-
-
-def test_latents_are_refused(open_controlled: Callable[[str], FluxPipeline]) -> None:
-    pipe = open_controlled("InstantX")
-    b, c, h, w = latent_shape(1, 48, 32, pipe.bundle.manifest.latents)
-    latents = np.zeros((b, h * w // 4, 4 * c), np.float32)
-    with pytest.raises(UsageError, match="`latents` has no place in controlnet"):
-        pipe(**USUAL, control_image=IMAGE, latents=latents)
 
 
 def test_one_for_all_and_a_mode_for_those_that_have_one() -> None:

@@ -30,6 +30,8 @@ USUAL: dict[str, Any] = {
     "max_sequence_length": 16,
 }
 
+LATENTS = np.random.default_rng(5).standard_normal((1, 6, 64)).astype(np.float32)
+
 FILLS: dict[str, dict[str, Any]] = {
     "same size": {
         "height": 64,
@@ -45,6 +47,14 @@ FILLS: dict[str, dict[str, Any]] = {
         "strength": 0.7,
         "num_inference_steps": 5,
         "guidance_scale": 30.0,
+    },
+    "latents": {
+        "height": 32,
+        "width": 48,
+        "image": photograph(32, 48),
+        "mask_image": marks(32, 48),
+        "strength": 0.7,
+        "latents": LATENTS,
     },
     "two prompts with an image and a mask each": {
         "height": 32,
@@ -80,6 +90,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
         "num_images_per_prompt": 2,
         "control_image": [photograph(32, 32, 1), photograph(50, 60, 2)],
     },
+    "latents": {"height": 32, "width": 48, "control_image": photograph(50, 50), "latents": LATENTS},
     "sigmas": {
         "height": 32,
         "width": 64,
@@ -150,6 +161,8 @@ def draw_reference(pipe: Any, call: dict[str, Any], seed: int = 5) -> np.ndarray
     call = {**USUAL, **call}
     if "max_area" in call:
         call["_auto_resize"] = False
+    if "latents" in call:
+        call["latents"] = torch.from_numpy(call["latents"])
     generator = torch.Generator("cpu").manual_seed(seed)
     return np.asarray(pipe(**call, generator=generator, output_type="np").images)
 

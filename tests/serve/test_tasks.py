@@ -10,7 +10,7 @@ from PIL import Image
 
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.bundle.manifest import Manifest
-from fluxdeploy.serve.images_api.bodies import EditBody
+from fluxdeploy.serve.images_api.bodies import EditBody, read_fields
 from fluxdeploy.serve.images_api.drawing import limits_of, read_drawing
 from fluxdeploy.serve.images_api.errors import ApiError
 from fluxdeploy.serve.images_api.settings import Settings
@@ -46,7 +46,31 @@ def test_another_bundle_draws_from_one_image(demo_bundle: Path) -> None:
 
 def test_a_control_image_stands_in_place_of_an_image(demo_bundle: Path) -> None:
     control = manifest(demo_bundle, "control")
-    drawing = read_drawing(BODY, control, Settings(), Pictures(control_image=WIDE))
+    drawing = read_drawing(BODY, control, Settings(), Pictures(controls=(WIDE,)))
     assert "image" not in drawing.arguments
     assert drawing.arguments["control_image"].size == (drawing.width, drawing.height)
     assert drawing.width > drawing.height
+
+
+def test_controlnets_are_told_apart_with_commas_and_go_with_an_image(demo_bundle: Path) -> None:
+    controlled = manifest(demo_bundle, "text to image", "image to image", "controlnet")
+    fields = {
+        "prompt": "a house",
+        "control_mode": "2, 0",
+        "controlnet_conditioning_scale": "0.7",
+        "control_guidance_start": "0, 0.5",
+        "control_guidance_end": "1",
+    }
+    body = read_fields(EditBody, fields)
+    drawing = read_drawing(body, controlled, Settings(), Pictures((TALL,), None, (WIDE, TALL)))
+    size = (drawing.width, drawing.height)
+    assert drawing.height > drawing.width, "the image decides"
+    assert [picture.size for picture in drawing.arguments["control_image"]] == [size, size]
+    assert drawing.arguments["image"].size == size
+    assert drawing.arguments["control_mode"] == [2, 0]
+    assert drawing.arguments["controlnet_conditioning_scale"] == 0.7
+    assert drawing.arguments["control_guidance_start"] == [0, 0.5]
+    assert drawing.arguments["control_guidance_end"] == 1
+    for name, value in (("control_mode", "2,a"), ("control_guidance_end", "nan")):
+        with pytest.raises(ApiError, match=name):
+            read_fields(EditBody, {"prompt": "a house", name: value})

@@ -21,6 +21,7 @@ from fluxdeploy.bundle.manifest import EngineRecord, from_json
 from fluxdeploy.cli import main
 from fluxdeploy.errors import BundleError, UsageError
 from fluxdeploy.serve.triton import repository as repository_module
+from fluxdeploy.serve.triton.backend import _tensors
 from fluxdeploy.serve.triton.config import FORMS, Form, Settings, component_config, triton_engines
 from fluxdeploy.serve.triton.fields import INPUTS, OUTPUTS
 from fluxdeploy.serve.triton.pbtxt import Enum, render
@@ -219,6 +220,33 @@ def test_a_request_becomes_the_arguments_of_a_call() -> None:
             "strength": 0.7,
         }
         assert (asked.step_events, asked.left_out) == (True, {"image"})
+
+
+def test_what_controlnets_take_reaches_the_other_side() -> None:
+    pictures = [Image.new("RGB", (6, 4), color) for color in ("red", "blue")]
+    given: dict[str, Any] = {
+        "prompt": "a ring",
+        "control_image": pictures,
+        "control_mode": [2, None],
+        "controlnet_conditioning_scale": 0.7,
+        "control_guidance_start": [0.0, 0.25],
+        "control_guidance_end": [0.9, 1],
+    }
+    tensors = {name: values for name, _, values in _tensors(given)}
+    assert tensors["control_image_bytes"].shape == (2,)
+    arguments = dict(read_request(tensors).arguments)
+    assert [each.getpixel((0, 0)) for each in arguments.pop("control_image")] == [
+        (255, 0, 0),
+        (0, 0, 255),
+    ]
+    del given["control_image"]
+    assert arguments == {**given, "prompt": ["a ring"]}
+    alone = {"prompt": "a ring", "control_image": pictures[:1], "control_mode": None}
+    tensors = {name: values for name, _, values in _tensors(alone)}
+    assert read_request(tensors).arguments["control_image"].size == (6, 4)
+    assert "control_mode" not in tensors
+    with pytest.raises(UsageError, match="`control_image` has 'a' in it"):
+        _tensors({"control_image": ["a", "b"]})
 
 
 @pytest.mark.parametrize(

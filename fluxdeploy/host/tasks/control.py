@@ -2,8 +2,8 @@
 
 Equal to diffusers' FluxControlPipeline, for checkpoints of FLUX.1 Canny's and Depth's kind: beside
 the latents they read those of the control picture. One generator draws the noise of its posterior,
-for every picture of the batch, and then the noise that the picture begins with. Edges and depths
-are found by others: what is given is what the model reads.
+for every picture of the batch, and then the noise that the picture begins with, unless `latents`
+are given for it. Edges and depths are found by others: what is given is what the model reads.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxdeploy.bundle.manifest import Manifest
-from fluxdeploy.errors import UsageError
 from fluxdeploy.host.components import Run
 from fluxdeploy.host.request import GenerationRequest
-from fluxdeploy.host.tasks.encoding import control_latents, read_controls
+from fluxdeploy.host.tasks.encoding import control_latents, read_controls, start_noise
 from fluxdeploy.host.tasks.task import Start, Task
-from fluxdeploy.sampling.latents import latent_shape, pack
+from fluxdeploy.sampling.latents import latent_shape
 from fluxdeploy.sampling.noise import Generators
 
 __all__ = ["Control"]
@@ -37,6 +36,7 @@ class Control(Task):
     name: ClassVar[str] = "control"
     chosen_by: ClassVar[tuple[str, ...]] = ("control_image",)
     components: ClassVar[tuple[str, ...]] = ("vae_encoder",)
+    draws_more: ClassVar[bool] = True
 
     images: NDArray[np.float32]
 
@@ -45,10 +45,6 @@ class Control(Task):
         cls, request: GenerationRequest, manifest: Manifest, arguments: Mapping[str, Any]
     ) -> Control:
         """The task of a request with `control_image`."""
-        if request.latents is not None:
-            raise UsageError(
-                "`latents` has no place in control, whose noise comes from `seed`. Leave them out."
-            )
         images = read_controls(arguments["control_image"], request)
         return cls(request, manifest, images)
 
@@ -61,9 +57,7 @@ class Control(Task):
     def prepare(self, sigmas: NDArray[np.float32], run: Run) -> Start:
         """Noise of the seed, and the control pictures' latents beside it."""
         request, spec = self.request, self.manifest.latents
-        assert request.seed is not None  # without latents there is one
+        assert request.seed is not None
         generator = Generators(request.seed)
         control = control_latents(self.images, request.batch, spec, generator, run)
-        shape = latent_shape(request.batch, request.height, request.width, spec)
-        noise = generator.normal(shape)
-        return Start(pack(noise, spec), sigmas, channels=control)
+        return Start(start_noise(request, spec, generator), sigmas, channels=control)

@@ -13,7 +13,14 @@ from fluxdeploy.host.request import GenerationRequest
 from fluxdeploy.sampling.latents import latent_shape, pack, sample_posterior, scale
 from fluxdeploy.sampling.noise import Generators
 
-__all__ = ["check_count", "control_latents", "encode", "known_latents", "read_controls"]
+__all__ = [
+    "check_count",
+    "control_latents",
+    "encode",
+    "known_latents",
+    "read_controls",
+    "start_noise",
+]
 
 
 def check_count(what: str, count: int, pictures: int) -> None:
@@ -94,3 +101,13 @@ def control_latents(
     each = pictures // len(images)
     mean, logvar = (np.repeat(x, each, axis=0) for x in encode(images, spec, run))
     return pack(scale(sample_posterior(mean, logvar, epsilon), spec), spec)
+
+
+def start_noise(
+    request: GenerationRequest, spec: LatentSpec, generator: Generators
+) -> NDArray[np.float32]:
+    """What a picture of noise alone begins with, float32 [B, L, C]: the caller's, or drawn."""
+    if request.latents is not None:
+        return request.latents.copy()
+    shape = latent_shape(request.batch, request.height, request.width, spec)
+    return pack(generator.normal(shape), spec)

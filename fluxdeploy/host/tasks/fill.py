@@ -3,7 +3,7 @@
 Equal to diffusers' FluxFillPipeline, for checkpoints of FLUX.1 Fill's kind: beside the latents
 they read those of the picture without its marked part, and the mask. Nothing is held to what it
 was. One generator draws the noise of the picture's posterior, the noise that the picture begins
-with, and the noise of the masked picture's posterior.
+with, and the noise of the masked picture's posterior; with `latents` the last of these alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxdeploy.host.components import Run
-from fluxdeploy.host.tasks.encoding import known_latents
+from fluxdeploy.host.request import GenerationRequest
+from fluxdeploy.host.tasks.encoding import known_latents, start_noise
 from fluxdeploy.host.tasks.inpainting import Inpainting
 from fluxdeploy.host.tasks.task import Start
 from fluxdeploy.sampling.latents import latent_shape, pack
@@ -32,6 +33,11 @@ class Fill(Inpainting):
     """What is drawn where `masks`, bool [Bm, H, W], are true, after the rest of `images`."""
 
     name: ClassVar[str] = "fill"
+    draws_more: ClassVar[bool] = True
+
+    @classmethod
+    def check_latents(cls, request: GenerationRequest) -> None:
+        """Latents are what the picture begins with: nothing is held to the noise in them."""
 
     def notices(self) -> tuple[str, ...]:
         """A mask does nothing where no pixel is marked."""
@@ -43,17 +49,18 @@ class Fill(Inpainting):
         """The pictures' latents, noised to the first level that is left, and what stands beside."""
         request, spec = self.request, self.manifest.latents
         sigmas = sigmas[-(self.steps + 1) :]
-        assert request.seed is not None  # without latents there is one
+        assert request.seed is not None
         generator = Generators(request.seed)
-        shape = latent_shape(request.batch, request.height, request.width, spec)
-        if sigmas[0] == 1:
+        if request.latents is None and sigmas[0] == 1:
             # Nothing is left of the picture; its draw comes before the others all the same.
-            generator.normal((len(self.images), *shape[1:]))
-            start = generator.normal(shape)
+            _, *shape = latent_shape(1, request.height, request.width, spec)
+            generator.normal((len(self.images), *shape))
+        if request.latents is not None or sigmas[0] == 1:
+            start = start_noise(request, spec, generator)
         else:
             known = known_latents(self.images, request.batch, spec, generator, run)
-            start = scale_noise(known, generator.normal(shape), sigmas[0])
-        return Start(pack(start, spec), sigmas, channels=self._channels(generator, run))
+            start = pack(scale_noise(known, generator.normal(known.shape), sigmas[0]), spec)
+        return Start(start, sigmas, channels=self._channels(generator, run))
 
     def _channels(self, generator: Generators, run: Run) -> NDArray[np.float32]:
         """The pictures without what is marked, and the masks: float32 [B, L, C']."""

@@ -76,12 +76,15 @@ class ImageToImage(Task):
 
     def prepare(self, sigmas: NDArray[np.float32], run: Run) -> Start:
         """The pictures' latents, noised to the first level that is left."""
+        if self.request.latents is not None:
+            return Start(self.request.latents.copy(), sigmas[-(self.steps + 1) :])
+        assert self.request.seed is not None  # without latents there is one
+        return self.begin(sigmas, Generators(self.request.seed), run)
+
+    def begin(self, sigmas: NDArray[np.float32], generator: Generators, run: Run) -> Start:
+        """As `prepare`, with what is left of a generator, and without the caller's latents."""
         request, spec = self.request, self.manifest.latents
         sigmas = sigmas[-(self.steps + 1) :]
-        if request.latents is not None:
-            return Start(request.latents.copy(), sigmas)
-        assert request.seed is not None  # without latents there is one
-        generator = Generators(request.seed)
         known = known_latents(self.images, request.batch, spec, generator, run)
         noise = generator.normal(latent_shape(request.batch, request.height, request.width, spec))
         return Start(pack(scale_noise(known, noise, sigmas[0]), spec), sigmas)

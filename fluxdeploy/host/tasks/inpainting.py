@@ -53,11 +53,7 @@ class Inpainting(ImageToImage):
         cls, request: GenerationRequest, manifest: Manifest, arguments: Mapping[str, Any]
     ) -> Inpainting:
         """The task of a request with `image`, `mask_image`, `strength` and `padding_mask_crop`."""
-        if request.latents is not None:
-            raise UsageError(
-                f"`latents` has no place in {cls.name}, whose noise comes from `seed`. Leave out "
-                "`latents` or `mask_image`."
-            )
+        cls.check_latents(request)
         height, width = request.height, request.width
         crop, padding = None, arguments["padding_mask_crop"]
         if padding is not None:
@@ -68,6 +64,18 @@ class Inpainting(ImageToImage):
         masks = to_masks(arguments["mask_image"], height, width)
         check_count("masks", len(masks), request.batch)
         return cls(request, manifest, images, strength, masks, crop)
+
+    @classmethod
+    def check_latents(cls, request: GenerationRequest) -> None:
+        """Refuse latents: what is held is noised with the very noise that the picture begins with.
+
+        Raises `UsageError`.
+        """
+        if request.latents is not None:
+            raise UsageError(
+                f"`latents` has no place in {cls.name}, whose noise comes from `seed`. Leave out "
+                "`latents` or `mask_image`."
+            )
 
     def notices(self) -> tuple[str, ...]:
         """A mask does nothing where no latent is marked."""
@@ -81,10 +89,13 @@ class Inpainting(ImageToImage):
 
     def prepare(self, sigmas: NDArray[np.float32], run: Run) -> Start:
         """The pictures' latents, noised to the first level that is left, and what holds them."""
+        assert self.request.seed is not None
+        return self.begin(sigmas, Generators(self.request.seed), run)
+
+    def begin(self, sigmas: NDArray[np.float32], generator: Generators, run: Run) -> Start:
+        """As `prepare`, with what is left of a generator."""
         request, spec = self.request, self.manifest.latents
         sigmas = sigmas[-(self.steps + 1) :]
-        assert request.seed is not None  # without latents there is one
-        generator = Generators(request.seed)
         known = known_latents(self.images, request.batch, spec, generator, run)
         noise = generator.normal(latent_shape(request.batch, request.height, request.width, spec))
         start = pack(scale_noise(known, noise, sigmas[0]), spec)

@@ -70,12 +70,14 @@ class Task(ABC):
     chosen_by: the arguments of `FluxPipeline.__call__` that ask for this task, None by default.
     options: its other arguments, with their defaults.
     components: what it needs of a bundle beyond the components that every picture takes.
+    draws_more: whether it draws random numbers beside the noise that `latents` stand for.
     """
 
     name: ClassVar[str]
     chosen_by: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[Mapping[str, object]] = {}
     components: ClassVar[tuple[str, ...]] = ()
+    draws_more: ClassVar[bool] = False
 
     request: GenerationRequest
     manifest: Manifest
@@ -189,7 +191,8 @@ def _refusal(
     if wanted:
         ways = "; ".join(f"{other.name} takes {_quoted(other.chosen_by)}" for other in wanted)
         return f"`{name}` has no place in {task.name}: {ways}. Give what one task takes."
-    others = [o.name for o in tasks if name in o.chosen_by or name in o.options]
+    # Several tasks of one name are one with other things beside it.
+    others = dict.fromkeys(o.name for o in tasks if name in o.chosen_by or name in o.options)
     if not others:
         return f"This version has no task that takes `{name}`. Leave it out."
     return (

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from fluxdeploy.host.turns import Priority
@@ -99,6 +99,23 @@ class GenerationBody(_Body):
     model_config = ConfigDict(title="Generation")
 
 
+def _apart(value: object) -> object:
+    """Numbers with commas between them, as a form's field has several."""
+    if not isinstance(value, str):
+        return value
+    parts = [part.strip() for part in value.split(",")]
+    return parts if len(parts) > 1 else parts[0]
+
+
+def _control(description: str) -> Any:
+    return Field(
+        None, description=f"{description}: one for all ControlNets, or one for each, with commas."
+    )
+
+
+_Each = Annotated[float | list[float] | None, BeforeValidator(_apart)]
+
+
 class EditBody(_Body):
     """`POST /v1/images/edits`, apart from its files: pictures made from a picture."""
 
@@ -107,6 +124,12 @@ class EditBody(_Body):
     strength: float | None = Field(
         None, ge=0, le=1, description="How much of the image becomes noise."
     )
+    control_mode: Annotated[int | list[int] | None, BeforeValidator(_apart)] = _control(
+        "Which kind of control"
+    )
+    controlnet_conditioning_scale: _Each = _control("How much it counts")
+    control_guidance_start: _Each = _control("The part of the steps before it counts, 0 to 1")
+    control_guidance_end: _Each = _control("The part of the steps after which it does not, 0 to 1")
 
 
 _B = TypeVar("_B", bound=_Body)

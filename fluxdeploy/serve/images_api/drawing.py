@@ -21,7 +21,8 @@ __all__ = ["Drawing", "limits_of", "model_name", "read_drawing"]
 _PASSED = (
     *("seed", "guidance_scale", "negative_prompt", "true_cfg_scale", "max_sequence_length"),
     *("strength", "prompt_2", "negative_prompt_2"),
-    *("sampler", "skip", "preview_decoder"),
+    *("sampler", "skip", "preview_decoder", "control_mode", "controlnet_conditioning_scale"),
+    *("control_guidance_start", "control_guidance_end"),
 )
 """Fields that are arguments of the pipeline under the same names."""
 
@@ -53,7 +54,7 @@ def read_drawing(
     if body.model not in (None, served := model_name(manifest, settings)):
         raise ApiError(404, f"There is no model {body.model!r} here; there is {served!r}.", "model")
     sizes = Sizes.of(manifest)
-    first = next(iter(pictures.images), pictures.control_image)
+    first = next(iter((*pictures.images, *pictures.controls)), None)
     width, height = body.width_and_height or sizes.default(manifest.defaults, first)
     sizes.check(width, height)
     if width * height * body.n > settings.max_pixels:
@@ -108,9 +109,11 @@ def _given(pictures: Pictures, width: int, height: int, references: bool) -> dic
         )
     elif images:
         given["image"] = resized(images[0])
-    for name, picture in (("mask_image", pictures.mask), ("control_image", pictures.control_image)):
-        if picture is not None:
-            given[name] = resized(picture)
+    if pictures.mask is not None:
+        given["mask_image"] = resized(pictures.mask)
+    controls = [resized(picture) for picture in pictures.controls]
+    if controls:
+        given["control_image"] = controls if len(controls) > 1 else controls[0]
     return given
 
 

@@ -45,7 +45,7 @@ def _edit_schema() -> dict[str, Any]:
     files = {
         "image": {"anyOf": [file, {"type": "array", "items": file}]},
         "mask": file,
-        "control_image": file,
+        "control_image": {"anyOf": [file, {"type": "array", "items": file}]},
     }
     schema["properties"] = {**schema["properties"], **files}
     schema["anyOf"] = [{"required": ["image"]}, {"required": ["control_image"]}]

@@ -25,24 +25,24 @@ _T = TypeVar("_T")
 # It tells of each form that is damaged, on stderr; the client is told.
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
-_FIELDS, _FILES = 40, 18
+_FIELDS, _FILES = 40, 22
 _FIELD_BYTES = 1 << 20
 _JSON_BYTES = 1 << 20
 
 _PATIENCE = 60.0
 """Seconds for a body to arrive."""
 
-_MOST = {"image": 16, "mask": 1, "control_image": 1}
+_MOST = {"image": 16, "mask": 1, "control_image": 4}
 """Files of a name in a form."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a request is drawn from: pictures, a mask of the first, and one to draw along."""
+    """What a request is drawn from: pictures, a mask of the first, and those to draw along."""
 
     images: tuple[Image, ...] = ()
     mask: Image | None = None
-    control_image: Image | None = None
+    controls: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,7 @@ class Files:
             return tuple(_decoded(kind, data, decode) for data in self.data[kind])
 
         masks, controls = all_of("mask", decode_mask), all_of("control_image", decode_image)
-        return Pictures(
-            all_of("image", decode_image),
-            masks[0] if masks else None,
-            controls[0] if controls else None,
-        )
+        return Pictures(all_of("image", decode_image), masks[0] if masks else None, controls)
 
 
 class LimitedBodies:
@@ -123,7 +119,7 @@ async def read_files(form: FormData) -> tuple[dict[str, str], Files]:
     files: dict[str, list[UploadFile]] = {name: [] for name in _MOST}
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
-            kind = "image" if name == "image[]" else name
+            kind = name.removesuffix("[]") if name in ("image[]", "control_image[]") else name
             if kind not in files:
                 known = ", ".join(_MOST)
                 raise ApiError(400, f"The file {kind[:64]!r} is unknown. There are {known}.")

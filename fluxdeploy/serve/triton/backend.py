@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -227,8 +227,12 @@ def _tensors(arguments: Mapping[str, Any]) -> list[tuple[str, str, Array]]:
         field = _FIELDS[name]
         if field.dtype == "UINT8":
             value = _only(value)
+        if name == "control_mode" and isinstance(value, (list, tuple)):
+            value = [-1 if mode is None else mode for mode in value]
         if field.dtype == "UINT8" and isinstance(value, Image.Image):
-            tensors.append((f"{field.name}_bytes", "STRING", _file(name, value)))
+            tensors.append((f"{field.name}_bytes", "STRING", _files(name, [value])))
+        elif name == "control_image" and isinstance(value, (list, tuple)):
+            tensors.append((f"{field.name}_bytes", "STRING", _files(name, value)))
         else:
             tensors.append((field.name, field.dtype, _values(name, field, value)))
     return tensors
@@ -241,13 +245,15 @@ def _only(value: Any) -> Any:
     return value
 
 
-def _file(name: str, picture: Image.Image) -> Array:
-    """A PNG, which is without loss; [1]."""
-    if name == "mask_image":
-        upright = upright_mask(picture)
-    else:
-        upright = upright_picture(picture)
-    return np.array([encode(upright)], np.object_)
+def _files(name: str, pictures: Sequence[Any]) -> Array:
+    """A PNG of each, which is without loss; [n]."""
+    upright = upright_mask if name == "mask_image" else upright_picture
+    for picture in pictures:
+        if not isinstance(picture, Image.Image):
+            raise UsageError(
+                f"`{name}` has {shown(picture)} in it. A request to Triton holds PIL images there."
+            )
+    return np.array([encode(upright(picture)) for picture in pictures], np.object_)
 
 
 def _values(name: str, field: Field, value: Any) -> Array:

@@ -60,7 +60,24 @@ INPUTS: tuple[Field, ...] = (
         "padding_mask_crop", "INT32", (1,), "pixels kept around the mask's part, drawn alone"
     ),
     _argument("control_image", "UINT8", (-1, -1, 3), "edges or depths to draw along, [H, W, 3]"),
-    Field("control_image_bytes", "STRING", (1,), "the same as the bytes of its file, or in base64"),
+    Field(
+        "control_image_bytes",
+        "STRING",
+        (-1,),
+        "the same as the bytes of its file, or in base64; one for each ControlNet",
+    ),
+    _argument(
+        "control_mode", "INT32", (-1,), "kind of control: for all ControlNets, or each; -1 for none"
+    ),
+    _argument(
+        "controlnet_conditioning_scale", "FP64", (-1,), "how much a ControlNet counts: all, or each"
+    ),
+    _argument(
+        "control_guidance_start", "FP64", (-1,), "part of the steps before a ControlNet counts"
+    ),
+    _argument(
+        "control_guidance_end", "FP64", (-1,), "part of the steps after which it counts no more"
+    ),
     _argument("max_area", "INT32", (1,), "Kontext: pixels of a picture, whatever size is asked"),
     _argument("auto_resize", "BOOL", (1,), "Kontext: whether the image gets a size of training"),
     _argument("max_sequence_length", "INT32", (1,), "T5 tokens of a prompt"),

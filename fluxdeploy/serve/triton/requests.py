@@ -58,7 +58,11 @@ def read_request(tensors: Mapping[str, Array]) -> Asked:
         if data is not None:
             if name in arguments:
                 raise UsageError(f"`{name}` and `{name}_bytes` are both there. Give one of them.")
-            arguments[name] = decode(_unpacked(data), f"`{name}_bytes`")
+            files = data if isinstance(data, list) else [data]
+            pictures = [decode(_unpacked(each), f"`{name}_bytes`") for each in files]
+            arguments[name] = pictures if len(pictures) > 1 else pictures[0]
+    if "control_mode" in arguments:
+        arguments["control_mode"] = _modes(arguments["control_mode"])
     chosen = values.get("response_format")
     if chosen is not None and chosen not in _FORMATS:
         raise UsageError(
@@ -70,15 +74,30 @@ def read_request(tensors: Mapping[str, Array]) -> Asked:
 
 def _value(field: Field, values: Array) -> Any:
     if field.dims != (1,):
+        if _is_file(field):
+            return [_bytes(each) for each in values.flat]
         if _is_text(field):
             return [_text(field, each) for each in values.flat]
-        return values.item() if field.dims == (-1,) and values.size == 1 else values.copy()
+        if field.dims != (-1,):
+            return values.copy()
+        return values.item() if values.size == 1 else values.tolist()
     if values.size != 1:
         raise UsageError(f"`{field.name}` has shape {list(values.shape)}; it is one value, [1].")
     value = values.flat[0]
-    if field.name.endswith("_bytes"):
+    if _is_file(field):
         return _bytes(value)
     return _text(field, value) if _is_text(field) else value.item()
+
+
+def _is_file(field: Field) -> bool:
+    return field.name.endswith("_bytes")
+
+
+def _modes(given: Any) -> Any:
+    """Kinds of control, where -1 is for a ControlNet that knows one alone."""
+    if isinstance(given, list):
+        return [_modes(each) for each in given]
+    return None if given == -1 else given
 
 
 def _is_text(field: Field) -> bool:
