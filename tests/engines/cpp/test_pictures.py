@@ -348,6 +348,48 @@ def test_a_callback_sees_every_step_and_may_change_it(pair: Callable[[str], Pair
     assert np.abs(found[0].astype(int) - np.asarray(wanted)).max() <= 1
 
 
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_previews_are_pythons(pair: Callable[[str], Pair], sampler: str) -> None:
+    python, cpp = pair("dev")
+    call: dict[str, Any] = {"prompt": list(PROMPTS[:2]), "height": 32, "width": 48, "seed": 1}
+    call |= {"num_inference_steps": 3, "sampler": sampler}
+    wanted: list[np.ndarray] = []
+    python(
+        **call,
+        preview_decoder="linear",
+        callback_on_preview=lambda pipe, steps, pictures: wanted.append(
+            np.stack([np.asarray(each) for each in pictures.images])
+        ),
+    )
+    found = []
+
+    def look(step: Step) -> int:
+        found.append(step.previews())
+        return 0
+
+    shown, _, _ = cpp(**call, preview=1, on_step=look)
+    assert np.stack(found).shape == (3, 2, 4, 6, 3)
+    assert np.abs(np.stack(found).astype(int) - np.stack(wanted)).max() <= 1
+    assert np.stack(found).std() > 10
+    found.clear()
+    np.testing.assert_array_equal(cpp(**call, on_step=look)[0], shown)
+    assert found == [None] * 3
+
+
+def test_previews_that_a_bundle_cannot_make_are_refused(
+    library: Library, bundle: BundleFactory, tmp_path: Path
+) -> None:
+    shutil.copytree(bundle("dev"), tmp_path / "x", copy_function=os.link)
+    text = tmp_path / "x/fluxdeploy.json"
+    manifest = from_json(text.read_text(encoding="utf-8"), "x")
+    text.unlink()
+    text.write_text(to_json(replace(manifest, preview=None)), encoding="utf-8")
+    cpp = library.pipeline(tmp_path / "x")
+    with pytest.raises(Failure, match="has no map from latents to colours, which previews of each"):
+        cpp("a fox", preview=1)
+    cpp.close()
+
+
 def test_a_callback_cancels_its_own_call_alone(pair: Callable[[str], Pair]) -> None:
     _, cpp = pair("dev")
     size: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 3}

@@ -67,8 +67,8 @@ private:
     FluxPipeline(OpenedBundle opened, bool low_vram);
 
     Result make(const Request& request, const class Task& task, const Arguments& arguments);
-    void decode(const Floats& tokens, const Request& request, const CancelToken& cancel,
-                std::vector<std::uint8_t>& pixels);
+    void decode(const Floats& tokens, const Request& request, const Run& run,
+                const CancelToken& cancel, std::vector<std::uint8_t>& pixels);
 
     std::shared_ptr<EnginePool> pool_;
     std::shared_ptr<const Tokenizers> tokenizers_;
