@@ -231,68 +231,11 @@ Result FluxPipeline::make(const Request& request, const Task& task, const Argume
     for (const ControlNetRecord& record : manifest.controlnets) {
         components_.release(record.encoder());
     }
-    const std::vector<float> levels = sampler.levels(start.sigmas);
-    const std::optional<double> guidance =
-        manifest.guidance_embedding ? std::optional<double>(request.guidance_scale) : std::nullopt;
-    const auto encoded = [&](const Text& text) {
-        return encoder_.encode(text, request.num_images_per_prompt, request.max_sequence_length,
-                               run);
-    };
-    const EncodedPrompts prompts = encoded(request.text);
-    EncodedPrompts opposites;
-    if (request.negative) opposites = encoded(*request.negative);
-    const Condition towards = condition(prompts, levels, guidance, run);
-    Condition away;
-    if (request.negative) away = condition(opposites, levels, guidance, run);
-    std::vector<Condition> controls =
-        control_conditions(start, prompts, levels, request, manifest, run);
-    for (const char* done : {"clip", "t5", "conditioner"}) components_.release(done);
-    for (const ControlNetRecord& record : manifest.controlnets) {
-        components_.release(record.conditioner());
-    }
+    Conditions conditions = condition_all(request, start, sampler.levels(start.sigmas), run);
 
     // Before the largest component is opened.
     cancel.check("before the first step");
-    {
-        std::vector<TokenGrid> pictures{grid};
-        pictures.insert(pictures.end(), start.references.begin(), start.references.end());
-        const RopeTables positions = rope_tables(manifest.rope, towards.context.shape[1], pictures);
-        Engine& transformer = components_.engine("transformer");
-        HiddenStates hidden(std::move(start.channels), std::move(start.tokens));
-        ControlResiduals residuals(
-            transformer, running(start.controls, std::move(controls), components_), positions,
-            request.negative.has_value(), [&] { cancel.check("in the middle of a step"); });
-        ModulatedTransformer::Added computed, recalled;
-        if (residuals.any()) {
-            // The prompts' evaluation comes first, and the negative prompts' takes over what it
-            // had.
-            computed = [&](std::int64_t level, const Floats& latents,
-                           BatchPart part) -> const Residuals& {
-                return residuals.compute(level, latents, part);
-            };
-            recalled = [&](std::int64_t, const Floats&, BatchPart part) -> const Residuals& {
-                return residuals.recall(part);
-            };
-        }
-        ModulatedTransformer velocity(transformer, towards, positions, hidden, cancel, computed);
-        std::optional<ModulatedTransformer> negative;
-        if (request.negative) {
-            negative.emplace(transformer, away, positions, hidden, cancel, recalled);
-        }
-        const Blend step_made = [&](std::int64_t step, Floats& latents) {
-            residuals.set_step(step + 1);
-            if (start.blend) start.blend(step, latents);
-        };
-        std::optional<LinearPreviews> previews;
-        const AfterStep after_step = callback_of(arguments, request, manifest, start, previews);
-        denoise(sampler, start.latents, start.sigmas, std::ref(velocity),
-                negative ? Velocity(std::ref(*negative)) : Velocity(), request.true_cfg_scale,
-                request.skip.after(first), step_made, after_step, cancel);
-    }
-    components_.release("transformer");
-    for (const ControlNetRecord& record : manifest.controlnets) {
-        components_.release(record.component);
-    }
+    draw(start, std::move(conditions), request, arguments, first);
     Result result;
     result.count = request.batch();
     result.height = request.height;
@@ -303,6 +246,74 @@ Result FluxPipeline::make(const Request& request, const Task& task, const Argume
     result.notices = std::move(tiles);
     if (const MaskCrop* crop = task.crop()) lay_over(*crop, result);
     return result;
+}
+
+FluxPipeline::Conditions FluxPipeline::condition_all(const Request& request, const Start& start,
+                                                     const std::vector<float>& levels,
+                                                     const Run& run) {
+    const Manifest& manifest = bundle().manifest;
+    std::optional<double> guidance;
+    if (manifest.guidance_embedding) guidance = request.guidance_scale;
+    const auto encoded = [&](const Text& text) {
+        return encoder_.encode(text, request.num_images_per_prompt, request.max_sequence_length,
+                               run);
+    };
+    const EncodedPrompts prompts = encoded(request.text);
+    EncodedPrompts opposites;
+    if (request.negative) opposites = encoded(*request.negative);
+    Conditions made;
+    made.towards = condition(prompts, levels, guidance, run);
+    if (request.negative) made.away = condition(opposites, levels, guidance, run);
+    made.controls = control_conditions(start, prompts, levels, request, manifest, run);
+    for (const char* done : {"clip", "t5", "conditioner"}) components_.release(done);
+    for (const ControlNetRecord& record : manifest.controlnets) {
+        components_.release(record.conditioner());
+    }
+    return made;
+}
+
+void FluxPipeline::draw(Start& start, Conditions conditions, const Request& request,
+                        const Arguments& arguments, std::int64_t first) {
+    const Manifest& manifest = bundle().manifest;
+    const CancelToken& cancel = arguments.cancel;
+    const std::optional<Condition>& away = conditions.away;
+    std::vector<TokenGrid> pictures{token_grid(request.height, request.width, manifest.latents)};
+    pictures.insert(pictures.end(), start.references.begin(), start.references.end());
+    const RopeTables positions =
+        rope_tables(manifest.rope, conditions.towards.context.shape[1], pictures);
+    Engine& transformer = components_.engine("transformer");
+    HiddenStates hidden(std::move(start.channels), std::move(start.tokens));
+    ControlResiduals residuals(
+        transformer, running(start.controls, std::move(conditions.controls), components_),
+        positions, away.has_value(), [&] { cancel.check("in the middle of a step"); });
+    ModulatedTransformer::Added computed, recalled;
+    if (residuals.any()) {
+        // The prompts' evaluation comes first, and the negative prompts' takes over what it had.
+        computed = [&](std::int64_t level, const Floats& latents,
+                       BatchPart part) -> const Residuals& {
+            return residuals.compute(level, latents, part);
+        };
+        recalled = [&](std::int64_t, const Floats&, BatchPart part) -> const Residuals& {
+            return residuals.recall(part);
+        };
+    }
+    ModulatedTransformer velocity(transformer, conditions.towards, positions, hidden, cancel,
+                                  computed);
+    std::optional<ModulatedTransformer> negative;
+    if (away) negative.emplace(transformer, *away, positions, hidden, cancel, recalled);
+    const Blend step_made = [&](std::int64_t step, Floats& latents) {
+        residuals.set_step(step + 1);
+        if (start.blend) start.blend(step, latents);
+    };
+    std::optional<LinearPreviews> previews;
+    denoise(find_sampler(request.sampler), start.latents, start.sigmas, std::ref(velocity),
+            negative ? Velocity(std::ref(*negative)) : Velocity(), request.true_cfg_scale,
+            request.skip.after(first), step_made,
+            callback_of(arguments, request, manifest, start, previews), cancel);
+    components_.release("transformer");
+    for (const ControlNetRecord& record : manifest.controlnets) {
+        components_.release(record.component);
+    }
 }
 
 // One at a time: the decoder's memory grows with the number of pixels, and it fills a device with
