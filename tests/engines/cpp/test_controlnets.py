@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,27 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
+from onnx import helper, numpy_helper
 from PIL import Image
 
 from fluxdeploy.bundle.manifest import (
     ComponentRecord,
     ControlNetRecord,
-    FileRecord,
     Manifest,
     TensorSpec,
-    from_json,
-    to_json,
 )
 from fluxdeploy.cli.generate import command as generate
 from fluxdeploy.errors import UsageError
 from fluxdeploy.host.pictures import read_metadata
 from fluxdeploy.host.pipeline import FluxPipeline
 from tests.engines.cpp.conftest import picture
+from tests.engines.cpp.graphs import changed_bundle, make_graph, weights, with_graph
 from tests.engines.cpp.library import Failure, Library, Pipeline
-
-onnx = pytest.importorskip("onnx")
 
 Pair = tuple[FluxPipeline, Pipeline]
 
@@ -52,21 +47,18 @@ def mixed(union: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     It is the Union's network with the kind in its conditioner's graph, and tokens by a product.
     """
-    root = tmp_path_factory.mktemp("mixed") / "bundle"
-    shutil.copytree(union, root, copy_function=os.link)
-    path = root / "fluxdeploy.json"
-    manifest = from_json(path.read_text(encoding="utf-8"), "it")
-    own = manifest.components
-    second = {
-        "controlnet_2": own["controlnet"],
-        "controlnet_2_conditioner": _with_one_kind(root, own["controlnet_conditioner"]),
-        "controlnet_2_encoder": _encoder(root, manifest),
-    }
-    records = (*manifest.controlnets, ControlNetRecord("controlnet_2", 0))
-    path.unlink()
-    changed = replace(manifest, components={**own, **second}, controlnets=records)
-    path.write_text(to_json(changed), encoding="utf-8")
-    return root
+
+    def change(root: Path, manifest: Manifest) -> Manifest:
+        own = manifest.components
+        second = {
+            "controlnet_2": own["controlnet"],
+            "controlnet_2_conditioner": _with_one_kind(root, own["controlnet_conditioner"]),
+            "controlnet_2_encoder": _encoder(root, manifest),
+        }
+        records = (*manifest.controlnets, ControlNetRecord("controlnet_2", 0))
+        return replace(manifest, components={**own, **second}, controlnets=records)
+
+    return changed_bundle(union, tmp_path_factory.mktemp("mixed") / "bundle", change)
 
 
 def _with_one_kind(root: Path, record: ComponentRecord) -> ComponentRecord:
@@ -74,9 +66,8 @@ def _with_one_kind(root: Path, record: ComponentRecord) -> ComponentRecord:
     model = onnx.load(root / record.engines[0].path, load_external_data=False)
     (kind,) = (each for each in model.graph.input if each.name == "control_mode")
     model.graph.input.remove(kind)
-    helper, numpy_helper = onnx.helper, onnx.numpy_helper
     model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "one"))
-    value = onnx.helper.make_tensor("value", onnx.TensorProto.INT32, [1], [2])
+    value = helper.make_tensor("value", onnx.TensorProto.INT32, [1], [2])
     nodes = [
         helper.make_node("Shape", ["pooled_embeddings"], ["prompts"], start=0, end=1),
         helper.make_node("Concat", ["prompts", "one"], ["sizes"], axis=0),
@@ -85,56 +76,39 @@ def _with_one_kind(root: Path, record: ComponentRecord) -> ComponentRecord:
     for place, node in enumerate(nodes):
         model.graph.node.insert(place, node)
     inputs = tuple(spec for spec in record.inputs if spec.name != "control_mode")
-    return _with_graph(root, replace(record, inputs=inputs), "one_kind", model)
+    return with_graph(root, replace(record, inputs=inputs), "one_kind", model)
 
 
 def _encoder(root: Path, manifest: Manifest) -> ComponentRecord:
-    """What makes tokens of pixels: each its own pixels' sums."""
-    like = manifest.components["vae_encoder"]
-    side, width = 16, 64
-    helper, kinds = onnx.helper, onnx.TensorProto
-    weights = np.random.default_rng(4).normal(0, 0.05, (3 * side * side, width))
-    nodes = [
-        helper.make_node("SpaceToDepth", ["images"], ["blocks"], blocksize=side),
-        helper.make_node("Transpose", ["blocks"], ["rows"], perm=[0, 2, 3, 1]),
-        helper.make_node("Reshape", ["rows", "flat"], ["tokens"]),
-        helper.make_node("MatMul", ["tokens", "weights"], ["control_latents"]),
-    ]
-    floats = kinds.FLOAT
-    graph = helper.make_graph(
-        nodes,
-        "encoder",
-        [helper.make_tensor_value_info("images", floats, ["B", 3, "H", "W"])],
-        [helper.make_tensor_value_info("control_latents", floats, ["B", "L", width])],
+    """What makes tokens of pixels: each a product of its own."""
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "images": ("B", 3, "H", "W"),
+        "control_latents": ("B", "L", 64),
+    }
+    pixels = 3 * 16 * 16
+    model = make_graph(
         [
-            onnx.numpy_helper.from_array(np.array([1, -1, 3 * side * side]), "flat"),
-            onnx.numpy_helper.from_array(weights.astype(np.float32), "weights"),
+            helper.make_node("SpaceToDepth", ["images"], ["blocks"], blocksize=16),
+            helper.make_node("Transpose", ["blocks"], ["rows"], perm=[0, 2, 3, 1]),
+            helper.make_node("Reshape", ["rows", "sizes"], ["tokens"]),
+            helper.make_node("MatMul", ["tokens", "weights"], ["control_latents"]),
         ],
+        {"images": shapes["images"]},
+        {"control_latents": shapes["control_latents"]},
+        {"sizes": np.array([0, -1, pixels]), "weights": weights(4, 64, pixels).T.copy()},
     )
-    opset = helper.make_opsetid("", 18)
-    model = helper.make_model(graph, opset_imports=[opset], ir_version=8)
-    transformer = manifest.components["transformer"].engines[0].dimensions
+    like = manifest.components["vae_encoder"]
     taken = like.engines[0].dimensions
-    dimensions = {"B": taken["B"], "H": taken["H"], "W": taken["W"], "L": transformer["L"]}
+    tokens = manifest.components["transformer"].engines[0].dimensions["L"]
+    dimensions = {"B": taken["B"], "H": taken["H"], "W": taken["W"], "L": tokens}
     record = replace(
         like,
-        inputs=(TensorSpec("images", "float32", ("B", 3, "H", "W")),),
-        outputs=(TensorSpec("control_latents", "float32", ("B", "L", width)),),
+        inputs=(TensorSpec("images", "float32", shapes["images"]),),
+        outputs=(TensorSpec("control_latents", "float32", shapes["control_latents"]),),
         files=(),
         engines=(replace(like.engines[0], dimensions=dimensions),),
-        golden=None,
     )
-    return _with_graph(root, record, "encoder", model)
-
-
-def _with_graph(root: Path, record: ComponentRecord, name: str, model: Any) -> ComponentRecord:
-    path = f"onnx/{name}.onnx"
-    data = model.SerializeToString()
-    (root / path).write_bytes(data)
-    file = FileRecord(path, len(data), hashlib.sha256(data).hexdigest())
-    engine = replace(record.engines[0], path=path)
-    # What its golden tensors are of is the other graph.
-    return replace(record, files=(*record.files, file), engines=(engine,), golden=None)
+    return with_graph(root, record, "encoder", model)
 
 
 @pytest.fixture(scope="module")
