@@ -26,7 +26,8 @@
 #include <stdint.h>
 
 #define FLUXDEPLOY_VERSION "0.1.0"
-/* Grows with each function that is added; the library's soversion with each that changes. */
+/* Grows with each function or field that is added; the library's soversion with each that changes.
+ */
 #define FLUXDEPLOY_API_VERSION 6
 
 #if defined(FLUXDEPLOY_STATIC)
