@@ -107,7 +107,7 @@ def test_a_picture_that_memory_does_not_hold_is_made_as_by_python(
     monkeypatch.setattr("fluxdeploy.host.pipeline.check_memory", lambda *_: None)
     root = changed_bundle(bundle("dev"), tmp_path / "bundle", _large)
     image = picture(1, 60, 100)
-    call: dict[str, Any] = {"prompt": "a fox", "height": 768, "width": 784, "seed": 1}
+    call: dict[str, Any] = {"prompt": "a fox", "height": 896, "width": 912, "seed": 1}
     call |= {"num_inference_steps": 2, "strength": 0.5, "max_sequence_length": 16}
     python = FluxPipeline.from_bundle(root, "onnxruntime")
     with python, pytest.warns(TiledWarning) as warned:

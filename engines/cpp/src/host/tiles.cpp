@@ -13,8 +13,9 @@
 namespace fluxdeploy {
 namespace {
 
-// Latents of a tile's side. One size, whatever memory is free: a seed gives one of two pictures.
-constexpr std::int64_t kSide = 96;
+// Latents of a tile's side at most. No smaller where less memory is free: a seed gives one of two
+// pictures.
+constexpr std::int64_t kSide = 112;
 // Latents on each side of an overlap that are cut away, and those between that are mixed.
 constexpr std::int64_t kCut = 8, kRamp = 16;
 // Of the free memory, what a run may take: its figure is an estimate.
@@ -81,21 +82,35 @@ double rise(double distance) {
     return x * x * (3 - 2 * x);
 }
 
+// The tiles of an axis: how many, and of what size.
+struct Tiles {
+    std::int64_t side = 0;
+    std::int64_t count = 0;
+};
+
+// The smallest that are no more than those of `most` latents: what lies under two is computed
+// twice.
+Tiles fit(std::int64_t length, std::int64_t most) {
+    if (most >= length) return {length, 1};
+    const std::int64_t overlap = 2 * kCut + kRamp;
+    const std::int64_t count = (length - overlap + most - overlap - 1) / (most - overlap);
+    return {(length + (count - 1) * overlap + count - 1) / count, count};
+}
+
 // Tiles of one size along an axis; the weights of all add up to 1 everywhere.
-std::vector<Span> spans(std::int64_t length, std::int64_t side, std::int64_t made) {
-    if (side >= length) {
+std::vector<Span> spans(std::int64_t length, std::int64_t most, std::int64_t made) {
+    const auto [side, count] = fit(length, most);
+    if (count == 1) {
         return {{{0, length}, std::vector<float>(static_cast<std::size_t>(length * made), 1.0f)}};
     }
-    const std::int64_t around = 2 * kCut + kRamp;
-    const std::int64_t count = (length - around + side - around - 1) / (side - around);
-    const auto start = [&](std::int64_t index) {
+    const auto start = [length, tile = side, tiles = count](std::int64_t index) {
         // A half goes to the even one, as Python's `round` has it.
         return static_cast<std::int64_t>(std::nearbyint(
-            static_cast<double>(index * (length - side)) / static_cast<double>(count - 1)));
+            static_cast<double>(index * (length - tile)) / static_cast<double>(tiles - 1)));
     };
     // The middle of an overlap, where one tile's share becomes the next one's.
-    const auto middle = [&](std::int64_t index) {
-        return static_cast<double>(start(index) + side + start(index + 1)) / 2;
+    const auto middle = [&start, tile = side](std::int64_t index) {
+        return static_cast<double>(start(index) + tile + start(index + 1)) / 2;
     };
     std::vector<Span> found;
     for (std::int64_t index = 0; index < count; ++index) {
@@ -257,14 +272,15 @@ void lay(const Floats& tile, const Floats& missing, const Span& down, const Span
 
 std::string sentence(const std::string& component, std::int64_t height, std::int64_t width,
                      double cost, std::int64_t factor) {
-    const std::int64_t side = kSide * factor;
+    const auto pixels = [&](std::int64_t length) {
+        return std::to_string(fit(length / factor, kSide).side * factor);
+    };
     char gigabytes[32];
     std::snprintf(gigabytes, sizeof gigabytes, "%.1f",
                   static_cast<double>(height * width) * cost / kShare / 1e9);
     return "The " + std::to_string(width) + "x" + std::to_string(height) + " picture was " +
-           (decodes(component) ? "decoded" : "encoded") + " in tiles of " +
-           std::to_string(std::min(side, width)) + "x" + std::to_string(std::min(side, height)) +
-           " pixels, since the whole takes " + gigabytes +
+           (decodes(component) ? "decoded" : "encoded") + " in tiles of " + pixels(width) + "x" +
+           pixels(height) + " pixels, since the whole takes " + gigabytes +
            " GB of free memory: colors can differ from those of the whole. Free memory, set "
            "low_vram, or ask for a smaller size.";
 }
