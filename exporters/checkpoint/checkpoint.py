@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, T5Config
 from exporters.checkpoint.agreement import check_class, unknown_keys
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.checkpoint.controlnet_config import ControlNetConfig
+from exporters.checkpoint.ip_adapter_config import IpAdapterConfig
 from exporters.checkpoint.tasks import find_task, usual_defaults
 from exporters.checkpoint.tensors import WHOLE_TYPES, Weights
 from exporters.checkpoint.text_configs import text_config, unknown_text_keys
@@ -85,7 +86,8 @@ class Checkpoint:
     sentence for each entry there that is not followed; `revision` the commit of a hub repository;
     `pipeline` the class that model_index.json names, None where there is no such file. `loras` are
     those that are merged into it, and `base` is then what it was without them.
-    `controlnet_folders` are the names of the folders that its ControlNets come from.
+    `controlnet_folders` are the names of the folders that its ControlNets come from, and
+    `ip_adapter_name` is that of the file that its IP-Adapter comes from.
     """
 
     root: Path
@@ -101,6 +103,7 @@ class Checkpoint:
     loras: tuple[LoraRecord, ...] = ()
     base: Checkpoint | None = None
     controlnet_folders: tuple[str, ...] = ()
+    ip_adapter_name: str | None = None
 
     @property
     def unmerged(self) -> Checkpoint:
@@ -147,6 +150,19 @@ class Checkpoint:
     def controlnet_parts(self) -> tuple[str, ...]:
         """Names of the ControlNets' parts."""
         return tuple(map(controlnet_name, range(len(self.controlnet_folders))))
+
+    @functools.cached_property
+    def ip_adapter(self) -> IpAdapterConfig | None:
+        """Sizes of the IP-Adapter; None where it has none."""
+        if self.ip_adapter_name is None:
+            return None
+        return IpAdapterConfig.of(self.part("ip_adapter").weights)
+
+    @property
+    def joined_parts(self) -> tuple[str, ...]:
+        """Names of the parts that have joined the checkpoint, and are not its own."""
+        adapter = ("ip_adapter", "ip_adapter_encoder")
+        return (*self.controlnet_parts, *(adapter if self.ip_adapter_name is not None else ()))
 
     @functools.cached_property
     def task(self) -> str:

@@ -278,6 +278,7 @@ _ANCHORS = {
     "vae": r"decoder\.conv_in\.weight$",
     "clip": r"(?:text_model\.)?encoder\.layers\.\d+\.self_attn\.",
     "t5": r"encoder\.block\.\d+\.layer\.\d+\.|enc\.blk\.\d+\.",
+    "ip_adapter": r"image_proj\.|ip_adapter\.\d+\.",
 }
 
 

@@ -34,6 +34,9 @@ float32. T5's attention has a bias and is not fused.
     conditioner  4 (4 N B M D + B S (E + D))
     VAE          (4 + 3 e) C P
 
+An IP-Adapter gives keys and values, 2 B P D numbers a double-stream block for P tokens of a
+picture, and the transformer has scores of the image's tokens for these, in plain kernels.
+
 A ControlNet's blocks take what the transformer's take, and each gives B L D numbers in float32,
 which are there twice while they are stacked; the transformer reads them.
 
@@ -62,6 +65,7 @@ __all__ = [
     "controlnet_bytes",
     "controlnet_conditioner_bytes",
     "controlnet_encoder_bytes",
+    "ip_adapter_bytes",
     "t5_bytes",
     "transformer_bytes",
     "vae_decoder_bytes",
@@ -84,7 +88,28 @@ def transformer_bytes(
     """Of the MM-DiT without its conditioner; `element` are the bytes of its compute type."""
     residuals = sum(residual_count(networks.controlnets, kind) for kind in KINDS)
     added = 4 * sizes.batch * residuals * sizes.image * networks.transformer.width
-    return _blocks_bytes(networks.transformer, sizes, kernels, element) + added
+    seen = _seen_bytes(networks, sizes)
+    return _blocks_bytes(networks.transformer, sizes, kernels, element) + added + seen
+
+
+def ip_adapter_bytes(
+    networks: Networks, sizes: CallSizes, kernels: AttentionKernels, element: int
+) -> int:
+    """Of an IP-Adapter: what it gives, once each block and stacked."""
+    adapter = networks.ip_adapter
+    assert adapter is not None  # or there is no such component
+    given = 4 * sizes.batch * adapter.tokens * adapter.width
+    return 2 * 2 * adapter.blocks * given
+
+
+def _seen_bytes(networks: Networks, sizes: CallSizes) -> int:
+    """What the transformer takes for an IP-Adapter: keys and values, and the scores of a block."""
+    adapter, config = networks.ip_adapter, networks.transformer
+    if adapter is None:
+        return 0
+    given = 2 * adapter.blocks * adapter.tokens * config.width
+    scores = _SCORES * config.width // config.head_dim * sizes.image * adapter.tokens
+    return 4 * sizes.batch * (given + scores + 2 * sizes.image * config.width)
 
 
 def controlnet_bytes(

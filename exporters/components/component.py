@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, T5Config
 from exporters.checkpoint import Checkpoint, Weights
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.checkpoint.controlnet_config import ControlNetConfig
+from exporters.checkpoint.ip_adapter_config import IpAdapterConfig
 from exporters.components.chain import Chain
 from exporters.components.pieces import COMPUTE_TYPES, ComputeType
 from fluxdeploy.errors import ExportError, UsageError
@@ -51,6 +52,9 @@ class Networks(Protocol):
 
     @property
     def controlnets(self) -> Sequence[ControlNetConfig]: ...
+
+    @property
+    def ip_adapter(self) -> IpAdapterConfig | None: ...
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from exporters.components.component import Component, Networks
 from exporters.components.controlnet import controlnet_components
+from exporters.components.ip_adapter import IP_ADAPTER
 from exporters.components.mmdit import CONDITIONER, ONE_PIECE, TRANSFORMER
 from exporters.components.text_encoders import CLIP, T5
 from exporters.components.vae import VAE_DECODER, VAE_ENCODER
@@ -32,7 +33,8 @@ ONE_PIECE_COMPONENTS = _by_name((CLIP, T5, ONE_PIECE, VAE_DECODER, VAE_ENCODER))
 
 
 def components_of(networks: Networks) -> Mapping[str, Component]:
-    """Those of a checkpoint, with its ControlNets' before the transformer, which adds theirs up."""
+    """Those of a checkpoint, with those of ControlNets and an IP-Adapter before the transformer,
+    which takes what they give."""
     controlnets = [
         component
         for number in range(len(networks.controlnets))
@@ -40,7 +42,8 @@ def components_of(networks: Networks) -> Mapping[str, Component]:
     ]
     found = list(COMPONENTS.values())
     at = list(COMPONENTS).index("transformer")
-    return _by_name([*found[:at], *controlnets, *found[at:]])
+    adapter = [] if networks.ip_adapter is None else [IP_ADAPTER]
+    return _by_name([*found[:at], *controlnets, *adapter, *found[at:]])
 
 
 def find_component(name: str, components: Mapping[str, Component] = COMPONENTS) -> Component:

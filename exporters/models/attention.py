@@ -1,11 +1,11 @@
-"""The one form of attention that every component exports."""
+"""The form of attention that every component exports, and one over a few keys."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["attention"]
+__all__ = ["attention", "few_keys_attention"]
 
 
 def attention(
@@ -23,3 +23,17 @@ def attention(
     if bias is not None:
         scores = scores + bias
     return torch.softmax(scores, dim=-1).to(value.dtype) @ value
+
+
+def few_keys_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """softmax(scale · Q Kᵀ) V for a handful of keys, whose scores are small beside the queries.
+
+    Shapes and types are those of `attention`. The softmax is written out, and the products are
+    functions and no operators: nothing takes it for one of a network's large attentions, which are
+    counted, fused and quantized.
+    """
+    scaled = (query.float() * scale).to(value.dtype)
+    scores = torch.matmul(scaled, key.to(value.dtype).transpose(-1, -2)).float()
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    weights = weights / weights.sum(-1, keepdim=True)
+    return torch.matmul(weights.to(value.dtype), value)

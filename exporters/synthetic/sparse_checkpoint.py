@@ -21,6 +21,7 @@ from transformers import CLIPTextConfig, T5Config
 
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.checkpoint.controlnet_config import ControlNetConfig
+from exporters.checkpoint.ip_adapter_config import IpAdapterConfig
 from exporters.components.chain import Chain
 from exporters.components.pieces import COMPUTE_TYPES
 from exporters.components.registry import COMPONENTS
@@ -56,13 +57,14 @@ MODEL_INDEX = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a checkpoint's four networks, and of ControlNets beside it."""
+    """Sizes of a checkpoint's four networks, and of ControlNets and an IP-Adapter beside it."""
 
     transformer: TransformerConfig
     vae: VaeConfig
     clip: CLIPTextConfig
     t5: T5Config
     controlnets: tuple[ControlNetConfig, ...] = ()
+    ip_adapter: IpAdapterConfig | None = None
 
 
 FLUX_DEV = Sizes(

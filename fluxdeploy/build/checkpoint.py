@@ -50,11 +50,13 @@ def find_checkpoint(
     loras: Sequence[LoraFile] = (),
     base: Path | None = None,
     controlnets: Sequence[Path] = (),
+    ip_adapter: Path | None = None,
+    image_encoder: Path | None = None,
 ) -> Checkpoint:
     """Open a checkpoint: a path, a hub id, or one of `DEMO_CHECKPOINTS`; None is the default.
 
     `loras` are merged into it, `base` is a folder with what a single file lacks, and ControlNets in
-    the folders `controlnets` join it. No folder and no hub id can be meant by a name that begins
+    the folders `controlnets` join it, and an IP-Adapter with its `image_encoder`. No folder and no hub id can be meant by a name that begins
     with `demo:`. Raises `UsageError` for such a name that there is not, and
     `MissingDependencyError` without the packages of the extra `export`.
     """
@@ -69,20 +71,22 @@ def find_checkpoint(
             import exporters.export  # noqa: F401
             from exporters.checkpoint import open_checkpoint
             from exporters.checkpoint.controlnet import with_controlnets
+            from exporters.checkpoint.ip_adapter import with_ip_adapter
             from exporters.checkpoint.lora import merge_loras
     except ImportError as error:
         raise MissingDependencyError(
             f"Reading checkpoints needs the package {error.name}: {install_command('export')}."
         ) from error
     opened = with_controlnets(open_checkpoint(DEMO_CHECKPOINTS.get(name, name), base), controlnets)
-    return merge_loras(opened, loras)
+    return merge_loras(with_ip_adapter(opened, ip_adapter, image_encoder), loras)
 
 
 @dataclass(frozen=True)
 class CheckpointHashes:
     """SHA-256 of each weight file, by its real path, and of all of them together.
 
-    Files of ControlNets are no part of the whole, which says what the checkpoint itself is.
+    Files of parts that have joined are no part of the whole, which says what the checkpoint itself
+    is.
     """
 
     files: Mapping[Path, str]
@@ -103,7 +107,7 @@ def hash_checkpoint(
     files = {Path(os.path.realpath(file)): digest for file, digest in hashes.items()}
     beside = {
         Path(os.path.realpath(tensor.file))
-        for name in checkpoint.controlnet_parts
+        for name in checkpoint.joined_parts
         for tensor in checkpoint.parts[name].weights.values()
     }
     own = sorted(digest for file, digest in files.items() if file not in beside)

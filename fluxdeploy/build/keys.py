@@ -52,7 +52,12 @@ def content_key(
             "kernels": component.kernels.value,
             "layers": None if layers is None else _described(layers),
             "upstream": _upstream(component, checkpoint, hashes),
-            "networks": repr((checkpoint.transformer, checkpoint.vae, *checkpoint.controlnets)),
+            "networks": repr(
+                (
+                    *(checkpoint.transformer, checkpoint.vae, *checkpoint.controlnets),
+                    checkpoint.ip_adapter,
+                )
+            ),
             "configs": {name: dict(part.config) for name, part in checkpoint.parts.items()},
             # The names are those of the files in the bundle.
             "weights": sorted(
@@ -75,12 +80,14 @@ def content_key(
 def _upstream(
     component: ComponentSpec, checkpoint: Checkpoint, hashes: CheckpointHashes
 ) -> list[str]:
-    """The weights of the text encoders and of ControlNets, where golden inputs are made of what
-    they give."""
+    """The weights of the text encoders and of parts that have joined, where golden inputs are made
+    of what they give."""
     part = component.export.component.part
-    if part not in ("transformer", *checkpoint.controlnet_parts):
+    if part not in ("transformer", *checkpoint.joined_parts):
         return []
-    before = ("clip", "t5", *(checkpoint.controlnet_parts if part == "transformer" else ()))
+    before = ("clip", "t5", *(checkpoint.joined_parts if part == "transformer" else ()))
+    if part == "ip_adapter":
+        before = ("ip_adapter_encoder",)
     tensors = [s for name in before for s in checkpoint.part(name).weights.values()]
     files = {stored.file for stored in tensors}
     return [

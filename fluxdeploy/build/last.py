@@ -95,8 +95,10 @@ class LastBuild:
             found.append(os.path.realpath(self._request.calibration))
         found += [os.path.realpath(file) for lora in self._request.loras for file in lora.files]
         roots = [path if path.is_dir() else path.parent, *self._request.controlnets]
-        if self._request.base is not None:
-            roots.append(self._request.base)
+        request = self._request
+        for beside in (request.base, request.ip_adapter, request.image_encoder):
+            if beside is not None:
+                roots.append(beside if beside.is_dir() else beside.parent)
         folders = (
             each for root in roots for each in os.walk(os.path.realpath(root), followlinks=True)
         )

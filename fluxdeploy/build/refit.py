@@ -49,11 +49,15 @@ def refit(
     for another checkpoint and where none is known, and the errors of each step.
     """
     bundle = open_bundle(path)
-    if bundle.manifest.controlnets:
-        raise UsageError(
-            f"{bundle.root} holds ControlNets, whose files refit does not look for. Run "
-            "`fluxdeploy build` with the same --lora and --controlnet."
-        )
+    for holds, found, option in (
+        ("ControlNets", bool(bundle.manifest.controlnets), "--controlnet"),
+        ("an IP-Adapter", bundle.manifest.ip_adapter is not None, "--ip-adapter"),
+    ):
+        if found:
+            raise UsageError(
+                f"{bundle.root} holds {holds}, whose files refit does not look for. Run "
+                f"`fluxdeploy build` with the same --lora and {option}."
+            )
     runtime, targets = _builder(bundle)
     _require_same_tools(bundle)
     name = checkpoint or _recorded_name(bundle)

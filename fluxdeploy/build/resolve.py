@@ -44,7 +44,9 @@ class BuildRequest:
     `sizes` are for runtimes whose engines are tuned, `memory_limit` and `weight_streaming` for
     TensorRT. `replace` lets a bundle that runs on this machine be replaced by one that does not.
     `loras` are merged into the weights; with a `lora_rank` the bundle takes others with each call,
-    whose ranks add up to it at most. `controlnets` are folders of ControlNets that join the bundle.
+    whose ranks add up to it at most. `controlnets` are folders of ControlNets that join the bundle,
+    `ip_adapter` is a file or folder of an IP-Adapter that does, and `image_encoder` the folder of
+    the CLIP vision encoder that it takes, None where that lies beside it.
     """
 
     checkpoint: str | None = None
@@ -63,6 +65,8 @@ class BuildRequest:
     lora_rank: int = 0
     base: Path | None = None
     controlnets: tuple[Path, ...] = ()
+    ip_adapter: Path | None = None
+    image_encoder: Path | None = None
 
     @property
     def transformer_precision(self) -> str:
@@ -166,8 +170,13 @@ def resolve(
         if request.lora_rank and component.part == "transformer":
             _check_lora(own, request.lora_rank)
             export = export.with_side_paths()
-        if checkpoint.controlnets and name == "transformer":
-            _check_controlnets(own, request.lora_rank)
+        if name == "transformer":
+            for option, given in (
+                ("--controlnet", bool(checkpoint.controlnets)),
+                ("--ip-adapter", checkpoint.ip_adapter is not None),
+            ):
+                if given:
+                    _check_joins(own, option, request.lora_rank)
         specs = export.chain.inputs + export.chain.outputs
         symbols = {d for spec in specs for d in spec.shape if isinstance(d, str)}
         profiles = _profiles(symbols, request, checkpoint, own)
@@ -225,17 +234,18 @@ def _check_lora(runtime: Runtime, rank: int) -> None:
         )
 
 
-def _check_controlnets(runtime: Runtime, rank: int) -> None:
-    if not runtime.controlnets:
-        able = ", ".join(known.name for known in runtimes() if known.controlnets)
+def _check_joins(runtime: Runtime, option: str, rank: int) -> None:
+    """Refuse a network that joins by an option where the transformer has no place for it."""
+    if not runtime.joins:
+        able = ", ".join(known.name for known in runtimes() if known.joins)
         raise UsageError(
-            f"{runtime.name} has no inputs for what ControlNets add. Build without --controlnet, "
-            f"or for a runtime that has them: {able}."
+            f"{runtime.name} has no inputs for what other networks give the transformer. Build "
+            f"without {option}, or for a runtime that has them: {able}."
         )
     if rank:
         raise UsageError(
-            "A bundle with --controlnet has no --lora-rank. Merge LoRAs at the build with --lora, "
-            "or leave one of the two out."
+            f"A bundle with {option} has no --lora-rank. Merge LoRAs at the build with --lora, or "
+            "leave one of the two out."
         )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from fluxdeploy.bundle.side_paths import find_side_paths, is_side_input
 from fluxdeploy.bundle.typed_json import FieldError
 
-__all__ = ["NEEDED", "RESIDUALS", "Tensors", "check_boundary"]
+__all__ = ["NEEDED", "RESIDUALS", "SEEN", "Tensors", "check_boundary"]
 
 Shape = tuple[int | str, ...]
 
@@ -24,7 +24,10 @@ NEEDED = ("clip", "t5", "conditioner", "transformer", "vae_decoder")
 RESIDUALS = ("double_residuals", "single_residuals")
 """What ControlNets give and the transformer takes; a network without such blocks has not both."""
 
-_OPTIONAL = (*RESIDUALS, "mode", "control_mode")
+SEEN = ("ip_keys", "ip_values")
+"""What an IP-Adapter makes of a picture and the transformer attends to, of all double blocks."""
+
+_OPTIONAL = (*RESIDUALS, *SEEN, "mode", "control_mode")
 """Tensors that a component may have or lack."""
 
 _INTEGERS = (".input_ids", ".control_mode")
@@ -32,6 +35,10 @@ _INTEGERS = (".input_ids", ".control_mode")
 _HAVE_SIDE_PATHS = ("conditioner", "transformer")
 
 _PICTURE: Shape = ("B", 3, "H", "W")
+_SEEN: Mapping[str, Shape] = {
+    name: ("the blocks that see", "B", "the picture's tokens", "the transformer's width")
+    for name in SEEN
+}
 
 # A word is a size that is the same wherever it stands; a letter is a symbol of the manifest.
 _BOUNDARY: Mapping[str, tuple[Mapping[str, Shape], Mapping[str, Shape]]] = {
@@ -61,9 +68,15 @@ _BOUNDARY: Mapping[str, tuple[Mapping[str, Shape], Mapping[str, Shape]]] = {
             "rope_sin": ("T", "a head's channels"),
             "double_residuals": ("double residuals", "B", "L", "the transformer's width"),
             "single_residuals": ("single residuals", "B", "L", "the transformer's width"),
+            **_SEEN,
         },
         {"velocity": ("B", "L", "a token's channels")},
     ),
+    "ip_adapter_encoder": (
+        {"pixel_values": ("B", 3, "the rows of what is seen", "the columns of what is seen")},
+        {"image_embeds": ("B", "the picture's embedding")},
+    ),
+    "ip_adapter": ({"image_embeds": ("B", "the picture's embedding")}, _SEEN),
     "vae_decoder": ({"latents": ("B", "the latents' channels", "h", "w")}, {"images": _PICTURE}),
     "vae_encoder": (
         {"images": _PICTURE},

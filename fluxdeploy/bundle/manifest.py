@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from fluxdeploy.bundle.boundary import NEEDED, RESIDUALS, Tensors, check_boundary
+from fluxdeploy.bundle.boundary import NEEDED, RESIDUALS, SEEN, Tensors, check_boundary
+from fluxdeploy.bundle.pixels import PixelSpec, check_pixels
 from fluxdeploy.bundle.recipe import RecipeRecord, check_recipe
 from fluxdeploy.bundle.side_paths import RANK
 from fluxdeploy.bundle.typed_json import (
@@ -41,6 +42,7 @@ __all__ = [
     "EngineRecord",
     "FileRecord",
     "GoldenRecord",
+    "IpAdapterRecord",
     "LatentSpec",
     "Manifest",
     "PreviewSpec",
@@ -345,11 +347,21 @@ class ControlNetRecord:
 
 
 @dataclass(frozen=True)
+class IpAdapterRecord:
+    """An IP-Adapter: how its pictures become what `ip_adapter_encoder` reads.
+
+    `ip_adapter` then makes what the transformer attends to.
+    """
+
+    pixels: PixelSpec
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A whole bundle. `provenance` is free-form JSON: checkpoint hash, tool versions, requests.
 
     tasks: what its transformer was trained for, some of `TASKS`. controlnets: those that can run
-    beside it.
+    beside it. ip_adapter: what makes pictures into something that it attends to.
     """
 
     schema_version: int
@@ -368,6 +380,7 @@ class Manifest:
     tasks: tuple[str, ...] = field(default=_USUAL_TASKS, metadata=OPTIONAL)
     preview: PreviewSpec | None = field(default=None, metadata=OPTIONAL)
     controlnets: tuple[ControlNetRecord, ...] = field(default=(), metadata=OPTIONAL)
+    ip_adapter: IpAdapterRecord | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def lora_rank(self) -> int:
@@ -517,6 +530,7 @@ def _check(manifest: Manifest) -> None:
     _check_schedule(manifest)
     _check_tasks(manifest)
     _check_controlnets(manifest)
+    _check_ip_adapter(manifest)
     for index, record in enumerate(manifest.skips):
         _check_skips(record, manifest.skips[:index], f"skips[{index}]")
     if manifest.preview is not None:
@@ -617,6 +631,30 @@ def _check_controlnets(manifest: Manifest) -> None:
                     where,
                     f"has {_rows(spec)} residuals, and {record.component} gives {_rows(output)}",
                 )
+
+
+def _check_ip_adapter(manifest: Manifest) -> None:
+    """It has its components, which take what its pixels are made into."""
+    record, components = manifest.ip_adapter, manifest.components
+    transformer = components.get("transformer")
+    takes = {spec.name for spec in () if transformer is None else transformer.inputs}
+    for name in SEEN:
+        _require(
+            (name in takes) == (record is not None),
+            "ip_adapter",
+            f"must be there where the transformer takes {name}, and only there",
+        )
+    if record is None:
+        return
+    check_pixels(record.pixels, "ip_adapter.pixels")
+    for name in ("ip_adapter", "ip_adapter_encoder"):
+        _require(name in components, "ip_adapter", f"needs the component {name}")
+    takes_pixels = [tuple(spec.shape[2:]) for spec in components["ip_adapter_encoder"].inputs]
+    _require(
+        takes_pixels == [record.pixels.size],
+        "ip_adapter.pixels",
+        f"makes pictures of {list(record.pixels.size)}, and ip_adapter_encoder takes others",
+    )
 
 
 def _rows(spec: TensorSpec) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
-from fluxdeploy.bundle.boundary import RESIDUALS
+from fluxdeploy.bundle.boundary import RESIDUALS, SEEN
 from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.host.tasks.task import Task
 from fluxdeploy.host.turns import Demand, Priority
@@ -23,8 +24,8 @@ def demand(task: Task, priority: Priority, lora_bytes: int = 0) -> Demand:
     """The demand of a task: pixels times evaluations, of both prompts where guidance takes two.
 
     The bytes are those that the host holds while other calls go first: latents, pictures, what the
-    conditioner gives for all steps, what ControlNets add to the transformer, and for each prompt a
-    copy of the LoRAs' `lora_bytes`. Engines hold their own besides.
+    conditioner gives for all steps, what ControlNets and IP-Adapters give the transformer, and for
+    each prompt a copy of the LoRAs' `lora_bytes`. Engines hold their own besides.
     """
     request, manifest = task.request, task.manifest
     sides = 1 if request.negative is None else 2
@@ -33,15 +34,15 @@ def demand(task: Task, priority: Priority, lora_bytes: int = 0) -> Demand:
     prompts = sides * len(request.text.distinct)
     latents = math.prod(latent_shape(batch, height, width, manifest.latents))
     numbers = _COPIES * latents + 3 * pixels + prompts * _conditioned(manifest, task)
-    numbers += _residuals(manifest, task)
+    numbers += _given(manifest, task, RESIDUALS) + sides * _given(manifest, task, SEEN)
     rows, columns = token_grid(height, width, manifest.latents)
     longer = 1 + task.reference_tokens / (rows * columns)
     each = sides * pixels * longer * task.evaluations / max(1, task.steps)
     return Demand(priority, task.steps, each, 4 * numbers + sides * lora_bytes)
 
 
-def _residuals(manifest: Manifest, task: Task) -> int:
-    """How many numbers ControlNets give the transformer for a call, or stand there as zeros."""
+def _given(manifest: Manifest, task: Task, names: Sequence[str]) -> int:
+    """How many numbers other networks give the transformer for a call, or stand there as zeros."""
     request = task.request
     record = manifest.components.get("transformer")
     sizes = {
@@ -51,7 +52,7 @@ def _residuals(manifest: Manifest, task: Task) -> int:
     return sum(
         math.prod(sizes[size] if isinstance(size, str) else size for size in spec.shape)
         for spec in (() if record is None else record.inputs)
-        if spec.name in RESIDUALS
+        if spec.name in names
     )
 
 

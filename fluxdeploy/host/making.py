@@ -14,6 +14,7 @@ from fluxdeploy.bundle.side_paths import RANK
 from fluxdeploy.host.cancel import Checked
 from fluxdeploy.host.components import Components, Run
 from fluxdeploy.host.decoding import decode
+from fluxdeploy.host.ip_adapter import AdapterInputs, Seen
 from fluxdeploy.host.loop import StepCallback, denoise
 from fluxdeploy.host.loras import SideInputs
 from fluxdeploy.host.previews import Previews, Wanted, linear_pictures
@@ -46,6 +47,7 @@ def make_pictures(
     components: Components,
     encoder: PromptEncoder,
     loras: SideInputs,
+    adapter: AdapterInputs,
     callback: LevelCallback | None,
     previews: Wanted | None,
     turn: Turn,
@@ -69,12 +71,15 @@ def make_pictures(
     sigmas = schedule.sigmas(manifest.schedule, unshifted, rows * columns)
     levels = sampler.levels(sigmas[-(task.steps + 1) :])
     sizes = _engine_sizes(task, len(levels), loras)
+    sizes |= {name: {} for name in adapter.components}
     if latents_only:
         del sizes["vae_decoder"]
     components.check_sizes(turn, sizes)
 
     start = task.prepare(sigmas, run)
     components.release(*task.components)
+    seen = adapter.encode(run)
+    components.release(*adapter.components)
     beside = _with_loras(run, components, loras)
     texts = _texts(task, encoder, start, beside)
     levels = sampler.levels(start.sigmas)
@@ -123,6 +128,7 @@ def make_pictures(
             start,
             {**tables, **loras.of(transformer)},
             residuals if controls else None,
+            seen,
             turn,
         )
         denoise(
@@ -220,6 +226,7 @@ def _velocities(
     start: Start,
     fixed: Mapping[str, Array],
     residuals: ControlResiduals | None,
+    seen: Sequence[Seen | None],
     cancel: Checked,
 ) -> list[ModulatedTransformer]:
     """The transformer with all that no step changes in place, once for each condition."""
@@ -227,8 +234,8 @@ def _velocities(
     # The prompts' evaluation comes first, and the negative prompts' takes over its residuals.
     added = [None, None] if residuals is None else [residuals.compute, residuals.recall]
     return [
-        ModulatedTransformer(engine, each, fixed, hidden, cancel, more)
-        for each, more in zip(conditions, added, strict=False)
+        ModulatedTransformer(engine, each, fixed, hidden, cancel, *more)
+        for each, *more in zip(conditions, added, seen, strict=False)
     ]
 
 

@@ -32,7 +32,8 @@ from fluxdeploy.host.components import Components
 from fluxdeploy.host.course import unmeasured
 from fluxdeploy.host.demand import demand
 from fluxdeploy.host.diffusers_names import ATTRIBUTES, missing_attribute, refuse_arguments
-from fluxdeploy.host.examples import example_arguments, example_control
+from fluxdeploy.host.examples import example_arguments, example_control, example_seen
+from fluxdeploy.host.ip_adapter import read_adapter
 from fluxdeploy.host.loras import Loras, check_loras
 from fluxdeploy.host.making import LevelCallback, make_pictures
 from fluxdeploy.host.memory import check_memory
@@ -217,6 +218,11 @@ class FluxPipeline:
         controlnet_conditioning_scale: float | Sequence[float] = 1.0,
         control_guidance_start: float | Sequence[float] = 0.0,
         control_guidance_end: float | Sequence[float] = 1.0,
+        ip_adapter_image: object | None = None,
+        ip_adapter_image_embeds: object | None = None,
+        negative_ip_adapter_image: object | None = None,
+        negative_ip_adapter_image_embeds: object | None = None,
+        ip_adapter_scale: float | Sequence[float] = 1.0,
         max_area: int | None = None,
         auto_resize: bool = True,
         max_sequence_length: int | None = None,
@@ -273,6 +279,13 @@ class FluxPipeline:
         controlnet_conditioning_scale: what its residuals are multiplied with.
         control_guidance_start, control_guidance_end: the part of the steps, 0 to 1, in which it
             counts.
+        ip_adapter_image: what the picture is to look like, for a bundle that was built with an
+            IP-Adapter: of the kinds as `image`, of any size; one for all, one a prompt or one a
+            picture. ip_adapter_image_embeds: in its place, what the image encoder makes of so many
+            pictures, float32 [U, E]. negative_ip_adapter_image, negative_ip_adapter_image_embeds:
+            the same beside negative prompts; a side that is given nothing sees a black picture, as
+            in diffusers.
+        ip_adapter_scale: how much it counts, one number or one for each double-stream block.
         For a bundle of a Kontext checkpoint, `image` is what to change by words, resized to one of
             the sizes that FLUX.1 Kontext was trained with; with auto_resize=False to whole tokens
             alone. A list of lists has several for each picture. The picture has its size where
@@ -362,6 +375,13 @@ class FluxPipeline:
                 return_dict,
             ),
             check_loras(lora),
+            {
+                "ip_adapter_image": ip_adapter_image,
+                "ip_adapter_image_embeds": ip_adapter_image_embeds,
+                "negative_ip_adapter_image": negative_ip_adapter_image,
+                "negative_ip_adapter_image_embeds": negative_ip_adapter_image_embeds,
+            },
+            ip_adapter_scale,
         )
         return output if return_dict else (output.images,)  # type: ignore[return-value]
 
@@ -426,6 +446,7 @@ class FluxPipeline:
         given = given or example_control(manifest, height, width)
         if not given and "vae_encoder" in manifest.components:
             given = {"image": example_picture(height, width), "strength": 0.5}
+        given |= example_seen(manifest)
         self("warm-up", num_inference_steps=2, seed=0, **given)
 
     def close(self) -> None:
@@ -454,9 +475,11 @@ class FluxPipeline:
         arguments: Mapping[str, Any],
         of_tasks: Mapping[str, Any],
         options: CallOptions,
-        loras: Sequence[LoraFile] = (),
+        loras: Sequence[LoraFile],
+        seen: Mapping[str, Any],
+        seen_scale: object,
     ) -> FluxPipelineOutput:
-        """A call: `arguments` of every picture, and those that belong to tasks."""
+        """A call: `arguments` of every picture, those that belong to tasks, and what is seen."""
         manifest = self._bundle.manifest
         options.check()
         kind, unused = choose_task(TASKS, manifest.tasks, of_tasks)
@@ -478,11 +501,13 @@ class FluxPipeline:
                 "Leave it out, or use another output_type."
             )
         side_inputs = self._loras.read(tuple(loras))
+        adapter = read_adapter(request, manifest, seen, seen_scale)
         idle = (
             *unused,
             *idle_arguments(manifest, arguments),
             *task.notices(),
             *side_inputs.notices,
+            *adapter.notices,
         )
         cuts = self._cuts(request)
         self._tell(idle)
@@ -507,6 +532,7 @@ class FluxPipeline:
                     self._components,
                     self._encoder,
                     side_inputs,
+                    adapter,
                     self._step_callback(options, advance),
                     previews,
                     turn,
