@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-__all__ = ["attention", "few_keys_attention"]
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+__all__ = ["FOR_TRANSFORMERS", "attention", "few_keys_attention"]
+
+FOR_TRANSFORMERS = "fluxdeploy"
+"""What the layers of transformers know it by."""
 
 
 def attention(
@@ -37,3 +43,21 @@ def few_keys_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) 
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
     weights = weights / weights.sum(-1, keepdim=True)
     return torch.matmul(weights.to(value.dtype), value)
+
+
+def _of_layer(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float = 1.0,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """`attention` under the signature that transformers' layers call."""
+    bias = attention_mask if position_bias is None else position_bias
+    return attention(query, key, value, scaling, bias).transpose(1, 2), None
+
+
+AttentionInterface.register(FOR_TRANSFORMERS, _of_layer)
