@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, T5Config
 from exporters.checkpoint.agreement import check_class, unknown_keys
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.checkpoint.controlnet_config import ControlNetConfig
+from exporters.checkpoint.image_encoder_config import ImageEncoderConfig
 from exporters.checkpoint.ip_adapter_config import IpAdapterConfig
 from exporters.checkpoint.tasks import find_task, usual_defaults
 from exporters.checkpoint.tensors import WHOLE_TYPES, Weights
@@ -157,6 +158,14 @@ class Checkpoint:
         if self.ip_adapter_name is None:
             return None
         return IpAdapterConfig.of(self.part("ip_adapter").weights)
+
+    @functools.cached_property
+    def ip_adapter_encoder(self) -> ImageEncoderConfig | None:
+        """Sizes of the CLIP vision encoder that goes with the IP-Adapter."""
+        if self.ip_adapter_name is None:
+            return None
+        part = self.part("ip_adapter_encoder")
+        return ImageEncoderConfig.of("clip", part.weights, part.config)
 
     @property
     def joined_parts(self) -> tuple[str, ...]:

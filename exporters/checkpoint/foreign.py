@@ -279,6 +279,7 @@ _ANCHORS = {
     "clip": r"(?:text_model\.)?encoder\.layers\.\d+\.self_attn\.",
     "t5": r"encoder\.block\.\d+\.layer\.\d+\.|enc\.blk\.\d+\.",
     "ip_adapter": r"image_proj\.|ip_adapter\.\d+\.",
+    "ip_adapter_encoder": r"(?:vision_model\.)?encoder\.layers\.\d+\.",
 }
 
 

@@ -12,12 +12,16 @@ from pathlib import Path
 
 from exporters.checkpoint.checkpoint import Checkpoint, Part
 from exporters.checkpoint.foreign import check_bytes, check_part, recognise
+from exporters.checkpoint.image_encoder_config import ImageEncoderConfig
 from exporters.checkpoint.ip_adapter_config import IpAdapterConfig
+from exporters.checkpoint.parts import read_folder
+from exporters.checkpoint.pixels import read_pixels
 from exporters.checkpoint.tensors import StoredTensor, attach_scales, read_stored
 from exporters.checkpoint.weight_files import PICKLES, is_weight_file
+from fluxdeploy.bundle.pixels import PixelSpec
 from fluxdeploy.errors import CheckpointError
 
-__all__ = ["with_ip_adapter"]
+__all__ = ["adapter_pixels", "with_ip_adapter"]
 
 _FILE = "ip_adapter.safetensors"
 _ENCODER = "image_encoder"
@@ -57,15 +61,17 @@ def with_ip_adapter(
     file = _find_file(path)
     part = _read(file)
     _check_fits(file, part, checkpoint)
-    folder = file.parent / _ENCODER if encoder is None else encoder
-    return replace(
+    found = replace(
         checkpoint,
         parts={
             **checkpoint.parts,
             "ip_adapter": part,
+            "ip_adapter_encoder": _read_encoder(file, encoder),
         },
         ip_adapter_name=file.name,
     )
+    _check_encoder(file, found)
+    return found
 
 
 def _find_file(path: Path) -> Path:
@@ -116,6 +122,52 @@ def _read(file: Path) -> Part:
                 f"and nothing would be done with it. {_KIND}."
             )
     return Part(weights, None)
+
+
+def _read_encoder(file: Path, given: Path | None) -> Part:
+    """The part of the image encoder that belongs to an IP-Adapter's file."""
+    folder = file.parent / _ENCODER if given is None else given
+    if not (folder / "config.json").is_file():
+        what = "does not exist" if not folder.exists() else "has no config.json"
+        raise CheckpointError(
+            f"The image encoder {folder} {what}. Give the folder of the CLIP vision encoder that "
+            "the IP-Adapter was made with, such as openai/clip-vit-large-patch14 for XLabs' own, "
+            "with --image-encoder, or put it beside the IP-Adapter as image_encoder/."
+        )
+    return read_folder("ip_adapter_encoder", folder)
+
+
+def _check_encoder(file: Path, checkpoint: Checkpoint) -> None:
+    """Raise `CheckpointError` where an IP-Adapter takes other embeddings than its encoder gives."""
+    adapter, encoder = checkpoint.ip_adapter, checkpoint.ip_adapter_encoder
+    assert adapter is not None
+    assert encoder is not None
+    if not encoder.projection:
+        raise CheckpointError(
+            "The image encoder has no tensor visual_projection.weight, which makes the embedding "
+            "that an IP-Adapter takes: give one that was saved as CLIPVisionModelWithProjection, "
+            "or a whole CLIP."
+        )
+    if adapter.embedding_width != encoder.projection:
+        raise CheckpointError(
+            f"The IP-Adapter {file} takes embeddings of a width of {adapter.embedding_width}, and "
+            f"the image encoder gives {encoder.projection}: it was made with another encoder."
+        )
+
+
+def adapter_pixels(encoder: ImageEncoderConfig) -> PixelSpec:
+    """How pictures become what the encoder reads.
+
+    As diffusers has it, which makes CLIP's usual processor for the encoder's size and reads no
+    preprocessor_config.json.
+    """
+    side = encoder.image_size
+    usual = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": side},
+        "crop_size": {"height": side, "width": side},
+    }
+    return read_pixels(usual, Path("CLIP's usual preprocessor_config.json"))
 
 
 def _canonical(name: str) -> str:

@@ -66,6 +66,7 @@ __all__ = [
     "controlnet_conditioner_bytes",
     "controlnet_encoder_bytes",
     "ip_adapter_bytes",
+    "ip_adapter_encoder_bytes",
     "t5_bytes",
     "transformer_bytes",
     "vae_decoder_bytes",
@@ -100,6 +101,16 @@ def ip_adapter_bytes(
     assert adapter is not None  # or there is no such component
     given = 4 * sizes.batch * adapter.tokens * adapter.width
     return 2 * 2 * adapter.blocks * given
+
+
+def ip_adapter_encoder_bytes(
+    networks: Networks, sizes: CallSizes, kernels: AttentionKernels, element: int
+) -> int:
+    """Of the encoder of its pictures, whose tokens are always as many."""
+    config = networks.ip_adapter_encoder
+    assert config is not None  # or there is no such component
+    widths = (config.width, config.mlp_width, config.heads)
+    return _encoder_bytes(sizes.batch, config.tokens, widths, kernels, element)
 
 
 def _seen_bytes(networks: Networks, sizes: CallSizes) -> int:
@@ -194,7 +205,7 @@ def clip_bytes(
 def _encoder_bytes(
     batch: int, tokens: int, widths: tuple[int, int, int], kernels: AttentionKernels, element: int
 ) -> int:
-    """Of a text encoder of some width, MLP width and heads."""
+    """Of a transformer encoder of some width, MLP width and heads."""
     width, mlp_width, heads = widths
     scores = heads * tokens**2
     streams = tokens * (6 * width + 3 * mlp_width)

@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, T5Config
 from exporters.checkpoint import Checkpoint, Weights
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.checkpoint.controlnet_config import ControlNetConfig
+from exporters.checkpoint.image_encoder_config import ImageEncoderConfig
 from exporters.checkpoint.ip_adapter_config import IpAdapterConfig
 from exporters.components.chain import Chain
 from exporters.components.pieces import COMPUTE_TYPES, ComputeType
@@ -52,6 +53,9 @@ class Networks(Protocol):
 
     @property
     def controlnets(self) -> Sequence[ControlNetConfig]: ...
+
+    @property
+    def ip_adapter_encoder(self) -> ImageEncoderConfig | None: ...
 
     @property
     def ip_adapter(self) -> IpAdapterConfig | None: ...

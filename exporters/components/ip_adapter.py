@@ -1,21 +1,39 @@
-"""An IP-Adapter: what a picture's embedding is to each double-stream block, once a picture."""
+"""An IP-Adapter, whose two components run once a picture that is given.
+
+`ip_adapter_encoder` makes an embedding of the picture, and `ip_adapter` what each double-stream
+block of the transformer attends to.
+"""
 
 from __future__ import annotations
 
+from exporters.checkpoint.image_encoder_config import ImageEncoderConfig
 from exporters.checkpoint.ip_adapter_config import IpAdapterConfig
-from exporters.components.activations import ip_adapter_bytes
+from exporters.components.activations import ip_adapter_bytes, ip_adapter_encoder_bytes
 from exporters.components.chain import Chain, Stage, Value
 from exporters.components.component import Component, Networks
+from exporters.components.image_encoders import embedding_stages, pixel_values
 from exporters.components.mmdit import seen_specs
 from exporters.components.pieces import ComputeType, floats, make_piece, value_of
 from exporters.models import ip_adapter
 
-__all__ = ["IP_ADAPTER"]
+__all__ = ["IP_ADAPTER", "IP_ADAPTER_ENCODER"]
 
 
 def _adapter(networks: Networks) -> IpAdapterConfig:
     assert networks.ip_adapter is not None  # or the component is not present
     return networks.ip_adapter
+
+
+def _encoder(networks: Networks) -> ImageEncoderConfig:
+    assert networks.ip_adapter_encoder is not None  # or the component is not present
+    return networks.ip_adapter_encoder
+
+
+def _encoder_chain(networks: Networks, compute: ComputeType) -> Chain:
+    config = _encoder(networks)
+    output = floats("image_embeds", "B", config.projection)
+    stages = embedding_stages(config, compute, output.name)
+    return Chain("ip_adapter_encoder", (pixel_values(config),), (output,), tuple(stages))
 
 
 def _chain(networks: Networks, compute: ComputeType) -> Chain:
@@ -49,6 +67,15 @@ def _chain(networks: Networks, compute: ComputeType) -> Chain:
     )
     return Chain("ip_adapter", (embeds,), outputs, stages)
 
+
+IP_ADAPTER_ENCODER = Component(
+    name="ip_adapter_encoder",
+    part="ip_adapter_encoder",
+    chain=_encoder_chain,
+    activations=ip_adapter_encoder_bytes,
+    turn="encode",
+    present=lambda networks: networks.ip_adapter is not None,
+)
 
 IP_ADAPTER = Component(
     name="ip_adapter",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from exporters.components.component import Component, Networks
 from exporters.components.controlnet import controlnet_components
-from exporters.components.ip_adapter import IP_ADAPTER
+from exporters.components.ip_adapter import IP_ADAPTER, IP_ADAPTER_ENCODER
 from exporters.components.mmdit import CONDITIONER, ONE_PIECE, TRANSFORMER
 from exporters.components.text_encoders import CLIP, T5
 from exporters.components.vae import VAE_DECODER, VAE_ENCODER
@@ -42,7 +42,7 @@ def components_of(networks: Networks) -> Mapping[str, Component]:
     ]
     found = list(COMPONENTS.values())
     at = list(COMPONENTS).index("transformer")
-    adapter = [] if networks.ip_adapter is None else [IP_ADAPTER]
+    adapter = [] if networks.ip_adapter is None else [IP_ADAPTER_ENCODER, IP_ADAPTER]
     return _by_name([*found[:at], *controlnets, *adapter, *found[at:]])
 
 

@@ -120,7 +120,8 @@ def add_seen(
 ) -> Tensor:
     """residual + softmax(Q Kᵀ) V, for Q [B,L,heads,head_dim] and K, V [B,P,D]."""
     query, key, value = (
-        x.transpose(1, 2) for x in (query, split_heads(keys, head_dim), split_heads(values, head_dim))
+        x.transpose(1, 2)
+        for x in (query, split_heads(keys, head_dim), split_heads(values, head_dim))
     )
     update = few_keys_attention(query, key, value, head_dim**-0.5).transpose(1, 2).flatten(2)
     return (residual.float() + update.float()).to(residual.dtype)

@@ -21,6 +21,7 @@ from transformers import CLIPTextConfig, T5Config
 
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.checkpoint.controlnet_config import ControlNetConfig
+from exporters.checkpoint.image_encoder_config import ImageEncoderConfig
 from exporters.checkpoint.ip_adapter_config import IpAdapterConfig
 from exporters.components.chain import Chain
 from exporters.components.pieces import COMPUTE_TYPES
@@ -65,6 +66,7 @@ class Sizes:
     t5: T5Config
     controlnets: tuple[ControlNetConfig, ...] = ()
     ip_adapter: IpAdapterConfig | None = None
+    ip_adapter_encoder: ImageEncoderConfig | None = None
 
 
 FLUX_DEV = Sizes(

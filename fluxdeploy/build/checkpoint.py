@@ -56,9 +56,9 @@ def find_checkpoint(
     """Open a checkpoint: a path, a hub id, or one of `DEMO_CHECKPOINTS`; None is the default.
 
     `loras` are merged into it, `base` is a folder with what a single file lacks, and ControlNets in
-    the folders `controlnets` join it, and an IP-Adapter with its `image_encoder`. No folder and no hub id can be meant by a name that begins
-    with `demo:`. Raises `UsageError` for such a name that there is not, and
-    `MissingDependencyError` without the packages of the extra `export`.
+    the folders `controlnets` join it, as an IP-Adapter with its `image_encoder` does. No folder and
+    no hub id can be meant by a name that begins with `demo:`. Raises `UsageError` for such a name
+    that there is not, and `MissingDependencyError` without the packages of the extra `export`.
     """
     name = DEFAULT_CHECKPOINT if checkpoint is None else checkpoint
     if name.startswith("demo:") and name not in DEMO_CHECKPOINTS:

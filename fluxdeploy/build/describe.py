@@ -111,8 +111,10 @@ def _ip_adapter_files(run: BuildRun) -> dict[str, object]:
 
 
 def _ip_adapter(checkpoint: Checkpoint) -> IpAdapterRecord | None:
+    from exporters.checkpoint.ip_adapter import adapter_pixels
+
     encoder = checkpoint.ip_adapter_encoder
-    return None if encoder is None else IpAdapterRecord(clip_pixels(encoder.image_size))
+    return None if encoder is None else IpAdapterRecord(adapter_pixels(encoder))
 
 
 def _part_hashes(run: BuildRun, part: str) -> list[str]:

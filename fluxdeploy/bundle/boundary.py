@@ -35,10 +35,13 @@ _INTEGERS = (".input_ids", ".control_mode")
 _HAVE_SIDE_PATHS = ("conditioner", "transformer")
 
 _PICTURE: Shape = ("B", 3, "H", "W")
-_SEEN: Mapping[str, Shape] = {
-    name: ("the blocks that see", "B", "the picture's tokens", "the transformer's width")
-    for name in SEEN
-}
+_SEEN_SHAPE: Shape = (
+    "the blocks that see",
+    "B",
+    "the tokens of what is seen",
+    "the transformer's width",
+)
+_SEEN: Mapping[str, Shape] = dict.fromkeys(SEEN, _SEEN_SHAPE)
 
 # A word is a size that is the same wherever it stands; a letter is a symbol of the manifest.
 _BOUNDARY: Mapping[str, tuple[Mapping[str, Shape], Mapping[str, Shape]]] = {

@@ -637,7 +637,7 @@ def _check_ip_adapter(manifest: Manifest) -> None:
     """It has its components, which take what its pixels are made into."""
     record, components = manifest.ip_adapter, manifest.components
     transformer = components.get("transformer")
-    takes = {spec.name for spec in () if transformer is None else transformer.inputs}
+    takes = {spec.name for spec in (() if transformer is None else transformer.inputs)}
     for name in SEEN:
         _require(
             (name in takes) == (record is not None),

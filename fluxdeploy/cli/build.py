@@ -17,6 +17,8 @@ from fluxdeploy.cli.options import (
     COMPONENT_PRECISION,
     CONTROLNETS,
     FOLDER,
+    IMAGE_ENCODER,
+    IP_ADAPTER,
     LORA_RANK,
     LORAS,
     MAX_BATCH,
@@ -59,6 +61,8 @@ _PICTURES = 3
 @LORAS
 @LORA_RANK
 @CONTROLNETS
+@IP_ADAPTER
+@IMAGE_ENCODER
 @QUALITY
 @STRICT
 @RUNTIME
@@ -88,6 +92,8 @@ def command(
     loras: tuple[LoraFile, ...],
     lora_rank: int,
     controlnets: tuple[Path, ...],
+    ip_adapter: Path | None,
+    image_encoder: Path | None,
     quality: Promise | None,
     strict: bool,
     runtime: str,
@@ -150,6 +156,8 @@ def command(
         lora_rank,
         base,
         controlnets,
+        ip_adapter,
+        image_encoder,
     )
     if page is not None:
         check_page(page)

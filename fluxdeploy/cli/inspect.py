@@ -169,6 +169,9 @@ def _tabulate_constants(bundle: Bundle, *, check: bool) -> Table:
     for controlnet in manifest.controlnets:
         kinds = f"{controlnet.modes} kinds" if controlnet.modes else "one kind"
         table.add_row(controlnet.component, f"{kinds} of control")
+    if manifest.ip_adapter is not None:
+        blocks, _, tokens, _ = manifest.components["ip_adapter"].outputs[0].shape
+        table.add_row("ip_adapter", f"{tokens} tokens of a picture for {blocks} blocks")
     table.add_row(
         "defaults",
         f"{defaults.width} x {defaults.height}, {defaults.num_inference_steps} steps, "

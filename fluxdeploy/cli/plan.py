@@ -17,6 +17,8 @@ from fluxdeploy.cli.options import (
     COMPONENT_PRECISION,
     CONTROLNETS,
     FOLDER,
+    IMAGE_ENCODER,
+    IP_ADAPTER,
     LORA_RANK,
     LORAS,
     MAX_BATCH,
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
 @LORAS
 @LORA_RANK
 @CONTROLNETS
+@IP_ADAPTER
+@IMAGE_ENCODER
 @QUALITY
 @STRICT
 @RUNTIME
@@ -80,6 +84,8 @@ def command(
     loras: tuple[LoraFile, ...],
     lora_rank: int,
     controlnets: tuple[Path, ...],
+    ip_adapter: Path | None,
+    image_encoder: Path | None,
     quality: Promise | None,
     strict: bool,
     runtime: str,
@@ -131,6 +137,8 @@ def command(
         lora_rank,
         base,
         controlnets,
+        ip_adapter,
+        image_encoder,
     )
     with libraries_on_stderr():
         _, plan = prepare(
