@@ -34,11 +34,13 @@ OnPreview = Callable[["list[Image]"], None]
 """Called after each step with a small picture of where each picture of the call is going."""
 
 
-_CONTROLNET_NUMBERS = (
+_SEVERAL_NUMBERS = (
     "controlnet_conditioning_scale",
     "control_guidance_start",
     "control_guidance_end",
+    "ip_adapter_scale",
 )
+_SEEN = ("ip_adapter_image", "negative_ip_adapter_image")
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,11 @@ def _arguments(order: Order) -> tuple[dict[str, Any], dict[Path, str]]:
         raise UsageError("`control` filters a `control_image`: give one.")
     if order.mask_image is not None:
         mask, files[order.mask_image] = open_mask(order.mask_image)
+    seen: dict[str, Image] = {}
+    for name in _SEEN:
+        path = getattr(order, name)
+        if path is not None:
+            seen[name], files[path] = open_image(path)
     files |= {lora.path: lora_sha256(lora.path) for lora in order.lora}
     width, height = order.width, order.height
     if order.outpaint is not None:
@@ -163,15 +170,16 @@ def _arguments(order: Order) -> tuple[dict[str, Any], dict[Path, str]]:
         "sampler": order.sampler,
         "skip": order.skip,
         "lora": order.lora,
+        **seen,
     }
-    for name in _CONTROLNET_NUMBERS:
+    for name in _SEVERAL_NUMBERS:
         if getattr(order, name):
             arguments[name] = _one_or_all(getattr(order, name))
     return arguments, files
 
 
 def _one_or_all(values: Sequence[Any]) -> Any:
-    """What is given for all ControlNets, or for each; None for nothing."""
+    """What is given for all ControlNets or blocks, or for each; None for nothing."""
     return (values or [None])[0] if len(values) < 2 else list(values)
 
 
@@ -211,7 +219,7 @@ def _metadata(
         width=arguments["width"],
         strength=order.strength if order.image else None,
         image_sha256=",".join(files[path] for path in order.image) or None,
-        mask_sha256=None if order.mask_image is None else files[order.mask_image],
+        mask_sha256=_hash_of(order.mask_image, files),
         padding_mask_crop=order.padding_mask_crop if marked else None,
         outpaint=None if order.outpaint is None else _joined(order.outpaint),
         bundle_hash=pipe.bundle.content_hash,
@@ -222,8 +230,14 @@ def _metadata(
         control_mode=_joined(order.control_mode) or None,
         max_area=order.max_area,
         auto_resize="no" if order.auto_resize is False else None,
-        **{name: _joined(getattr(order, name)) or None for name in _CONTROLNET_NUMBERS},
+        **{name: _joined(getattr(order, name)) or None for name in _SEVERAL_NUMBERS},
+        ip_adapter_sha256=_hash_of(order.ip_adapter_image, files),
+        negative_ip_adapter_sha256=_hash_of(order.negative_ip_adapter_image, files),
     )
+
+
+def _hash_of(path: Path | None, files: dict[Path, str]) -> str | None:
+    return None if path is None else files[path]
 
 
 def _joined(numbers: Sequence[float]) -> str:

@@ -219,6 +219,24 @@ _KINDS = (CutPromptWarning, TiledWarning, UnmeasuredSkipsWarning, UnusedArgument
     help="The part of the steps, 0 to 1, after which it no longer does.  [default: 1]",
 )
 @click.option(
+    "--ip-adapter-image",
+    type=PathType(),
+    help="For a bundle with an IP-Adapter: a picture that the result is to look like.",
+)
+@click.option(
+    "--negative-ip-adapter-image",
+    type=PathType(),
+    help="The same beside --negative-prompt: what to steer away from.  [default: black]",
+)
+@click.option(
+    "--ip-adapter-scale",
+    "ip_adapter_scales",
+    type=float,
+    multiple=True,
+    help="How much --ip-adapter-image counts: once for all double-stream blocks, or once for each."
+    "  [default: 1]",
+)
+@click.option(
     "--control",
     type=click.Choice(["canny"]),
     help="Find the edges of --control-image first; needs the extra `control`.",
@@ -334,6 +352,9 @@ def command(
     controlnet_scales: tuple[float, ...],
     control_starts: tuple[float, ...],
     control_ends: tuple[float, ...],
+    ip_adapter_image: Path | None,
+    negative_ip_adapter_image: Path | None,
+    ip_adapter_scales: tuple[float, ...],
     control: str | None,
     max_area: int | None,
     auto_resize: bool | None,
@@ -407,6 +428,9 @@ def command(
         "controlnet_conditioning_scale": controlnet_scales,
         "control_guidance_start": control_starts,
         "control_guidance_end": control_ends,
+        "ip_adapter_image": ip_adapter_image,
+        "negative_ip_adapter_image": negative_ip_adapter_image,
+        "ip_adapter_scale": ip_adapter_scales,
         "max_area": max_area,
         "auto_resize": auto_resize,
         "max_sequence_length": max_sequence_length,
