@@ -63,8 +63,8 @@ class PictureMetadata:
     `control` is the filter that made the control image of the file that is named; `auto_resize` is
     "no" where references were not resized. Of ControlNets, all numbers and `control_sha256` have
     commas between what each of several was given, and so has `ip_adapter_scale` for blocks; what
-    goes with an IP-Adapter's pictures are the SHA-256 of their files. Each field is a text chunk of the PNG under its
-    own name; a field that is None has no chunk.
+    an IP-Adapter was given is told by the SHA-256 of its files. Each field is a text chunk of the
+    PNG under its own name; a field that is None has no chunk.
     """
 
     prompt: str
