@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, T5Config
 from exporters.checkpoint import Checkpoint, Weights
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.checkpoint.controlnet_config import ControlNetConfig
+from exporters.checkpoint.redux_config import ReduxConfig
 from exporters.components.chain import Chain
 from exporters.components.pieces import COMPUTE_TYPES, ComputeType
 from fluxdeploy.errors import ExportError, UsageError
@@ -51,6 +52,9 @@ class Networks(Protocol):
 
     @property
     def controlnets(self) -> Sequence[ControlNetConfig]: ...
+
+    @property
+    def redux(self) -> ReduxConfig | None: ...
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from exporters.components.component import Component, Networks
 from exporters.components.controlnet import controlnet_components
 from exporters.components.mmdit import CONDITIONER, ONE_PIECE, TRANSFORMER
+from exporters.components.redux import REDUX_COMPONENT
 from exporters.components.text_encoders import CLIP, T5
 from exporters.components.vae import VAE_DECODER, VAE_ENCODER
 from fluxdeploy.errors import UsageError
@@ -32,7 +33,10 @@ ONE_PIECE_COMPONENTS = _by_name((CLIP, T5, ONE_PIECE, VAE_DECODER, VAE_ENCODER))
 
 
 def components_of(networks: Networks) -> Mapping[str, Component]:
-    """Those of a checkpoint, with its ControlNets' before the transformer, which adds theirs up."""
+    """Those of a checkpoint, with its ControlNets' before the transformer, which adds theirs up.
+
+    A Redux's comes where text encoders do.
+    """
     controlnets = [
         component
         for number in range(len(networks.controlnets))
@@ -40,7 +44,8 @@ def components_of(networks: Networks) -> Mapping[str, Component]:
     ]
     found = list(COMPONENTS.values())
     at = list(COMPONENTS).index("transformer")
-    return _by_name([*found[:at], *controlnets, *found[at:]])
+    encoders = [] if networks.redux is None else [REDUX_COMPONENT]
+    return _by_name([*encoders, *found[:at], *controlnets, *found[at:]])
 
 
 def find_component(name: str, components: Mapping[str, Component] = COMPONENTS) -> Component:

@@ -21,6 +21,7 @@ from transformers import CLIPTextConfig, T5Config
 
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.checkpoint.controlnet_config import ControlNetConfig
+from exporters.checkpoint.redux_config import ReduxConfig
 from exporters.components.chain import Chain
 from exporters.components.pieces import COMPUTE_TYPES
 from exporters.components.registry import COMPONENTS
@@ -56,13 +57,14 @@ MODEL_INDEX = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a checkpoint's four networks, and of ControlNets beside it."""
+    """Sizes of a checkpoint's four networks, and of ControlNets and a Redux beside it."""
 
     transformer: TransformerConfig
     vae: VaeConfig
     clip: CLIPTextConfig
     t5: T5Config
     controlnets: tuple[ControlNetConfig, ...] = ()
+    redux: ReduxConfig | None = None
 
 
 FLUX_DEV = Sizes(

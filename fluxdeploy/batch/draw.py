@@ -34,10 +34,12 @@ OnPreview = Callable[["list[Image]"], None]
 """Called after each step with a small picture of where each picture of the call is going."""
 
 
-_CONTROLNET_NUMBERS = (
+_SEVERAL_NUMBERS = (
     "controlnet_conditioning_scale",
     "control_guidance_start",
     "control_guidance_end",
+    "prompt_embeds_scale",
+    "pooled_prompt_embeds_scale",
 )
 
 
@@ -120,7 +122,7 @@ def _arguments(order: Order) -> tuple[dict[str, Any], dict[Path, str]]:
     """The arguments of a call but for prompt and seed, and the SHA-256 of the files in it."""
     files: dict[Path, str] = {}
     image = mask = None
-    opened, controls = [], []
+    opened, controls, varied = [], [], []
     for path in order.image:
         picture, files[path] = open_image(path)
         opened.append(picture)
@@ -129,6 +131,9 @@ def _arguments(order: Order) -> tuple[dict[str, Any], dict[Path, str]]:
     for path in order.control_image:
         picture, files[path] = open_image(path)
         controls.append(picture if order.control is None else find_filter(order.control)(picture))
+    for path in order.redux_image:
+        picture, files[path] = open_image(path)
+        varied.append(picture)
     if order.control is not None and not controls:
         raise UsageError("`control` filters a `control_image`: give one.")
     if order.mask_image is not None:
@@ -157,6 +162,7 @@ def _arguments(order: Order) -> tuple[dict[str, Any], dict[Path, str]]:
         "padding_mask_crop": order.padding_mask_crop,
         "control_image": _one_or_all(controls),
         "control_mode": _one_or_all(order.control_mode),
+        "redux_image": varied or None,
         "max_area": order.max_area,
         "auto_resize": order.auto_resize is not False,
         "max_sequence_length": order.max_sequence_length,
@@ -164,14 +170,14 @@ def _arguments(order: Order) -> tuple[dict[str, Any], dict[Path, str]]:
         "skip": order.skip,
         "lora": order.lora,
     }
-    for name in _CONTROLNET_NUMBERS:
+    for name in _SEVERAL_NUMBERS:
         if getattr(order, name):
             arguments[name] = _one_or_all(getattr(order, name))
     return arguments, files
 
 
 def _one_or_all(values: Sequence[Any]) -> Any:
-    """What is given for all ControlNets, or for each; None for nothing."""
+    """What is given for all ControlNets or pictures, or for each; None for nothing."""
     return (values or [None])[0] if len(values) < 2 else list(values)
 
 
@@ -219,10 +225,11 @@ def _metadata(
         loras=describe_loras(order.lora, files) if order.lora else None,
         control_sha256=",".join(files[path] for path in order.control_image) or None,
         control=order.control,
+        redux_sha256=",".join(files[path] for path in order.redux_image) or None,
         control_mode=_joined(order.control_mode) or None,
         max_area=order.max_area,
         auto_resize="no" if order.auto_resize is False else None,
-        **{name: _joined(getattr(order, name)) or None for name in _CONTROLNET_NUMBERS},
+        **{name: _joined(getattr(order, name)) or None for name in _SEVERAL_NUMBERS},
     )
 
 

@@ -50,13 +50,14 @@ def find_checkpoint(
     loras: Sequence[LoraFile] = (),
     base: Path | None = None,
     controlnets: Sequence[Path] = (),
+    redux: Path | None = None,
 ) -> Checkpoint:
     """Open a checkpoint: a path, a hub id, or one of `DEMO_CHECKPOINTS`; None is the default.
 
-    `loras` are merged into it, `base` is a folder with what a single file lacks, and ControlNets in
-    the folders `controlnets` join it. No folder and no hub id can be meant by a name that begins
-    with `demo:`. Raises `UsageError` for such a name that there is not, and
-    `MissingDependencyError` without the packages of the extra `export`.
+    `loras` are merged into it, `base` is a folder with what a single file lacks, and the
+    ControlNets in the folders `controlnets` and the Redux in the folder `redux` join it. No folder
+    and no hub id can be meant by a name that begins with `demo:`. Raises `UsageError` for such a
+    name that there is not, and `MissingDependencyError` without the packages of the extra `export`.
     """
     name = DEFAULT_CHECKPOINT if checkpoint is None else checkpoint
     if name.startswith("demo:") and name not in DEMO_CHECKPOINTS:
@@ -70,19 +71,21 @@ def find_checkpoint(
             from exporters.checkpoint import open_checkpoint
             from exporters.checkpoint.controlnet import with_controlnets
             from exporters.checkpoint.lora import merge_loras
+            from exporters.checkpoint.redux import with_redux
     except ImportError as error:
         raise MissingDependencyError(
             f"Reading checkpoints needs the package {error.name}: {install_command('export')}."
         ) from error
     opened = with_controlnets(open_checkpoint(DEMO_CHECKPOINTS.get(name, name), base), controlnets)
-    return merge_loras(opened, loras)
+    return merge_loras(with_redux(opened, redux), loras)
 
 
 @dataclass(frozen=True)
 class CheckpointHashes:
     """SHA-256 of each weight file, by its real path, and of all of them together.
 
-    Files of ControlNets are no part of the whole, which says what the checkpoint itself is.
+    Files of ControlNets and a Redux are no part of the whole, which says what the checkpoint itself
+    is.
     """
 
     files: Mapping[Path, str]
@@ -103,7 +106,7 @@ def hash_checkpoint(
     files = {Path(os.path.realpath(file)): digest for file, digest in hashes.items()}
     beside = {
         Path(os.path.realpath(tensor.file))
-        for name in checkpoint.controlnet_parts
+        for name in checkpoint.parts_beside
         for tensor in checkpoint.parts[name].weights.values()
     }
     own = sorted(digest for file, digest in files.items() if file not in beside)

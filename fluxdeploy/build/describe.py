@@ -63,6 +63,7 @@ def describe(
             "checkpoint": checkpoint_origin(request.checkpoint or DEFAULT_CHECKPOINT, run),
             **({"loras": [asdict(lora) for lora in checkpoint.loras]} if checkpoint.loras else {}),
             **({"controlnets": _controlnet_files(run)} if checkpoint.controlnets else {}),
+            **({"redux": _redux_files(run)} if checkpoint.redux else {}),
             "requested_precision": request.precision,
             "transformer_bytes": _transformer_bytes(run),
             "vae_bytes_per_pixel": _vae_bytes_per_pixel(run),
@@ -76,6 +77,7 @@ def describe(
                 checkpoint.controlnet_parts, checkpoint.controlnets, strict=True
             )
         ),
+        redux=None if checkpoint.redux is None else checkpoint.redux.pixels,
     )
 
 
@@ -94,9 +96,21 @@ def _controlnet_files(run: BuildRun) -> list[dict[str, object]]:
     for folder, name in zip(
         checkpoint.controlnet_folders, checkpoint.controlnet_parts, strict=True
     ):
-        files = {Path(os.path.realpath(t.file)) for t in checkpoint.parts[name].weights.values()}
-        found.append({"name": folder, "sha256": sorted(run.hashes.files[file] for file in files)})
+        found.append({"name": folder, "sha256": _hashes(run, name)})
     return found
+
+
+def _redux_files(run: BuildRun) -> dict[str, object]:
+    """The name of the Redux's folder, and the SHA-256 of its weight files."""
+    from exporters.checkpoint.checkpoint import REDUX
+
+    return {"name": run.spec.checkpoint.redux_folder, "sha256": _hashes(run, REDUX)}
+
+
+def _hashes(run: BuildRun, part: str) -> list[str]:
+    tensors = run.spec.checkpoint.parts[part].weights.values()
+    files = {Path(os.path.realpath(tensor.file)) for tensor in tensors}
+    return sorted(run.hashes.files[file] for file in files)
 
 
 def _variant(checkpoint: Checkpoint) -> str:

@@ -52,7 +52,12 @@ def content_key(
             "kernels": component.kernels.value,
             "layers": None if layers is None else _described(layers),
             "upstream": _upstream(component, checkpoint, hashes),
-            "networks": repr((checkpoint.transformer, checkpoint.vae, *checkpoint.controlnets)),
+            "networks": repr(
+                (
+                    *(checkpoint.transformer, checkpoint.vae, *checkpoint.controlnets),
+                    checkpoint.redux,
+                )
+            ),
             "configs": {name: dict(part.config) for name, part in checkpoint.parts.items()},
             # The names are those of the files in the bundle.
             "weights": sorted(

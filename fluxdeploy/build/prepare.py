@@ -26,11 +26,11 @@ def prepare(
     calibration.json of another checkpoint, are found by the build alone.
     """
     named = [each for each in (request.checkpoint, request.base) if each is not None]
-    for source in (*named, *request.controlnets):
+    for source in (*named, *request.folders_beside):
         _check_apart(Path(os.path.expanduser(source)), destination)
     check_destination(destination)
     checkpoint = find_checkpoint(
-        request.checkpoint, request.loras, request.base, request.controlnets
+        request.checkpoint, request.loras, request.base, request.controlnets, request.redux
     )
     spec = resolve(request, checkpoint, runtime, targets)
     if any(component.quantized for component in spec.components):

@@ -44,7 +44,8 @@ class BuildRequest:
     `sizes` are for runtimes whose engines are tuned, `memory_limit` and `weight_streaming` for
     TensorRT. `replace` lets a bundle that runs on this machine be replaced by one that does not.
     `loras` are merged into the weights; with a `lora_rank` the bundle takes others with each call,
-    whose ranks add up to it at most. `controlnets` are folders of ControlNets that join the bundle.
+    whose ranks add up to it at most. `controlnets` are folders of ControlNets that join the bundle,
+    and `redux` is that of a Redux.
     """
 
     checkpoint: str | None = None
@@ -63,6 +64,12 @@ class BuildRequest:
     lora_rank: int = 0
     base: Path | None = None
     controlnets: tuple[Path, ...] = ()
+    redux: Path | None = None
+
+    @property
+    def folders_beside(self) -> tuple[Path, ...]:
+        """The folders of what joins the checkpoint."""
+        return (*self.controlnets, *(() if self.redux is None else (self.redux,)))
 
     @property
     def transformer_precision(self) -> str:
@@ -170,7 +177,9 @@ def resolve(
             _check_controlnets(own, request.lora_rank)
         specs = export.chain.inputs + export.chain.outputs
         symbols = {d for spec in specs for d in spec.shape if isinstance(d, str)}
-        profiles = _profiles(symbols, request, checkpoint, own)
+        # T5 reads the prompt alone.
+        text = 0 if name == "t5" else checkpoint.picture_tokens
+        profiles = _profiles(symbols, request, checkpoint, own, text)
         engines = list_engines(own, devices, name, overall(profiles))
         kernels = own.attention(devices[0], precision, compute)
         components.append(ComponentSpec(export, own, devices, kernels, profiles, engines))
@@ -206,13 +215,14 @@ def _defaults(request: BuildRequest, checkpoint: Checkpoint, runtime: Runtime) -
 
 
 def _profiles(
-    symbols: set[str], request: BuildRequest, checkpoint: Checkpoint, runtime: Runtime
+    symbols: set[str], request: BuildRequest, checkpoint: Checkpoint, runtime: Runtime, text: int
 ) -> tuple[Mapping[str, DimensionRange], ...]:
+    """text: the tokens behind those of a prompt."""
     defaults, latents, rank = checkpoint.defaults, checkpoint.latents, request.lora_rank
-    references = checkpoint.references
+    more = checkpoint.references, text
     if runtime.tuned:
-        return resolution_buckets(symbols, request.sizes, defaults, latents, rank, references)
-    return (any_size(symbols, defaults, latents, rank, references),)
+        return resolution_buckets(symbols, request.sizes, defaults, latents, rank, *more)
+    return (any_size(symbols, defaults, latents, rank, *more),)
 
 
 def _check_lora(runtime: Runtime, rank: int) -> None:

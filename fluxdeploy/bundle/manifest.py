@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from fluxdeploy.bundle.boundary import NEEDED, RESIDUALS, Tensors, check_boundary
+from fluxdeploy.bundle.boundary import NEEDED, REDUX, RESIDUALS, Tensors, check_boundary
+from fluxdeploy.bundle.pixels import PixelSpec, check_pixels
 from fluxdeploy.bundle.recipe import RecipeRecord, check_recipe
 from fluxdeploy.bundle.side_paths import RANK
 from fluxdeploy.bundle.typed_json import (
@@ -349,7 +350,7 @@ class Manifest:
     """A whole bundle. `provenance` is free-form JSON: checkpoint hash, tool versions, requests.
 
     tasks: what its transformer was trained for, some of `TASKS`. controlnets: those that can run
-    beside it.
+    beside it. redux: what the component `redux` reads of a picture, where there is one.
     """
 
     schema_version: int
@@ -368,6 +369,7 @@ class Manifest:
     tasks: tuple[str, ...] = field(default=_USUAL_TASKS, metadata=OPTIONAL)
     preview: PreviewSpec | None = field(default=None, metadata=OPTIONAL)
     controlnets: tuple[ControlNetRecord, ...] = field(default=(), metadata=OPTIONAL)
+    redux: PixelSpec | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def lora_rank(self) -> int:
@@ -517,6 +519,7 @@ def _check(manifest: Manifest) -> None:
     _check_schedule(manifest)
     _check_tasks(manifest)
     _check_controlnets(manifest)
+    _check_redux(manifest)
     for index, record in enumerate(manifest.skips):
         _check_skips(record, manifest.skips[:index], f"skips[{index}]")
     if manifest.preview is not None:
@@ -617,6 +620,18 @@ def _check_controlnets(manifest: Manifest) -> None:
                     where,
                     f"has {_rows(spec)} residuals, and {record.component} gives {_rows(output)}",
                 )
+
+
+def _check_redux(manifest: Manifest) -> None:
+    """Its pixels are those that its component reads."""
+    record = manifest.components.get(REDUX)
+    _require(
+        (manifest.redux is None) == (record is None),
+        "redux",
+        f"must be there where components has {REDUX}, and null elsewhere",
+    )
+    if manifest.redux is not None:
+        check_pixels(manifest.redux, "redux")
 
 
 def _rows(spec: TensorSpec) -> int:
@@ -903,6 +918,12 @@ def _check_boundary(manifest: Manifest) -> None:
         ),
         "a head's channels": (sum(manifest.rope.axes_dims), "the sum of rope.axes_dims"),
     }
+    if manifest.redux is not None:
+        height, width = manifest.redux.size
+        sizes |= {
+            "the rows of its pixels": (height, "redux"),
+            "the columns of its pixels": (width, "redux"),
+        }
     if "clip" in manifest.tokenizers:
         length = manifest.tokenizers["clip"].max_length
         sizes["CLIP's tokens"] = (length, "tokenizers.clip.max_length")

@@ -26,6 +26,7 @@ from fluxdeploy.cli.options import (
     PRECISION,
     PROMPTS,
     QUALITY,
+    REDUX,
     REPLACE,
     REPORT,
     RUNTIME,
@@ -59,6 +60,7 @@ _PICTURES = 3
 @LORAS
 @LORA_RANK
 @CONTROLNETS
+@REDUX
 @QUALITY
 @STRICT
 @RUNTIME
@@ -88,6 +90,7 @@ def command(
     loras: tuple[LoraFile, ...],
     lora_rank: int,
     controlnets: tuple[Path, ...],
+    redux: Path | None,
     quality: Promise | None,
     strict: bool,
     runtime: str,
@@ -150,6 +153,7 @@ def command(
         lora_rank,
         base,
         controlnets,
+        redux,
     )
     if page is not None:
         check_page(page)

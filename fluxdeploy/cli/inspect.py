@@ -169,6 +169,9 @@ def _tabulate_constants(bundle: Bundle, *, check: bool) -> Table:
     for controlnet in manifest.controlnets:
         kinds = f"{controlnet.modes} kinds" if controlnet.modes else "one kind"
         table.add_row(controlnet.component, f"{kinds} of control")
+    if manifest.redux is not None:
+        height, width = manifest.redux.size
+        table.add_row("redux", f"reads pictures as {width} x {height} pixels")
     table.add_row(
         "defaults",
         f"{defaults.width} x {defaults.height}, {defaults.num_inference_steps} steps, "

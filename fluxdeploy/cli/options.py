@@ -272,6 +272,13 @@ CONTROLNETS = click.option(
     "times; what they add is summed.",
 )
 
+REDUX = click.option(
+    "--redux",
+    type=FOLDER,
+    help="Put this FLUX.1 Redux into the bundle, which makes text of pictures: a folder in "
+    "diffusers layout, with its SigLIP.",
+)
+
 LORAS = click.option(
     "--lora",
     "loras",

@@ -25,6 +25,7 @@ from fluxdeploy.cli.options import (
     OPT_SIZE,
     PRECISION,
     QUALITY,
+    REDUX,
     REPLACE,
     RUNTIME,
     STRICT,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 @LORAS
 @LORA_RANK
 @CONTROLNETS
+@REDUX
 @QUALITY
 @STRICT
 @RUNTIME
@@ -80,6 +82,7 @@ def command(
     loras: tuple[LoraFile, ...],
     lora_rank: int,
     controlnets: tuple[Path, ...],
+    redux: Path | None,
     quality: Promise | None,
     strict: bool,
     runtime: str,
@@ -131,6 +134,7 @@ def command(
         lora_rank,
         base,
         controlnets,
+        redux,
     )
     with libraries_on_stderr():
         _, plan = prepare(
