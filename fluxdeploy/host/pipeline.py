@@ -32,7 +32,7 @@ from fluxdeploy.host.components import Components
 from fluxdeploy.host.course import unmeasured
 from fluxdeploy.host.demand import demand
 from fluxdeploy.host.diffusers_names import ATTRIBUTES, missing_attribute, refuse_arguments
-from fluxdeploy.host.examples import example_arguments, example_control
+from fluxdeploy.host.examples import example_arguments, example_control, example_variation
 from fluxdeploy.host.loras import Loras, check_loras
 from fluxdeploy.host.making import LevelCallback, make_pictures
 from fluxdeploy.host.memory import check_memory
@@ -438,6 +438,7 @@ class FluxPipeline:
         given = given or example_control(manifest, height, width)
         if not given and "vae_encoder" in manifest.components:
             given = {"image": example_picture(height, width), "strength": 0.5}
+        given |= example_variation(manifest, height, width)
         self("warm-up", num_inference_steps=2, seed=0, **given)
 
     def close(self) -> None:

@@ -1,11 +1,12 @@
 """Redux against diffusers' FluxPriorReduxPipeline before a FluxPipeline, float32, by pixels.
 
-The Redux runs in PyTorch, stage by stage as it is exported; a test of tests/builds builds one.
+In most tests the Redux runs in PyTorch, stage by stage as it is exported; the last ones build one.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,20 +14,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from PIL import Image
 
 from engines import open_engine
 from fluxdeploy.bundle import open_bundle
-from fluxdeploy.bundle.manifest import ComponentRecord
-from fluxdeploy.errors import UnusedArgumentWarning, UsageError
+from fluxdeploy.bundle.manifest import ComponentRecord, from_json, to_json
+from fluxdeploy.cli import main
+from fluxdeploy.errors import BundleError, UnusedArgumentWarning, UsageError
 from fluxdeploy.host import making
 from fluxdeploy.host.cancel import CancelToken
+from fluxdeploy.host.pictures import read_metadata
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.host.prompts import PromptEncoder
 from fluxdeploy.host.redux import Redux, read_redux
 from fluxdeploy.host.texts import Prompts
 from fluxdeploy.text import load_tokenizers
 from tests.parity.test_image_to_image import FOX, ROBOT, TENTH, TOLERANCE, floats, photograph
-from tests.support.shared_folder import SharedFolder
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -64,17 +68,6 @@ CALLS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"image": photograph(48, 32), "strength": 0.7, "num_inference_steps": 3},
     ),
 }
-
-
-@pytest.fixture(scope="session")
-def redux_folder(shared_folder: SharedFolder) -> Callable[[str], Path]:
-    """The Redux of a checkpoint."""
-    from tests.support.checkpoints import SHAPES, make_redux
-
-    def make(name: str) -> Path:
-        return shared_folder.entry(f"redux-{name}", lambda path: make_redux(path, SHAPES[name]))
-
-    return make
 
 
 @pytest.fixture(scope="session")
@@ -323,3 +316,71 @@ def test_a_bundle_without_a_redux_says_so(open_pipeline: Callable[[str], FluxPip
         open_pipeline("dev")(FOX, redux_image=photograph(9, 9))
     with pytest.warns(UnusedArgumentWarning, match="does nothing without `redux_image`"):
         open_pipeline("dev")(FOX, prompt_embeds_scale=2.0, **USUAL)
+
+
+def test_a_built_bundle_draws_the_same(
+    redux_bundle: Path, open_redux: Callable[[str], FluxPipeline]
+) -> None:
+    name, given, call = CALLS["negative prompt"]
+    with FluxPipeline.from_bundle(redux_bundle) as pipe:
+        found = draw(pipe, given, call)
+        plain = np.asarray(pipe(FOX, **USUAL, seed=1, output_type="np").images)
+        pipe.warm_up()
+    assert np.abs(found - draw(open_redux(name), given, call)).max() < TOLERANCE
+    usual = open_redux(name)(FOX, **USUAL, seed=1, output_type="np").images
+    assert np.abs(plain - np.asarray(usual)).max() < TOLERANCE
+    with FluxPipeline.from_bundle(redux_bundle, low_vram=True) as pipe:
+        np.testing.assert_array_equal(draw(pipe, given, call), found)
+
+
+def test_the_command_draws_and_the_picture_says_how(redux_bundle: Path, tmp_path: Path) -> None:
+    photograph(60, 40).save(tmp_path / "a.png")
+    photograph(30, 40, 1).save(tmp_path / "b.png")
+    common = f"--bundle {redux_bundle} --width 32 --height 48 --steps 1 --seed 3 --json".split()
+    options = (
+        f"--redux-image {tmp_path}/a.png --redux-image {tmp_path}/b.png --redux-scale 0.6 "
+        "--redux-scale 0.4 --redux-pooled-scale 0.5"
+    ).split()
+    out = tmp_path / "one.png"
+    result = CliRunner().invoke(main, ["generate", FOX, *options, *common, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    metadata = read_metadata(out)
+    assert metadata.redux_sha256 is not None
+    assert metadata.redux_sha256.count(",") == 1
+    assert metadata.prompt_embeds_scale == "0.6,0.4"
+    assert metadata.pooled_prompt_embeds_scale == "0.5"
+    line = {
+        "prompt": FOX,
+        "redux_image": ["a.png", "b.png"],
+        "redux_scale": "0.6,0.4",
+        "pooled_prompt_embeds_scale": 0.5,
+        "out": "two.png",
+    }
+    (tmp_path / "lines.jsonl").write_text(json.dumps(line) + "\n")
+    again = ["--prompts", str(tmp_path / "lines.jsonl"), "--out", str(tmp_path / "x.png")]
+    result = CliRunner().invoke(main, ["generate", *again, *common])
+    assert result.exit_code == 0, result.output
+    (made,) = tmp_path.glob("two*.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(made)), np.asarray(Image.open(out)))
+
+
+def test_inspect_and_verify_know_it(redux_bundle: Path) -> None:
+    result = CliRunner().invoke(main, ["inspect", str(redux_bundle)])
+    assert "reads pictures as 31 x 31 pixels" in result.output
+    result = CliRunner().invoke(main, ["verify", "--bundle", str(redux_bundle), "--json"])
+    assert result.exit_code == 0, result.output
+    assert "redux" in {each["name"] for each in json.loads(result.output)["components"]}
+
+
+def test_a_manifest_that_could_not_be_run_is_refused(redux_bundle: Path) -> None:
+    manifest = open_bundle(redux_bundle).manifest
+    assert from_json(to_json(manifest), "it") == manifest
+    assert manifest.redux is not None
+    wrong = replace(manifest.redux, resize=(30, 31))
+    for changes, said in (
+        ({"redux": None}, "redux must be there where components has redux"),
+        ({"redux": wrong}, "gives 31 for the rows of its pixels, and redux makes that 30"),
+        ({"redux": replace(manifest.redux, std=(0.5, 0.5, 0.0))}, r"redux\.std is 0"),
+    ):
+        with pytest.raises(BundleError, match=said):
+            from_json(to_json(replace(manifest, **changes)), "it")
