@@ -115,6 +115,31 @@ def bundle(
 
 
 @pytest.fixture(scope="session")
+def redux_folder(shared_folder: SharedFolder) -> Callable[[str], Path]:
+    """`redux_folder(name)`: a random Redux for a random checkpoint. Not to be written to."""
+    from tests.support.checkpoints import SHAPES, make_redux
+
+    def make(name: str) -> Path:
+        return shared_folder.entry(f"redux-{name}", lambda path: make_redux(path, SHAPES[name]))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def redux_bundle(
+    shared_folder: SharedFolder,
+    checkpoint: CheckpointFactory,
+    redux_folder: Callable[[str], Path],
+    remembered_traces: Path,
+) -> Path:
+    """The float32 bundle of `dev` with a Redux. Not to be written to."""
+    request = BuildRequest(
+        checkpoint=str(checkpoint("dev")), precision="fp32", redux=redux_folder("dev")
+    )
+    return shared_folder.entry("bundle-redux", lambda folder: build_bundle(request, folder))
+
+
+@pytest.fixture(scope="session")
 def demo_bundle(shared_folder: SharedFolder, remembered_traces: Path) -> Path:
     """The bundle that `fluxdeploy build` makes with no options. Not to be written to."""
     return shared_folder.entry("bundle-demo", lambda folder: build_bundle(BuildRequest(), folder))

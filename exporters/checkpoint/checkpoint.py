@@ -16,6 +16,7 @@ from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.checkpoint.controlnet_config import ControlNetConfig
 from exporters.checkpoint.image_encoder_config import ImageEncoderConfig
 from exporters.checkpoint.ip_adapter_config import IpAdapterConfig
+from exporters.checkpoint.redux_config import ReduxConfig
 from exporters.checkpoint.tasks import find_task, usual_defaults
 from exporters.checkpoint.tensors import WHOLE_TYPES, Weights
 from exporters.checkpoint.text_configs import text_config, unknown_text_keys
@@ -26,6 +27,7 @@ from fluxdeploy.errors import CheckpointError
 
 __all__ = [
     "MOST_CONTROLNETS",
+    "REDUX",
     "Checkpoint",
     "LoraRecord",
     "Part",
@@ -35,6 +37,9 @@ __all__ = [
 
 MOST_CONTROLNETS = 4
 """Of a bundle: each is a network of its own, run in every step."""
+
+REDUX = "redux"
+"""What the part and the component of a Redux are called."""
 
 _OTHER_SCHEDULES = ("invert_sigmas", "stochastic_sampling")
 """Of the scheduler's keys, those that make a schedule where they are set which no host computes."""
@@ -88,7 +93,8 @@ class Checkpoint:
     `pipeline` the class that model_index.json names, None where there is no such file. `loras` are
     those that are merged into it, and `base` is then what it was without them.
     `controlnet_folders` are the names of the folders that its ControlNets come from, and
-    `ip_adapter_name` is that of the file that its IP-Adapter comes from.
+    `ip_adapter_name` is that of the file that its IP-Adapter comes from, and `redux_folder` that of
+    its Redux.
     """
 
     root: Path
@@ -105,6 +111,7 @@ class Checkpoint:
     base: Checkpoint | None = None
     controlnet_folders: tuple[str, ...] = ()
     ip_adapter_name: str | None = None
+    redux_folder: str | None = None
 
     @property
     def unmerged(self) -> Checkpoint:
@@ -167,11 +174,28 @@ class Checkpoint:
         part = self.part("ip_adapter_encoder")
         return ImageEncoderConfig.of("clip", part.weights, part.config)
 
+    @functools.cached_property
+    def redux(self) -> ReduxConfig | None:
+        """Sizes of the Redux; None without one."""
+        if self.redux_folder is None:
+            return None
+        part = self.part(REDUX)
+        return ReduxConfig.of(part.weights, part.config)
+
     @property
-    def joined_parts(self) -> tuple[str, ...]:
-        """Names of the parts that have joined the checkpoint, and are not its own."""
+    def parts_beside(self) -> tuple[str, ...]:
+        """Names of the parts that joined it, and are none of its own."""
         adapter = ("ip_adapter", "ip_adapter_encoder")
-        return (*self.controlnet_parts, *(adapter if self.ip_adapter_name is not None else ()))
+        return (
+            *self.controlnet_parts,
+            *(adapter if self.ip_adapter_name is not None else ()),
+            *((REDUX,) if self.redux_folder is not None else ()),
+        )
+
+    @property
+    def picture_tokens(self) -> int:
+        """How many text tokens the transformer reads of pictures, behind those of a prompt."""
+        return 0 if self.redux is None else self.redux.tokens
 
     @functools.cached_property
     def task(self) -> str:
@@ -349,6 +373,8 @@ class Checkpoint:
             told += self.vae.notices(self.parts["vae"].config)
         for name in self.controlnet_parts:
             told += ControlNetConfig.notices(self.parts[name].config)
+        if self.redux_folder is not None:
+            told += ReduxConfig.notices(self.parts[REDUX].config)
         for name in ("clip", "t5"):
             if name in self.parts:
                 told += unknown_text_keys(name, self.parts[name].config)

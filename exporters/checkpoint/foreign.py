@@ -121,7 +121,14 @@ _ADAPTERS = (
         r"ip_adapter|(?:^|\.)image_proj(?:_model)?\.|\.to_[kv]_ip\.|(?:^|\.)encoder_hid_proj\.",
     ),
     _adapter("PuLID", r"(?:^|\.)pulid\w*\."),
-    _adapter("FLUX.1 Redux", r"(?:^|\.)redux_(?:up|down)\."),
+    _Kind(
+        "adapter",
+        "FLUX.1 Redux",
+        "it is part of FLUX.1 Redux",
+        "A Redux is no checkpoint: give the checkpoint that draws, and the Redux's folder with "
+        "--redux",
+        re.compile(r"(?:^|\.)redux_(?:up|down)\."),
+    ),
     _adapter("AnimateDiff", r"\.motion_modules\."),
     _adapter("a textual inversion", r"^(?:clip_l|clip_g|t5xxl|emb_params)$"),
 )
@@ -279,7 +286,9 @@ _ANCHORS = {
     "clip": r"(?:text_model\.)?encoder\.layers\.\d+\.self_attn\.",
     "t5": r"encoder\.block\.\d+\.layer\.\d+\.|enc\.blk\.\d+\.",
     "ip_adapter": r"image_proj\.|ip_adapter\.\d+\.",
-    "ip_adapter_encoder": r"(?:vision_model\.)?encoder\.layers\.\d+\.",
+    "ip_adapter_encoder": r"(?:vision_model\.)?encoder\.layers\.\d+\.self_attn\.",
+    "redux": r"redux_(?:up|down)\.",
+    "siglip": r"(?:vision_model\.)?encoder\.layers\.\d+\.self_attn\.",
 }
 
 

@@ -30,7 +30,8 @@ FOLDERS = {"transformer": "transformer", "vae": "vae", **TEXT_FOLDERS}
 def read_folder(name: str, folder: Path) -> Part:
     """A part in a folder of diffusers' layout. Raises `CheckpointError` for what is not read.
 
-    name: `transformer`, `vae`, `clip`, `t5`, `controlnet` or `ip_adapter_encoder`.
+    name: `transformer`, `vae`, `clip`, `t5`, `controlnet`, `ip_adapter_encoder`, `redux` or
+        `siglip`.
     """
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
@@ -66,4 +67,6 @@ def _canonical(name: str, tensors: dict[str, StoredTensor]) -> dict[str, StoredT
         return canonical_controlnet(tensors)
     if name == "ip_adapter_encoder":
         return with_vision_names("clip", tensors)
+    if name == "siglip":
+        return with_vision_names("siglip", tensors)
     return canonical_vae(tensors) if name == "vae" else with_aliases(tensors, name)

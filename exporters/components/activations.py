@@ -37,6 +37,9 @@ float32. T5's attention has a bias and is not fused.
 An IP-Adapter gives keys and values, 2 B P D numbers a double-stream block for P tokens of a
 picture, and the transformer has scores of the image's tokens for these, in plain kernels.
 
+A Redux is an encoder too, of a picture's patches in place of text tokens, and without a bias; the
+text of conditioner, transformer and ControlNets is longer by as many.
+
 A ControlNet's blocks take what the transformer's take, and each gives B L D numbers in float32,
 which are there twice while they are stacked; the transformer reads them.
 
@@ -67,6 +70,7 @@ __all__ = [
     "controlnet_encoder_bytes",
     "ip_adapter_bytes",
     "ip_adapter_encoder_bytes",
+    "redux_bytes",
     "t5_bytes",
     "transformer_bytes",
     "vae_decoder_bytes",
@@ -202,10 +206,20 @@ def clip_bytes(
     return _encoder_bytes(sizes.batch, clip.max_position_embeddings, widths, kernels, element)
 
 
+def redux_bytes(
+    networks: Networks, sizes: CallSizes, kernels: AttentionKernels, element: int
+) -> int:
+    """Of a Redux's SigLIP, one picture at a time; the linears after it take less."""
+    assert networks.redux is not None
+    encoder = networks.redux.encoder
+    widths = (encoder.width, encoder.mlp_width, encoder.heads)
+    return _encoder_bytes(1, encoder.tokens, widths, kernels, element)
+
+
 def _encoder_bytes(
     batch: int, tokens: int, widths: tuple[int, int, int], kernels: AttentionKernels, element: int
 ) -> int:
-    """Of a transformer encoder of some width, MLP width and heads."""
+    """Of an encoder of some width, MLP width and heads."""
     width, mlp_width, heads = widths
     scores = heads * tokens**2
     streams = tokens * (6 * width + 3 * mlp_width)

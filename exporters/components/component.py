@@ -14,6 +14,7 @@ from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.checkpoint.controlnet_config import ControlNetConfig
 from exporters.checkpoint.image_encoder_config import ImageEncoderConfig
 from exporters.checkpoint.ip_adapter_config import IpAdapterConfig
+from exporters.checkpoint.redux_config import ReduxConfig
 from exporters.components.chain import Chain
 from exporters.components.pieces import COMPUTE_TYPES, ComputeType
 from fluxdeploy.errors import ExportError, UsageError
@@ -59,6 +60,9 @@ class Networks(Protocol):
 
     @property
     def ip_adapter(self) -> IpAdapterConfig | None: ...
+
+    @property
+    def redux(self) -> ReduxConfig | None: ...
 
 
 @dataclass(frozen=True)

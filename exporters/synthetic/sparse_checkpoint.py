@@ -23,6 +23,7 @@ from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.checkpoint.controlnet_config import ControlNetConfig
 from exporters.checkpoint.image_encoder_config import ImageEncoderConfig
 from exporters.checkpoint.ip_adapter_config import IpAdapterConfig
+from exporters.checkpoint.redux_config import ReduxConfig
 from exporters.components.chain import Chain
 from exporters.components.pieces import COMPUTE_TYPES
 from exporters.components.registry import COMPONENTS
@@ -58,7 +59,7 @@ MODEL_INDEX = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a checkpoint's four networks, and of ControlNets and an IP-Adapter beside it."""
+    """Sizes of a checkpoint's four networks, and of what joins it."""
 
     transformer: TransformerConfig
     vae: VaeConfig
@@ -67,6 +68,7 @@ class Sizes:
     controlnets: tuple[ControlNetConfig, ...] = ()
     ip_adapter: IpAdapterConfig | None = None
     ip_adapter_encoder: ImageEncoderConfig | None = None
+    redux: ReduxConfig | None = None
 
 
 FLUX_DEV = Sizes(

@@ -43,8 +43,7 @@ class WeightFolder:
 
     put: makes a checkpoint's file available at a path, as `link_or_copy` and `clone` do.
     owners: by their real paths, files whose names here begin with a part's: those of ControlNets
-        and other parts that have joined, whose folders may have any name and whose files all have
-        one.
+        and other parts that joined, whose folders may have any name and whose files all have one.
     """
 
     root: Path

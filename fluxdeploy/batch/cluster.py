@@ -225,6 +225,7 @@ def _anywhere(job: Job) -> Job:
         image=tuple(map(absolute, order.image)),
         mask_image=order.mask_image and absolute(order.mask_image),
         control_image=tuple(map(absolute, order.control_image)),
+        redux_image=tuple(map(absolute, order.redux_image)),
         lora=tuple(replace(lora, path=absolute(lora.path)) for lora in order.lora),
     )
     return replace(job, order=order)

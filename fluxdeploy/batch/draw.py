@@ -39,6 +39,8 @@ _SEVERAL_NUMBERS = (
     "control_guidance_start",
     "control_guidance_end",
     "ip_adapter_scale",
+    "prompt_embeds_scale",
+    "pooled_prompt_embeds_scale",
 )
 _SEEN = ("ip_adapter_image", "negative_ip_adapter_image")
 
@@ -122,7 +124,7 @@ def _arguments(order: Order) -> tuple[dict[str, Any], dict[Path, str]]:
     """The arguments of a call but for prompt and seed, and the SHA-256 of the files in it."""
     files: dict[Path, str] = {}
     image = mask = None
-    opened, controls = [], []
+    opened, controls, varied = [], [], []
     for path in order.image:
         picture, files[path] = open_image(path)
         opened.append(picture)
@@ -131,6 +133,9 @@ def _arguments(order: Order) -> tuple[dict[str, Any], dict[Path, str]]:
     for path in order.control_image:
         picture, files[path] = open_image(path)
         controls.append(picture if order.control is None else find_filter(order.control)(picture))
+    for path in order.redux_image:
+        picture, files[path] = open_image(path)
+        varied.append(picture)
     if order.control is not None and not controls:
         raise UsageError("`control` filters a `control_image`: give one.")
     if order.mask_image is not None:
@@ -164,6 +169,7 @@ def _arguments(order: Order) -> tuple[dict[str, Any], dict[Path, str]]:
         "padding_mask_crop": order.padding_mask_crop,
         "control_image": _one_or_all(controls),
         "control_mode": _one_or_all(order.control_mode),
+        "redux_image": varied or None,
         "max_area": order.max_area,
         "auto_resize": order.auto_resize is not False,
         "max_sequence_length": order.max_sequence_length,
@@ -179,7 +185,7 @@ def _arguments(order: Order) -> tuple[dict[str, Any], dict[Path, str]]:
 
 
 def _one_or_all(values: Sequence[Any]) -> Any:
-    """What is given for all ControlNets or blocks, or for each; None for nothing."""
+    """What is given for all ControlNets, blocks or pictures, or for each; None for nothing."""
     return (values or [None])[0] if len(values) < 2 else list(values)
 
 
@@ -227,6 +233,7 @@ def _metadata(
         loras=describe_loras(order.lora, files) if order.lora else None,
         control_sha256=",".join(files[path] for path in order.control_image) or None,
         control=order.control,
+        redux_sha256=",".join(files[path] for path in order.redux_image) or None,
         control_mode=_joined(order.control_mode) or None,
         max_area=order.max_area,
         auto_resize="no" if order.auto_resize is False else None,

@@ -37,9 +37,11 @@ _SEVERAL_NUMBERS = (
     "control_guidance_start",
     "control_guidance_end",
     "ip_adapter_scale",
+    "prompt_embeds_scale",
+    "pooled_prompt_embeds_scale",
 )
 _PATHS = ("mask_image", "ip_adapter_image", "negative_ip_adapter_image")
-_SEVERAL_PATHS = ("image", "control_image")
+_SEVERAL_PATHS = ("image", "control_image", "redux_image")
 
 _OTHER_NAMES = {
     "steps": "num_inference_steps",
@@ -50,6 +52,8 @@ _OTHER_NAMES = {
     "controlnet_scale": "controlnet_conditioning_scale",
     "control_start": "control_guidance_start",
     "control_end": "control_guidance_end",
+    "redux_scale": "prompt_embeds_scale",
+    "redux_pooled_scale": "pooled_prompt_embeds_scale",
 }
 """The command's options, where the pipeline's arguments are called otherwise."""
 
@@ -64,8 +68,9 @@ class Order:
     None is the bundle's default, and of `seed` a random one. image: several where a picture is
     drawn after several. outpaint: pixels that are added to the image on the left, top, right and
     bottom. control: a filter that makes the control image of what is given for it. control_image
-    and the options of ControlNets: one for all of a bundle's ControlNets, or one for each.
-    ip_adapter_scale: one for all blocks that see a picture, or one for each.
+    and the options of ControlNets: one for all of a bundle's ControlNets, or one for each; likewise
+    the scales of `redux_image`. ip_adapter_scale: one for all blocks that see a picture, or one for
+    each.
     """
 
     prompt: str
@@ -93,6 +98,9 @@ class Order:
     ip_adapter_image: Path | None = None
     negative_ip_adapter_image: Path | None = None
     ip_adapter_scale: tuple[float, ...] = ()
+    redux_image: tuple[Path, ...] = ()
+    prompt_embeds_scale: tuple[float, ...] = ()
+    pooled_prompt_embeds_scale: tuple[float, ...] = ()
     max_area: int | None = None
     auto_resize: bool | None = None
     max_sequence_length: int | None = None

@@ -65,6 +65,7 @@ def describe(
             **({"loras": [asdict(lora) for lora in checkpoint.loras]} if checkpoint.loras else {}),
             **({"controlnets": _controlnet_files(run)} if checkpoint.controlnets else {}),
             **_ip_adapter_files(run),
+            **({"redux": _redux_files(run)} if checkpoint.redux else {}),
             "requested_precision": request.precision,
             "transformer_bytes": _transformer_bytes(run),
             "vae_bytes_per_pixel": _vae_bytes_per_pixel(run),
@@ -79,6 +80,7 @@ def describe(
             )
         ),
         ip_adapter=_ip_adapter(checkpoint),
+        redux=None if checkpoint.redux is None else checkpoint.redux.pixels,
     )
 
 
@@ -94,7 +96,7 @@ def _controlnet_files(run: BuildRun) -> list[dict[str, object]]:
     """The name of each ControlNet's folder, and the SHA-256 of its weight files."""
     checkpoint = run.spec.checkpoint
     return [
-        {"name": folder, "sha256": _part_hashes(run, name)}
+        {"name": folder, "sha256": _hashes(run, name)}
         for folder, name in zip(
             checkpoint.controlnet_folders, checkpoint.controlnet_parts, strict=True
         )
@@ -106,8 +108,8 @@ def _ip_adapter_files(run: BuildRun) -> dict[str, object]:
     name = run.spec.checkpoint.ip_adapter_name
     if name is None:
         return {}
-    hashes = [_part_hashes(run, part) for part in ("ip_adapter", "ip_adapter_encoder")]
-    return {"ip_adapter": {"name": name, "sha256": hashes[0], "image_encoder": hashes[1]}}
+    own, encoder = (_hashes(run, part) for part in ("ip_adapter", "ip_adapter_encoder"))
+    return {"ip_adapter": {"name": name, "sha256": own, "image_encoder": encoder}}
 
 
 def _ip_adapter(checkpoint: Checkpoint) -> IpAdapterRecord | None:
@@ -117,10 +119,16 @@ def _ip_adapter(checkpoint: Checkpoint) -> IpAdapterRecord | None:
     return None if encoder is None else IpAdapterRecord(adapter_pixels(encoder))
 
 
-def _part_hashes(run: BuildRun, part: str) -> list[str]:
-    """The SHA-256 of a part's weight files."""
-    weights = run.spec.checkpoint.parts[part].weights
-    files = {Path(os.path.realpath(tensor.file)) for tensor in weights.values()}
+def _redux_files(run: BuildRun) -> dict[str, object]:
+    """The name of the Redux's folder, and the SHA-256 of its weight files."""
+    from exporters.checkpoint.checkpoint import REDUX
+
+    return {"name": run.spec.checkpoint.redux_folder, "sha256": _hashes(run, REDUX)}
+
+
+def _hashes(run: BuildRun, part: str) -> list[str]:
+    tensors = run.spec.checkpoint.parts[part].weights.values()
+    files = {Path(os.path.realpath(tensor.file)) for tensor in tensors}
     return sorted(run.hashes.files[file] for file in files)
 
 

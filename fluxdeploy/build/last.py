@@ -94,11 +94,10 @@ class LastBuild:
         if self._request.calibration is not None:
             found.append(os.path.realpath(self._request.calibration))
         found += [os.path.realpath(file) for lora in self._request.loras for file in lora.files]
-        roots = [path if path.is_dir() else path.parent, *self._request.controlnets]
-        request = self._request
-        for beside in (request.base, request.ip_adapter, request.image_encoder):
-            if beside is not None:
-                roots.append(beside if beside.is_dir() else beside.parent)
+        roots = [path if path.is_dir() else path.parent]
+        roots += [each if each.is_dir() else each.parent for each in self._request.paths_beside]
+        if self._request.base is not None:
+            roots.append(self._request.base)
         folders = (
             each for root in roots for each in os.walk(os.path.realpath(root), followlinks=True)
         )

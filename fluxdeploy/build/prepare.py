@@ -26,8 +26,7 @@ def prepare(
     calibration.json of another checkpoint, are found by the build alone.
     """
     named = [each for each in (request.checkpoint, request.base) if each is not None]
-    joined = [each for each in (request.ip_adapter, request.image_encoder) if each is not None]
-    for source in (*named, *request.controlnets, *joined):
+    for source in (*named, *request.paths_beside):
         _check_apart(Path(os.path.expanduser(source)), destination)
     check_destination(destination)
     checkpoint = find_checkpoint(
@@ -37,6 +36,7 @@ def prepare(
         request.controlnets,
         request.ip_adapter,
         request.image_encoder,
+        request.redux,
     )
     spec = resolve(request, checkpoint, runtime, targets)
     if any(component.quantized for component in spec.components):

@@ -49,14 +49,16 @@ def refit(
     for another checkpoint and where none is known, and the errors of each step.
     """
     bundle = open_bundle(path)
-    for holds, found, option in (
-        ("ControlNets", bool(bundle.manifest.controlnets), "--controlnet"),
-        ("an IP-Adapter", bundle.manifest.ip_adapter is not None, "--ip-adapter"),
-    ):
-        if found:
+    beside = {
+        "ControlNets": bundle.manifest.controlnets,
+        "an IP-Adapter": bundle.manifest.ip_adapter,
+        "a Redux": bundle.manifest.redux,
+    }
+    for what, held in beside.items():
+        if held:
             raise UsageError(
-                f"{bundle.root} holds {holds}, whose files refit does not look for. Run "
-                f"`fluxdeploy build` with the same --lora and {option}."
+                f"{bundle.root} holds {what}, whose files refit does not look for. Run "
+                "`fluxdeploy build` with the same --lora, --controlnet, --ip-adapter and --redux."
             )
     runtime, targets = _builder(bundle)
     _require_same_tools(bundle)

@@ -45,8 +45,8 @@ class BuildRequest:
     TensorRT. `replace` lets a bundle that runs on this machine be replaced by one that does not.
     `loras` are merged into the weights; with a `lora_rank` the bundle takes others with each call,
     whose ranks add up to it at most. `controlnets` are folders of ControlNets that join the bundle,
-    `ip_adapter` is a file or folder of an IP-Adapter that does, and `image_encoder` the folder of
-    the CLIP vision encoder that it takes, None where that lies beside it.
+    `ip_adapter` is a file or folder of an IP-Adapter that does, with the `image_encoder` that it
+    takes, a folder, None where that lies beside it; and `redux` is the folder of a Redux.
     """
 
     checkpoint: str | None = None
@@ -67,6 +67,13 @@ class BuildRequest:
     controlnets: tuple[Path, ...] = ()
     ip_adapter: Path | None = None
     image_encoder: Path | None = None
+    redux: Path | None = None
+
+    @property
+    def paths_beside(self) -> tuple[Path, ...]:
+        """Where what joins the checkpoint lies."""
+        others = (self.ip_adapter, self.image_encoder, self.redux)
+        return (*self.controlnets, *(path for path in others if path is not None))
 
     @property
     def transformer_precision(self) -> str:
@@ -179,7 +186,9 @@ def resolve(
                     _check_joins(own, option, request.lora_rank)
         specs = export.chain.inputs + export.chain.outputs
         symbols = {d for spec in specs for d in spec.shape if isinstance(d, str)}
-        profiles = _profiles(symbols, request, checkpoint, own)
+        # T5 reads the prompt alone.
+        text = 0 if name == "t5" else checkpoint.picture_tokens
+        profiles = _profiles(symbols, request, checkpoint, own, text)
         engines = list_engines(own, devices, name, overall(profiles))
         kernels = own.attention(devices[0], precision, compute)
         components.append(ComponentSpec(export, own, devices, kernels, profiles, engines))
@@ -215,13 +224,14 @@ def _defaults(request: BuildRequest, checkpoint: Checkpoint, runtime: Runtime) -
 
 
 def _profiles(
-    symbols: set[str], request: BuildRequest, checkpoint: Checkpoint, runtime: Runtime
+    symbols: set[str], request: BuildRequest, checkpoint: Checkpoint, runtime: Runtime, text: int
 ) -> tuple[Mapping[str, DimensionRange], ...]:
+    """text: the tokens behind those of a prompt."""
     defaults, latents, rank = checkpoint.defaults, checkpoint.latents, request.lora_rank
-    references = checkpoint.references
+    more = checkpoint.references, text
     if runtime.tuned:
-        return resolution_buckets(symbols, request.sizes, defaults, latents, rank, references)
-    return (any_size(symbols, defaults, latents, rank, references),)
+        return resolution_buckets(symbols, request.sizes, defaults, latents, rank, *more)
+    return (any_size(symbols, defaults, latents, rank, *more),)
 
 
 def _check_lora(runtime: Runtime, rank: int) -> None:

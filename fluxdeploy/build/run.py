@@ -51,7 +51,7 @@ class BuildRun:
         self.hashes = hash_checkpoint(spec.checkpoint, progress, cache)
         cache.hash_files([file for lora in spec.request.loras for file in lora.files])
         self.weights = WeightFolder(
-            staging.root / "onnx" / "weights", cache.link, _joined_files(spec.checkpoint)
+            staging.root / "onnx" / "weights", cache.link, _files_beside(spec.checkpoint)
         )
 
     @cached_property
@@ -104,11 +104,10 @@ class BuildRun:
         return found, files[0]
 
 
-def _joined_files(checkpoint: Checkpoint) -> dict[Path, str]:
-    """The weight files of parts that have joined, by their real paths, with the first that has
-    each."""
+def _files_beside(checkpoint: Checkpoint) -> dict[Path, str]:
+    """The weight files of parts that joined, by their real paths, with the first that has each."""
     found: dict[Path, str] = {}
-    for part in checkpoint.joined_parts:
+    for part in checkpoint.parts_beside:
         for stored in checkpoint.parts[part].weights.values():
             found.setdefault(Path(os.path.realpath(stored.file)), part)
     return found

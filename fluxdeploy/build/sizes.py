@@ -59,11 +59,13 @@ def any_size(
     latents: LatentSpec,
     rank: int = 0,
     references: int = 0,
+    picture_text: int = 0,
 ) -> dict[str, DimensionRange]:
     """What a runtime without profiles takes: up to where attention fills any machine's memory.
 
     rank: of the LoRAs that a call may have. references: pictures of the usual size whose tokens the
-    transformer reads behind those of the picture.
+    transformer reads behind those of the picture. picture_text: text tokens of pictures that it
+    reads behind those of a prompt.
     """
     step = latents.token_side
     most = (1 + references) * (LONGEST_SIDE // step) ** 2
@@ -72,7 +74,8 @@ def any_size(
         "H": DimensionRange(step, defaults.height, LONGEST_SIDE),
         "W": DimensionRange(step, defaults.width, LONGEST_SIDE),
     }
-    ranges = _ranges(DimensionRange(1, image, most), 1, sides, 64, defaults, latents, rank)
+    text = _text(1, defaults, picture_text)
+    ranges = _ranges(DimensionRange(1, image, most), text, sides, 64, defaults, latents, rank)
     return {symbol: ranges[symbol] for symbol in sorted(symbols)}
 
 
@@ -83,6 +86,7 @@ def resolution_buckets(
     latents: LatentSpec,
     rank: int = 0,
     references: int = 0,
+    picture_text: int = 0,
 ) -> tuple[Profile, ...]:
     """The optimization profiles of an engine with these symbols, smallest pictures first.
 
@@ -90,7 +94,7 @@ def resolution_buckets(
     kernels for a range of sizes are the slower the wider it is. One of the borders is the size that
     the engine is tuned for most; small pictures share a bucket. Components that do not see the
     picture have one profile. With `references` the transformer reads the tokens of as many pictures
-    more, and less where a call has none.
+    more, with `picture_text` as many text tokens more, and less where a call has none.
 
     Raises `UsageError` for sizes that are not whole tokens or not in order.
     """
@@ -107,7 +111,7 @@ def resolution_buckets(
         "H": DimensionRange(short, opt[0], long),
         "W": DimensionRange(short, opt[1], long),
     }
-    text = min(defaults.max_sequence_length, _LEAST_TEXT)
+    text = _text(min(defaults.max_sequence_length, _LEAST_TEXT), defaults, picture_text)
     profiles = []
     for span in spans:
         ranges = _ranges(span, text, sides, sizes.batch, defaults, latents, rank)
@@ -128,21 +132,22 @@ def overall(profiles: tuple[Profile, ...]) -> dict[str, DimensionRange]:
     }
 
 
+def _text(least: int, defaults: Defaults, more: int) -> DimensionRange:
+    """The text tokens of prompts, with or without so many more."""
+    usual = defaults.max_sequence_length
+    return DimensionRange(least, usual + more, max(usual, _USUAL_TEXT) + more)
+
+
 def _ranges(
     image: DimensionRange,
-    text_from: int,
+    text: DimensionRange,
     sides: Mapping[str, DimensionRange],
     batch: int,
     defaults: Defaults,
     latents: LatentSpec,
     rank: int,
 ) -> dict[str, DimensionRange]:
-    """Every symbol's range, given those of the image tokens and of the picture's sides.
-
-    `text_from` is the least number of text tokens.
-    """
-    usual = defaults.max_sequence_length
-    text = DimensionRange(text_from, usual, max(usual, _USUAL_TEXT))
+    """Every symbol's range, given those of image and text tokens and of the picture's sides."""
     ranges = {
         "B": DimensionRange(1, 1, batch),
         "S": text,

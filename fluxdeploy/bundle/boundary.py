@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from fluxdeploy.bundle.side_paths import find_side_paths, is_side_input
 from fluxdeploy.bundle.typed_json import FieldError
 
-__all__ = ["NEEDED", "RESIDUALS", "SEEN", "Tensors", "check_boundary"]
+__all__ = ["NEEDED", "REDUX", "RESIDUALS", "SEEN", "Tensors", "check_boundary"]
 
 Shape = tuple[int | str, ...]
 
@@ -20,6 +20,9 @@ Tensors = Mapping[str, tuple[str, Shape]]
 
 NEEDED = ("clip", "t5", "conditioner", "transformer", "vae_decoder")
 """The components that every picture takes."""
+
+REDUX = "redux"
+"""The component that makes text embeddings of pictures."""
 
 RESIDUALS = ("double_residuals", "single_residuals")
 """What ControlNets give and the transformer takes; a network without such blocks has not both."""
@@ -80,6 +83,10 @@ _BOUNDARY: Mapping[str, tuple[Mapping[str, Shape], Mapping[str, Shape]]] = {
         {"image_embeds": ("B", "the picture's embedding")},
     ),
     "ip_adapter": ({"image_embeds": ("B", "the picture's embedding")}, _SEEN),
+    REDUX: (
+        {"pixel_values": ("B", 3, "the rows of its pixels", "the columns of its pixels")},
+        {"image_embeddings": ("B", "a picture's tokens", "T5's width")},
+    ),
     "vae_decoder": ({"latents": ("B", "the latents' channels", "h", "w")}, {"images": _PICTURE}),
     "vae_encoder": (
         {"images": _PICTURE},

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from fluxdeploy.bundle.boundary import NEEDED, RESIDUALS, SEEN, Tensors, check_boundary
+from fluxdeploy.bundle.boundary import NEEDED, REDUX, RESIDUALS, SEEN, Tensors, check_boundary
 from fluxdeploy.bundle.pixels import PixelSpec, check_pixels
 from fluxdeploy.bundle.recipe import RecipeRecord, check_recipe
 from fluxdeploy.bundle.side_paths import RANK
@@ -361,7 +361,8 @@ class Manifest:
     """A whole bundle. `provenance` is free-form JSON: checkpoint hash, tool versions, requests.
 
     tasks: what its transformer was trained for, some of `TASKS`. controlnets: those that can run
-    beside it. ip_adapter: what makes pictures into something that it attends to.
+    beside it. ip_adapter: what makes pictures into something that it attends to. redux: what the
+    component `redux` reads of a picture, where there is one.
     """
 
     schema_version: int
@@ -381,6 +382,7 @@ class Manifest:
     preview: PreviewSpec | None = field(default=None, metadata=OPTIONAL)
     controlnets: tuple[ControlNetRecord, ...] = field(default=(), metadata=OPTIONAL)
     ip_adapter: IpAdapterRecord | None = field(default=None, metadata=OPTIONAL)
+    redux: PixelSpec | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def lora_rank(self) -> int:
@@ -531,6 +533,7 @@ def _check(manifest: Manifest) -> None:
     _check_tasks(manifest)
     _check_controlnets(manifest)
     _check_ip_adapter(manifest)
+    _check_redux(manifest)
     for index, record in enumerate(manifest.skips):
         _check_skips(record, manifest.skips[:index], f"skips[{index}]")
     if manifest.preview is not None:
@@ -649,12 +652,18 @@ def _check_ip_adapter(manifest: Manifest) -> None:
     check_pixels(record.pixels, "ip_adapter.pixels")
     for name in ("ip_adapter", "ip_adapter_encoder"):
         _require(name in components, "ip_adapter", f"needs the component {name}")
-    takes_pixels = [tuple(spec.shape[2:]) for spec in components["ip_adapter_encoder"].inputs]
+
+
+def _check_redux(manifest: Manifest) -> None:
+    """Its pixels are those that its component reads."""
+    record = manifest.components.get(REDUX)
     _require(
-        takes_pixels == [record.pixels.size],
-        "ip_adapter.pixels",
-        f"makes pictures of {list(record.pixels.size)}, and ip_adapter_encoder takes others",
+        (manifest.redux is None) == (record is None),
+        "redux",
+        f"must be there where components has {REDUX}, and null elsewhere",
     )
+    if manifest.redux is not None:
+        check_pixels(manifest.redux, "redux")
 
 
 def _rows(spec: TensorSpec) -> int:
@@ -941,6 +950,12 @@ def _check_boundary(manifest: Manifest) -> None:
         ),
         "a head's channels": (sum(manifest.rope.axes_dims), "the sum of rope.axes_dims"),
     }
+    if manifest.redux is not None:
+        height, width = manifest.redux.size
+        sizes |= {
+            "the rows of its pixels": (height, "redux"),
+            "the columns of its pixels": (width, "redux"),
+        }
     if "clip" in manifest.tokenizers:
         length = manifest.tokenizers["clip"].max_length
         sizes["CLIP's tokens"] = (length, "tokenizers.clip.max_length")

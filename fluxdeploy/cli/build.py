@@ -28,6 +28,7 @@ from fluxdeploy.cli.options import (
     PRECISION,
     PROMPTS,
     QUALITY,
+    REDUX,
     REPLACE,
     REPORT,
     RUNTIME,
@@ -63,6 +64,7 @@ _PICTURES = 3
 @CONTROLNETS
 @IP_ADAPTER
 @IMAGE_ENCODER
+@REDUX
 @QUALITY
 @STRICT
 @RUNTIME
@@ -94,6 +96,7 @@ def command(
     controlnets: tuple[Path, ...],
     ip_adapter: Path | None,
     image_encoder: Path | None,
+    redux: Path | None,
     quality: Promise | None,
     strict: bool,
     runtime: str,
@@ -158,6 +161,7 @@ def command(
         controlnets,
         ip_adapter,
         image_encoder,
+        redux,
     )
     if page is not None:
         check_page(page)

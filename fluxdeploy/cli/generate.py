@@ -242,6 +242,29 @@ _KINDS = (CutPromptWarning, TiledWarning, UnmeasuredSkipsWarning, UnusedArgument
     help="Find the edges of --control-image first; needs the extra `control`.",
 )
 @click.option(
+    "--redux-image",
+    "redux_images",
+    type=PathType(),
+    multiple=True,
+    help="For a bundle that was built with --redux: a picture to draw variations of, which stands "
+    "behind the words of PROMPT, or several.",
+)
+@click.option(
+    "--redux-scale",
+    "redux_scales",
+    type=float,
+    multiple=True,
+    help="How much PROMPT and --redux-image count: once for all pictures, or for each.  "
+    "[default: 1]",
+)
+@click.option(
+    "--redux-pooled-scale",
+    "redux_pooled_scales",
+    type=float,
+    multiple=True,
+    help="How much CLIP's embedding of PROMPT counts, likewise.  [default: 1]",
+)
+@click.option(
     "--max-area",
     type=int,
     metavar="PIXELS",
@@ -356,6 +379,9 @@ def command(
     negative_ip_adapter_image: Path | None,
     ip_adapter_scales: tuple[float, ...],
     control: str | None,
+    redux_images: tuple[Path, ...],
+    redux_scales: tuple[float, ...],
+    redux_pooled_scales: tuple[float, ...],
     max_area: int | None,
     auto_resize: bool | None,
     max_sequence_length: int | None,
@@ -403,6 +429,7 @@ def command(
       fluxdeploy generate "a red ring" --image ring.png --outpaint 64,0,64,0 --strength 1
       fluxdeploy generate "make the ring blue" --bundle kontext --image ring.png
       fluxdeploy generate "a glass house" --bundle canny --control-image house.jpg --control canny
+      fluxdeploy generate "in winter" --bundle dev-redux --redux-image house.jpg
       fluxdeploy generate --prompts prompts.jsonl --out pictures/fox.png
       fluxdeploy generate --prompts prompts.jsonl --bundle flux-dev --ray auto --out fox.png
     """
@@ -431,6 +458,9 @@ def command(
         "ip_adapter_image": ip_adapter_image,
         "negative_ip_adapter_image": negative_ip_adapter_image,
         "ip_adapter_scale": ip_adapter_scales,
+        "redux_image": redux_images,
+        "prompt_embeds_scale": redux_scales,
+        "pooled_prompt_embeds_scale": redux_pooled_scales,
         "max_area": max_area,
         "auto_resize": auto_resize,
         "max_sequence_length": max_sequence_length,

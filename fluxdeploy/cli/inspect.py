@@ -172,6 +172,9 @@ def _tabulate_constants(bundle: Bundle, *, check: bool) -> Table:
     if manifest.ip_adapter is not None:
         blocks, _, tokens, _ = manifest.components["ip_adapter"].outputs[0].shape
         table.add_row("ip_adapter", f"{tokens} tokens of a picture for {blocks} blocks")
+    if manifest.redux is not None:
+        height, width = manifest.redux.size
+        table.add_row("redux", f"reads pictures as {width} x {height} pixels")
     table.add_row(
         "defaults",
         f"{defaults.width} x {defaults.height}, {defaults.num_inference_steps} steps, "

@@ -286,6 +286,13 @@ IMAGE_ENCODER = click.option(
     help="The CLIP vision encoder of --ip-adapter.  [default: image_encoder/ beside its file]",
 )
 
+REDUX = click.option(
+    "--redux",
+    type=FOLDER,
+    help="Put this FLUX.1 Redux into the bundle, which makes text of pictures: a folder in "
+    "diffusers layout, with its SigLIP.",
+)
+
 LORAS = click.option(
     "--lora",
     "loras",

@@ -27,6 +27,7 @@ from fluxdeploy.cli.options import (
     OPT_SIZE,
     PRECISION,
     QUALITY,
+    REDUX,
     REPLACE,
     RUNTIME,
     STRICT,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 @CONTROLNETS
 @IP_ADAPTER
 @IMAGE_ENCODER
+@REDUX
 @QUALITY
 @STRICT
 @RUNTIME
@@ -86,6 +88,7 @@ def command(
     controlnets: tuple[Path, ...],
     ip_adapter: Path | None,
     image_encoder: Path | None,
+    redux: Path | None,
     quality: Promise | None,
     strict: bool,
     runtime: str,
@@ -139,6 +142,7 @@ def command(
         controlnets,
         ip_adapter,
         image_encoder,
+        redux,
     )
     with libraries_on_stderr():
         _, plan = prepare(

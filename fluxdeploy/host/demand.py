@@ -60,7 +60,7 @@ def _conditioned(manifest: Manifest, task: Task) -> int:
     """How many numbers the conditioner gives for a prompt."""
     record = manifest.components.get("conditioner")
     levels = load_sampler(task.request.sampler).levels(np.zeros(task.steps + 1, np.float32))
-    sizes = {"B": 1, "N": len(levels), "S": task.request.max_sequence_length}
+    sizes = {"B": 1, "N": len(levels), "S": task.request.text_tokens}
     return sum(
         math.prod(sizes[size] if isinstance(size, str) else size for size in spec.shape)
         for spec in (() if record is None else record.outputs)

@@ -7,7 +7,7 @@ from typing import Any
 from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.sampling.examples import example_edges, example_mask, example_picture
 
-__all__ = ["example_arguments", "example_control", "example_seen"]
+__all__ = ["example_arguments", "example_control", "example_seen", "example_variation"]
 
 
 def example_arguments(manifest: Manifest, height: int, width: int) -> dict[str, Any]:
@@ -43,3 +43,8 @@ def example_seen(manifest: Manifest) -> dict[str, Any]:
         return {}
     height, width = manifest.ip_adapter.pixels.size
     return {"ip_adapter_image": example_picture(height, width)}
+
+
+def example_variation(manifest: Manifest, height: int, width: int) -> dict[str, Any]:
+    """Arguments for a picture that varies another one; nothing where a bundle has no Redux."""
+    return {} if manifest.redux is None else {"redux_image": example_picture(height, width)}

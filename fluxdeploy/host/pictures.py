@@ -46,6 +46,9 @@ _LATER_TEXTS = (
     "ip_adapter_sha256",
     "negative_ip_adapter_sha256",
     "ip_adapter_scale",
+    "redux_sha256",
+    "prompt_embeds_scale",
+    "pooled_prompt_embeds_scale",
 )
 
 
@@ -62,9 +65,9 @@ class PictureMetadata:
     strength and SHA-256 of each LoRA, with commas, and `image_sha256` those of several pictures.
     `control` is the filter that made the control image of the file that is named; `auto_resize` is
     "no" where references were not resized. Of ControlNets, all numbers and `control_sha256` have
-    commas between what each of several was given, and so has `ip_adapter_scale` for blocks; what
-    an IP-Adapter was given is told by the SHA-256 of its files. Each field is a text chunk of the
-    PNG under its own name; a field that is None has no chunk.
+    commas between what each of several was given; so have those of a Redux between its pictures',
+    and `ip_adapter_scale` between blocks'. Each field is a text chunk of the PNG under its own
+    name; a field that is None has no chunk.
     """
 
     prompt: str
@@ -100,6 +103,9 @@ class PictureMetadata:
     ip_adapter_sha256: str | None = None
     negative_ip_adapter_sha256: str | None = None
     ip_adapter_scale: str | None = None
+    redux_sha256: str | None = None
+    prompt_embeds_scale: str | None = None
+    pooled_prompt_embeds_scale: str | None = None
 
 
 def to_pil(pictures: Iterable[NDArray[np.float32]]) -> list[Image]:

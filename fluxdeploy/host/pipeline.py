@@ -32,7 +32,12 @@ from fluxdeploy.host.components import Components
 from fluxdeploy.host.course import unmeasured
 from fluxdeploy.host.demand import demand
 from fluxdeploy.host.diffusers_names import ATTRIBUTES, missing_attribute, refuse_arguments
-from fluxdeploy.host.examples import example_arguments, example_control, example_seen
+from fluxdeploy.host.examples import (
+    example_arguments,
+    example_control,
+    example_seen,
+    example_variation,
+)
 from fluxdeploy.host.ip_adapter import read_adapter
 from fluxdeploy.host.loras import Loras, check_loras
 from fluxdeploy.host.making import LevelCallback, make_pictures
@@ -209,6 +214,9 @@ class FluxPipeline:
         pooled_prompt_embeds: ArrayLike | None = None,
         negative_prompt_embeds: ArrayLike | None = None,
         negative_pooled_prompt_embeds: ArrayLike | None = None,
+        redux_image: object | None = None,
+        prompt_embeds_scale: float | Sequence[float] = 1.0,
+        pooled_prompt_embeds_scale: float | Sequence[float] = 1.0,
         image: object | None = None,
         mask_image: object | None = None,
         strength: float | None = None,
@@ -260,6 +268,12 @@ class FluxPipeline:
         prompt_embeds, pooled_prompt_embeds: in place of prompts, what T5 and CLIP make of P of
             them: float32 [P, S, E] and [P, E']. negative_prompt_embeds,
             negative_pooled_prompt_embeds: in place of negative prompts, of P or of one for all.
+        redux_image: what to draw variations of, for a bundle that was built with a Redux: pictures
+            of the kinds of `image`, all of them for every prompt. They stand behind the prompt's
+            words, and may stand for a prompt.
+        prompt_embeds_scale: what prompt and picture count, one number for all or one a picture. For
+            each picture the prompt is read once more: with several, weights that sum to 1 keep its
+            share. pooled_prompt_embeds_scale: the same of what CLIP reads of the prompt.
         image: what to start from instead, resized to height x width: a PIL image, an array
             [H, W, 3] or [B, H, W, 3] of uint8 or of floats in 0..1, or a list of these.
         strength: how much of the image becomes noise, 0 to 1: that share of the steps is made. The
@@ -345,6 +359,9 @@ class FluxPipeline:
                 "pooled_prompt_embeds": pooled_prompt_embeds,
                 "negative_prompt_embeds": negative_prompt_embeds,
                 "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+                "redux_image": redux_image,
+                "prompt_embeds_scale": prompt_embeds_scale,
+                "pooled_prompt_embeds_scale": pooled_prompt_embeds_scale,
                 "max_sequence_length": max_sequence_length,
                 "sampler": sampler,
                 "sigmas": sigmas,
@@ -447,6 +464,7 @@ class FluxPipeline:
         if not given and "vae_encoder" in manifest.components:
             given = {"image": example_picture(height, width), "strength": 0.5}
         given |= example_seen(manifest)
+        given |= example_variation(manifest, height, width)
         self("warm-up", num_inference_steps=2, seed=0, **given)
 
     def close(self) -> None:

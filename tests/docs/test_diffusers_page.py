@@ -20,6 +20,7 @@ PIPELINES = (
     "FluxControlPipeline",
     "FluxControlNetPipeline",
     "FluxKontextPipeline",
+    "FluxPriorReduxPipeline",
 )
 OURS = inspect.signature(FluxPipeline.__call__).parameters
 

@@ -25,11 +25,15 @@ BUNDLES = {"fill": "fill", "canny": "control", "kontext": "kontext"}
 
 @pytest.fixture
 def workplace(
-    tmp_path: Path, bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    bundle: Callable[[str], Path],
+    redux_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
     pytest.importorskip("torch")
     for name, kind in BUNDLES.items():
         (tmp_path / name).symlink_to(bundle(kind), target_is_directory=True)
+    (tmp_path / "dev-redux").symlink_to(redux_bundle, target_is_directory=True)
     for name in ("room", "wall", "beach", "house", "edges", "ring", "star"):
         image = Image.new("RGB", (70, 50), "white")
         image.paste("black", (10, 10, 40, 30))
@@ -64,7 +68,7 @@ def test_the_python_example_draws(workplace: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(FluxPipeline, "__call__", small)
     (code,) = code_blocks(PAGE, "python")
     exec(compile(code, "docs/family.md", "exec"), {})
-    assert len(drawn) == 4
+    assert len(drawn) == 6
 
 
 def test_the_table_has_what_bundles_record(workplace: Path) -> None:

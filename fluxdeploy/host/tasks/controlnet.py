@@ -103,7 +103,7 @@ class ControlNet(Task):
     def engine_sizes(self) -> Mapping[str, Mapping[str, int]]:
         """Encoders are given one picture at a time, and ControlNets what the transformer is."""
         request, spec = self.request, self.manifest.latents
-        height, width, text = request.height, request.width, request.max_sequence_length
+        height, width, text = request.height, request.width, request.text_tokens
         _, _, h, w = latent_shape(1, height, width, spec)
         rows, columns = token_grid(height, width, spec)
         tokens = rows * columns

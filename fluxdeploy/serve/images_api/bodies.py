@@ -104,6 +104,12 @@ class EditBody(_Body):
     strength: float | None = Field(
         None, ge=0, le=1, description="How much of the image becomes noise."
     )
+    prompt_embeds_scale: float | None = Field(
+        None, description="How much the prompt and each redux_image count."
+    )
+    pooled_prompt_embeds_scale: float | None = Field(
+        None, description="How much CLIP's embedding of the prompt counts beside a redux_image."
+    )
 
 
 _B = TypeVar("_B", bound=_Body)

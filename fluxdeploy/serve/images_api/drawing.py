@@ -21,6 +21,7 @@ __all__ = ["Drawing", "limits_of", "model_name", "read_drawing"]
 _PASSED = (
     *("seed", "guidance_scale", "negative_prompt", "true_cfg_scale", "max_sequence_length"),
     *("strength", "prompt_2", "negative_prompt_2"),
+    *("prompt_embeds_scale", "pooled_prompt_embeds_scale"),
     *("sampler", "skip"),
 )
 """Fields that are arguments of the pipeline under the same names."""
@@ -111,6 +112,9 @@ def _given(pictures: Pictures, width: int, height: int, references: bool) -> dic
     for name, picture in (("mask_image", pictures.mask), ("control_image", pictures.control_image)):
         if picture is not None:
             given[name] = resized(picture)
+    if pictures.redux_images:
+        # What a Redux reads of them is small, whatever is drawn.
+        given["redux_image"] = list(pictures.redux_images)
     return given
 
 
@@ -124,7 +128,8 @@ def model_name(manifest: Manifest, settings: Settings) -> str:
 def limits_of(manifest: Manifest, settings: Settings) -> dict[str, Any]:
     """What a bundle draws, for whoever asks for the model."""
     sizes, defaults = Sizes.of(manifest), manifest.defaults
-    editing = "vae_encoder" in manifest.components and set(manifest.tasks) != {"text to image"}
+    tasks = set(manifest.tasks) - {"text to image"}
+    editing = manifest.redux is not None or ("vae_encoder" in manifest.components and bool(tasks))
     noising = not {"image to image", "inpainting", "fill"}.isdisjoint(manifest.tasks)
     return {
         "width": {**asdict(sizes.widths), "default": defaults.width},

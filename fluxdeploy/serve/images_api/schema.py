@@ -46,9 +46,10 @@ def _edit_schema() -> dict[str, Any]:
         "image": {"anyOf": [file, {"type": "array", "items": file}]},
         "mask": file,
         "control_image": file,
+        "redux_image": {"anyOf": [file, {"type": "array", "items": file}]},
     }
     schema["properties"] = {**schema["properties"], **files}
-    schema["anyOf"] = [{"required": ["image"]}, {"required": ["control_image"]}]
+    schema["anyOf"] = [{"required": [name]} for name in ("image", "control_image", "redux_image")]
     return schema
 
 

@@ -25,24 +25,28 @@ _T = TypeVar("_T")
 # It tells of each form that is damaged, on stderr; the client is told.
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
-_FIELDS, _FILES = 40, 18
+_FIELDS, _FILES = 40, 34
 _FIELD_BYTES = 1 << 20
 _JSON_BYTES = 1 << 20
 
 _PATIENCE = 60.0
 """Seconds for a body to arrive."""
 
-_MOST = {"image": 16, "mask": 1, "control_image": 1}
+_MOST = {"image": 16, "mask": 1, "control_image": 1, "redux_image": 16}
 """Files of a name in a form."""
+
+_LISTS = {"image[]": "image", "redux_image[]": "redux_image"}
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a request is drawn from: pictures, a mask of the first, and one to draw along."""
+    """What a request is drawn from: pictures, a mask of the first, one to draw along, and those to
+    draw variations of."""
 
     images: tuple[Image, ...] = ()
     mask: Image | None = None
     control_image: Image | None = None
+    redux_images: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Files:
             all_of("image", decode_image),
             masks[0] if masks else None,
             controls[0] if controls else None,
+            all_of("redux_image", decode_image),
         )
 
 
@@ -123,7 +128,7 @@ async def read_files(form: FormData) -> tuple[dict[str, str], Files]:
     files: dict[str, list[UploadFile]] = {name: [] for name in _MOST}
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
-            kind = "image" if name == "image[]" else name
+            kind = _LISTS.get(name, name)
             if kind not in files:
                 known = ", ".join(_MOST)
                 raise ApiError(400, f"The file {kind[:64]!r} is unknown. There are {known}.")
@@ -138,7 +143,7 @@ async def read_files(form: FormData) -> tuple[dict[str, str], Files]:
         if len(held) > _MOST[kind]:
             most = "one" if _MOST[kind] == 1 else str(_MOST[kind])
             raise ApiError(400, f"There are {len(held)} files {kind}. Send {most}.", kind)
-    if not files["image"] and not files["control_image"]:
+    if not any(files[kind] for kind in ("image", "control_image", "redux_image")):
         raise ApiError(400, "The file `image` is missing.", "image")
     return fields, Files({kind: [await each.read() for each in files[kind]] for kind in files})
 

@@ -185,7 +185,7 @@ Manifest read_fields(const Json& json) {
         json, "",
         {"schema_version", "family", "variant", "guidance_embedding", "components", "latents",
          "rope", "schedule", "tokenizers", "defaults", "quality", "provenance"},
-        {"skips", "tasks", "preview", "controlnets"});
+        {"skips", "tasks", "preview", "controlnets", "redux"});
     Manifest manifest;
     manifest.schema_version = fields.integer("schema_version");
     manifest.family = fields.text("family");
@@ -206,6 +206,8 @@ Manifest read_fields(const Json& json) {
     if (fields.has("controlnets")) {
         throw FieldError("controlnets", "is there, and this library runs no ControlNets");
     }
+    // What this library draws, from words and along pictures of other kinds, takes no Redux.
+    if (fields.has("redux")) has_object(fields.get("redux"), fields.where("redux"));
     if (fields.has("tasks")) manifest.tasks = fields.list("tasks", copied_text);
     return manifest;
 }
