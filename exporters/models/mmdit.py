@@ -212,7 +212,8 @@ class DoubleBlock(nn.Module):
         c_update = self.ff_context(self.norm(context, c_mlp_shift, c_mlp_scale, dtype))
         hidden = add_gated(hidden, mlp_gate, update)
         if seen:
-            hidden = add_seen(hidden, query, *seen, self.attn.head_dim)
+            keys, values = seen
+            hidden = add_seen(hidden, query, keys, values, self.attn.head_dim)
         return hidden, add_gated(context, c_mlp_gate, c_update)
 
 

@@ -118,6 +118,7 @@ def read_adapter(
         _read_side(request, manifest, pictures, side) for side in ("", "negative_")
     )
     scales = _read_scales(manifest, scale)
+    sides: tuple[_Given, ...] = ()
     if request.negative is None:
         idle += [
             f"`{name}` does nothing without `negative_prompt` and a `true_cfg_scale` above 1."
@@ -125,9 +126,7 @@ def read_adapter(
             if name.startswith("negative_")
         ]
         sides = () if positive is None else (positive,)
-    elif not given:
-        sides = ()
-    else:
+    elif given:
         sides = (positive or _black(manifest), negative or _black(manifest))
     return AdapterInputs(sides, scales, request.batch, tuple(idle))
 

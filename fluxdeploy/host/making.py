@@ -223,8 +223,8 @@ def _velocities(
     # The prompts' evaluation comes first, and the negative prompts' takes over its residuals.
     added = [None, None] if residuals is None else [residuals.compute, residuals.recall]
     return [
-        ModulatedTransformer(engine, each, own, hidden, cancel, *more)
-        for each, own, *more in zip(conditions, fixed, added, seen, strict=False)
+        ModulatedTransformer(engine, each, own, hidden, cancel, more, sees)
+        for each, own, more, sees in zip(conditions, fixed, added, seen, strict=False)
     ]
 
 
