@@ -134,7 +134,6 @@ def test_tensors_that_are_missing_or_too_many_are_named(
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-
     (file,) = (redux / "image_embedder").glob("*.safetensors")
     tensors = load_file(file)
     if tensors.pop(missing, None) is None:
