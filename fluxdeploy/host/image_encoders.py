@@ -22,13 +22,13 @@ def to_pixel_values(pictures: Sequence[Image.Image], spec: PixelSpec) -> NDArray
     picture that is so narrow that resizing its shorter side makes it too large.
     """
     height, width = spec.size
+    mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
     made = np.empty((len(pictures), 3, height, width), np.float32)
     for picture, into in zip(pictures, made, strict=True):
         resized = _resized(picture, spec)
         top, left = (resized.height - height) // 2, (resized.width - width) // 2
         pixels = np.asarray(resized.crop((left, top, left + width, top + height)), np.float32)
-        pixels = pixels * np.float32(spec.scale)
-        pixels = (pixels - np.float32(spec.mean)) / np.float32(spec.std)
+        pixels = (pixels * np.float32(spec.scale) - mean) / std
         into[...] = pixels.transpose(2, 0, 1)
     return made
 

@@ -48,15 +48,14 @@ class Redux:
         self, text: NDArray[np.float32], embeddings: NDArray[np.float32]
     ) -> NDArray[np.float32]:
         """T5's text embeddings [U, S, E] and those of the pictures [n, P, E], as [U, S + P, E]."""
-        scales = np.float32(self.scales)
+        scales = np.array(self.scales, np.float32)
         pictures = np.einsum("n,npe->pe", scales, embeddings)
         behind = np.broadcast_to(pictures, (len(text), *pictures.shape))
         return np.concatenate([text * scales.sum(), behind], axis=1)
 
     def pooled(self, pooled: NDArray[np.float32]) -> NDArray[np.float32]:
         """CLIP's embeddings [U, E'], as many times as there are pictures."""
-        scaled: NDArray[np.float32] = pooled * np.float32(self.pooled_scales).sum()
-        return scaled
+        return pooled * np.array(self.pooled_scales, np.float32).sum()
 
 
 def read_redux(

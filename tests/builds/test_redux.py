@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from engines import runtimes
 from fluxdeploy.build.checkpoint import find_checkpoint, hash_checkpoint
-from fluxdeploy.build.resolve import BuildRequest, resolve
+from fluxdeploy.build.resolve import BuildRequest, BuildSpec, resolve
 from fluxdeploy.build.sizes import SizeRange, any_size, resolution_buckets
 from fluxdeploy.errors import CheckpointError
 from fluxdeploy.kernels import AttentionKernels, CallSizes
@@ -37,6 +38,12 @@ def say(redux: Path, file: str, **changes: Any) -> None:
     said = {**json.loads((redux / file).read_text()), **changes}
     kept = {key: value for key, value in said.items() if value is not None}
     (redux / file).write_text(json.dumps(kept))
+
+
+def resolved(checkpoint: str, redux: Path) -> BuildSpec:
+    (onnxruntime,) = runtimes("onnxruntime")
+    request = BuildRequest(checkpoint=checkpoint, precision="fp32", redux=redux)
+    return resolve(request, find_checkpoint(checkpoint, redux=redux), onnxruntime, ("cpu",))
 
 
 def test_a_redux_joins_and_leaves_the_checkpoint_what_it_is(dev: str, redux: Path) -> None:
@@ -105,7 +112,7 @@ def test_what_is_no_redux_is_refused(dev: str, redux: Path, tmp_path: Path) -> N
 def test_one_that_was_made_for_another_transformer_is_refused(
     dev: str, redux_folder: Callable[[str], Path]
 ) -> None:
-    with pytest.raises(CheckpointError, match="text embeddings of 40, and .* reads 48"):
+    with pytest.raises(CheckpointError, match=r"text embeddings of 40, and .* reads 48"):
         find_checkpoint(dev, redux=redux_folder("schnell"))
 
 
@@ -117,7 +124,7 @@ def test_networks_that_do_not_belong_together_are_refused(
     other = make_redux(tmp_path / "other", SHAPES["dev"], hidden_size=24)
     shutil.rmtree(redux / "image_encoder")
     shutil.copytree(other / "image_encoder", redux / "image_encoder")
-    with pytest.raises(CheckpointError, match="features of 36 numbers, and .* gives 24"):
+    with pytest.raises(CheckpointError, match=r"features of 36 numbers, and .* gives 24"):
         find_checkpoint(dev, redux=redux)
 
 
@@ -127,29 +134,20 @@ def test_tensors_that_are_missing_or_too_many_are_named(
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    from engines import runtimes
-
     (file,) = (redux / "image_embedder").glob("*.safetensors")
     tensors = load_file(file)
     if tensors.pop(missing, None) is None:
         tensors[missing] = tensors["redux_up.bias"].clone()
     save_file(tensors, file)
-    (onnxruntime,) = runtimes("onnxruntime")
     with pytest.raises(CheckpointError, match=missing.replace(".", r"\.")):
-        request = BuildRequest(checkpoint=dev, precision="fp32", redux=redux)
-        resolve(request, find_checkpoint(dev, redux=redux), onnxruntime, ("cpu",))
+        resolved(dev, redux)
 
 
 def test_engines_take_the_longer_text_and_t5_does_not(dev: str, redux: Path) -> None:
-    from engines import runtimes
-
-    (onnxruntime,) = runtimes("onnxruntime")
-    opened = find_checkpoint(dev, redux=redux)
-    request = BuildRequest(checkpoint=dev, precision="fp32", redux=redux)
-    spec = resolve(request, opened, onnxruntime, ("cpu",))
+    spec = resolved(dev, redux)
     most = {c.name: c.profiles[0]["S"].max for c in spec.components if "S" in c.profiles[0]}
     assert most == {"t5": 512, "conditioner": 528, "transformer": 528}
-    assert [c.name for c in spec.components][0] == "redux"
+    assert spec.components[0].name == "redux"
     assert set(spec.component("redux").profiles[0]) == {"B"}
 
 
