@@ -199,8 +199,8 @@ def _nothing_seen(checkpoint: Checkpoint) -> dict[str, Array]:
     if checkpoint.ip_adapter is None:
         return {}
     return {
-        spec.name: np.zeros([1 if size == "B" else int(size) for size in spec.shape], np.float32)
-        for spec in seen_specs(checkpoint.transformer, checkpoint.ip_adapter)
+        spec.name: np.zeros([1 if isinstance(d, str) else d for d in spec.shape], np.float32)
+        for spec in seen_specs(checkpoint.transformer)
     }
 
 

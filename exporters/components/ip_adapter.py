@@ -39,7 +39,7 @@ def _encoder_chain(networks: Networks, compute: ComputeType) -> Chain:
 def _chain(networks: Networks, compute: ComputeType) -> Chain:
     config, adapter = networks.transformer, _adapter(networks)
     embeds = floats("image_embeds", "B", adapter.embedding_width)
-    outputs = seen_specs(config, adapter)
+    outputs = seen_specs(config, adapter.tokens)
     project = make_piece(
         lambda: ip_adapter.PictureTokens(
             adapter.embedding_width, adapter.tokens, adapter.token_width

@@ -10,7 +10,6 @@ import torch
 
 from exporters.checkpoint.config import TransformerConfig
 from exporters.checkpoint.controlnet_config import ControlNetConfig
-from exporters.checkpoint.ip_adapter_config import IpAdapterConfig
 from exporters.components.activations import conditioner_bytes, transformer_bytes
 from exporters.components.chain import Chain, Stage, Value
 from exporters.components.component import WEIGHTS_ONLY, Component, Networks
@@ -112,11 +111,11 @@ def double_stages(
     config: Blocks,
     compute: ComputeType,
     tables: tuple[str, str] = ("rope_cos", "rope_sin"),
-    seen_tokens: int = 0,
+    sees: bool = False,
 ) -> list[Stage]:
     """The double-stream blocks, from `hidden.0` and `context.0`; block i leaves number i + 1.
 
-    With `seen_tokens` block i also reads `ip_keys.i` and `ip_values.i`, which have so many tokens.
+    Where they see pictures block i also reads `ip_keys.i` and `ip_values.i`.
     """
     names, width, dtype = ModulationNames(config), config.width, compute.residual
     hidden, context = (Value(dtype, ("B", tokens, width)) for tokens in ("L", "S"))
@@ -129,9 +128,9 @@ def double_stages(
         Value(torch.float32, ("B", mmdit.DOUBLE_ROWS, width)),
         table,
         table,
-        *([Value(compute.dtype, ("B", seen_tokens, width))] * len(SEEN) if seen_tokens else ()),
+        *([Value(compute.dtype, ("B", "P", width))] * len(SEEN) if sees else ()),
     )
-    seen = SEEN if seen_tokens else ()
+    seen = SEEN if sees else ()
     return [
         Stage(
             double,
@@ -215,9 +214,9 @@ def _with_residuals(
     return stages
 
 
-def seen_specs(config: TransformerConfig, adapter: IpAdapterConfig) -> tuple[TensorSpec, ...]:
-    """What an IP-Adapter gives and the transformer takes: keys and values of all blocks."""
-    shape = (config.double_blocks, "B", adapter.tokens, config.width)
+def seen_specs(config: TransformerConfig, tokens: Dimension = "P") -> tuple[TensorSpec, ...]:
+    """Keys and values of all blocks, of pictures with so many tokens in all."""
+    shape = (config.double_blocks, "B", tokens, config.width)
     return tuple(floats(name, *shape) for name in SEEN)
 
 
@@ -235,7 +234,7 @@ def _block_stages(
     compute: ComputeType,
     output: str,
     controlnets: Sequence[ControlNetConfig] = (),
-    seen_tokens: int = 0,
+    sees: bool = False,
 ) -> list[Stage]:
     """From `hidden`, `context.0`, the blocks' rows and the RoPE tables to the velocity."""
     project = make_piece(
@@ -245,7 +244,7 @@ def _block_stages(
         Value(compute.residual, ("B", "S", config.width)),
         Value(torch.float32, ("B", mmdit.FINAL_ROWS, config.width)),
     )
-    double = double_stages(config, compute, seen_tokens=seen_tokens)
+    double = double_stages(config, compute, sees=sees)
     single = single_stages(config, compute)
     ends = (f"joint.{config.single_blocks}", "context.0", ModulationNames(config).final)
     return [
@@ -259,8 +258,7 @@ def _block_stages(
 def _transformer_chain(networks: Networks, compute: ComputeType) -> Chain:
     """The part of the MM-DiT that runs every step."""
     config, controlnets = networks.transformer, networks.controlnets
-    adapter = networks.ip_adapter
-    seen = () if adapter is None else seen_specs(config, adapter)
+    seen = () if networks.ip_adapter is None else seen_specs(config)
     width, table = config.width, ("T", config.head_dim)
     counts = {kind: residual_count(controlnets, kind) for kind in KINDS}
     inputs = (
@@ -294,9 +292,7 @@ def _transformer_chain(networks: Networks, compute: ComputeType) -> Chain:
             ("hidden.0", "context.0", *ModulationNames(config).all),
         ),
         *([_seen_stage(seen, compute)] if seen else ()),
-        *_block_stages(
-            config, compute, "velocity", controlnets, 0 if adapter is None else adapter.tokens
-        ),
+        *_block_stages(config, compute, "velocity", controlnets, bool(seen)),
     ]
     outputs = (floats("velocity", "B", "L", config.out_channels),)
     return Chain("transformer", inputs, outputs, tuple(stages))

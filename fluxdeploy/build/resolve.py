@@ -14,10 +14,17 @@ from typing import TYPE_CHECKING
 from engines import Runtime, runtimes
 from fluxdeploy.arguments import check_integer
 from fluxdeploy.build.checkpoint import check_drawable, check_family, check_limits
-from fluxdeploy.build.sizes import MOST_RANK, SizeRange, any_size, overall, resolution_buckets
+from fluxdeploy.build.sizes import (
+    MOST_RANK,
+    MOST_SEEN,
+    SizeRange,
+    any_size,
+    overall,
+    resolution_buckets,
+)
 from fluxdeploy.bundle.manifest import Defaults, DimensionRange, EngineRecord, ScheduleSpec
 from fluxdeploy.bundle.recipe import Promise
-from fluxdeploy.errors import UsageError
+from fluxdeploy.errors import CheckpointError, UsageError
 from fluxdeploy.kernels import AttentionKernels
 from fluxdeploy.lora import LoraFile
 from fluxdeploy.precision import PRECISIONS
@@ -161,6 +168,7 @@ def resolve(
 
     check_family(checkpoint)
     check_limits(checkpoint)
+    _check_seen(checkpoint)
     tokenizers = _tokenizers(checkpoint)
     check_drawable(checkpoint, tokenizers)
     known = components_of(checkpoint)
@@ -241,6 +249,15 @@ def _check_lora(runtime: Runtime, rank: int) -> None:
         raise UsageError(
             f"{runtime.name} has no side paths for LoRAs. Build without --lora-rank, or for a "
             f"runtime that has them: {able}."
+        )
+
+
+def _check_seen(checkpoint: Checkpoint) -> None:
+    tokens = 0 if checkpoint.ip_adapter is None else checkpoint.ip_adapter.tokens
+    if tokens > MOST_SEEN:
+        raise CheckpointError(
+            f"The IP-Adapter makes {tokens} tokens of a picture, and engines take {MOST_SEEN} at "
+            "most: it is damaged, or of another kind."
         )
 
 

@@ -14,6 +14,7 @@ from fluxdeploy.errors import UsageError
 __all__ = [
     "LONGEST_SIDE",
     "MOST_RANK",
+    "MOST_SEEN",
     "MOST_STEPS",
     "MOST_TEXT",
     "SizeRange",
@@ -29,6 +30,9 @@ MOST_RANK = 1024
 """Of the LoRAs of a call."""
 LONGEST_SIDE = 4096
 """Pixels of a picture's side."""
+MOST_SEEN = 256
+"""Tokens of the pictures that an IP-Adapter is given at once: 16 of 16 tokens."""
+_USUAL_SEEN = 16
 _LEAST_TEXT = 64
 _USUAL_TEXT = 512
 _LEAST_SIDE = 64
@@ -153,6 +157,8 @@ def _ranges(
         "S": text,
         "L": image,
         "T": DimensionRange(text.min + image.min, text.opt + image.opt, text.max + image.max),
+        # Where nothing is seen there is one token of zeros.
+        "P": DimensionRange(1, _USUAL_SEEN, MOST_SEEN),
         "N": DimensionRange(1, defaults.num_inference_steps, MOST_STEPS),
         # Without a LoRA there is one of zeros.
         RANK: DimensionRange(1, max(rank, 1), max(rank, 1)),

@@ -38,13 +38,10 @@ _INTEGERS = (".input_ids", ".control_mode")
 _HAVE_SIDE_PATHS = ("conditioner", "transformer")
 
 _PICTURE: Shape = ("B", 3, "H", "W")
-_SEEN_SHAPE: Shape = (
-    "the blocks that see",
-    "B",
-    "the tokens of what is seen",
-    "the transformer's width",
+_SEEN, _GIVEN = (
+    dict.fromkeys(SEEN, ("the blocks that see", "B", tokens, "the transformer's width"))
+    for tokens in ("P", "the tokens of a picture that is seen")
 )
-_SEEN: Mapping[str, Shape] = dict.fromkeys(SEEN, _SEEN_SHAPE)
 
 # A word is a size that is the same wherever it stands; a letter is a symbol of the manifest.
 _BOUNDARY: Mapping[str, tuple[Mapping[str, Shape], Mapping[str, Shape]]] = {
@@ -82,7 +79,7 @@ _BOUNDARY: Mapping[str, tuple[Mapping[str, Shape], Mapping[str, Shape]]] = {
         {"pixel_values": ("B", 3, "the rows of what is seen", "the columns of what is seen")},
         {"image_embeds": ("B", "the picture's embedding")},
     ),
-    "ip_adapter": ({"image_embeds": ("B", "the picture's embedding")}, _SEEN),
+    "ip_adapter": ({"image_embeds": ("B", "the picture's embedding")}, _GIVEN),
     REDUX: (
         {"pixel_values": ("B", 3, "the rows of its pixels", "the columns of its pixels")},
         {"image_embeddings": ("B", "a picture's tokens", "T5's width")},

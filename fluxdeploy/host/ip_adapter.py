@@ -22,7 +22,7 @@ from fluxdeploy.errors import UsageError
 from fluxdeploy.host.components import Run
 from fluxdeploy.host.image_encoders import to_pixel_values
 from fluxdeploy.host.input_images import to_pictures
-from fluxdeploy.host.numbers import as_float32, read_numbers
+from fluxdeploy.host.numbers import read_numbers
 from fluxdeploy.host.request import GenerationRequest
 
 __all__ = ["AdapterInputs", "Seen", "read_adapter", "zero_seen"]
@@ -34,7 +34,7 @@ _MOST_SCALE = 1e3
 
 @dataclass(frozen=True)
 class Seen:
-    """What blocks attend to, of U pictures, for the B pictures of a call.
+    """What blocks attend to, of U sets of pictures, for the B pictures of a call.
 
     inputs: `ip_keys` and `ip_values`, float32 [n, U, P, D], for the transformer. pictures: [B],
     which of the U each sees.
@@ -51,25 +51,31 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class _Given:
-    """U pictures, as one of pixel values float32 [U, 3, H, W] and embeddings float32 [U, E]."""
+    """U sets of k pictures, each seen together: pixel values float32 [U·k, 3, H, W], or embeddings
+    float32 [U·k, E]."""
 
-    pixels: NDArray[np.float32] | None
-    embeds: NDArray[np.float32] | None
+    together: int
+    pixels: NDArray[np.float32] | None = None
+    embeds: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
-        return len(self.embeds if self.pixels is None else self.pixels)  # type: ignore[arg-type]
+        found = self.embeds if self.pixels is None else self.pixels
+        assert found is not None  # one of them is there
+        return len(found) // self.together
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterInputs:
     """What a call's prompts see, and its negative prompts where there are any.
 
-    scales: float32 [n], what the values of each block are multiplied with. batch: B.
+    scales: float32 [n], what the values of each block are multiplied with. batch: B. tokens: P, of
+    the pictures that are seen together, the most of a side.
     """
 
     sides: tuple[_Given, ...] = ()
     scales: NDArray[np.float32] | None = None
     batch: int = 0
+    tokens: int = 0
     notices: tuple[str, ...] = ()
 
     @property
@@ -77,6 +83,11 @@ class AdapterInputs:
         """What the call needs of a bundle for it."""
         encodes = any(given.pixels is not None for given in self.sides)
         return (*([ENCODER] if encodes else ()), *([ADAPTER] if self.sides else ()))
+
+    def engine_sizes(self) -> dict[str, dict[str, int]]:
+        """What components are asked for, by the symbols of the manifest."""
+        sizes: dict[str, dict[str, int]] = {name: {} for name in self.components}
+        return {**sizes, "transformer": {"P": self.tokens}} if self.sides else sizes
 
     def encode(self, run: Run) -> list[Seen | None]:
         """What each side sees; nothing of a call without pictures."""
@@ -89,11 +100,17 @@ class AdapterInputs:
         assert embeds is not None
         assert self.scales is not None  # there are pictures
         outputs = run(ADAPTER, {"image_embeds": embeds})
-        keys, values = (outputs[name] for name in SEEN)
+        keys, values = (_together(outputs[name], len(given)) for name in SEEN)
         # Attention is linear in them.
-        values = values * self.scales[:, None, None, None]
+        values *= self.scales[:, None, None, None]
         pictures = np.repeat(np.arange(len(given)), self.batch // len(given))
         return Seen(dict(zip(SEEN, (keys, values), strict=True)), pictures)
+
+
+def _together(values: NDArray[np.float32], sets: int) -> NDArray[np.float32]:
+    """Keys or values [n, U·k, P, D] of pictures as those of U sets, [n, U, k·P, D]."""
+    blocks, _, _, width = values.shape
+    return values.reshape(blocks, sets, -1, width)
 
 
 def read_adapter(
@@ -128,7 +145,9 @@ def read_adapter(
         sides = () if positive is None else (positive,)
     elif given:
         sides = (positive or _black(manifest), negative or _black(manifest))
-    return AdapterInputs(sides, scales, request.batch, tuple(idle))
+    tokens = int(manifest.components[ADAPTER].outputs[0].shape[2])
+    most = max((given.together for given in sides), default=0) * tokens
+    return AdapterInputs(sides, scales, request.batch, most, tuple(idle))
 
 
 def _is_one(scale: object) -> bool:
@@ -147,34 +166,44 @@ def _read_side(
         raise UsageError(f"`{name}` and `{name_of_embeds}` are both given. Give one of them.")
     if image is not None:
         assert manifest.ip_adapter is not None  # or the call was refused
-        found = to_pictures(_inside(image), name)
-        given = _Given(to_pixel_values(found, manifest.ip_adapter.pixels), None)
+        together, found = _read_pictures(name, image)
+        given = _Given(together, pixels=to_pixel_values(found, manifest.ip_adapter.pixels))
     else:
-        given = _Given(None, _read_embeds(manifest, name_of_embeds, embeds))
+        given = _read_embeds(manifest, name_of_embeds, embeds)
     prompts = len(request.text)
     if len(given) not in (1, prompts, request.batch):
         raise UsageError(
-            f"`{name if embeds is None else name_of_embeds}` has {len(given)} pictures for "
+            f"`{name if embeds is None else name_of_embeds}` has {len(given)} entries for "
             f"{prompts} prompts and {request.batch} pictures to draw. Give one for all, one a "
-            "prompt or one a picture."
+            "prompt or one a picture; a list of lists has several that are seen together."
         )
     return given
 
 
-def _inside(values: Any) -> Any:
-    """What a list of diffusers' holds, which has an entry for each IP-Adapter: a bundle has one."""
-    one = isinstance(values, (list, tuple)) and len(values) == 1
-    return values[0] if one else values
+def _read_pictures(name: str, image: Any) -> tuple[int, list[Image.Image]]:
+    """How many pictures are seen together, and all of them, set by set."""
+    several = isinstance(image, (list, tuple))
+    if not several or not any(isinstance(each, (list, tuple)) for each in image):
+        return 1, to_pictures(image, name)
+    sets = [to_pictures(each, name) for each in image]
+    counts = {len(each) for each in sets}
+    if len(counts) > 1:
+        raise UsageError(
+            f"`{name}` has lists of {' and '.join(map(str, sorted(counts)))} pictures. Give as "
+            "many in each."
+        )
+    return counts.pop(), [picture for each in sets for picture in each]
 
 
-def _read_embeds(manifest: Manifest, name: str, values: object) -> NDArray[np.float32]:
-    """Embeddings float32 [U, E]; diffusers has them as [1, U, E] or [U, 1, E]."""
-    values = _inside(values)
+def _read_embeds(manifest: Manifest, name: str, values: object) -> _Given:
+    """Embeddings [U, k, E], or a list of one such array, as diffusers has it for each adapter."""
+    if isinstance(values, (list, tuple)) and len(values) == 1:
+        (values,) = values
     width = manifest.components[ADAPTER].inputs[0].shape[-1]
-    found = as_float32(values)
-    if found is not None and found.ndim == 3 and 1 in found.shape[:2]:
-        values = found.reshape(-1, found.shape[2])
-    return read_numbers(name, values, ("U", width), "the image encoder's of U pictures")
+    found = read_numbers(
+        name, values, ("U", "k", width), "the image encoder's, for U sets of k pictures"
+    )
+    return _Given(found.shape[1], embeds=found.reshape(-1, found.shape[2]))
 
 
 def _read_scales(manifest: Manifest, scale: object) -> NDArray[np.float32]:
@@ -194,15 +223,17 @@ def _black(manifest: Manifest) -> _Given:
     """What diffusers shows to a side for which nothing is given."""
     assert manifest.ip_adapter is not None  # or there is no other side
     black = Image.new("RGB", (1, 1))
-    return _Given(to_pixel_values([black], manifest.ip_adapter.pixels), None)
+    return _Given(1, pixels=to_pixel_values([black], manifest.ip_adapter.pixels))
 
 
 def zero_seen(transformer: Engine, pictures: int) -> dict[str, Array]:
-    """What a transformer is given where nothing is seen; nothing where it takes nothing."""
+    """What a transformer is given where nothing is seen; nothing where it takes nothing.
+
+    A token whose value is zero adds nothing.
+    """
+    sizes = {"B": pictures, "P": 1}
     return {
-        spec.name: np.zeros(
-            [pictures if size == "B" else int(size) for size in spec.shape], np.float32
-        )
+        spec.name: np.zeros([sizes[d] if isinstance(d, str) else d for d in spec.shape], np.float32)
         for spec in transformer.inputs
         if spec.name in SEEN
     }

@@ -66,7 +66,8 @@ def make_pictures(
     sigmas = schedule.sigmas(manifest.schedule, unshifted, rows * columns)
     levels = sampler.levels(sigmas[-(task.steps + 1) :])
     sizes = _engine_sizes(task, len(levels), loras)
-    sizes |= {name: {} for name in adapter.components}
+    for component, symbols in adapter.engine_sizes().items():
+        sizes[component] = {**sizes.get(component, {}), **symbols}
     if latents_only:
         del sizes["vae_decoder"]
     components.check_sizes(turn, sizes)

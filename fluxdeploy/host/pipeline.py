@@ -294,11 +294,11 @@ class FluxPipeline:
         control_guidance_start, control_guidance_end: the part of the steps, 0 to 1, in which it
             counts.
         ip_adapter_image: what the picture is to look like, for a bundle that was built with an
-            IP-Adapter: of the kinds as `image`, of any size; one for all, one a prompt or one a
-            picture. ip_adapter_image_embeds: in its place, what the image encoder makes of so many
-            pictures, float32 [U, E]. negative_ip_adapter_image, negative_ip_adapter_image_embeds:
-            the same beside negative prompts; a side that is given nothing sees a black picture, as
-            in diffusers.
+            IP-Adapter: of the kinds of `image` and of any size; one for all, one a prompt or one a
+            picture. A list of lists has several that are seen together. ip_adapter_image_embeds: in
+            its place what the image encoder makes, float32 [U, k, E] of U sets of k pictures.
+            negative_ip_adapter_image, negative_ip_adapter_image_embeds: the same beside negative
+            prompts; the side that is given nothing sees a black picture, as in diffusers.
         ip_adapter_scale: how much it counts, one number or one for each double-stream block.
         For a bundle of a Kontext checkpoint, `image` is what to change by words, resized to one of
             the sizes that FLUX.1 Kontext was trained with; with auto_resize=False to whole tokens
@@ -534,7 +534,7 @@ class FluxPipeline:
         if request.skip is not None and isinstance(arguments["skip"], str):
             cuts += self._tell_unmeasured(request)
         previews = self._previews(options, task)
-        asked = demand(task, options.priority, side_inputs.nbytes)
+        asked = demand(task, options.priority, side_inputs.nbytes, adapter.tokens)
         latents_only = options.output_type == "latent"
         check_memory(task, asked.memory, latents_only)
         token = CancelToken() if options.cancel is None else options.cancel

@@ -59,12 +59,12 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
         "constant",
         {"ip_adapter_image": ONE, "ip_adapter_scale": [0.2, 1.5, -0.6]},
     ),
-    "one a prompt": ("dev", {"prompt": [FOX, ROBOT], "ip_adapter_image": [[ONE, TWO]]}),
-    "embeddings": ("dev", {"ip_adapter_image_embeds": [embeds(1)]}),
-    "embeddings, one a prompt": (
+    "two together, for two prompts": (
         "dev",
-        {"prompt": [FOX, ROBOT], "ip_adapter_image_embeds": [embeds(2)]},
+        {"prompt": [FOX, ROBOT], "ip_adapter_image": [[ONE, TWO]]},
     ),
+    "embeddings": ("dev", {"ip_adapter_image_embeds": [embeds(1)]}),
+    "three embeddings together": ("schnell", {"ip_adapter_image_embeds": [embeds(3)]}),
     "black for the negative prompt": ("dev", {**NEGATIVE, "ip_adapter_image": ONE}),
     "a picture for each side": (
         "dev",
@@ -190,7 +190,7 @@ def test_each_picture_sees_its_own_in_whatever_parts_they_are_drawn(
         for prompt, seed, seen in ((FOX, 1, ONE), (FOX, 2, ONE), (ROBOT, 3, TWO), (ROBOT, 4, TWO))
     ]
     np.testing.assert_allclose(found, alone, atol=TOLERANCE)
-    for given in ([ONE, TWO], [ONE, ONE, TWO, TWO]):
+    for given in ([ONE, TWO], [ONE, ONE, TWO, TWO], [[ONE], [TWO]]):
         for most in (3, 1):
             parted = pictures(open_adapted("dev", most), {**both, "ip_adapter_image": given})
             np.testing.assert_allclose(parted, found, atol=TOLERANCE)
@@ -283,10 +283,12 @@ def test_wrong_formulas_move_the_picture(
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"ip_adapter_image": "a.png"}, "`ip_adapter_image` holds"),
-    ({"ip_adapter_image": [ONE, TWO]}, "has 2 pictures for 1 prompts and 1 pictures to draw"),
+    ({"ip_adapter_image": [ONE, TWO]}, "has 2 entries for 1 prompts and 1 pictures to draw"),
+    ({"ip_adapter_image": [[ONE], [ONE, TWO]]}, "has lists of 1 and 2 pictures"),
     ({"ip_adapter_image": ONE, "ip_adapter_image_embeds": embeds(1)}, "are both given"),
-    ({"ip_adapter_image_embeds": np.zeros((1, 27))}, r"must be \[U, 28\]"),
-    ({"ip_adapter_image_embeds": np.full((1, 28), np.nan)}, "NaN or infinity"),
+    ({"ip_adapter_image_embeds": np.zeros((1, 1, 27))}, r"must be \[U, k, 28\]"),
+    ({"ip_adapter_image_embeds": np.zeros((1, 28))}, r"must be \[U, k, 28\]"),
+    ({"ip_adapter_image_embeds": np.full((1, 1, 28), np.nan)}, "NaN or infinity"),
     ({"ip_adapter_image": ONE, "ip_adapter_scale": [1.0]}, "has 1 entries"),
     ({"ip_adapter_image": ONE, "ip_adapter_scale": "much"}, "ip_adapter_scale"),
     ({"ip_adapter_image": ONE, "ip_adapter_scale": float("inf")}, "ip_adapter_scale"),
