@@ -157,7 +157,7 @@ def test_pictures_equal_diffusers(
 def test_image_to_image_sees_a_picture_too(
     open_adapted: Callable[[str], FluxPipeline], open_reference_adapted: Callable[..., Any]
 ) -> None:
-    call = {"image": photograph(48, 32), "strength": 0.7, "ip_adapter_image": TWO}
+    call = {"image": photograph(48, 32), "strength": 0.5, "ip_adapter_image": TWO}
     pipe = open_adapted("dev")
     reference = open_reference_adapted("dev", "FluxImg2ImgPipeline")
     worst = np.abs(draw(pipe, call) - draw_with_diffusers(reference, pipe, call)).max()
@@ -182,7 +182,8 @@ def test_each_picture_sees_its_own_in_whatever_parts_they_are_drawn(
     both = {"prompt": [FOX, ROBOT], "num_images_per_prompt": 2, "seed": [1, 2, 3, 4]}
 
     def pictures(pipe: FluxPipeline, call: dict[str, Any]) -> np.ndarray:
-        return np.asarray(pipe(**{**USUAL, "output_type": "np", **call}).images)
+        usual = {**USUAL, "num_inference_steps": 1, "output_type": "np"}
+        return np.asarray(pipe(**{**usual, **call}).images)
 
     found = pictures(pipe, {**both, "ip_adapter_image": [ONE, TWO]})
     alone = [

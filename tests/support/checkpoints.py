@@ -279,7 +279,7 @@ def make_ip_adapter(folder: Path, shape: Shape, tokens: int = 4, seed: int = 0) 
         "ip_adapter_proj_model.norm.bias": 0.3 * torch.randn(text),
     }
     for block in range(shape.double):
-        for kind, factor in (("k", 1.5), ("v", 3.0)):
+        for kind, factor in (("k", 6.0), ("v", 3.0)):
             name = f"double_blocks.{block}.processor.ip_adapter_double_stream_{kind}_proj"
             tensors[f"{name}.weight"] = factor * text**-0.5 * torch.randn(width, text)
             tensors[f"{name}.bias"] = 0.3 * torch.randn(width)
