@@ -381,8 +381,8 @@ class Manifest:
     tasks: tuple[str, ...] = field(default=_USUAL_TASKS, metadata=OPTIONAL)
     preview: PreviewSpec | None = field(default=None, metadata=OPTIONAL)
     controlnets: tuple[ControlNetRecord, ...] = field(default=(), metadata=OPTIONAL)
-    ip_adapter: IpAdapterRecord | None = field(default=None, metadata=OPTIONAL)
     redux: PixelSpec | None = field(default=None, metadata=OPTIONAL)
+    ip_adapter: IpAdapterRecord | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def lora_rank(self) -> int:

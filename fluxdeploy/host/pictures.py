@@ -100,12 +100,12 @@ class PictureMetadata:
     controlnet_conditioning_scale: str | None = None
     control_guidance_start: str | None = None
     control_guidance_end: str | None = None
-    ip_adapter_sha256: str | None = None
-    negative_ip_adapter_sha256: str | None = None
-    ip_adapter_scale: str | None = None
     redux_sha256: str | None = None
     prompt_embeds_scale: str | None = None
     pooled_prompt_embeds_scale: str | None = None
+    ip_adapter_sha256: str | None = None
+    negative_ip_adapter_sha256: str | None = None
+    ip_adapter_scale: str | None = None
 
 
 def to_pil(pictures: Iterable[NDArray[np.float32]]) -> list[Image]:
