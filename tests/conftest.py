@@ -5,6 +5,7 @@ Each is made once a test session, by the first test that asks for it, and shared
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from fluxdeploy.build.build import build
 from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.progress import Progress
+from tests.parity.controlnets import CASES
 from tests.support.shared_folder import SharedFolder
 
 CheckpointFactory = Callable[..., Path]
@@ -143,6 +145,40 @@ def redux_bundle(
 def demo_bundle(shared_folder: SharedFolder, remembered_traces: Path) -> Path:
     """The bundle that `fluxdeploy build` makes with no options. Not to be written to."""
     return shared_folder.entry("bundle-demo", lambda folder: build_bundle(BuildRequest(), folder))
+
+
+@pytest.fixture(scope="session")
+def controlnet_folders(shared_folder: SharedFolder) -> Callable[[str], tuple[Path, ...]]:
+    """The folders of the ControlNets of a case of tests/parity/controlnets.py."""
+    from tests.support.checkpoints import SHAPES, make_controlnet
+
+    def find(case: str) -> tuple[Path, ...]:
+        checkpoint, sizes = CASES[case]
+        return tuple(
+            shared_folder.entry(
+                f"controlnet-{case}-{i}",
+                functools.partial(make_controlnet, shape=SHAPES[checkpoint], **each),
+            )
+            for i, each in enumerate(sizes)
+        )
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def union(
+    shared_folder: SharedFolder,
+    checkpoint: CheckpointFactory,
+    controlnet_folders: Callable[[str], tuple[Path, ...]],
+    remembered_traces: Path,
+) -> Path:
+    """A float32 bundle with a Union, whose other components are those of `dev`."""
+    request = BuildRequest(
+        checkpoint=str(checkpoint("dev")),
+        precision="fp32",
+        controlnets=controlnet_folders("Union"),
+    )
+    return shared_folder.entry("bundle-union", lambda folder: build_bundle(request, folder))
 
 
 def build_bundle(request: BuildRequest, folder: Path) -> None:

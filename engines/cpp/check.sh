@@ -57,6 +57,10 @@ say "AddressSanitizer: files, $inputs of them damaged"
 "$python" -m pytest -q -n 0 --cpp-build "$PWD/build/cpp-address" \
     tests/engines/cpp/test_readers.py tests/engines/cpp/test_tokenizers.py
 
+say "AddressSanitizer: ControlNets, and pictures in tiles"
+"$python" -m pytest -q -n 0 --cpp-build "$PWD/build/cpp-address" \
+    tests/engines/cpp/test_controlnets.py tests/engines/cpp/test_tiles.py -k "command or of_tiles"
+
 say "ThreadSanitizer: clones, turns and cancelling"
 build build/cpp-thread thread
 export TSAN_OPTIONS="suppressions=$here/threads.supp ignore_noninstrumented_modules=1"

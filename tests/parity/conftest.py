@@ -13,7 +13,6 @@ import pytest
 from engines import EngineOptions
 from fluxdeploy.host.pipeline import FluxPipeline
 from tests.parity.controlnets import CASES
-from tests.support.shared_folder import SharedFolder
 
 Factory = Callable[..., Path]
 
@@ -48,24 +47,6 @@ def open_reference(checkpoint: Factory) -> Callable[..., Any]:
         return load_diffusers(checkpoint(name), dtype)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def controlnet_folders(shared_folder: SharedFolder) -> Callable[[str], tuple[Path, ...]]:
-    """The folders of the ControlNets of a case."""
-    from tests.support.checkpoints import SHAPES, make_controlnet
-
-    def find(case: str) -> tuple[Path, ...]:
-        checkpoint, sizes = CASES[case]
-        return tuple(
-            shared_folder.entry(
-                f"controlnet-{case}-{i}",
-                functools.partial(make_controlnet, shape=SHAPES[checkpoint], **each),
-            )
-            for i, each in enumerate(sizes)
-        )
-
-    return find
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.bundle.manifest import from_json, to_json
 from fluxdeploy.cli import main
@@ -20,9 +19,7 @@ from fluxdeploy.errors import BundleError
 from fluxdeploy.host.examples import example_control
 from fluxdeploy.host.pictures import read_metadata
 from fluxdeploy.host.pipeline import FluxPipeline
-from tests.conftest import build_bundle
 from tests.parity.test_image_to_image import FOX, ROBOT, TENTH, TOLERANCE, photograph
-from tests.support.shared_folder import SharedFolder
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -42,22 +39,6 @@ CALL: dict[str, Any] = {
     "controlnet_conditioning_scale": 0.8,
     "control_guidance_end": 0.6,
 }
-
-
-@pytest.fixture(scope="session")
-def union(
-    shared_folder: SharedFolder,
-    checkpoint: Callable[[str], Path],
-    controlnet_folders: Callable[[str], tuple[Path, ...]],
-    remembered_traces: Path,
-) -> Path:
-    """A float32 bundle with a Union, whose other components are those of `dev`."""
-    request = BuildRequest(
-        checkpoint=str(checkpoint("dev")),
-        precision="fp32",
-        controlnets=controlnet_folders("Union"),
-    )
-    return shared_folder.entry("bundle-union", lambda folder: build_bundle(request, folder))
 
 
 @pytest.fixture(scope="module")

@@ -143,6 +143,22 @@ fluxdeploy::Image copied(const fluxdeploy_picture& picture, const std::uint8_t* 
     return {width, height, {rgb, rgb + width * height * 3}};
 }
 
+// Each of several ControlNets takes one of the pictures, and a single one all of them.
+void share_controls(std::vector<fluxdeploy::Image> controls, std::int64_t controlnets,
+                    fluxdeploy::Request& request) {
+    if (controlnets < 2) {
+        request.control_images = std::move(controls);
+        return;
+    }
+    for (fluxdeploy::Image& control : controls) {
+        if (request.control_images.empty()) {
+            request.control_images.push_back(std::move(control));
+        } else {
+            request.more_control_images.push_back({std::move(control)});
+        }
+    }
+}
+
 void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
     const auto began = std::chrono::steady_clock::now();
     const auto each = static_cast<std::size_t>(std::max<std::int64_t>(line.num_images, 1));
@@ -161,11 +177,17 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
     if (line.images.size() > 1) {
         request.references = static_cast<std::int64_t>(line.images.size());
     }
-    if (line.control_image) {
-        const Picture control = read_picture(*line.control_image);
-        request.control_images.push_back(copied(*control, fluxdeploy_picture_rgb(control.get())));
-        control_sha256 = fluxdeploy_picture_sha256(control.get());
+    std::vector<fluxdeploy::Image> controls;
+    for (const std::string& path : line.control_images) {
+        const Picture control = read_picture(path);
+        controls.push_back(copied(*control, fluxdeploy_picture_rgb(control.get())));
+        control_sha256 += (control_sha256.empty() ? "" : ",");
+        control_sha256 += fluxdeploy_picture_sha256(control.get());
     }
+    request.control_mode = line.control_modes;
+    request.controlnet_conditioning_scale = line.controlnet_scales;
+    request.control_guidance_start = line.control_starts;
+    request.control_guidance_end = line.control_ends;
     request.max_area = line.max_area;
     request.auto_resize = line.auto_resize;
     if (line.mask) {
@@ -211,6 +233,8 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
     };
 
     fluxdeploy::Pipeline pipeline(line.bundle, pipeline_options(line));
+    share_controls(std::move(controls), fluxdeploy_pipeline_controlnets(pipeline.handle()),
+                   request);
     const auto by_default = [&](const char* name) {
         return fluxdeploy_pipeline_default(pipeline.handle(), name);
     };
@@ -285,7 +309,18 @@ void generate(const CommandLine& line, const fluxdeploy::CancelToken& cancel) {
             }
             if (!line.outpaint.empty()) text.add("outpaint", joined(line.outpaint));
         }
-        if (line.control_image) text.add("control_sha256", control_sha256);
+        if (!line.control_images.empty()) text.add("control_sha256", control_sha256);
+        const auto add_numbers = [&](const char* keyword, const std::vector<double>& numbers) {
+            std::string all;
+            for (const double number : numbers) {
+                all += (all.empty() ? "" : ",") + in_digits(number);
+            }
+            if (!all.empty()) text.add(keyword, all);
+        };
+        if (!line.control_modes.empty()) text.add("control_mode", joined(line.control_modes));
+        add_numbers("controlnet_conditioning_scale", line.controlnet_scales);
+        add_numbers("control_guidance_start", line.control_starts);
+        add_numbers("control_guidance_end", line.control_ends);
         if (line.max_area) text.add("max_area", std::to_string(*line.max_area));
         if (!line.auto_resize) text.add("auto_resize", "no");
         text.add("bundle_hash", pipeline.bundle_hash());

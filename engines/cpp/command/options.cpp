@@ -131,8 +131,28 @@ const std::vector<Option>& options() {
          [](auto& line, const auto& text) { line.outpaint = margins(text); }},
         {"--strength", "FLOAT", "How much of --image becomes noise, 0 to 1.",
          [](auto& line, const auto& text) { line.strength = decimal("--strength", text); }},
-        {"--control-image", "PATH", "A PNG for a Canny or Depth bundle: what to draw along.",
-         [](auto& line, const auto& text) { line.control_image = text; }},
+        {"--control-image", "PATH",
+         "A PNG for a Canny or Depth bundle, or one with a ControlNet: what to draw along. Once "
+         "for each of several ControlNets, as the next four options.",
+         [](auto& line, const auto& text) { line.control_images.push_back(text); }},
+        {"--control-mode", "N", "The kind of control, for a ControlNet that tells several apart.",
+         [](auto& line, const auto& text) {
+             line.control_modes.push_back(integer("--control-mode", text));
+         }},
+        {"--controlnet-scale", "FLOAT", "How much a ControlNet counts.  [default: 1]",
+         [](auto& line, const auto& text) {
+             line.controlnet_scales.push_back(decimal("--controlnet-scale", text));
+         }},
+        {"--control-start", "FLOAT",
+         "The part of the steps, 0 to 1, after which a ControlNet counts.  [default: 0]",
+         [](auto& line, const auto& text) {
+             line.control_starts.push_back(decimal("--control-start", text));
+         }},
+        {"--control-end", "FLOAT",
+         "The part of the steps, 0 to 1, after which it no longer does.  [default: 1]",
+         [](auto& line, const auto& text) {
+             line.control_ends.push_back(decimal("--control-end", text));
+         }},
         {"--max-area", "PIXELS", "For a Kontext bundle: draw so many pixels.",
          [](auto& line, const auto& text) { line.max_area = integer("--max-area", text); }},
         {"--no-auto-resize", "", "Leave --image of a Kontext bundle in its own size.",

@@ -32,7 +32,12 @@ struct CommandLine {
     // Left, top, right and bottom, or nothing.
     std::vector<std::int64_t> outpaint;
     std::optional<double> strength;
-    std::optional<std::string> control_image;
+    // Of several ControlNets, one each, as what follows.
+    std::vector<std::string> control_images;
+    std::vector<std::int64_t> control_modes;
+    std::vector<double> controlnet_scales;
+    std::vector<double> control_starts;
+    std::vector<double> control_ends;
     std::optional<std::int64_t> max_area;
     bool auto_resize = true;
     std::optional<std::int64_t> max_sequence_length;

@@ -52,6 +52,15 @@ _SETTERS = {
     "references": c_int64,
     "max_area": c_int64,
     "auto_resize": c_int,
+    "preview": c_int,
+}
+
+# Numbers for each ControlNet.
+_LISTS = {
+    "control_mode": c_int64,
+    "controlnet_conditioning_scale": c_double,
+    "control_guidance_start": c_double,
+    "control_guidance_end": c_double,
 }
 
 
@@ -66,12 +75,22 @@ class Step(ctypes.Structure):
         ("batch", c_int64),
         ("tokens", c_int64),
         ("channels", c_int64),
+        ("preview", POINTER(c_uint8)),
+        ("preview_width", c_int64),
+        ("preview_height", c_int64),
     )
 
     def view(self) -> NDArray[np.float32]:
         """The live latents, float32 [B, L, C]."""
         shape = (self.batch, self.tokens, self.channels)
         return np.ctypeslib.as_array(self.latents, shape)
+
+    def previews(self) -> NDArray[np.uint8] | None:
+        """A copy of the previews, uint8 [B, h, w, 3], where there are any."""
+        if not self.preview:
+            return None
+        shape = (self.batch, self.preview_height, self.preview_width, 3)
+        return np.ctypeslib.as_array(self.preview, shape).copy()
 
 
 _CALLBACK = CFUNCTYPE(c_int, c_void_p, POINTER(Step))
@@ -222,7 +241,7 @@ class Pipeline:
         latents: NDArray[np.float32] | None = None,
         image: Sequence[NDArray[np.uint8]] = (),
         mask_image: Sequence[NDArray[np.uint8]] = (),
-        control_image: Sequence[NDArray[np.uint8]] = (),
+        control_image: Sequence[NDArray[np.uint8] | Sequence[NDArray[np.uint8]]] = (),
         sampler: str | None = None,
         skip: str | Sequence[int] = "none",
         sigmas: Sequence[float] = (),
@@ -266,7 +285,13 @@ class Pipeline:
             levels = (c_float * len(sigmas))(*sigmas)
             c.fluxdeploy_request_set_sigmas(request, levels, c_size_t(len(sigmas)))
             for name, value in numbers.items():
-                getattr(c, f"fluxdeploy_request_set_{name}")(request, _SETTERS[name](value))
+                setter = getattr(c, f"fluxdeploy_request_set_{name}")
+                if name in _LISTS:
+                    values = value if isinstance(value, list) else [value]
+                    array = (_LISTS[name] * len(values))(*values)
+                    assert not setter(request, array, c_size_t(len(values)))
+                else:
+                    setter(request, _SETTERS[name](value))
             if sampler is not None:
                 c.fluxdeploy_request_set_sampler(request, sampler.encode())
             if skip == "auto":
@@ -280,16 +305,15 @@ class Pipeline:
                 c.fluxdeploy_request_set_latents(
                     request, c_void_p(array.ctypes.data), c_size_t(array.size)
                 )
-            given = {"image": image, "mask_image": mask_image, "control_image": control_image}
-            for name, pictures in given.items():
+            for name, pictures in {"image": image, "mask_image": mask_image}.items():
                 for picture in pictures:
-                    pixels = np.ascontiguousarray(picture)
-                    getattr(c, f"fluxdeploy_request_add_{name}")(
-                        request,
-                        pixels.ctypes.data_as(POINTER(c_uint8)),
-                        c_int64(picture.shape[1]),
-                        c_int64(picture.shape[0]),
-                    )
+                    self._add(name, picture, request)
+            for place, entry in enumerate(control_image):
+                if isinstance(entry, np.ndarray):
+                    self._add("control_image", entry, request)
+                    continue
+                for picture in entry:
+                    self._add("controlnet_image", picture, request, c_int64(place))
             if on_step is not None:
                 callback = _CALLBACK(lambda user, step: on_step(step.contents))
                 kept.append(callback)
@@ -304,6 +328,17 @@ class Pipeline:
             return self._read(result)
         finally:
             c.fluxdeploy_result_free(result)
+
+    def _add(self, name: str, picture: NDArray[np.uint8], *of: Any) -> None:
+        """A picture for a request, and where it has several of them, for which."""
+        pixels = np.ascontiguousarray(picture)
+        code = getattr(self.library.c, f"fluxdeploy_request_add_{name}")(
+            *of,
+            pixels.ctypes.data_as(POINTER(c_uint8)),
+            c_int64(picture.shape[1]),
+            c_int64(picture.shape[0]),
+        )
+        assert code == 0
 
     def _read(self, result: c_void_p) -> tuple[NDArray[np.uint8], list[str], int | None]:
         c = self.library.c

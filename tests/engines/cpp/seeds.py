@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from fluxdeploy.bundle.boundary import _BOUNDARY, RESIDUALS
+from fluxdeploy.bundle.boundary import _BOUNDARY, _controlnet
 from fluxdeploy.bundle.manifest import (
     ComponentRecord,
+    ControlNetRecord,
     DimensionRange,
     EngineRecord,
     Manifest,
@@ -31,11 +32,15 @@ __all__ = ["DEMO", "full_manifest", "pictures", "write_seeds"]
 
 DEMO = Path(__file__).parents[3] / "fluxdeploy/demo/checkpoints/dev"
 
+_ALL = {**_BOUNDARY, **_controlnet("controlnet")}
+
 _SIZES = {
     "CLIP's tokens": 77, "CLIP's width": 768, "T5's width": 4096, "the transformer's width": 3072,
     "the modulation's rows": 30, "a token's channels": 64, "a head's channels": 128,
     "what a task reads": 64,
-    "the latents' channels": 16,
+    "the latents' channels": 16, "double residuals": 2, "single residuals": 1,
+    "the rows of controlnet": 15, "double_residuals of controlnet": 2,
+    "single_residuals of controlnet": 4,
 }  # fmt: skip
 _RANGES = {
     "B": (1, 1, 64), "S": (1, 512, 512), "L": (1, 4096, 65536), "T": (2, 4608, 66048),
@@ -66,7 +71,7 @@ def full_manifest(manifest: Manifest) -> Manifest:
     record = manifest.tokenizers["clip"]
     return replace(
         manifest,
-        components={name: _component(name, t5) for name in _BOUNDARY},
+        components={name: _component(name, t5) for name in _ALL},
         tokenizers={"clip": record, "t5": _t5_record(record)},
         schedule=replace(manifest.schedule, spacing="karras"),
         skips=(
@@ -74,6 +79,12 @@ def full_manifest(manifest: Manifest) -> Manifest:
             SkipRecord("ab2", 28, (), 0, 512, 768, 30.0, 30.0, 1),
         ),
         preview=PreviewSpec(((0.25, 0.0, -0.5),) * 16, (0.5, 0.5, 0.5)),
+        tasks=("text to image", "controlnet"),
+        controlnets=(ControlNetRecord("controlnet", 6),),
+        provenance={
+            **manifest.provenance,
+            "vae_bytes_per_pixel": {"vae_decoder": 2000, "vae_encoder": 1500},
+        },
     )
 
 
@@ -86,14 +97,12 @@ def _component(name: str, like: ComponentRecord) -> ComponentRecord:
         tuple(
             TensorSpec(
                 tensor,
-                "int32" if tensor == "input_ids" else "float32",
+                "int32" if tensor in ("input_ids", "control_mode") else "float32",
                 tuple(_SIZES.get(str(size), size) for size in shape),
             )
             for tensor, shape in tensors.items()
-            # What ControlNets bring is refused.
-            if tensor not in RESIDUALS
         )
-        for tensors in _BOUNDARY[name]
+        for tensors in _ALL[name]
     ]
     symbols = {size for specs in sides for spec in specs for size in spec.shape}
     ranges = {

@@ -38,7 +38,6 @@ def test_the_options_are_those_of_generate(built: Path) -> None:
     own = {option for parameter in generate.params for option in parameter.opts}
     missing = {"--sheet", "--bundle", "prompts", "--prompts", "--batch", "--lora"}
     missing |= {"--auto-resize", "--grid", "--preview", "--ray", "--workers"}
-    missing |= {"--control-mode", "--controlnet-scale", "--control-start", "--control-end"}
     assert {option for option in own if option not in said} == missing
 
 

@@ -146,6 +146,19 @@ def test_the_recipes_ask_for_what_the_build_looks_for() -> None:
     assert set(re.findall(r"^(\w+)/", profile, re.MULTILINE)) == wanted
 
 
+def test_the_recipe_takes_along_all_that_the_library_is_built_of() -> None:
+    recipe = (CPP / "packaging/conan/conanfile.py").read_text()
+    (patterns,) = re.findall(r"for pattern in \((.*)\):", recipe)
+    taken = set(re.findall(r'"(\w+)/\*"', patterns))
+    assert '"CMakeLists.txt"' in patterns
+    build = (CPP / "CMakeLists.txt").read_text()
+    named = set(re.findall(r"\b([a-z]+)/[\w*./-]+\.(?:cpp|in|map)\b", build))
+    # Programs, which the recipe does not build.
+    assert "FLUXDEPLOY_COMMAND" in recipe
+    assert named - {"command", "examples", "tests", "fuzz"} <= taken
+    assert {"include", "src", "cmake"} <= taken
+
+
 @pytest.mark.parametrize(
     "path",
     [

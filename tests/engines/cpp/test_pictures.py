@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,13 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxdeploy.bundle.manifest import SkipRecord, TensorSpec, from_json, to_json
+from fluxdeploy.bundle.manifest import Manifest, SkipRecord, TensorSpec
 from fluxdeploy.errors import UnmeasuredSkipsWarning
 from fluxdeploy.host.outpainting import outpaint_canvas
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.sampling.schedule import sigmas
 from tests.conftest import BundleFactory
 from tests.engines.cpp.conftest import picture
+from tests.engines.cpp.graphs import changed_bundle
 from tests.engines.cpp.library import Failure, Library, Pipeline, Step
 
 Pair = tuple[FluxPipeline, Pipeline]
@@ -222,13 +222,12 @@ def test_the_part_around_a_mask_is_drawn_and_laid_over_as_by_python(
 def test_recorded_skips_and_spacings_are_pythons(
     library: Library, bundle: BundleFactory, tmp_path: Path
 ) -> None:
-    shutil.copytree(bundle("dev"), tmp_path / "x", copy_function=os.link)
-    text = tmp_path / "x/fluxdeploy.json"
-    manifest = from_json(text.read_text(encoding="utf-8"), "x")
-    record = SkipRecord("euler", 6, (3, 5), 2, 32, 48, 30.0, 31.0, 2)
-    spaced = replace(manifest.schedule, spacing="beta")
-    text.unlink()
-    text.write_text(to_json(replace(manifest, schedule=spaced, skips=(record,))), encoding="utf-8")
+    def change(root: Path, manifest: Manifest) -> Manifest:
+        record = SkipRecord("euler", 6, (3, 5), 2, 32, 48, 30.0, 31.0, 2)
+        spaced = replace(manifest.schedule, spacing="beta")
+        return replace(manifest, schedule=spaced, skips=(record,))
+
+    changed_bundle(bundle("dev"), tmp_path / "x", change)
     call: dict[str, Any] = {"prompt": "a fox", "num_inference_steps": 6, "seed": 1, "skip": "auto"}
     call |= {"height": 48, "width": 32}
     cpp = library.pipeline(tmp_path / "x")
@@ -346,6 +345,46 @@ def test_a_callback_sees_every_step_and_may_change_it(pair: Callable[[str], Pair
         **size,
     ).images[0]
     assert np.abs(found[0].astype(int) - np.asarray(wanted)).max() <= 1
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_previews_are_pythons(pair: Callable[[str], Pair], sampler: str) -> None:
+    python, cpp = pair("dev")
+    call: dict[str, Any] = {"prompt": list(PROMPTS[:2]), "height": 32, "width": 48, "seed": 1}
+    call |= {"num_inference_steps": 3, "sampler": sampler}
+    wanted: list[np.ndarray] = []
+    python(
+        **call,
+        preview_decoder="linear",
+        callback_on_preview=lambda pipe, steps, pictures: wanted.append(
+            np.stack([np.asarray(each) for each in pictures])
+        ),
+    )
+    found = []
+
+    def look(step: Step) -> int:
+        found.append(step.previews())
+        return 0
+
+    shown, _, _ = cpp(**call, preview=1, on_step=look)
+    assert np.stack(found).shape == (3, 2, 4, 6, 3)
+    assert np.abs(np.stack(found).astype(int) - np.stack(wanted)).max() <= 1
+    assert np.stack(found).std() > 10
+    found.clear()
+    np.testing.assert_array_equal(cpp(**call, on_step=look)[0], shown)
+    assert found == [None] * 3
+
+
+def test_previews_that_a_bundle_cannot_make_are_refused(
+    library: Library, bundle: BundleFactory, tmp_path: Path
+) -> None:
+    def without_map(root: Path, manifest: Manifest) -> Manifest:
+        return replace(manifest, preview=None)
+
+    cpp = library.pipeline(changed_bundle(bundle("dev"), tmp_path / "x", without_map))
+    with pytest.raises(Failure, match="has no map from latents to colours, which previews of each"):
+        cpp("a fox", preview=1)
+    cpp.close()
 
 
 def test_a_callback_cancels_its_own_call_alone(pair: Callable[[str], Pair]) -> None:

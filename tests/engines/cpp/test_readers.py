@@ -136,6 +136,26 @@ def test_what_python_refuses_of_damaged_manifests_is_refused(
         ("preview.bias", [0, 0, 0, 0]),
         ("preview.bias", [0, -2e6, 0]),
         ("preview.other", 0),
+        ("controlnets", []),
+        ("controlnets", None),
+        ("controlnets.0.component", "transformer"),
+        ("controlnets.0.component", "controlnet_1"),
+        ("controlnets.0.component", "controlnet_20"),
+        ("controlnets.0.modes", 0),
+        ("controlnets.0.modes", 1001),
+        ("controlnets.0.kind", 1),
+        ("controlnets.1", {"component": "controlnet", "modes": 6}),
+        ("controlnets.1", {"component": "controlnet_2", "modes": 6}),
+        ("tasks", ["text to image"]),
+        ("tasks", ["control", "controlnet"]),
+        ("components.controlnet.outputs.0.shape.0", 1),
+        ("components.controlnet.outputs.0.shape.3", 8),
+        ("components.controlnet.inputs.3.shape.1", 14),
+        ("components.controlnet.inputs.1.name", "hint"),
+        ("components.controlnet.inputs.0.shape", ["B", "S", 64]),
+        ("components.controlnet_conditioner.inputs.4.dtype", "float32"),
+        ("components.controlnet_conditioner.outputs.2.shape.1", 2),
+        ("components.controlnet_encoder.outputs.0.name", "tokens"),
         ("tokenizers.clip.max_length", 1),
         ("tokenizers.clip.padding_side", "top"),
         ("tokenizers.t5.suffix", [2**31]),
@@ -154,7 +174,10 @@ def test_manifests_are_refused_in_the_words_of_python(
     place: Any = plain
     for name in parents:
         place = place[int(name)] if isinstance(place, list) else place[name]
-    place[last] = value
+    if isinstance(place, list) and int(last) == len(place):
+        place.append(value)
+    else:
+        place[int(last) if isinstance(place, list) else last] = value
     path = tmp_path / "x.json"
     path.write_text(json.dumps(plain), encoding="utf-8")
     expected = refusal(path.read_bytes(), str(path))

@@ -26,8 +26,9 @@
 #include <stdint.h>
 
 #define FLUXDEPLOY_VERSION "0.1.0"
-/* Grows with each function that is added; the library's soversion with each that changes. */
-#define FLUXDEPLOY_API_VERSION 5
+/* Grows with each function or field that is added; the library's soversion with each that changes.
+ */
+#define FLUXDEPLOY_API_VERSION 6
 
 #if defined(FLUXDEPLOY_STATIC)
 #define FLUXDEPLOY_API
@@ -118,8 +119,10 @@ FLUXDEPLOY_API double fluxdeploy_pipeline_default(const fluxdeploy_pipeline* pip
                                                   const char* name);
 
 /* Not 0 where the bundle's model was trained for a task: of "text to image", "image to image",
- * "inpainting", "fill", "control" and "kontext". Since version 5. */
+ * "inpainting", "fill", "control", "kontext" and "controlnet". Since version 5. */
 FLUXDEPLOY_API int fluxdeploy_pipeline_does(const fluxdeploy_pipeline* pipeline, const char* task);
+/* How many ControlNets can run beside the bundle's transformer. Since version 6. */
+FLUXDEPLOY_API int64_t fluxdeploy_pipeline_controlnets(const fluxdeploy_pipeline* pipeline);
 
 /* The ids of a prompt, padded or cut to `length`, by the tokenizer "clip" or "t5". A length of 0 is
  * the tokenizer's largest. `ids` has room for `capacity`; `*count` becomes how many there are, and
@@ -231,12 +234,34 @@ FLUXDEPLOY_API void fluxdeploy_request_set_strength(fluxdeploy_request* request,
  * each, of one size. Since version 2. */
 FLUXDEPLOY_API void fluxdeploy_request_set_padding_mask_crop(fluxdeploy_request* request,
                                                              int64_t pixels);
-/* One more control picture, RGB as the image, for a bundle of a Canny or Depth checkpoint: the
- * edges or depths to draw along. One for all pictures, one a prompt or one a picture. Since
- * version 5. */
+/* One more control picture, RGB as the image, for a bundle of a Canny or Depth checkpoint, or with
+ * a ControlNet: the edges, depths and so on to draw along. One for all pictures, one a prompt or
+ * one a picture. Since version 5. */
 FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_add_control_image(fluxdeploy_request* request,
                                                                     const uint8_t* rgb,
                                                                     int64_t width, int64_t height);
+/* The same for one of several ControlNets, counted from 0 in the order in which the bundle was
+ * built with them: each takes its own. Since version 6. */
+FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_add_controlnet_image(fluxdeploy_request* request,
+                                                                       int64_t controlnet,
+                                                                       const uint8_t* rgb,
+                                                                       int64_t width,
+                                                                       int64_t height);
+/* The kind of control, for ControlNets that tell several apart: one for all, or one for each, with
+ * -1 for those that know one kind alone. Since version 6. */
+FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_control_mode(fluxdeploy_request* request,
+                                                                   const int64_t* modes,
+                                                                   size_t count);
+/* How much ControlNets count, 1 where it is not set: one for all, or one for each. Since
+ * version 6. */
+FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_controlnet_conditioning_scale(
+    fluxdeploy_request* request, const double* scales, size_t count);
+/* The parts of the steps, 0 to 1, after which ControlNets count, and after which they no longer do;
+ * 0 and 1 where they are not set. One for all, or one for each. Since version 6. */
+FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_control_guidance_start(
+    fluxdeploy_request* request, const double* starts, size_t count);
+FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_control_guidance_end(
+    fluxdeploy_request* request, const double* ends, size_t count);
 /* For a bundle of a Kontext checkpoint, whose images are what to change by words: how many of them
  * each picture is drawn after, one after the other; 1 where it is not set. Since version 5. */
 FLUXDEPLOY_API void fluxdeploy_request_set_references(fluxdeploy_request* request, int64_t count);
@@ -260,7 +285,9 @@ FLUXDEPLOY_API void fluxdeploy_request_set_skip_recorded(fluxdeploy_request* req
 
 /* After a step: `step` of `total` are done, from 1. `timestep` is 1000 times the noise level that
  * the step began at. `latents` are the live ones, float32 [batch, tokens, channels]: they may be
- * changed in place, and are not valid after the callback. */
+ * changed in place, and are not valid after the callback. Nor is `preview`, since version 6: where
+ * it is asked for, `batch` pictures of where the step points at, RGB in 8 bits, one pixel for each
+ * latent, row by row; else NULL. */
 typedef struct fluxdeploy_step {
     int64_t step;
     int64_t total;
@@ -269,6 +296,9 @@ typedef struct fluxdeploy_step {
     int64_t batch;
     int64_t tokens;
     int64_t channels;
+    const uint8_t* preview;
+    int64_t preview_width;
+    int64_t preview_height;
 } fluxdeploy_step;
 
 /* Returns 0 to go on; anything else cancels the call. It runs in the calling thread, and may not
@@ -278,6 +308,9 @@ typedef int (*fluxdeploy_step_callback)(void* user, const fluxdeploy_step* step)
 FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_callback(fluxdeploy_request* request,
                                                                fluxdeploy_step_callback callback,
                                                                void* user);
+
+/* Not 0: the callback is given previews, which cost nearly nothing. Since version 6. */
+FLUXDEPLOY_API void fluxdeploy_request_set_preview(fluxdeploy_request* request, int preview);
 
 /* Ends calls from any other thread; it stays cancelled. Several requests may share one, and hold
  * it: it may be freed at once. */
@@ -484,7 +517,14 @@ struct Request {
     std::optional<std::int64_t> padding_mask_crop;
     // How many of `images` each picture of a Kontext bundle is drawn after.
     std::optional<std::int64_t> references;
+    // Those of a Canny or Depth model, or of the first ControlNet; then of each further one.
     std::vector<Image> control_images;
+    std::vector<std::vector<Image>> more_control_images;
+    // For ControlNets, one for all or one for each.
+    std::vector<std::int64_t> control_mode;
+    std::vector<double> controlnet_conditioning_scale;
+    std::vector<double> control_guidance_start;
+    std::vector<double> control_guidance_end;
     std::optional<std::int64_t> max_area;
     bool auto_resize = true;
     std::optional<std::string> sampler;
@@ -493,6 +533,8 @@ struct Request {
     bool skip_recorded = false;
     // Returns whether to go on. What it throws ends the call, and leaves `generate`.
     std::function<bool(const fluxdeploy_step&)> on_step_end;
+    // Whether it is given previews.
+    bool preview = false;
     std::optional<CancelToken> cancel;
 };
 
@@ -713,9 +755,27 @@ private:
         for (const auto& control : request.control_images) {
             add(given, control, fluxdeploy_request_add_control_image);
         }
+        for (std::size_t place = 0; place < request.more_control_images.size(); ++place) {
+            const auto number = static_cast<std::int64_t>(place) + 1;
+            const auto adder = [number](auto* to, const auto* rgb, auto width, auto height) {
+                return fluxdeploy_request_add_controlnet_image(to, number, rgb, width, height);
+            };
+            for (const auto& control : request.more_control_images[place]) {
+                add(given, control, adder);
+            }
+        }
+        const auto set_each = [given](const auto& values, auto setter) {
+            require(setter(given, values.data(), values.size()));
+        };
+        set_each(request.control_mode, fluxdeploy_request_set_control_mode);
+        set_each(request.controlnet_conditioning_scale,
+                 fluxdeploy_request_set_controlnet_conditioning_scale);
+        set_each(request.control_guidance_start, fluxdeploy_request_set_control_guidance_start);
+        set_each(request.control_guidance_end, fluxdeploy_request_set_control_guidance_end);
         if (request.on_step_end) {
             require(fluxdeploy_request_set_callback(given, &on_step_end, calling));
         }
+        fluxdeploy_request_set_preview(given, request.preview);
         if (request.cancel) fluxdeploy_request_set_cancel(given, request.cancel->handle());
     }
 

@@ -54,6 +54,9 @@ namespace {
 using fluxdeploy::Error;
 using fluxdeploy::ErrorCode;
 
+// More than a bundle has.
+constexpr std::int64_t kMostControlNets = 100;
+
 // The error of a code, if memory allows and somebody wants to know.
 fluxdeploy_code fail(fluxdeploy_error** error, fluxdeploy_code code, const char* message) noexcept {
     if (error == nullptr) return code;
@@ -255,6 +258,10 @@ int fluxdeploy_pipeline_does(const fluxdeploy_pipeline* pipeline, const char* ta
     return task != nullptr && pipeline->pipeline->bundle().manifest.does(task) ? 1 : 0;
 }
 
+int64_t fluxdeploy_pipeline_controlnets(const fluxdeploy_pipeline* pipeline) {
+    return static_cast<std::int64_t>(pipeline->pipeline->bundle().manifest.controlnets.size());
+}
+
 fluxdeploy_code fluxdeploy_pipeline_tokenize(const fluxdeploy_pipeline* pipeline,
                                              const char* tokenizer, const char* prompt,
                                              size_t prompt_size, int64_t length, int32_t* ids,
@@ -429,9 +436,45 @@ void fluxdeploy_request_set_padding_mask_crop(fluxdeploy_request* request, int64
 fluxdeploy_code fluxdeploy_request_add_control_image(fluxdeploy_request* request,
                                                      const uint8_t* rgb, int64_t width,
                                                      int64_t height) {
+    return fluxdeploy_request_add_controlnet_image(request, 0, rgb, width, height);
+}
+fluxdeploy_code fluxdeploy_request_add_controlnet_image(fluxdeploy_request* request,
+                                                        int64_t controlnet, const uint8_t* rgb,
+                                                        int64_t width, int64_t height) {
     return guarded(nullptr, [&] {
-        given(request, "request")
-            .arguments.control_images.push_back(picture_of(rgb, width, height));
+        auto& sets = given(request, "request").arguments.control_images;
+        const auto place = static_cast<std::size_t>(
+            fluxdeploy::check_integer("controlnet", controlnet, 0, kMostControlNets - 1));
+        fluxdeploy::Picture picture = picture_of(rgb, width, height);
+        if (sets.size() <= place) sets.resize(place + 1);
+        sets[place].push_back(std::move(picture));
+    });
+}
+fluxdeploy_code fluxdeploy_request_set_control_mode(fluxdeploy_request* request,
+                                                    const int64_t* modes, size_t count) {
+    return guarded(nullptr, [&] {
+        given(request, "request").arguments.control_mode = copied(modes, count, "modes");
+    });
+}
+fluxdeploy_code fluxdeploy_request_set_controlnet_conditioning_scale(fluxdeploy_request* request,
+                                                                     const double* scales,
+                                                                     size_t count) {
+    return guarded(nullptr, [&] {
+        given(request, "request").arguments.controlnet_conditioning_scale =
+            copied(scales, count, "scales");
+    });
+}
+fluxdeploy_code fluxdeploy_request_set_control_guidance_start(fluxdeploy_request* request,
+                                                              const double* starts, size_t count) {
+    return guarded(nullptr, [&] {
+        given(request, "request").arguments.control_guidance_start =
+            copied(starts, count, "starts");
+    });
+}
+fluxdeploy_code fluxdeploy_request_set_control_guidance_end(fluxdeploy_request* request,
+                                                            const double* ends, size_t count) {
+    return guarded(nullptr, [&] {
+        given(request, "request").arguments.control_guidance_end = copied(ends, count, "ends");
     });
 }
 void fluxdeploy_request_set_references(fluxdeploy_request* request, int64_t count) {
@@ -463,17 +506,25 @@ fluxdeploy_code fluxdeploy_request_set_callback(fluxdeploy_request* request,
         own = nullptr;
         if (callback == nullptr) return;
         own = [callback, user](std::int64_t step, std::int64_t steps, float sigma,
-                               fluxdeploy::Floats& latents) {
+                               fluxdeploy::Floats& latents,
+                               const fluxdeploy::PreviewPictures* previews) {
             const fluxdeploy_step view{step + 1,
                                        steps,
                                        static_cast<double>(sigma * 1000.0f),
                                        latents.data(),
                                        latents.shape[0],
                                        latents.shape[1],
-                                       latents.shape[2]};
+                                       latents.shape[2],
+                                       previews ? previews->rgb.data() : nullptr,
+                                       previews ? previews->width : 0,
+                                       previews ? previews->height : 0};
             return callback(user, &view) == 0;
         };
     });
+}
+
+void fluxdeploy_request_set_preview(fluxdeploy_request* request, int preview) {
+    request->arguments.preview = preview != 0;
 }
 
 fluxdeploy_cancel* fluxdeploy_cancel_new(void) { return made<fluxdeploy_cancel>(); }

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "files/fields.hpp"
+#include "files/words.hpp"
 
 namespace fluxdeploy {
 namespace {
@@ -11,15 +12,20 @@ namespace {
 // A size is a number; a letter, which is a symbol of the manifest; or words, which are one size
 // wherever they stand.
 struct Expected {
-    const char* name;
+    std::string name;
     std::vector<Dimension> shape;
 };
 
 struct Boundary {
-    const char* component;
+    std::string component;
     std::vector<Expected> inputs;
     std::vector<Expected> outputs;
+    // Tensors that it may have or lack.
+    std::vector<std::string> optional;
 };
+
+// The place of the conditioner, whose last input is `guidance`.
+constexpr std::size_t kConditioner = 2;
 
 const std::vector<Boundary>& boundaries() {
     using D = std::vector<Dimension>;
@@ -30,29 +36,68 @@ const std::vector<Boundary>& boundaries() {
     static const D states{"B", "L", "what a task reads"};
     static const D velocity{"B", "L", "a token's channels"};
     static const D rope{"T", "a head's channels"};
+    static const D seen{"the blocks that see", "B", "P", "the transformer's width"};
     static const std::vector<Boundary> all{
         {"clip",
          {{"input_ids", {"B", "CLIP's tokens"}}},
-         {{"pooled_embeddings", {"B", "CLIP's width"}}}},
-        {"t5", {{"input_ids", {"B", "S"}}}, {{"text_embeddings", text}}},
+         {{"pooled_embeddings", {"B", "CLIP's width"}}},
+         {}},
+        {"t5", {{"input_ids", {"B", "S"}}}, {{"text_embeddings", text}}, {}},
         {"conditioner",
          {{"text_embeddings", text},
           {"pooled_embeddings", {"B", "CLIP's width"}},
           {"timestep", {"N"}},
           {"guidance", {"B"}}},
          {{"context", context},
-          {"modulation", {"N", "B", "the modulation's rows", "the transformer's width"}}}},
+          {"modulation", {"N", "B", "the modulation's rows", "the transformer's width"}}},
+         {}},
         {"transformer",
          {{"hidden_states", states},
           {"context", context},
           {"modulation", {"B", "the modulation's rows", "the transformer's width"}},
           {"rope_cos", rope},
-          {"rope_sin", rope}},
-         {{"velocity", velocity}}},
-        {"vae_decoder", {{"latents", latents}}, {{"images", picture}}},
-        {"vae_encoder", {{"images", picture}}, {{"mean", latents}, {"logvar", latents}}},
+          {"rope_sin", rope},
+          {kResiduals[0], {"double residuals", "B", "L", "the transformer's width"}},
+          {kResiduals[1], {"single residuals", "B", "L", "the transformer's width"}},
+          {kSeen[0], seen},
+          {kSeen[1], seen}},
+         {{"velocity", velocity}},
+         {kResiduals[0], kResiduals[1], kSeen[0], kSeen[1]}},
+        {"vae_decoder", {{"latents", latents}}, {{"images", picture}}, {}},
+        {"vae_encoder", {{"images", picture}}, {{"mean", latents}, {"logvar", latents}}, {}},
     };
     return all;
+}
+
+// Those of a ControlNet's components; its own model has guidance or not.
+std::vector<Boundary> boundaries_of(const ControlNetRecord& record) {
+    using D = std::vector<Dimension>;
+    const std::string width = "the transformer's width";
+    const std::string rows = "the rows of " + record.component;
+    const D context{"B", "S", width}, mode{"B", 1, width};
+    const D rope{"T", "a head's channels"}, tokens{"B", "L", "a token's channels"};
+    Boundary conditioner = boundaries()[kConditioner];
+    conditioner.component = record.conditioner();
+    conditioner.inputs.push_back({"control_mode", {"B", 1}});
+    conditioner.outputs = {
+        {"context", context}, {"modulation", {"N", "B", rows, width}}, {"mode", mode}};
+    conditioner.optional = {"guidance", "control_mode", "mode"};
+    Boundary own{record.component,
+                 {{"hidden_states", tokens},
+                  {"control_latents", tokens},
+                  {"context", context},
+                  {"modulation", {"B", rows, width}},
+                  {"rope_cos", rope},
+                  {"rope_sin", rope},
+                  {"mode", mode}},
+                 {},
+                 {"mode", kResiduals[0], kResiduals[1]}};
+    for (const char* name : kResiduals) {
+        own.outputs.push_back({name, {name + (" of " + record.component), "B", "L", width}});
+    }
+    return {{record.encoder(), {{"images", {"B", 3, "H", "W"}}}, {{"control_latents", tokens}}, {}},
+            std::move(conditioner),
+            std::move(own)};
 }
 
 // What is known of a size, and from where.
@@ -82,7 +127,7 @@ std::string shown(const std::vector<Dimension>& shape) {
     for (const auto& size : shape) {
         if (result.size() > 1) result += ", ";
         const auto* symbol = std::get_if<std::string>(&size);
-        result += symbol ? "'" + *symbol + "'" : std::to_string(std::get<std::int64_t>(size));
+        result += symbol ? in_quotes(*symbol) : std::to_string(std::get<std::int64_t>(size));
     }
     return result + "]";
 }
@@ -95,7 +140,8 @@ bool fits(const Dimension& size, const Dimension& expected) {
 
 void check_tensor(const std::string& where, const TensorSpec& spec, const Expected& expected,
                   Sizes& known) {
-    const std::string kind = spec.name == "input_ids" ? "int32" : "float32";
+    const bool integer = spec.name == "input_ids" || spec.name == "control_mode";
+    const std::string kind = integer ? "int32" : "float32";
     require(spec.dtype == kind, where, "is " + spec.dtype + "; it must be " + kind);
     require(std::equal(spec.shape.begin(), spec.shape.end(), expected.shape.begin(),
                        expected.shape.end(), fits),
@@ -112,17 +158,17 @@ void check_tensor(const std::string& where, const TensorSpec& spec, const Expect
 }
 
 void check_side(const std::string& where, const std::vector<TensorSpec>& specs,
-                std::vector<Expected> expected, bool guidance, Sizes& known) {
-    if (!guidance) {
-        const auto end = std::remove_if(expected.begin(), expected.end(), [](const Expected& each) {
-            return std::string("guidance") == each.name;
-        });
-        expected.erase(end, expected.end());
-    }
+                std::vector<Expected> expected, const std::vector<std::string>& optional,
+                Sizes& known) {
+    const auto lacks = [&](const Expected& each) {
+        return std::count(optional.begin(), optional.end(), each.name) > 0 &&
+               std::none_of(specs.begin(), specs.end(),
+                            [&](const TensorSpec& spec) { return spec.name == each.name; });
+    };
+    expected.erase(std::remove_if(expected.begin(), expected.end(), lacks), expected.end());
     std::string wanted;
     std::string found;
-    for (const auto& each : expected)
-        wanted += (wanted.empty() ? "" : ", ") + std::string(each.name);
+    for (const auto& each : expected) wanted += (wanted.empty() ? "" : ", ") + each.name;
     for (const auto& spec : specs) found += (found.empty() ? "" : ", ") + spec.name;
     std::vector<const TensorSpec*> ordered;
     for (const auto& each : expected) {
@@ -141,17 +187,25 @@ void check_side(const std::string& where, const std::vector<TensorSpec>& specs,
 
 }  // namespace
 
+bool is_residuals(const std::string& name) {
+    return std::find(std::begin(kResiduals), std::end(kResiduals), name) != std::end(kResiduals);
+}
+
 void check_boundary(const Manifest& manifest) {
     Sizes known = sizes_of(manifest);
-    for (const auto& boundary : boundaries()) {
+    std::vector<Boundary> all = boundaries();
+    if (!manifest.guidance_embedding) all[kConditioner].inputs.pop_back();
+    for (const auto& record : manifest.controlnets) {
+        for (Boundary& each : boundaries_of(record)) all.push_back(std::move(each));
+    }
+    for (const auto& boundary : all) {
         const auto component = manifest.components.find(boundary.component);
         if (component == manifest.components.end()) continue;
         const std::string where = join("components", boundary.component);
-        const bool guidance = manifest.guidance_embedding;
-        check_side(join(where, "inputs"), component->second.inputs, boundary.inputs, guidance,
-                   known);
-        check_side(join(where, "outputs"), component->second.outputs, boundary.outputs, guidance,
-                   known);
+        check_side(join(where, "inputs"), component->second.inputs, boundary.inputs,
+                   boundary.optional, known);
+        check_side(join(where, "outputs"), component->second.outputs, boundary.outputs,
+                   boundary.optional, known);
     }
 }
 

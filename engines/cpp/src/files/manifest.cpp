@@ -178,6 +178,25 @@ std::optional<PreviewSpec> read_preview(const Json& json, const std::string& whe
     return PreviewSpec{fields.list("matrix", read_numbers), fields.list("bias", as_number)};
 }
 
+ControlNetRecord read_controlnet(const Json& json, const std::string& where) {
+    const Fields fields(json, where, {"component", "modes"});
+    return {fields.text("component"), fields.integer("modes")};
+}
+
+// What can be bytes of a pixel, under the names of the VAE's halves.
+std::map<std::string, std::int64_t> read_vae_bytes(const Json& provenance) {
+    constexpr std::int64_t most = std::int64_t{1} << 40;
+    std::map<std::string, std::int64_t> found;
+    const Json* recorded = provenance.find("vae_bytes_per_pixel");
+    if (recorded == nullptr) return found;
+    for (const char* name : {"vae_decoder", "vae_encoder"}) {
+        const Json* entry = recorded->find(name);
+        const auto* cost = entry ? entry->as<std::int64_t>() : nullptr;
+        if (cost && 0 < *cost && *cost <= most) found[name] = *cost;
+    }
+    return found;
+}
+
 std::string copied_text(const Json& json, const std::string& where) { return as_text(json, where); }
 
 Manifest read_fields(const Json& json) {
@@ -185,7 +204,7 @@ Manifest read_fields(const Json& json) {
         json, "",
         {"schema_version", "family", "variant", "guidance_embedding", "components", "latents",
          "rope", "schedule", "tokenizers", "defaults", "quality", "provenance"},
-        {"skips", "tasks", "preview", "controlnets", "redux"});
+        {"skips", "tasks", "preview", "controlnets", "redux", "ip_adapter"});
     Manifest manifest;
     manifest.schema_version = fields.integer("schema_version");
     manifest.family = fields.text("family");
@@ -199,16 +218,19 @@ Manifest read_fields(const Json& json) {
     manifest.defaults = read_defaults(fields.get("defaults"), "defaults");
     manifest.quality = read_quality(fields.get("quality"), "quality");
     as_object(fields.get("provenance"), "provenance");
+    manifest.vae_bytes_per_pixel = read_vae_bytes(fields.get("provenance"));
     if (fields.has("skips")) manifest.skips = fields.list("skips", read_skips);
+    if (fields.has("tasks")) manifest.tasks = fields.list("tasks", copied_text);
     if (fields.has("preview")) {
         manifest.preview = read_preview(fields.get("preview"), fields.where("preview"));
     }
     if (fields.has("controlnets")) {
-        throw FieldError("controlnets", "is there, and this library runs no ControlNets");
+        manifest.controlnets = fields.list("controlnets", read_controlnet);
     }
-    // What this library draws, from words and along pictures of other kinds, takes no Redux.
-    if (fields.has("redux")) has_object(fields.get("redux"), fields.where("redux"));
-    if (fields.has("tasks")) manifest.tasks = fields.list("tasks", copied_text);
+    // What this library draws, from words and along pictures of other kinds, takes none of these.
+    for (const char* name : {"redux", "ip_adapter"}) {
+        if (fields.has(name)) has_object(fields.get(name), fields.where(name));
+    }
     return manifest;
 }
 

@@ -155,7 +155,19 @@ struct PreviewSpec {
     std::vector<double> bias;
 };
 
-// A whole bundle. `provenance` is checked to be an object and not kept: it is for people.
+// A ControlNet: the component that runs it in each step, and how many kinds of control it tells
+// apart by a number; 0 where it knows one alone.
+struct ControlNetRecord {
+    std::string component;
+    std::int64_t modes = 0;
+
+    // What runs once a picture, and what makes tokens of pixels, where there is one.
+    std::string conditioner() const { return component + "_conditioner"; }
+    std::string encoder() const { return component + "_encoder"; }
+};
+
+// A whole bundle. Of `provenance`, which is for people and may hold anything, the memory that the
+// VAE takes is kept.
 struct Manifest {
     std::int64_t schema_version = 0;
     std::string family;
@@ -172,6 +184,9 @@ struct Manifest {
     std::optional<PreviewSpec> preview;
     // What its transformer was trained for.
     std::vector<std::string> tasks = {"text to image", "image to image", "inpainting"};
+    std::vector<ControlNetRecord> controlnets;
+    // Bytes a pixel that `vae_decoder` and `vae_encoder` take on a CPU, where that is recorded.
+    std::map<std::string, std::int64_t> vae_bytes_per_pixel;
 
     bool does(const std::string& task) const;
 

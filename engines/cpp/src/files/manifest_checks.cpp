@@ -31,10 +31,12 @@ constexpr std::size_t kMaxFiles = 4096;
 constexpr std::int64_t kMaxSide = 1 << 16, kMaxSteps = 10'000;
 // Of the extrapolation of a velocity: a parabola.
 constexpr std::int64_t kMaxOrder = 2;
+constexpr std::int64_t kMaxModes = 1000;
 constexpr const char* kSpacings[] = {"beta", "exponential", "karras"};
-constexpr const char* kTasks[] = {"text to image", "image to image", "inpainting",
-                                  "fill",          "control",        "kontext"};
-constexpr std::string_view kSymbols[] = {"B", "S", "L", "T", "N", "H", "W", "h", "w"};
+constexpr const char* kTasks[] = {"text to image", "image to image", "inpainting", "fill",
+                                  "control",       "kontext",        "controlnet"};
+constexpr std::string_view kSymbols[] = {"B", "S", "L", "T", "P",
+                                          "N", "H", "W", "h", "w"};
 
 std::string text(std::int64_t value) { return std::to_string(value); }
 
@@ -96,6 +98,7 @@ void check_counts(const Manifest& manifest) {
     check_count(manifest.rope.axes_dims.size(), "rope.axes_dims");
     check_count(manifest.skips.size(), "skips");
     check_count(manifest.tasks.size(), "tasks");
+    check_count(manifest.controlnets.size(), "controlnets");
     std::size_t files = 0;
     for (const auto& [name, component] : manifest.components) {
         const std::string where = join("components", name);
@@ -428,6 +431,7 @@ void check_engines_take_defaults(const Manifest& manifest) {
         {"S", {words, "defaults.max_sequence_length"}},
         {"L", {image, "the default picture"}},
         {"T", {words + image, "the default picture with its text"}},
+        {"P", {1, "a picture that sees no other"}},
         {"N", {defaults.num_inference_steps, "defaults.num_inference_steps"}},
         {"H", {defaults.height, "defaults.height"}},
         {"W", {defaults.width, "defaults.width"}},
@@ -548,6 +552,77 @@ void check_tasks(const Manifest& manifest) {
     require(read.size() == 1, "tasks", "needs transformers of " + counts + " channels at once");
 }
 
+// controlnet, or controlnet_2 to controlnet_99.
+bool is_controlnet(const std::string& name) {
+    const std::string first = "controlnet";
+    if (name.rfind(first, 0) != 0) return false;
+    const std::string rest = name.substr(first.size());
+    if (rest.empty()) return true;
+    const auto is_digit = [](char c, char least) { return least <= c && c <= '9'; };
+    return rest[0] == '_' && (rest.size() == 2 || rest.size() == 3) && is_digit(rest[1], '2') &&
+           (rest.size() == 2 || is_digit(rest[2], '0'));
+}
+
+// `records[index]`, whose place is `where`, and its components.
+void check_controlnet(const Manifest& manifest, std::size_t index, const std::string& where) {
+    const auto& records = manifest.controlnets;
+    const ControlNetRecord& record = records[index];
+    require(
+        is_controlnet(record.component), join(where, "component"),
+        "is " + in_quotes(record.component) + "; it must be controlnet, or controlnet_2 and so on");
+    const auto end = records.begin() + static_cast<std::ptrdiff_t>(index);
+    require(std::none_of(
+                records.begin(), end,
+                [&](const ControlNetRecord& other) { return other.component == record.component; }),
+            where, "has the component of an earlier one");
+    for (const std::string& needed : {record.component, record.conditioner()}) {
+        require(manifest.components.count(needed) > 0, join(where, "component"),
+                "needs the component " + needed + ", which there is not");
+    }
+    require(0 <= record.modes && record.modes <= kMaxModes, join(where, "modes"),
+            "is " + text(record.modes));
+    std::set<std::string> given;
+    for (const auto& spec : manifest.components.at(record.conditioner()).inputs) {
+        given.insert(spec.name);
+    }
+    std::string takes;
+    for (const auto& name : given) takes += (takes.empty() ? "" : ", ") + name;
+    require((record.modes > 0) == (given.count("control_mode") > 0), join(where, "modes"),
+            "is " + text(record.modes) + ", and " + record.conditioner() + " takes " +
+                (takes.empty() ? "nothing" : takes));
+}
+
+// The residuals in one tensor of them.
+std::int64_t residuals_in(const TensorSpec& spec) {
+    const auto* size = spec.shape.empty() ? nullptr : std::get_if<std::int64_t>(&spec.shape[0]);
+    return size ? *size : 0;
+}
+
+// Each has its components, and the transformer takes what all of them give.
+void check_controlnets(const Manifest& manifest) {
+    const auto& records = manifest.controlnets;
+    require(!records.empty() == manifest.does("controlnet"), "controlnets",
+            "must name one or more where tasks has controlnet, and none elsewhere");
+    for (std::size_t i = 0; i < records.size(); ++i) {
+        check_controlnet(manifest, i, at("controlnets", i));
+    }
+    const auto transformer = manifest.components.find("transformer");
+    if (transformer == manifest.components.end()) return;
+    for (const auto& spec : transformer->second.inputs) {
+        if (!is_residuals(spec.name)) continue;
+        const std::string where = "components.transformer.inputs." + spec.name;
+        require(!records.empty(), where, "is what ControlNets give, and controlnets names none");
+        for (const auto& record : records) {
+            for (const auto& output : manifest.components.at(record.component).outputs) {
+                require(output.name != spec.name || residuals_in(output) >= residuals_in(spec),
+                        where,
+                        "has " + text(residuals_in(spec)) + " residuals, and " + record.component +
+                            " gives " + text(residuals_in(output)));
+            }
+        }
+    }
+}
+
 void check_manifest(const Manifest& manifest) {
     check_counts(manifest);
     KnownFiles known;
@@ -568,6 +643,7 @@ void check_manifest(const Manifest& manifest) {
     check_constants(manifest);
     check_schedule(manifest);
     check_tasks(manifest);
+    check_controlnets(manifest);
     for (std::size_t i = 0; i < manifest.skips.size(); ++i) {
         check_skips(manifest.skips, i, at("skips", i));
     }

@@ -24,9 +24,8 @@ Velocity guided(const Velocity& towards, const Velocity& away, float scale) {
 }  // namespace
 
 void denoise(const Sampler& sampler, Floats& latents, const std::vector<float>& sigmas,
-             Velocity velocity, const Velocity& negative, double true_cfg_scale,
-             const Skips& skips, const Blend& blend, const StepCallback& on_step_end,
-             const CancelToken& cancel) {
+             Velocity velocity, const Velocity& negative, double true_cfg_scale, const Skips& skips,
+             const Blend& blend, const AfterStep& on_step_end, const CancelToken& cancel) {
     const auto steps = static_cast<std::int64_t>(sigmas.size()) - 1;
     if (negative) velocity = guided(velocity, negative, static_cast<float>(true_cfg_scale));
     if (!skips.steps.empty()) velocity = Extrapolated(velocity, sampler.levels(sigmas), skips);

@@ -10,8 +10,11 @@
 #include "errors.hpp"
 #include "host/course.hpp"
 #include "host/loop.hpp"
+#include "host/previews.hpp"
 #include "host/tasks.hpp"
+#include "host/tiles.hpp"
 #include "host/velocity.hpp"
+#include "machine.hpp"
 #include "sampling/latents.hpp"
 #include "sampling/schedule.hpp"
 
@@ -96,10 +99,56 @@ void add_sizes(AskedSizes& sizes, const std::string& component,
     sizes.push_back({component, symbols});
 }
 
+// The ControlNets that count in some step, each with what the prompts make of it.
+std::vector<RunningControlNet> running(std::vector<ControlInput>& controls,
+                                       std::vector<Condition> conditions, Components& components) {
+    std::vector<RunningControlNet> found;
+    for (ControlInput& control : controls) {
+        if (!control.counts()) continue;
+        found.push_back({components.engine(control.record.component),
+                         std::move(conditions[found.size()]), std::move(control.latents),
+                         std::move(control.scales)});
+    }
+    return found;
+}
+
 std::string short_number(double value, const char* format) {
     char digits[64];
     std::snprintf(digits, sizeof digits, format, value);
     return digits;
+}
+
+// What the prompts make of each ControlNet that counts in some step.
+std::vector<Condition> control_conditions(const Start& start, const EncodedPrompts& prompts,
+                                          const std::vector<float>& levels, const Request& request,
+                                          const Manifest& manifest, const Run& run) {
+    std::vector<Condition> conditions;
+    for (const ControlInput& control : start.controls) {
+        if (!control.counts()) continue;
+        const std::string name = control.record.conditioner();
+        std::optional<double> guidance;
+        for (const TensorSpec& spec : manifest.components.at(name).inputs) {
+            if (spec.name == "guidance") guidance = request.guidance_scale;
+        }
+        conditions.push_back(condition(prompts, levels, guidance, run, name, control.mode));
+    }
+    return conditions;
+}
+
+// What comes after each step: previews where they are asked for, and the caller's callback.
+AfterStep callback_of(const Arguments& arguments, const Request& request, const Manifest& manifest,
+                      const Start& start, std::optional<LinearPreviews>& previews) {
+    if (!arguments.on_step_end) return {};
+    if (arguments.preview) {
+        previews.emplace(manifest, request.height, request.width, start.sigmas);
+        previews->before_step(start.latents);
+    }
+    return [&](std::int64_t step, std::int64_t steps, float sigma, Floats& latents) {
+        const PreviewPictures* shown = previews ? &previews->after_step(step, latents) : nullptr;
+        const bool go_on = arguments.on_step_end(step, steps, sigma, latents, shown);
+        if (previews) previews->before_step(latents);
+        return go_on;
+    };
 }
 
 void append(std::vector<std::string>& list, const std::vector<std::string>& more) {
@@ -136,6 +185,7 @@ Result FluxPipeline::generate(const Arguments& arguments) {
     std::vector<std::string> notices = unused_arguments(manifest, arguments);
     const Request request = check_request(manifest, arguments, asked_size(manifest, arguments));
     const std::unique_ptr<Task> task = choose_task(manifest, request, arguments);
+    if (arguments.preview) require_linear(manifest);
     append(notices, idle_arguments(manifest, arguments));
     append(notices, task->notices());
     const std::int64_t length = request.max_sequence_length;
@@ -147,6 +197,7 @@ Result FluxPipeline::generate(const Arguments& arguments) {
     const Turns::Taken turn(turns_, arguments.cancel);
     const ReleaseAll on_exit(components_);
     Result result = make(request, *task, arguments);
+    append(notices, result.notices);
     result.notices = std::move(notices);
     return result;
 }
@@ -154,9 +205,12 @@ Result FluxPipeline::generate(const Arguments& arguments) {
 Result FluxPipeline::make(const Request& request, const Task& task, const Arguments& arguments) {
     const Manifest& manifest = bundle().manifest;
     const CancelToken& cancel = arguments.cancel;
-    const Run run = [&](const std::string& component, const Inputs& inputs) {
-        return components_.run(cancel, component, inputs);
-    };
+    std::vector<std::string> tiles;
+    const Run run =
+        tiled([&](const std::string& component,
+                  const Inputs& inputs) { return components_.run(cancel, component, inputs); },
+              manifest, [&](const std::string& sentence) { tiles.push_back(sentence); },
+              available_memory);
     const TokenGrid grid = token_grid(request.height, request.width, manifest.latents);
     const std::vector<float> schedule =
         sigmas(manifest.schedule,
@@ -174,49 +228,98 @@ Result FluxPipeline::make(const Request& request, const Task& task, const Argume
 
     Start start = task.prepare(schedule, run);
     components_.release("vae_encoder");
-    const std::vector<float> levels = sampler.levels(start.sigmas);
-    const std::optional<double> guidance =
-        manifest.guidance_embedding ? std::optional<double>(request.guidance_scale) : std::nullopt;
-    const auto condition = [&](const Text& text) {
-        return encoder_.encode(text, request.num_images_per_prompt, request.max_sequence_length,
-                               levels, guidance, run);
-    };
-    const Condition towards = condition(request.text);
-    Condition away;
-    if (request.negative) away = condition(*request.negative);
-    for (const char* done : {"clip", "t5", "conditioner"}) components_.release(done);
+    for (const ControlNetRecord& record : manifest.controlnets) {
+        components_.release(record.encoder());
+    }
+    Conditions conditions = condition_all(request, start, sampler.levels(start.sigmas), run);
 
     // Before the largest component is opened.
     cancel.check("before the first step");
-    {
-        std::vector<TokenGrid> pictures{grid};
-        pictures.insert(pictures.end(), start.references.begin(), start.references.end());
-        const RopeTables positions = rope_tables(manifest.rope, towards.context.shape[1], pictures);
-        Engine& transformer = components_.engine("transformer");
-        HiddenStates hidden(std::move(start.channels), std::move(start.tokens));
-        ModulatedTransformer velocity(transformer, towards, positions, hidden, cancel);
-        std::optional<ModulatedTransformer> negative;
-        if (request.negative) negative.emplace(transformer, away, positions, hidden, cancel);
-        denoise(sampler, start.latents, start.sigmas, std::ref(velocity),
-                negative ? Velocity(std::ref(*negative)) : Velocity(), request.true_cfg_scale,
-                request.skip.after(first), start.blend, arguments.on_step_end, cancel);
-    }
-    components_.release("transformer");
+    draw(start, std::move(conditions), request, arguments, first);
     Result result;
     result.count = request.batch();
     result.height = request.height;
     result.width = request.width;
     if (request.seeds.size() == 1) result.seed = request.seeds.front();
     result.steps = task.steps();
-    decode(start.latents, request, cancel, result.pixels);
+    decode(start.latents, request, run, cancel, result.pixels);
+    result.notices = std::move(tiles);
     if (const MaskCrop* crop = task.crop()) lay_over(*crop, result);
     return result;
 }
 
+FluxPipeline::Conditions FluxPipeline::condition_all(const Request& request, const Start& start,
+                                                     const std::vector<float>& levels,
+                                                     const Run& run) {
+    const Manifest& manifest = bundle().manifest;
+    std::optional<double> guidance;
+    if (manifest.guidance_embedding) guidance = request.guidance_scale;
+    const auto encoded = [&](const Text& text) {
+        return encoder_.encode(text, request.num_images_per_prompt, request.max_sequence_length,
+                               run);
+    };
+    const EncodedPrompts prompts = encoded(request.text);
+    EncodedPrompts opposites;
+    if (request.negative) opposites = encoded(*request.negative);
+    Conditions made;
+    made.towards = condition(prompts, levels, guidance, run);
+    if (request.negative) made.away = condition(opposites, levels, guidance, run);
+    made.controls = control_conditions(start, prompts, levels, request, manifest, run);
+    for (const char* done : {"clip", "t5", "conditioner"}) components_.release(done);
+    for (const ControlNetRecord& record : manifest.controlnets) {
+        components_.release(record.conditioner());
+    }
+    return made;
+}
+
+void FluxPipeline::draw(Start& start, Conditions conditions, const Request& request,
+                        const Arguments& arguments, std::int64_t first) {
+    const Manifest& manifest = bundle().manifest;
+    const CancelToken& cancel = arguments.cancel;
+    const std::optional<Condition>& away = conditions.away;
+    std::vector<TokenGrid> pictures{token_grid(request.height, request.width, manifest.latents)};
+    pictures.insert(pictures.end(), start.references.begin(), start.references.end());
+    const RopeTables positions =
+        rope_tables(manifest.rope, conditions.towards.context.shape[1], pictures);
+    Engine& transformer = components_.engine("transformer");
+    HiddenStates hidden(std::move(start.channels), std::move(start.tokens));
+    ControlResiduals residuals(
+        transformer, running(start.controls, std::move(conditions.controls), components_),
+        positions, away.has_value(), [&] { cancel.check("in the middle of a step"); });
+    ModulatedTransformer::Added computed, recalled;
+    if (residuals.any()) {
+        // The prompts' evaluation comes first, and the negative prompts' takes over what it had.
+        computed = [&](std::int64_t level, const Floats& latents,
+                       BatchPart part) -> const Residuals& {
+            return residuals.compute(level, latents, part);
+        };
+        recalled = [&](std::int64_t, const Floats&, BatchPart part) -> const Residuals& {
+            return residuals.recall(part);
+        };
+    }
+    ModulatedTransformer velocity(transformer, conditions.towards, positions, hidden, cancel,
+                                  computed);
+    std::optional<ModulatedTransformer> negative;
+    if (away) negative.emplace(transformer, *away, positions, hidden, cancel, recalled);
+    const Blend step_made = [&](std::int64_t step, Floats& latents) {
+        residuals.set_step(step + 1);
+        if (start.blend) start.blend(step, latents);
+    };
+    std::optional<LinearPreviews> previews;
+    denoise(find_sampler(request.sampler), start.latents, start.sigmas, std::ref(velocity),
+            negative ? Velocity(std::ref(*negative)) : Velocity(), request.true_cfg_scale,
+            request.skip.after(first), step_made,
+            callback_of(arguments, request, manifest, start, previews), cancel);
+    components_.release("transformer");
+    for (const ControlNetRecord& record : manifest.controlnets) {
+        components_.release(record.component);
+    }
+}
+
 // One at a time: the decoder's memory grows with the number of pixels, and it fills a device with
 // one picture already.
-void FluxPipeline::decode(const Floats& tokens, const Request& request, const CancelToken& cancel,
-                          std::vector<std::uint8_t>& pixels) {
+void FluxPipeline::decode(const Floats& tokens, const Request& request, const Run& run,
+                          const CancelToken& cancel, std::vector<std::uint8_t>& pixels) {
     const LatentSpec& spec = bundle().manifest.latents;
     Floats latents = unpack(tokens, request.height, request.width, spec);
     unscale(latents, spec);
@@ -228,8 +331,8 @@ void FluxPipeline::decode(const Floats& tokens, const Request& request, const Ca
     for (std::int64_t picture = 0; picture < request.batch(); ++picture) {
         cancel.check("before decoding picture " + std::to_string(picture + 1) + " of " +
                      std::to_string(request.batch()));
-        const Outputs outputs = components_.run(
-            cancel, "vae_decoder", {{"latents", View(one, latents.data() + picture * count(one))}});
+        const Outputs outputs =
+            run("vae_decoder", {{"latents", View(one, latents.data() + picture * count(one))}});
         const Floats& decoded = outputs.at("images");
         if (decoded.shape != wanted) {
             throw Error(ErrorCode::engine, "The vae_decoder gave " + shown(decoded.shape) +

@@ -66,9 +66,23 @@ public:
 private:
     FluxPipeline(OpenedBundle opened, bool low_vram);
 
+    // What the prompts make of the transformer, towards them and away from the negative ones, and
+    // of each ControlNet that counts in some step.
+    struct Conditions {
+        Condition towards;
+        std::optional<Condition> away;
+        std::vector<Condition> controls;
+    };
+
     Result make(const Request& request, const class Task& task, const Arguments& arguments);
-    void decode(const Floats& tokens, const Request& request, const CancelToken& cancel,
-                std::vector<std::uint8_t>& pixels);
+    // With `levels`, the noise levels at which the velocity is taken.
+    Conditions condition_all(const Request& request, const struct Start& start,
+                             const std::vector<float>& levels, const Run& run);
+    // Make the steps, of which `first` is the first in the whole schedule, in place.
+    void draw(struct Start& start, Conditions conditions, const Request& request,
+              const Arguments& arguments, std::int64_t first);
+    void decode(const Floats& tokens, const Request& request, const Run& run,
+                const CancelToken& cancel, std::vector<std::uint8_t>& pixels);
 
     std::shared_ptr<EnginePool> pool_;
     std::shared_ptr<const Tokenizers> tokenizers_;

@@ -14,7 +14,61 @@ std::string cut(const std::string& encoder, std::int64_t tokens, std::int64_t ke
            " tokens";
 }
 
+// Rows `pictures[start..end]` of `values` [U, ...], one after the other, in `taken`.
+void take(const float* values, Shape shape, const std::vector<std::int64_t>& pictures,
+          BatchPart part, Floats& taken) {
+    const std::int64_t width = count(shape) / shape.front();
+    shape.front() = part.size();
+    if (taken.shape != shape) taken = Floats(std::move(shape));
+    for (std::int64_t row = 0; row < part.size(); ++row) {
+        const float* from = values + pictures[static_cast<std::size_t>(part.start + row)] * width;
+        std::copy(from, from + width, taken.data() + row * width);
+    }
+}
+
 }  // namespace
+
+void Condition::take_context(BatchPart part, Floats& taken) const {
+    take(context.data(), context.shape, pictures, part, taken);
+}
+
+void Condition::take_modulation(std::int64_t level, BatchPart part, Floats& taken) const {
+    const Shape rows(modulation.shape.begin() + 1, modulation.shape.end());
+    take(modulation.data() + level * count(rows), rows, pictures, part, taken);
+}
+
+void Condition::take_mode(BatchPart part, Floats& taken) const {
+    take(mode->data(), mode->shape, pictures, part, taken);
+}
+
+Condition condition(const EncodedPrompts& prompts, const std::vector<float>& levels,
+                    std::optional<double> guidance, const Run& run, const std::string& component,
+                    std::optional<std::int64_t> mode) {
+    const std::int64_t distinct = prompts.pooled.shape.front();
+    const Floats timestep({static_cast<std::int64_t>(levels.size())}, levels);
+    Floats scale({distinct});
+    Ints kind({distinct, 1});
+    Inputs inputs{{"text_embeddings", prompts.text},
+                  {"pooled_embeddings", prompts.pooled},
+                  {"timestep", timestep}};
+    if (guidance) {
+        std::fill(scale.values.begin(), scale.values.end(), static_cast<float>(*guidance));
+        inputs.emplace("guidance", scale);
+    }
+    if (mode) {
+        std::fill(kind.values.begin(), kind.values.end(), static_cast<std::int32_t>(*mode));
+        inputs.emplace("control_mode", kind);
+    }
+    Outputs outputs = run(component, inputs);
+    Condition made;
+    made.context = std::move(outputs.at("context"));
+    made.modulation = std::move(outputs.at("modulation"));
+    if (const auto token = outputs.find("mode"); token != outputs.end()) {
+        made.mode = std::move(token->second);
+    }
+    made.pictures = prompts.pictures;
+    return made;
+}
 
 PromptEncoder::PromptEncoder(std::shared_ptr<const Tokenizers> tokenizers)
     : tokenizers_(std::move(tokenizers)) {}
@@ -45,29 +99,15 @@ Embeddings PromptEncoder::embedded(const std::vector<Prompt>& prompts, std::int6
     return embeddings;
 }
 
-Condition PromptEncoder::encode(const Text& text, std::int64_t images_each, std::int64_t length,
-                                const std::vector<float>& levels, std::optional<double> guidance,
-                                const Run& run) {
-    const Embeddings embeddings =
+EncodedPrompts PromptEncoder::encode(const Text& text, std::int64_t images_each,
+                                     std::int64_t length, const Run& run) {
+    Embeddings embeddings =
         text.embeddings ? *text.embeddings : embedded(text.prompts, length, run);
-    Condition condition;
+    EncodedPrompts encoded{std::move(embeddings.text), std::move(embeddings.pooled), {}};
     for (const std::int64_t row : embeddings.rows) {
-        condition.pictures.insert(condition.pictures.end(), static_cast<std::size_t>(images_each),
-                                  row);
+        encoded.pictures.insert(encoded.pictures.end(), static_cast<std::size_t>(images_each), row);
     }
-    const Floats timestep({static_cast<std::int64_t>(levels.size())}, levels);
-    Floats scale({embeddings.pooled.shape.front()});
-    Inputs inputs{{"text_embeddings", embeddings.text},
-                  {"pooled_embeddings", embeddings.pooled},
-                  {"timestep", timestep}};
-    if (guidance) {
-        std::fill(scale.values.begin(), scale.values.end(), static_cast<float>(*guidance));
-        inputs.emplace("guidance", scale);
-    }
-    Outputs outputs = run("conditioner", inputs);
-    condition.context = std::move(outputs.at("context"));
-    condition.modulation = std::move(outputs.at("modulation"));
-    return condition;
+    return encoded;
 }
 
 std::vector<std::string> PromptEncoder::cuts(const Text& text, std::int64_t length,

@@ -10,6 +10,7 @@
 
 #include "arrays.hpp"
 #include "backends/engine.hpp"
+#include "host/batches.hpp"
 #include "host/request.hpp"
 #include "text/tokenizer.hpp"
 
@@ -24,13 +25,36 @@ struct Tokenizers {
     Tokenizer t5;
 };
 
-// What U distinct prompts and E noise levels make of the transformer, for B pictures: `context`
-// [U, S, D] and `modulation` [E, U, M, D]; `pictures` has the prompt of each of the B.
+// What the encoders make of U distinct prompts, [U, S, E] and [U, E'], and for each of B pictures
+// which of them is its own.
+struct EncodedPrompts {
+    Floats text;
+    Floats pooled;
+    std::vector<std::int64_t> pictures;
+};
+
+// What U distinct prompts and E noise levels make of the transformer or of a ControlNet, for B
+// pictures: `context` [U, S, D] and `modulation` [E, U, M, D]; `mode` [U, 1, D], the kind of
+// control as a text token, where a ControlNet has kinds; `pictures` has the prompt of each of the
+// B.
 struct Condition {
     Floats context;
     Floats modulation;
+    std::optional<Floats> mode;
     std::vector<std::int64_t> pictures;
+
+    // Those of the pictures in a part of the batch, one after the other, in `taken`.
+    void take_context(BatchPart part, Floats& taken) const;
+    void take_modulation(std::int64_t level, BatchPart part, Floats& taken) const;
+    void take_mode(BatchPart part, Floats& taken) const;
 };
+
+// Run a conditioner for every noise level; `guidance` where its model has it, `mode` where it knows
+// several kinds of control.
+Condition condition(const EncodedPrompts& prompts, const std::vector<float>& levels,
+                    std::optional<double> guidance, const Run& run,
+                    const std::string& component = "conditioner",
+                    std::optional<std::int64_t> mode = std::nullopt);
 
 // Encodes prompts with `clip` and `t5`, and keeps the latest 128 MiB of what they gave.
 //
@@ -41,12 +65,10 @@ class PromptEncoder {
 public:
     explicit PromptEncoder(std::shared_ptr<const Tokenizers> tokenizers);
 
-    // Run the encoders and the `conditioner` for every noise level; `guidance` where the model has
-    // it. Prompts are padded or cut to `length` T5 tokens; equal ones are encoded once. Embeddings
-    // are taken as they are.
-    Condition encode(const Text& text, std::int64_t images_each, std::int64_t length,
-                     const std::vector<float>& levels, std::optional<double> guidance,
-                     const Run& run);
+    // Run the encoders. Prompts are padded or cut to `length` T5 tokens; equal ones are encoded
+    // once. Embeddings are taken as they are.
+    EncodedPrompts encode(const Text& text, std::int64_t images_each, std::int64_t length,
+                          const Run& run);
 
     // A sentence for each of the prompts that is not read to its end. `what` is what they are
     // called: "The prompt".

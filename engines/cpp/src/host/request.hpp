@@ -16,16 +16,29 @@
 
 namespace fluxdeploy {
 
-// After a step: its index, the number of steps, the noise level that it began at, and the live
-// latents [B, L, C], which may be changed. Returns whether to go on.
-using StepCallback =
-    std::function<bool(std::int64_t step, std::int64_t steps, float sigma, Floats& latents)>;
+// Small pictures of one size, RGB in 8 bits, one after the other.
+struct PreviewPictures {
+    std::int64_t height = 0;
+    std::int64_t width = 0;
+    std::vector<std::uint8_t> rgb;
+};
+
+// After a step: its index, the number of steps, the noise level that it began at, the live latents
+// [B, L, C], which may be changed, and previews where they are asked for, else null. Returns
+// whether to go on.
+using StepCallback = std::function<bool(std::int64_t step, std::int64_t steps, float sigma,
+                                        Floats& latents, const PreviewPictures* previews)>;
 
 // Height and width of pictures, where they are asked for.
 struct AskedSize {
     std::optional<std::int64_t> height;
     std::optional<std::int64_t> width;
 };
+
+// What `control_mode` has for a ControlNet that knows one kind of control.
+inline constexpr std::int64_t kNoMode = -1;
+// What ControlNets do where the caller says nothing.
+inline constexpr double kControlScale = 1, kControlStart = 0, kControlEnd = 1;
 
 // What a caller says; what is empty has the bundle's default.
 struct Arguments {
@@ -48,7 +61,13 @@ struct Arguments {
     std::optional<std::int64_t> padding_mask_crop;
     // Of every picture that is drawn after some, so many of `images`, one after the other.
     std::int64_t references = 1;
-    std::vector<Picture> control_images;
+    // Those of each ControlNet; of a model that reads them itself, the first has all.
+    std::vector<std::vector<Picture>> control_images;
+    // Of ControlNets, one for all or one for each.
+    std::vector<std::int64_t> control_mode;
+    std::vector<double> controlnet_conditioning_scale;
+    std::vector<double> control_guidance_start;
+    std::vector<double> control_guidance_end;
     std::optional<std::int64_t> max_area;
     bool auto_resize = true;
     std::string sampler = "euler";
@@ -58,6 +77,8 @@ struct Arguments {
     std::vector<std::int64_t> skip;
     bool skip_recorded = false;
     StepCallback on_step_end;
+    // Whether the callback is given previews.
+    bool preview = false;
     CancelToken cancel;
 };
 

@@ -7,6 +7,8 @@
 
 #include "arguments.hpp"
 #include "errors.hpp"
+#include "host/controlnet.hpp"
+#include "host/encoding.hpp"
 #include "host/input_images.hpp"
 #include "sampling/latents.hpp"
 #include "sampling/noise.hpp"
@@ -14,59 +16,6 @@
 
 namespace fluxdeploy {
 namespace {
-
-constexpr const char* kEncoder = "vae_encoder";
-
-// Mean and log-variance of the latents of pictures [Bi, 3, H, W], at the VAE's scale: [Bi, C, h, w]
-// each. One picture at a time.
-std::pair<Floats, Floats> encode(const Floats& images, const LatentSpec& spec, const Run& run) {
-    const Shape wanted = latent_shape(1, images.shape[2], images.shape[3], spec);
-    Floats mean({0, wanted[1], wanted[2], wanted[3]}, {});
-    Floats logvar = mean;
-    const Shape one{1, images.shape[1], images.shape[2], images.shape[3]};
-    for (std::int64_t image = 0; image < images.shape[0]; ++image) {
-        const Outputs encoded =
-            run(kEncoder, {{"images", View(one, images.data() + image * count(one))}});
-        for (auto& [values, name] : {std::pair(&mean, "mean"), std::pair(&logvar, "logvar")}) {
-            const Floats& each = encoded.at(name);
-            if (each.shape != wanted) {
-                throw Error(ErrorCode::engine,
-                            "The vae_encoder gave " + shown(each.shape) + " where latents are " +
-                                shown(wanted) +
-                                ". Build the bundle again with `fluxdeploy build`.");
-            }
-            values->values.insert(values->values.end(), each.values.begin(), each.values.end());
-        }
-    }
-    mean.shape[0] = logvar.shape[0] = images.shape[0];
-    return {std::move(mean), std::move(logvar)};
-}
-
-// Their draw by `epsilon` of that shape, at the transformer's scale.
-Floats known_latents(const Floats& images, const Floats& epsilon, const LatentSpec& spec,
-                     const Run& run) {
-    auto [mean, logvar] = encode(images, spec, run);
-    sample_posterior(mean, logvar, epsilon);
-    scale(mean, spec);
-    return std::move(mean);
-}
-
-AskedSizes encoder_sizes(std::int64_t height, std::int64_t width, const LatentSpec& spec) {
-    const Shape latents = latent_shape(1, height, width, spec);
-    return {{kEncoder, {{"H", height}, {"W", width}, {"h", latents[2]}, {"w", latents[3]}}}};
-}
-
-// `values` again and again, for `batch` pictures.
-Floats repeat(const Floats& values, std::int64_t batch) {
-    Shape shape = values.shape;
-    const std::int64_t times = batch / shape[0];
-    shape[0] = batch;
-    Floats repeated(std::move(shape), {});
-    for (std::int64_t time = 0; time < times; ++time) {
-        repeated.values.insert(repeated.values.end(), values.values.begin(), values.values.end());
-    }
-    return repeated;
-}
 
 // Arrays [B, L, C] and [B, L, C'] side by side.
 Floats beside(const Floats& first, const Floats& second) {
@@ -361,17 +310,13 @@ private:
 class Control : public Task {
 public:
     Control(const Manifest& manifest, const Request& request, const Arguments& arguments)
-        : manifest_(manifest), request_(request) {
-        const std::int64_t prompts = request.text.size();
-        const auto count = static_cast<std::int64_t>(arguments.control_images.size());
-        if (count != 1 && count != prompts && count != request.batch()) {
-            throw Error(ErrorCode::usage,
-                        "There are " + std::to_string(count) + " control images for " +
-                            std::to_string(prompts) + " prompts and " +
-                            std::to_string(request.batch()) +
-                            " pictures. Give one for all, one a prompt or one a picture.");
-        }
-        images_ = to_pixels(arguments.control_images, request.height, request.width);
+        : manifest_(manifest),
+          request_(request),
+          images_(read_controls(arguments.control_images.front(), request)) {
+        if (arguments.control_images.size() == 1) return;
+        throw Error(ErrorCode::usage,
+                    "There are control images of several ControlNets, and this bundle has none. "
+                    "Give those of the first alone.");
     }
 
     std::int64_t steps() const override { return request_.num_inference_steps; }
@@ -384,29 +329,11 @@ public:
         const LatentSpec& spec = manifest_.latents;
         const Shape shape = latent_shape(request_.batch(), request_.height, request_.width, spec);
         Generators generators(request_.seeds);
-        const Floats epsilon = generators.normal(shape);
-        const auto [mean, logvar] = encode(images_, spec, run);
-        Floats known = each(mean, shape[0]);
-        sample_posterior(known, each(logvar, shape[0]), epsilon);
-        scale(known, spec);
-        return {pack(generators.normal(shape), spec), sigmas, {}, pack(known, spec), {}, {}};
+        Floats known = control_latents(images_, shape[0], spec, generators, run);
+        return {pack(generators.normal(shape), spec), sigmas, {}, std::move(known), {}, {}};
     }
 
 private:
-    // Each of `values` as often as it takes for `batch`, one after the other.
-    static Floats each(const Floats& values, std::int64_t batch) {
-        const std::int64_t width = values.size() / values.shape[0];
-        const std::int64_t times = batch / values.shape[0];
-        Shape shape = values.shape;
-        shape[0] = batch;
-        Floats all(std::move(shape));
-        for (std::int64_t picture = 0; picture < batch; ++picture) {
-            const float* from = values.data() + picture / times * width;
-            std::copy(from, from + width, all.data() + picture * width);
-        }
-        return all;
-    }
-
     const Manifest& manifest_;
     const Request& request_;
     Floats images_;
@@ -595,12 +522,14 @@ AskedSize asked_size(const Manifest& manifest, const Arguments& arguments) {
 std::unique_ptr<Task> choose_task(const Manifest& manifest, const Request& request,
                                   const Arguments& arguments) {
     if (!arguments.control_images.empty()) {
-        require_encoder(manifest, "control", "`control_image`");
+        const bool beside = manifest.does("controlnet");
+        const std::string name = beside ? "controlnet" : "control";
+        require_encoder(manifest, name, "`control_image`");
         if (request.latents) {
-            throw Error(ErrorCode::usage,
-                        "`latents` has no place in control, whose noise comes from `seed`. Leave "
-                        "them out.");
+            throw Error(ErrorCode::usage, "`latents` has no place in " + name +
+                                              ", whose noise comes from `seed`. Leave them out.");
         }
+        if (beside) return std::make_unique<ControlNet>(manifest, request, arguments);
         return std::make_unique<Control>(manifest, request, arguments);
     }
     if (arguments.images.empty()) return std::make_unique<TextToImage>(manifest, request);
@@ -654,6 +583,10 @@ const std::vector<TaskWords>& task_words() {
         {"fill", {"image", "mask_image"}, {"strength", "padding_mask_crop"}},
         {"control", {"control_image"}, {}},
         {"kontext", {"image"}, {"max_area", "auto_resize"}},
+        {"controlnet",
+         {"control_image"},
+         {"control_mode", "controlnet_conditioning_scale", "control_guidance_start",
+          "control_guidance_end"}},
     };
     return all;
 }
@@ -697,6 +630,16 @@ std::vector<std::string> given_names(const Arguments& arguments) {
     if (arguments.strength) names.push_back("strength");
     if (arguments.padding_mask_crop) names.push_back("padding_mask_crop");
     if (!arguments.control_images.empty()) names.push_back("control_image");
+    if (arguments.control_mode != std::vector<std::int64_t>{kNoMode} &&
+        !arguments.control_mode.empty()) {
+        names.push_back("control_mode");
+    }
+    const auto said = [&](const char* name, const std::vector<double>& values, double usual) {
+        if (!values.empty() && values != std::vector<double>{usual}) names.push_back(name);
+    };
+    said("controlnet_conditioning_scale", arguments.controlnet_conditioning_scale, kControlScale);
+    said("control_guidance_start", arguments.control_guidance_start, kControlStart);
+    said("control_guidance_end", arguments.control_guidance_end, kControlEnd);
     if (arguments.max_area) names.push_back("max_area");
     if (!arguments.auto_resize) names.push_back("auto_resize");
     return names;

@@ -13,10 +13,22 @@
 
 namespace fluxdeploy {
 
+// What a ControlNet reads, [B, L, C], packed, and how much it counts: `mode` is the kind of
+// control, where it knows several, and `scales` what its residuals are multiplied with in each
+// step.
+struct ControlInput {
+    ControlNetRecord record;
+    Floats latents;
+    std::optional<std::int64_t> mode;
+    std::vector<float> scales;
+
+    bool counts() const;
+};
+
 // What the loop begins with: `latents` [B, L, C], packed, on which it works in place; `sigmas`, the
 // N + 1 noise levels that it goes through; `blend` changes the latents after every step. `channels`
 // [B, L, C'] stand beside the latents in every step, and `tokens` [B, R, C], those of pictures of
-// `references` tokens, behind them.
+// `references` tokens, behind them. `controls` are of the ControlNets that run beside it.
 struct Start {
     Floats latents;
     std::vector<float> sigmas;
@@ -24,6 +36,7 @@ struct Start {
     Floats channels;
     Floats tokens;
     std::vector<TokenGrid> references;
+    std::vector<ControlInput> controls = {};
 };
 
 // A request for one task, with the task's own arguments read and checked.

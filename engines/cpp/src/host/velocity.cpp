@@ -3,19 +3,21 @@
 #include <algorithm>
 
 #include "errors.hpp"
+#include "files/boundary.hpp"
 
 namespace fluxdeploy {
 namespace {
 
-// Rows `pictures[start..end]` of `values` [..., width], one after the other, in `taken`.
-void take(const float* values, std::int64_t width, const std::vector<std::int64_t>& pictures,
-          BatchPart part, Shape shape, Floats& taken) {
-    shape[0] = part.size();
-    if (taken.shape != shape) taken = Floats(std::move(shape));
-    for (std::int64_t row = 0; row < part.size(); ++row) {
-        const float* from = values + pictures[static_cast<std::size_t>(part.start + row)] * width;
-        std::copy(from, from + width, taken.data() + row * width);
+// What a transformer with an IP-Adapter is given, which sees nothing here: [n, B, 1, D]. A token
+// whose value is zero adds nothing.
+std::map<std::string, Floats> zero_seen(const Engine& transformer, std::int64_t pictures) {
+    std::map<std::string, Floats> zeros;
+    for (const TensorSpec& spec : transformer.inputs) {
+        if (std::find(std::begin(kSeen), std::end(kSeen), spec.name) == std::end(kSeen)) continue;
+        zeros[spec.name] = Floats({std::get<std::int64_t>(spec.shape.front()), pictures, 1,
+                                   std::get<std::int64_t>(spec.shape.back())});
     }
+    return zeros;
 }
 
 }  // namespace
@@ -48,12 +50,13 @@ const Floats& HiddenStates::around(const Floats& latents) {
 
 ModulatedTransformer::ModulatedTransformer(Engine& engine, const Condition& condition,
                                            const RopeTables& positions, HiddenStates& hidden,
-                                           CancelToken cancel)
+                                           CancelToken cancel, Added added)
     : condition_(condition),
       hidden_(hidden),
       cancel_(std::move(cancel)),
+      added_(std::move(added)),
       parts_(divide(engine, static_cast<std::int64_t>(condition.pictures.size()))) {
-    const std::int64_t width = condition.context.shape[1] * condition.context.shape[2];
+    const std::int64_t tokens = positions.cos.shape[0] - condition.context.shape[1];
     for (const BatchPart& part : parts_) {
         const auto rows = condition.pictures.begin();
         const bool first = bindings_.count(part.size()) == 0;
@@ -65,18 +68,19 @@ ModulatedTransformer::ModulatedTransformer(Engine& engine, const Condition& cond
         });
         Inputs resident{{"rope_cos", positions.cos}, {"rope_sin", positions.sin}};
         if (same) {
-            take(condition.context.data(), width, condition.pictures, part, condition.context.shape,
-                 context_);
+            condition.take_context(part, context_);
             resident.emplace("context", context_);
         }
+        Residuals zeros;
+        if (!added_) zeros = zero_residuals(engine, part.size(), tokens);
+        for (const auto& [name, values] : zeros) resident.emplace(name, values);
+        const auto nothing = zero_seen(engine, part.size());
+        for (const auto& [name, values] : nothing) resident.emplace(name, values);
         bindings_[part.size()] = {engine.bind(resident), same};
     }
 }
 
 const float* ModulatedTransformer::operator()(std::int64_t level, const Floats& latents) {
-    const Shape& context = condition_.context.shape;
-    const Shape& modulation = condition_.modulation.shape;
-    const std::int64_t width = modulation[2] * modulation[3];
     const Floats& states = hidden_.around(latents);
     const std::int64_t tokens = states.shape[1];
     const std::int64_t channels = states.shape[2];
@@ -85,17 +89,20 @@ const float* ModulatedTransformer::operator()(std::int64_t level, const Floats& 
     for (const BatchPart& part : parts_) {
         if (part.start > 0) cancel_.check("in the middle of a step");
         const Bound& bound = bindings_.at(part.size());
-        take(condition_.modulation.data() + level * modulation[1] * width, width,
-             condition_.pictures, part, {0, modulation[2], modulation[3]}, modulation_);
+        condition_.take_modulation(level, part, modulation_);
         Inputs inputs{
             {"hidden_states",
              View({part.size(), tokens, channels}, states.data() + part.start * tokens * channels)},
             {"modulation", modulation_},
         };
         if (!bound.has_context) {
-            take(condition_.context.data(), context[1] * context[2], condition_.pictures, part,
-                 context, context_);
+            condition_.take_context(part, context_);
             inputs.emplace("context", context_);
+        }
+        if (added_) {
+            for (const auto& [name, values] : added_(level, latents, part)) {
+                inputs.emplace(name, values);
+            }
         }
         const Floats& velocity = bound.binding->run(inputs).at("velocity");
         if (velocity.size() != part.size() * tokens * own) {

@@ -8,6 +8,7 @@
 #include "host/batches.hpp"
 #include "host/cancel.hpp"
 #include "host/prompts.hpp"
+#include "host/residuals.hpp"
 #include "sampling/rope.hpp"
 
 namespace fluxdeploy {
@@ -33,9 +34,13 @@ private:
 // engine takes is computed part by part, in buffers that serve every part.
 class ModulatedTransformer {
 public:
-    // `hidden` outlives it.
+    // What ControlNets give for a part of the latents at a level, until the next call for it.
+    using Added =
+        std::function<const Residuals&(std::int64_t level, const Floats& latents, BatchPart part)>;
+
+    // `hidden` outlives it. Without `added`, zeros stand for what ControlNets give.
     ModulatedTransformer(Engine& engine, const Condition& condition, const RopeTables& positions,
-                         HiddenStates& hidden, CancelToken cancel);
+                         HiddenStates& hidden, CancelToken cancel, Added added = {});
 
     // The velocity [B, L, C] of `latents` at one of the condition's noise levels. It is read before
     // the next call only. Raises `Error` (cancelled) between two parts.
@@ -51,6 +56,7 @@ private:
     const Condition& condition_;
     HiddenStates& hidden_;
     CancelToken cancel_;
+    Added added_;
     std::vector<BatchPart> parts_;
     std::map<std::int64_t, Bound> bindings_;
     Floats context_;
