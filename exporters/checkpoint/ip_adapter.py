@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from exporters.checkpoint.checkpoint import Checkpoint, Part
+from exporters.checkpoint.config import count_blocks
 from exporters.checkpoint.foreign import check_bytes, check_part, recognise
 from exporters.checkpoint.image_encoder_config import ImageEncoderConfig
 from exporters.checkpoint.ip_adapter_config import IpAdapterConfig
 from exporters.checkpoint.parts import read_folder
 from exporters.checkpoint.pixels import read_pixels
-from exporters.checkpoint.tensors import StoredTensor, attach_scales, read_stored
+from exporters.checkpoint.tensors import StoredTensor, Weights, attach_scales, read_stored
 from exporters.checkpoint.weight_files import PICKLES, is_weight_file
 from fluxdeploy.bundle.pixels import PixelSpec
 from fluxdeploy.errors import CheckpointError
@@ -121,7 +122,21 @@ def _read(file: Path) -> Part:
                 f"Tensor {tensor.name} in {file} is none that an IP-Adapter of XLabs' kind has, "
                 f"and nothing would be done with it. {_KIND}."
             )
+    _check_complete(file, weights)
     return Part(weights, None)
+
+
+def _check_complete(file: Path, weights: Weights) -> None:
+    """Raise `CheckpointError` for an IP-Adapter that lacks tensors."""
+    blocks = count_blocks(weights, r"ip_adapter\.(\d{1,9})\.")
+    needed = ["image_proj.proj", "image_proj.norm"]
+    needed += [f"ip_adapter.{block}.to_{kind}_ip" for block in range(blocks) for kind in "kv"]
+    for name in (f"{module}.{each}" for module in needed for each in ("weight", "bias")):
+        if name not in weights:
+            raise CheckpointError(
+                f"The IP-Adapter {file} has no tensor {name}, or what stands for it: it is "
+                "incomplete, or of another kind. Download it again."
+            )
 
 
 def _read_encoder(file: Path, given: Path | None) -> Part:
@@ -184,7 +199,7 @@ def _is_known(name: str) -> bool:
 
 
 def _check_fits(file: Path, part: Part, checkpoint: Checkpoint) -> None:
-    """Raise `CheckpointError` for one that lacks tensors, or that another transformer has."""
+    """Raise `CheckpointError` for an IP-Adapter that was made for another transformer."""
     if checkpoint.task not in _TASKS:
         raise CheckpointError(
             f"The checkpoint is one for {checkpoint.task}, and IP-Adapters go with "
@@ -202,14 +217,3 @@ def _check_fits(file: Path, part: Part, checkpoint: Checkpoint) -> None:
                 f"The IP-Adapter {file} has {what} {found}, and the checkpoint {needed}: it was "
                 "made for another transformer."
             )
-    needed_names = [f"image_proj.{each}" for each in ("proj", "norm")]
-    needed_names += [
-        f"ip_adapter.{block}.to_{kind}_ip" for block in range(config.blocks) for kind in "kv"
-    ]
-    for name in needed_names:
-        for parameter in ("weight", "bias"):
-            if f"{name}.{parameter}" not in part.weights:
-                raise CheckpointError(
-                    f"The IP-Adapter {file} has no tensor {name}.{parameter}, or what stands for "
-                    "it: it is incomplete. Download it again."
-                )

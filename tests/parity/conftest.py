@@ -13,6 +13,7 @@ import pytest
 from engines import EngineOptions
 from fluxdeploy.host.pipeline import FluxPipeline
 from tests.parity.controlnets import CASES
+from tests.support.shared_folder import SharedFolder
 
 Factory = Callable[..., Path]
 

@@ -90,6 +90,15 @@ def test_without_a_picture_it_is_the_plain_model_s_to_the_bit(
     assert np.abs(pictures - draw(pipe, CALL)).max() > TENTH
 
 
+def test_the_attentions_of_the_network_are_fused_as_ever(adapted: Path) -> None:
+    import onnx
+
+    model = onnx.load(adapted / "onnx" / "transformer.onnx", load_external_data=False)
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("MultiHeadAttention") == 4
+    assert "Softmax" not in kinds
+
+
 def test_warming_up_shows_a_picture(pipe: FluxPipeline) -> None:
     given = example_seen(pipe.bundle.manifest)
     assert given["ip_adapter_image"].shape == (31, 31, 3)
