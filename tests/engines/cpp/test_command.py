@@ -39,6 +39,7 @@ def test_the_options_are_those_of_generate(built: Path) -> None:
     missing = {"--sheet", "--bundle", "prompts", "--prompts", "--batch", "--lora"}
     missing |= {"--auto-resize", "--grid", "--preview", "--ray", "--workers"}
     missing |= {"--control-mode", "--controlnet-scale", "--control-start", "--control-end"}
+    missing |= {"--redux-image", "--redux-scale", "--redux-pooled-scale"}
     assert {option for option in own if option not in said} == missing
 
 
