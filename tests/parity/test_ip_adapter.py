@@ -154,13 +154,32 @@ def test_pictures_equal_diffusers(
     assert worst < TOLERANCE, f"off by {worst * 255:.3g}/255"
 
 
-def test_image_to_image_sees_a_picture_too(
-    open_adapted: Callable[[str], FluxPipeline], open_reference_adapted: Callable[..., Any]
+@pytest.mark.parametrize(
+    ("name", "kind", "call", "own", "theirs"),
+    [
+        ("dev", "FluxImg2ImgPipeline", {"strength": 0.5}, {}, {}),
+        (
+            "kontext",
+            "FluxKontextPipeline",
+            {"max_area": 48 * 32},
+            {"auto_resize": False},
+            {"_auto_resize": False},
+        ),
+    ],
+)
+def test_other_tasks_see_a_picture_too(
+    name: str,
+    kind: str,
+    call: dict[str, Any],
+    own: dict[str, Any],
+    theirs: dict[str, Any],
+    open_adapted: Callable[[str], FluxPipeline],
+    open_reference_adapted: Callable[..., Any],
 ) -> None:
-    call = {"image": photograph(48, 32), "strength": 0.5, "ip_adapter_image": TWO}
-    pipe = open_adapted("dev")
-    reference = open_reference_adapted("dev", "FluxImg2ImgPipeline")
-    worst = np.abs(draw(pipe, call) - draw_with_diffusers(reference, pipe, call)).max()
+    call = {**call, "image": photograph(48, 32), "ip_adapter_image": TWO}
+    pipe, reference = open_adapted(name), open_reference_adapted(name, kind)
+    found = draw(pipe, {**call, **own})
+    worst = np.abs(found - draw_with_diffusers(reference, pipe, {**call, **theirs})).max()
     assert worst < TOLERANCE, f"off by {worst * 255:.3g}/255"
 
 

@@ -50,3 +50,14 @@ def test_a_control_image_stands_in_place_of_an_image(demo_bundle: Path) -> None:
     assert "image" not in drawing.arguments
     assert drawing.arguments["control_image"].size == (drawing.width, drawing.height)
     assert drawing.width > drawing.height
+
+
+def test_what_is_varied_keeps_its_size_and_needs_no_image(redux_bundle: Path) -> None:
+    manifest = open_bundle(redux_bundle).manifest
+    body = EditBody(prompt="in winter", prompt_embeds_scale=0.7)
+    drawing = read_drawing(body, manifest, Settings(), Pictures(redux_images=(WIDE, TALL)))
+    assert drawing.arguments["redux_image"] == [WIDE, TALL]
+    assert drawing.arguments["prompt_embeds_scale"] == 0.7
+    assert "image" not in drawing.arguments
+    alone = dataclasses.replace(manifest, tasks=("text to image",))
+    assert limits_of(alone, Settings())["tasks"] == ["generations", "edits"]
