@@ -94,7 +94,7 @@ def golden_sizes(latents: LatentSpec, ranges: Mapping[str, DimensionRange]) -> d
         "B": min(_BATCH, ranges["B"].max) if "B" in ranges else _BATCH,
         "S": text,
         "N": _STEPS,
-        "P": _SEEN,
+        "V": _SEEN,
         "L": rows * columns,
         "T": text + rows * columns,
         "h": h,

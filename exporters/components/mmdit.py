@@ -128,7 +128,7 @@ def double_stages(
         Value(torch.float32, ("B", mmdit.DOUBLE_ROWS, width)),
         table,
         table,
-        *([Value(compute.dtype, ("B", "P", width))] * len(SEEN) if sees else ()),
+        *([Value(compute.dtype, ("B", "V", width))] * len(SEEN) if sees else ()),
     )
     seen = SEEN if sees else ()
     return [
@@ -214,7 +214,7 @@ def _with_residuals(
     return stages
 
 
-def seen_specs(config: TransformerConfig, tokens: Dimension = "P") -> tuple[TensorSpec, ...]:
+def seen_specs(config: TransformerConfig, tokens: Dimension = "V") -> tuple[TensorSpec, ...]:
     """Keys and values of all blocks, of pictures with so many tokens in all."""
     shape = (config.double_blocks, "B", tokens, config.width)
     return tuple(floats(name, *shape) for name in SEEN)

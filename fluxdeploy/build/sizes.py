@@ -158,7 +158,7 @@ def _ranges(
         "L": image,
         "T": DimensionRange(text.min + image.min, text.opt + image.opt, text.max + image.max),
         # Where nothing is seen there is one token of zeros.
-        "P": DimensionRange(1, _USUAL_SEEN, MOST_SEEN),
+        "V": DimensionRange(1, _USUAL_SEEN, MOST_SEEN),
         "N": DimensionRange(1, defaults.num_inference_steps, MOST_STEPS),
         # Without a LoRA there is one of zeros.
         RANK: DimensionRange(1, max(rank, 1), max(rank, 1)),

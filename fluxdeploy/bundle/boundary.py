@@ -40,7 +40,7 @@ _HAVE_SIDE_PATHS = ("conditioner", "transformer")
 _PICTURE: Shape = ("B", 3, "H", "W")
 _SEEN, _GIVEN = (
     dict.fromkeys(SEEN, ("the blocks that see", "B", tokens, "the transformer's width"))
-    for tokens in ("P", "the tokens of a picture that is seen")
+    for tokens in ("V", "the tokens of a picture that is seen")
 )
 
 # A word is a size that is the same wherever it stands; a letter is a symbol of the manifest.

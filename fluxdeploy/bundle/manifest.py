@@ -64,7 +64,7 @@ MANIFEST_NAME = "fluxdeploy.json"
 MAX_MANIFEST = 4 << 20
 """Bytes of the file. A full-size model's has some 30 KiB."""
 
-SYMBOLS = ("B", "S", "L", "T", "P", "N", "H", "W", "h", "w", RANK)
+SYMBOLS = ("B", "S", "L", "T", "V", "N", "H", "W", "h", "w", RANK)
 """The symbols that a `Dimension` may be."""
 
 SPACINGS = ("karras", "exponential", "beta")
@@ -118,7 +118,7 @@ _MOST: Mapping[str, float] = {
 
 Dimension = int | str
 """A fixed size, or the symbol of a dynamic one: B batch, S text tokens, L image tokens, T = S + L
-joint tokens, P tokens of the pictures that an IP-Adapter is given, N timesteps, H and W image rows
+joint tokens, V tokens of the pictures that an IP-Adapter is given, N timesteps, H and W image rows
 and columns, h and w latent rows and columns, R the rank of LoRAs."""
 
 
@@ -1007,7 +1007,7 @@ def _check_defaults(manifest: Manifest) -> None:
         "S": (text, "defaults.max_sequence_length"),
         "L": (image, "the default picture"),
         "T": (text + image, "the default picture with its text"),
-        "P": (1, "a picture that sees no other"),
+        "V": (1, "a picture that sees no other"),
         "N": (defaults.num_inference_steps, "defaults.num_inference_steps"),
         "H": (defaults.height, "defaults.height"),
         "W": (defaults.width, "defaults.width"),

@@ -26,7 +26,7 @@ _SYMBOLS = {
     "S": "text tokens",
     "L": "image tokens",
     "T": "text and image tokens",
-    "P": "tokens of pictures for an IP-Adapter",
+    "V": "tokens of pictures for an IP-Adapter",
     "N": "steps",
     "H": "pixels, height",
     "W": "pixels, width",

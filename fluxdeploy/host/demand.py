@@ -37,7 +37,7 @@ def demand(task: Task, priority: Priority, lora_bytes: int = 0, seen_tokens: int
     numbers = _COPIES * latents + 3 * pixels + prompts * _conditioned(manifest, task)
     numbers += _given(manifest, task, RESIDUALS, {})
     # Where nothing is seen there is one token of zeros.
-    numbers += sides * _given(manifest, task, SEEN, {"P": max(1, seen_tokens)})
+    numbers += sides * _given(manifest, task, SEEN, {"V": max(1, seen_tokens)})
     rows, columns = token_grid(height, width, manifest.latents)
     longer = 1 + task.reference_tokens / (rows * columns)
     each = sides * pixels * longer * task.evaluations / max(1, task.steps)

@@ -36,7 +36,7 @@ _MOST_SCALE = 1e3
 class Seen:
     """What blocks attend to, of U sets of pictures, for the B pictures of a call.
 
-    inputs: `ip_keys` and `ip_values`, float32 [n, U, P, D], for the transformer. pictures: [B],
+    inputs: `ip_keys` and `ip_values`, float32 [n, U, V, D], for the transformer. pictures: [B],
     which of the U each sees.
     """
 
@@ -68,7 +68,7 @@ class _Given:
 class AdapterInputs:
     """What a call's prompts see, and its negative prompts where there are any.
 
-    scales: float32 [n], what the values of each block are multiplied with. batch: B. tokens: P, of
+    scales: float32 [n], what the values of each block are multiplied with. batch: B. tokens: V, of
     the pictures that are seen together, the most of a side.
     """
 
@@ -87,7 +87,7 @@ class AdapterInputs:
     def engine_sizes(self) -> dict[str, dict[str, int]]:
         """What components are asked for, by the symbols of the manifest."""
         sizes: dict[str, dict[str, int]] = {name: {} for name in self.components}
-        return {**sizes, "transformer": {"P": self.tokens}} if self.sides else sizes
+        return {**sizes, "transformer": {"V": self.tokens}} if self.sides else sizes
 
     def encode(self, run: Run) -> list[Seen | None]:
         """What each side sees; nothing of a call without pictures."""
@@ -108,7 +108,7 @@ class AdapterInputs:
 
 
 def _together(values: NDArray[np.float32], sets: int) -> NDArray[np.float32]:
-    """Keys or values [n, U·k, P, D] of pictures as those of U sets, [n, U, k·P, D]."""
+    """Keys or values [n, U·k, p, D] of pictures as those of U sets, [n, U, k·p, D]."""
     blocks, _, _, width = values.shape
     return values.reshape(blocks, sets, -1, width)
 
@@ -231,7 +231,7 @@ def zero_seen(transformer: Engine, pictures: int) -> dict[str, Array]:
 
     A token whose value is zero adds nothing.
     """
-    sizes = {"B": pictures, "P": 1}
+    sizes = {"B": pictures, "V": 1}
     return {
         spec.name: np.zeros([sizes[d] if isinstance(d, str) else d for d in spec.shape], np.float32)
         for spec in transformer.inputs

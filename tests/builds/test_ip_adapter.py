@@ -228,7 +228,7 @@ def test_what_is_seen_is_none_of_the_attentions_that_are_quantized(dev: str, fol
     opened = find_checkpoint(dev, ip_adapter=folder)
     chain, weights = COMPONENTS["transformer"].source(opened, "fp32")
     # As many tokens of a picture as of the one that is drawn.
-    sizes: dict[Any, int] = {"B": 1, "S": 8, "L": 8, "T": 16, "P": 8}
+    sizes: dict[Any, int] = {"B": 1, "S": 8, "L": 8, "T": 16, "V": 8}
     inputs = {
         spec.name: np.ones([sizes.get(d, d) for d in spec.shape], np.float32)  # type: ignore[arg-type]
         for spec in chain.inputs

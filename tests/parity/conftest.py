@@ -13,7 +13,6 @@ import pytest
 from engines import EngineOptions
 from fluxdeploy.host.pipeline import FluxPipeline
 from tests.parity.controlnets import CASES
-from tests.support.shared_folder import SharedFolder
 
 Factory = Callable[..., Path]
 
@@ -72,19 +71,6 @@ def open_reference_controlled(
         return pipe
 
     return make
-
-
-@pytest.fixture(scope="session")
-def ip_adapter_folder(shared_folder: SharedFolder) -> Callable[[str], Path]:
-    """`ip_adapter_folder(name)`: an IP-Adapter for a checkpoint, with its image encoder."""
-    from tests.support.checkpoints import SHAPES, make_ip_adapter
-
-    def find(name: str) -> Path:
-        return shared_folder.entry(
-            f"ip-adapter-{name}", functools.partial(make_ip_adapter, shape=SHAPES[name])
-        )
-
-    return find
 
 
 @pytest.fixture(scope="session")

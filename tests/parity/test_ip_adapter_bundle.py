@@ -12,7 +12,6 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.bundle.manifest import from_json, to_json
 from fluxdeploy.cli import main
@@ -20,9 +19,7 @@ from fluxdeploy.errors import BundleError
 from fluxdeploy.host.examples import example_seen
 from fluxdeploy.host.pictures import read_metadata
 from fluxdeploy.host.pipeline import FluxPipeline
-from tests.conftest import build_bundle
 from tests.parity.test_image_to_image import FOX, ROBOT, TENTH, TOLERANCE, photograph
-from tests.support.shared_folder import SharedFolder
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -41,25 +38,9 @@ CALL: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="session")
-def adapted(
-    shared_folder: SharedFolder,
-    checkpoint: Callable[[str], Path],
-    ip_adapter_folder: Callable[[str], Path],
-    remembered_traces: Path,
-) -> Path:
-    """A float32 bundle with an IP-Adapter, whose other components are those of `dev`."""
-    request = BuildRequest(
-        checkpoint=str(checkpoint("dev")),
-        precision="fp32",
-        ip_adapter=ip_adapter_folder("dev"),
-    )
-    return shared_folder.entry("bundle-adapted", lambda folder: build_bundle(request, folder))
-
-
 @pytest.fixture(scope="module")
-def pipe(adapted: Path) -> Iterator[FluxPipeline]:
-    with FluxPipeline.from_bundle(adapted) as pipe:
+def pipe(ip_adapter_bundle: Path) -> Iterator[FluxPipeline]:
+    with FluxPipeline.from_bundle(ip_adapter_bundle) as pipe:
         yield pipe
 
 
@@ -68,7 +49,7 @@ def draw(pipe: FluxPipeline, call: dict[str, Any]) -> np.ndarray:
 
 
 def test_pictures_equal_diffusers(
-    pipe: FluxPipeline, adapted: Path, open_reference_adapted: Callable[[str], Any]
+    pipe: FluxPipeline, ip_adapter_bundle: Path, open_reference_adapted: Callable[[str], Any]
 ) -> None:
     reference = open_reference_adapted("dev")
     reference.set_ip_adapter_scale(0.8)
@@ -77,7 +58,7 @@ def test_pictures_equal_diffusers(
     found = draw(pipe, {**CALL, "ip_adapter_scale": 0.8})
     assert np.abs(found - expected).max() < TOLERANCE
     # Each engine is open only while it is needed.
-    with FluxPipeline.from_bundle(adapted, low_vram=True) as other:
+    with FluxPipeline.from_bundle(ip_adapter_bundle, low_vram=True) as other:
         np.testing.assert_array_equal(draw(other, {**CALL, "ip_adapter_scale": 0.8}), found)
 
 
@@ -90,10 +71,10 @@ def test_without_a_picture_it_is_the_plain_model_s_to_the_bit(
     assert np.abs(pictures - draw(pipe, CALL)).max() > TENTH
 
 
-def test_the_attentions_of_the_network_are_fused_as_ever(adapted: Path) -> None:
+def test_the_attentions_of_the_network_are_fused_as_ever(ip_adapter_bundle: Path) -> None:
     import onnx
 
-    model = onnx.load(adapted / "onnx" / "transformer.onnx", load_external_data=False)
+    model = onnx.load(ip_adapter_bundle / "onnx" / "transformer.onnx", load_external_data=False)
     kinds = [node.op_type for node in model.graph.node]
     assert kinds.count("MultiHeadAttention") == 4
     assert "Softmax" not in kinds
@@ -105,8 +86,8 @@ def test_warming_up_shows_a_picture(pipe: FluxPipeline) -> None:
     pipe(FOX, height=32, width=48, num_inference_steps=1, max_sequence_length=16, **given)
 
 
-def test_the_manifest_tells_how_pictures_are_read(adapted: Path) -> None:
-    manifest = open_bundle(adapted).manifest
+def test_the_manifest_tells_how_pictures_are_read(ip_adapter_bundle: Path) -> None:
+    manifest = open_bundle(ip_adapter_bundle).manifest
     assert manifest.ip_adapter is not None
     assert manifest.ip_adapter.pixels.size == (31, 31)
     recorded: Any = manifest.provenance["ip_adapter"]
@@ -141,18 +122,22 @@ BROKEN: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("path", "value", "said"), BROKEN)
 def test_a_manifest_that_contradicts_itself_is_refused(
-    path: str, value: Any, said: str, adapted: Path
+    path: str, value: Any, said: str, ip_adapter_bundle: Path
 ) -> None:
-    plain = json.loads((adapted / "fluxdeploy.json").read_text())
+    plain = json.loads((ip_adapter_bundle / "fluxdeploy.json").read_text())
     set_in(plain, path, value)
     with pytest.raises(BundleError, match=said):
         from_json(json.dumps(plain), "it")
 
 
-def test_generate_takes_its_options_and_writes_them_down(adapted: Path, tmp_path: Path) -> None:
+def test_generate_takes_its_options_and_writes_them_down(
+    ip_adapter_bundle: Path, tmp_path: Path
+) -> None:
     for number, picture in enumerate((ONE, TWO)):
         picture.save(tmp_path / f"seen{number}.png")
-    common = f"--bundle {adapted} --width 32 --height 48 --steps 2 --seed 3 --json".split()
+    common = (
+        f"--bundle {ip_adapter_bundle} --width 32 --height 48 --steps 2 --seed 3 --json".split()
+    )
     out, again = tmp_path / "a.png", tmp_path / "b.png"
     options = (
         f"--ip-adapter-image {tmp_path}/seen0.png --negative-ip-adapter-image {tmp_path}/seen1.png "
@@ -180,10 +165,10 @@ def test_generate_takes_its_options_and_writes_them_down(adapted: Path, tmp_path
     np.testing.assert_array_equal(np.asarray(Image.open(made[0])), np.asarray(Image.open(out)))
 
 
-def test_inspect_and_verify_know_it(adapted: Path) -> None:
-    result = CliRunner().invoke(main, ["inspect", str(adapted)])
+def test_inspect_and_verify_know_it(ip_adapter_bundle: Path) -> None:
+    result = CliRunner().invoke(main, ["inspect", str(ip_adapter_bundle)])
     assert "4 tokens of a picture for 2 blocks" in result.output
-    result = CliRunner().invoke(main, ["verify", "--bundle", str(adapted), "--json"])
+    result = CliRunner().invoke(main, ["verify", "--bundle", str(ip_adapter_bundle), "--json"])
     assert result.exit_code == 0, result.output
     found = {each["name"] for each in json.loads(result.output)["components"]}
     assert {"ip_adapter", "ip_adapter_encoder", "transformer"} <= found

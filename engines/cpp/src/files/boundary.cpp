@@ -36,7 +36,7 @@ const std::vector<Boundary>& boundaries() {
     static const D states{"B", "L", "what a task reads"};
     static const D velocity{"B", "L", "a token's channels"};
     static const D rope{"T", "a head's channels"};
-    static const D seen{"the blocks that see", "B", "P", "the transformer's width"};
+    static const D seen{"the blocks that see", "B", "V", "the transformer's width"};
     static const std::vector<Boundary> all{
         {"clip",
          {{"input_ids", {"B", "CLIP's tokens"}}},
