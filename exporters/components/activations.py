@@ -34,7 +34,7 @@ float32. T5's attention has a bias and is not fused.
     conditioner  4 (4 N B M D + B S (E + D))
     VAE          (4 + 3 e) C P
 
-An IP-Adapter gives keys and values, 2 B P D numbers a double-stream block for P tokens of a
+An IP-Adapter gives keys and values, 2 B V D numbers a double-stream block for V tokens of a
 picture, and the transformer has scores of the image's tokens for these, in plain kernels.
 
 A Redux is an encoder too, of a picture's patches in place of text tokens, and without a bias; the

@@ -118,7 +118,7 @@ def add_gated(residual: Tensor, gate: Tensor, update: Tensor) -> Tensor:
 def add_seen(
     residual: Tensor, query: Tensor, keys: Tensor, values: Tensor, head_dim: int
 ) -> Tensor:
-    """residual + softmax(Q Kᵀ) V, for Q [B,L,heads,head_dim] and K, V [B,P,D]."""
+    """residual + softmax(Q Kᵀ) V, for Q [B,L,heads,head_dim] and K, V [B,V,D]."""
     query, key, value = (
         x.transpose(1, 2)
         for x in (query, split_heads(keys, head_dim), split_heads(values, head_dim))
@@ -193,7 +193,7 @@ class DoubleBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """hidden [B,L,D], context [B,S,D], modulation float32 [B,12,D]; returns both streams.
 
-        seen: nothing, or the keys and values [B,P,D] that an IP-Adapter makes of a picture, to
+        seen: nothing, or the keys and values [B,V,D] that an IP-Adapter makes of a picture, to
         which the image attends besides.
         """
         rows = modulation.split(1, dim=1)
@@ -311,7 +311,7 @@ class TakeSeen(nn.Module):
         self.dtype = dtype
 
     def forward(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-        """keys and values are float32 [n,B,P,D], each of the results is [B,P,D]."""
+        """keys and values are float32 [n,B,V,D], each of the results is [B,V,D]."""
         return tuple(
             row.squeeze(0).to(self.dtype) for rows in (keys, values) for row in rows.split(1, dim=0)
         )

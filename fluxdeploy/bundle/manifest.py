@@ -956,6 +956,12 @@ def _check_boundary(manifest: Manifest) -> None:
             "the rows of its pixels": (height, "redux"),
             "the columns of its pixels": (width, "redux"),
         }
+    if manifest.ip_adapter is not None:
+        height, width = manifest.ip_adapter.pixels.size
+        sizes |= {
+            "the rows of what is seen": (height, "ip_adapter.pixels"),
+            "the columns of what is seen": (width, "ip_adapter.pixels"),
+        }
     if "clip" in manifest.tokenizers:
         length = manifest.tokenizers["clip"].max_length
         sizes["CLIP's tokens"] = (length, "tokenizers.clip.max_length")

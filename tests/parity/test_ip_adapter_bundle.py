@@ -115,7 +115,11 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("components.ip_adapter.outputs.0.shape.0", 3, "for the blocks that see"),
     ("components.ip_adapter.outputs.1.shape.2", 5, "for the tokens of a picture that is seen"),
     ("components.ip_adapter.inputs.0.shape.1", 27, "for the picture's embedding"),
-    ("components.transformer.inputs.6.name", "ip_queries", "must be hidden_states, context"),
+    (
+        "components.transformer.inputs.6.name",
+        "ip_queries",
+        "the transformer takes ip_values, and only",
+    ),
     ("components.transformer.inputs.6.shape.3", 8, "for the transformer's width"),
 ]
 
