@@ -333,6 +333,11 @@ def _forms(header: Mapping[str, Any]) -> dict[str, str]:
 def check_pipeline(index: Mapping[str, Any], checkpoint: Path | str) -> None:
     """Refuse a model_index.json of another pipeline. Raises `CheckpointError`."""
     kind = str(index.get("_class_name"))
+    if kind == "FluxPriorReduxPipeline":
+        raise CheckpointError(
+            f"{checkpoint} holds FLUX.1 Redux, which draws nothing by itself: give the checkpoint "
+            "that draws, and this folder with --redux."
+        )
     if kind not in PIPELINES:
         raise CheckpointError(
             f"{checkpoint} holds a {kind}; of FLUX.1, {', '.join(PIPELINES)} checkpoints are read."

@@ -104,6 +104,8 @@ def test_what_is_no_redux_is_refused(dev: str, redux: Path, tmp_path: Path) -> N
     ):
         with pytest.raises(CheckpointError, match=said):
             find_checkpoint(dev, redux=path)
+    with pytest.raises(CheckpointError, match=r"draws nothing by itself: .* with --redux"):
+        find_checkpoint(str(redux))
     shutil.rmtree(redux / "image_embedder")
     with pytest.raises(CheckpointError, match="has no image_embedder/, and no file with redux_up"):
         find_checkpoint(dev, redux=redux)
