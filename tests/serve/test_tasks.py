@@ -61,3 +61,15 @@ def test_what_is_varied_keeps_its_size_and_needs_no_image(redux_bundle: Path) ->
     assert "image" not in drawing.arguments
     alone = dataclasses.replace(manifest, tasks=("text to image",))
     assert limits_of(alone, Settings())["tasks"] == ["generations", "edits"]
+
+
+def test_what_is_seen_keeps_its_size_and_needs_no_image(ip_adapter_bundle: Path) -> None:
+    manifest = open_bundle(ip_adapter_bundle).manifest
+    body = EditBody(prompt="in winter", ip_adapter_scale=0.7)
+    seen = {"ip_adapter_image": WIDE, "negative_ip_adapter_image": TALL}
+    drawing = read_drawing(body, manifest, Settings(), Pictures(seen=seen))
+    assert {name: drawing.arguments[name] for name in seen} == seen
+    assert drawing.arguments["ip_adapter_scale"] == 0.7
+    assert "image" not in drawing.arguments
+    alone = dataclasses.replace(manifest, tasks=("text to image",))
+    assert limits_of(alone, Settings())["tasks"] == ["generations", "edits"]

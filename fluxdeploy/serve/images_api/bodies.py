@@ -110,6 +110,7 @@ class EditBody(_Body):
     pooled_prompt_embeds_scale: float | None = Field(
         None, description="How much CLIP's embedding of the prompt counts beside a redux_image."
     )
+    ip_adapter_scale: float | None = Field(None, description="How much an ip_adapter_image counts.")
 
 
 _B = TypeVar("_B", bound=_Body)

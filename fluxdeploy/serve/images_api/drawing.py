@@ -21,7 +21,7 @@ __all__ = ["Drawing", "limits_of", "model_name", "read_drawing"]
 _PASSED = (
     *("seed", "guidance_scale", "negative_prompt", "true_cfg_scale", "max_sequence_length"),
     *("strength", "prompt_2", "negative_prompt_2"),
-    *("prompt_embeds_scale", "pooled_prompt_embeds_scale"),
+    *("prompt_embeds_scale", "pooled_prompt_embeds_scale", "ip_adapter_scale"),
     *("sampler", "skip"),
 )
 """Fields that are arguments of the pipeline under the same names."""
@@ -115,7 +115,7 @@ def _given(pictures: Pictures, width: int, height: int, references: bool) -> dic
     if pictures.redux_images:
         # What a Redux reads of them is small, whatever is drawn.
         given["redux_image"] = list(pictures.redux_images)
-    return given
+    return given | dict(pictures.seen)
 
 
 def model_name(manifest: Manifest, settings: Settings) -> str:
@@ -129,7 +129,8 @@ def limits_of(manifest: Manifest, settings: Settings) -> dict[str, Any]:
     """What a bundle draws, for whoever asks for the model."""
     sizes, defaults = Sizes.of(manifest), manifest.defaults
     tasks = set(manifest.tasks) - {"text to image"}
-    editing = manifest.redux is not None or ("vae_encoder" in manifest.components and bool(tasks))
+    joined = manifest.redux is not None or manifest.ip_adapter is not None
+    editing = joined or ("vae_encoder" in manifest.components and bool(tasks))
     noising = not {"image to image", "inpainting", "fill"}.isdisjoint(manifest.tasks)
     return {
         "width": {**asdict(sizes.widths), "default": defaults.width},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fluxdeploy.serve.images_api.bodies import EditBody, GenerationBody
+from fluxdeploy.serve.images_api.uploads import ALONE, SEEN
 
 __all__ = ["EDIT", "GENERATION", "RESPONSES"]
 
@@ -47,9 +48,10 @@ def _edit_schema() -> dict[str, Any]:
         "mask": file,
         "control_image": file,
         "redux_image": {"anyOf": [file, {"type": "array", "items": file}]},
+        **dict.fromkeys(SEEN, file),
     }
     schema["properties"] = {**schema["properties"], **files}
-    schema["anyOf"] = [{"required": [name]} for name in ("image", "control_image", "redux_image")]
+    schema["anyOf"] = [{"required": [name]} for name in ALONE]
     return schema
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from fastapi import Request
@@ -18,35 +18,52 @@ from fluxdeploy.errors import FluxDeployError
 from fluxdeploy.host.input_images import decode_image, decode_mask
 from fluxdeploy.serve.images_api.errors import ApiError, as_api_error
 
-__all__ = ["Files", "LimitedBodies", "Pictures", "read_body", "read_files", "read_form"]
+__all__ = [
+    "ALONE",
+    "SEEN",
+    "Files",
+    "LimitedBodies",
+    "Pictures",
+    "read_body",
+    "read_files",
+    "read_form",
+]
 
 _T = TypeVar("_T")
 
 # It tells of each form that is damaged, on stderr; the client is told.
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
-_FIELDS, _FILES = 40, 34
+_FIELDS, _FILES = 40, 36
 _FIELD_BYTES = 1 << 20
 _JSON_BYTES = 1 << 20
 
 _PATIENCE = 60.0
 """Seconds for a body to arrive."""
 
+SEEN = ("ip_adapter_image", "negative_ip_adapter_image")
+"""Files that an IP-Adapter sees, under the names of the pipeline's arguments."""
+
 _MOST = {"image": 16, "mask": 1, "control_image": 1, "redux_image": 16}
+_MOST |= dict.fromkeys(SEEN, 1)
 """Files of a name in a form."""
+
+ALONE = ("image", "control_image", "redux_image", "ip_adapter_image")
+"""Files that need no other."""
 
 _LISTS = {"image[]": "image", "redux_image[]": "redux_image"}
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a request is drawn from: pictures, a mask of the first, one to draw along, and those to
-    draw variations of."""
+    """What a request is drawn from: pictures, a mask of the first, one to draw along, those to draw
+    variations of, and those that an IP-Adapter sees, by the pipeline's arguments."""
 
     images: tuple[Image, ...] = ()
     mask: Image | None = None
     control_image: Image | None = None
     redux_images: tuple[Image, ...] = ()
+    seen: Mapping[str, Image] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,6 +84,7 @@ class Files:
             masks[0] if masks else None,
             controls[0] if controls else None,
             all_of("redux_image", decode_image),
+            {name: picture for name in SEEN for picture in all_of(name, decode_image)},
         )
 
 
@@ -143,7 +161,7 @@ async def read_files(form: FormData) -> tuple[dict[str, str], Files]:
         if len(held) > _MOST[kind]:
             most = "one" if _MOST[kind] == 1 else str(_MOST[kind])
             raise ApiError(400, f"There are {len(held)} files {kind}. Send {most}.", kind)
-    if not any(files[kind] for kind in ("image", "control_image", "redux_image")):
+    if not any(files[kind] for kind in ALONE):
         raise ApiError(400, "The file `image` is missing.", "image")
     return fields, Files({kind: [await each.read() for each in files[kind]] for kind in files})
 

@@ -28,6 +28,8 @@ _IMAGES = {
     "mask_image": decode_mask,
     "control_image": decode_image,
     "redux_image": decode_image,
+    "ip_adapter_image": decode_image,
+    "negative_ip_adapter_image": decode_image,
 }
 """What may come as a file's bytes, and how that is read."""
 
