@@ -116,9 +116,14 @@ _ADAPTERS = (
         r"(?:^|\.)(?:controlnet\w*|control_model|input_hint_block|pos_embed_input|control_layers"
         r"|control_\w*embedder)\.|lllite",
     ),
-    _adapter(
+    _Kind(
+        "adapter",
         "an IP-Adapter",
-        r"ip_adapter|(?:^|\.)image_proj(?:_model)?\.|\.to_[kv]_ip\.|(?:^|\.)encoder_hid_proj\.",
+        "it is part of an IP-Adapter",
+        "Give the checkpoint that it goes with, and the IP-Adapter's file with --ip-adapter",
+        re.compile(
+            r"ip_adapter|(?:^|\.)image_proj(?:_model)?\.|\.to_[kv]_ip\.|(?:^|\.)encoder_hid_proj\."
+        ),
     ),
     _adapter("PuLID", r"(?:^|\.)pulid\w*\."),
     _Kind(
