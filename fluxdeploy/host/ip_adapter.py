@@ -102,7 +102,7 @@ class AdapterInputs:
         outputs = run(ADAPTER, {"image_embeds": embeds})
         keys, values = (_together(outputs[name], len(given)) for name in SEEN)
         # Attention is linear in them.
-        values *= self.scales[:, None, None, None]
+        values = values * self.scales[:, None, None, None]
         pictures = np.repeat(np.arange(len(given)), self.batch // len(given))
         return Seen(dict(zip(SEEN, (keys, values), strict=True)), pictures)
 
