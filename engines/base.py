@@ -208,7 +208,7 @@ class Runtime(ABC):
         any size.
     side_paths: whether its engines take LoRAs beside their weights, as inputs.
     shares_scratch: whether all open engines compute in one block of memory, by turns.
-    controlnets: whether its transformers take what ControlNets add, as inputs.
+    joins: whether its transformers take what ControlNets and IP-Adapters give, as inputs.
 
     A precision is a row of `PRECISIONS` by its name. What a runtime does with one follows from the
     row's format and activations: a new row over a format that it knows needs no word here.
@@ -222,7 +222,7 @@ class Runtime(ABC):
     tuned: bool = False
     side_paths: bool = False
     shares_scratch: bool = False
-    controlnets: bool = True
+    joins: bool = True
 
     def version(self) -> str:
         """The installed version, empty where it is not installed. Imports nothing of it."""

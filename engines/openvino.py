@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenVino"]
 
-_WIDE = ("clip", "t5", "conditioner")
+_WIDE = ("clip", "t5", "redux", "ip_adapter_encoder", "ip_adapter", "conditioner")
 """Computed in float32 whatever their graph: they run once a picture, and what they round away is
 missing in every step. With its hint for bfloat16, OpenVINO rounds the angles of the timestep's
 sines too, which puts a conditioner of FLUX.1's width off by a third of its range."""

@@ -117,6 +117,58 @@ def bundle(
 
 
 @pytest.fixture(scope="session")
+def redux_folder(shared_folder: SharedFolder) -> Callable[[str], Path]:
+    """`redux_folder(name)`: a random Redux for a random checkpoint. Not to be written to."""
+    from tests.support.checkpoints import SHAPES, make_redux
+
+    def make(name: str) -> Path:
+        return shared_folder.entry(f"redux-{name}", lambda path: make_redux(path, SHAPES[name]))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def redux_bundle(
+    shared_folder: SharedFolder,
+    checkpoint: CheckpointFactory,
+    redux_folder: Callable[[str], Path],
+    remembered_traces: Path,
+) -> Path:
+    """The float32 bundle of `dev` with a Redux. Not to be written to."""
+    request = BuildRequest(
+        checkpoint=str(checkpoint("dev")), precision="fp32", redux=redux_folder("dev")
+    )
+    return shared_folder.entry("bundle-redux", lambda folder: build_bundle(request, folder))
+
+
+@pytest.fixture(scope="session")
+def ip_adapter_folder(shared_folder: SharedFolder) -> Callable[[str], Path]:
+    """`ip_adapter_folder(name)`: a random IP-Adapter for a random checkpoint, with its encoder."""
+    from tests.support.checkpoints import SHAPES, make_ip_adapter
+
+    def make(name: str) -> Path:
+        return shared_folder.entry(
+            f"ip-adapter-{name}", lambda path: make_ip_adapter(path, SHAPES[name])
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ip_adapter_bundle(
+    shared_folder: SharedFolder,
+    checkpoint: CheckpointFactory,
+    ip_adapter_folder: Callable[[str], Path],
+    remembered_traces: Path,
+) -> Path:
+    """The float32 bundle of `dev` with an IP-Adapter. Not to be written to."""
+    request = BuildRequest(
+        checkpoint=str(checkpoint("dev")), precision="fp32", ip_adapter=ip_adapter_folder("dev")
+    )
+    return shared_folder.entry("bundle-ip-adapter", lambda folder: build_bundle(request, folder))
+
+
+@pytest.fixture(scope="session")
 def demo_bundle(shared_folder: SharedFolder, remembered_traces: Path) -> Path:
     """The bundle that `fluxdeploy build` makes with no options. Not to be written to."""
     return shared_folder.entry("bundle-demo", lambda folder: build_bundle(BuildRequest(), folder))

@@ -64,7 +64,7 @@ class Native(Runtime):
         ),
     )
     builds = True
-    controlnets = False
+    joins = False
 
     def __init__(self) -> None:
         self._others = OnnxRuntime()

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from exporters.calibrate.task_inputs import TaskInputs, task_inputs
 from exporters.checkpoint import Checkpoint, Weights
 from exporters.components.chain import Chain, Stage
+from exporters.components.mmdit import seen_specs
 from exporters.components.registry import COMPONENTS
 from exporters.components.residuals import KINDS, residual_count
 from exporters.components.run import run_samples
@@ -175,6 +176,7 @@ def start_samples(
                 "rope_cos": cos,
                 "rope_sin": sin,
                 **_no_residuals(checkpoint, grid),
+                **_nothing_seen(checkpoint),
             }
             modulation = condition["modulation"][steps]
             samples.append(Sample(start[None], levels, modulation, constant, given))
@@ -189,6 +191,16 @@ def _no_residuals(checkpoint: Checkpoint, grid: tuple[int, int]) -> dict[str, Ar
         f"{kind}_residuals": np.zeros((count, 1, tokens, width), np.float32)
         for kind, count in counts.items()
         if count
+    }
+
+
+def _nothing_seen(checkpoint: Checkpoint) -> dict[str, Array]:
+    """What the transformer is given where its IP-Adapter is given no picture."""
+    if checkpoint.ip_adapter is None:
+        return {}
+    return {
+        spec.name: np.zeros([1 if isinstance(d, str) else d for d in spec.shape], np.float32)
+        for spec in seen_specs(checkpoint.transformer)
     }
 
 

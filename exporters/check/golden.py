@@ -24,6 +24,9 @@ Array = NDArray[np.generic]
 # square, so that rows and columns cannot be swapped unseen.
 _BATCH, _TEXT, _STEPS, _ROWS, _COLUMNS = 2, 16, 2, 4, 6
 
+_SEEN = 4
+"""Of an IP-Adapter's picture, where none was made."""
+
 _RANK = 2
 """Of a LoRA: with 16, FLUX.1's would take 260 MB."""
 
@@ -91,6 +94,7 @@ def golden_sizes(latents: LatentSpec, ranges: Mapping[str, DimensionRange]) -> d
         "B": min(_BATCH, ranges["B"].max) if "B" in ranges else _BATCH,
         "S": text,
         "N": _STEPS,
+        "V": _SEEN,
         "L": rows * columns,
         "T": text + rows * columns,
         "h": h,

@@ -14,6 +14,9 @@ from transformers import CLIPTextConfig, T5Config
 from exporters.checkpoint.agreement import check_class, unknown_keys
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.checkpoint.controlnet_config import ControlNetConfig
+from exporters.checkpoint.image_encoder_config import ImageEncoderConfig
+from exporters.checkpoint.ip_adapter_config import IpAdapterConfig
+from exporters.checkpoint.redux_config import ReduxConfig
 from exporters.checkpoint.tasks import find_task, usual_defaults
 from exporters.checkpoint.tensors import WHOLE_TYPES, Weights
 from exporters.checkpoint.text_configs import text_config, unknown_text_keys
@@ -24,6 +27,7 @@ from fluxdeploy.errors import CheckpointError
 
 __all__ = [
     "MOST_CONTROLNETS",
+    "REDUX",
     "Checkpoint",
     "LoraRecord",
     "Part",
@@ -33,6 +37,9 @@ __all__ = [
 
 MOST_CONTROLNETS = 4
 """Of a bundle: each is a network of its own, run in every step."""
+
+REDUX = "redux"
+"""What the part and the component of a Redux are called."""
 
 _OTHER_SCHEDULES = ("invert_sigmas", "stochastic_sampling")
 """Of the scheduler's keys, those that make a schedule where they are set which no host computes."""
@@ -85,9 +92,10 @@ class Checkpoint:
     sentence for each entry there that is not followed; `revision` the commit of a hub repository;
     `pipeline` the class that model_index.json names, None where there is no such file. `loras` are
     those that are merged into it, and `base` is what it was without those of them that leave what
-    it is for as it was.
-    `controlnet_folders` are the names of the folders that its ControlNets come from. `asked_task`
-    is what it is for, where a user has said so of one that does not tell.
+    it is for as it was. `controlnet_folders` are the names of the folders that its ControlNets come
+    from, `ip_adapter_name` is that of the file that its IP-Adapter comes from, and `redux_folder`
+    that of its Redux. `asked_task` is what it is for, where a user has said so of one that does not
+    tell.
     """
 
     root: Path
@@ -104,6 +112,8 @@ class Checkpoint:
     base: Checkpoint | None = None
     controlnet_folders: tuple[str, ...] = ()
     asked_task: str | None = None
+    ip_adapter_name: str | None = None
+    redux_folder: str | None = None
 
     @property
     def unmerged(self) -> Checkpoint:
@@ -150,6 +160,44 @@ class Checkpoint:
     def controlnet_parts(self) -> tuple[str, ...]:
         """Names of the ControlNets' parts."""
         return tuple(map(controlnet_name, range(len(self.controlnet_folders))))
+
+    @functools.cached_property
+    def ip_adapter(self) -> IpAdapterConfig | None:
+        """Sizes of the IP-Adapter; None where it has none."""
+        if self.ip_adapter_name is None:
+            return None
+        return IpAdapterConfig.of(self.part("ip_adapter").weights)
+
+    @functools.cached_property
+    def ip_adapter_encoder(self) -> ImageEncoderConfig | None:
+        """Sizes of the CLIP vision encoder that goes with the IP-Adapter."""
+        if self.ip_adapter_name is None:
+            return None
+        part = self.part("ip_adapter_encoder")
+        return ImageEncoderConfig.of("clip", part.weights, part.config)
+
+    @functools.cached_property
+    def redux(self) -> ReduxConfig | None:
+        """Sizes of the Redux; None without one."""
+        if self.redux_folder is None:
+            return None
+        part = self.part(REDUX)
+        return ReduxConfig.of(part.weights, part.config)
+
+    @property
+    def parts_beside(self) -> tuple[str, ...]:
+        """Names of the parts that joined it, and are none of its own."""
+        adapter = ("ip_adapter", "ip_adapter_encoder")
+        return (
+            *self.controlnet_parts,
+            *(adapter if self.ip_adapter_name is not None else ()),
+            *((REDUX,) if self.redux_folder is not None else ()),
+        )
+
+    @property
+    def picture_tokens(self) -> int:
+        """How many text tokens the transformer reads of pictures, behind those of a prompt."""
+        return 0 if self.redux is None else self.redux.tokens
 
     @functools.cached_property
     def task(self) -> str:
@@ -329,6 +377,8 @@ class Checkpoint:
             told += self.vae.notices(self.parts["vae"].config)
         for name in self.controlnet_parts:
             told += ControlNetConfig.notices(self.parts[name].config)
+        if self.redux_folder is not None:
+            told += ReduxConfig.notices(self.parts[REDUX].config)
         for name in ("clip", "t5"):
             if name in self.parts:
                 told += unknown_text_keys(name, self.parts[name].config)

@@ -116,12 +116,24 @@ _ADAPTERS = (
         r"(?:^|\.)(?:controlnet\w*|control_model|input_hint_block|pos_embed_input|control_layers"
         r"|control_\w*embedder)\.|lllite",
     ),
-    _adapter(
+    _Kind(
+        "adapter",
         "an IP-Adapter",
-        r"ip_adapter|(?:^|\.)image_proj(?:_model)?\.|\.to_[kv]_ip\.|(?:^|\.)encoder_hid_proj\.",
+        "it is part of an IP-Adapter",
+        "Give the checkpoint that it goes with, and the IP-Adapter's file with --ip-adapter",
+        re.compile(
+            r"ip_adapter|(?:^|\.)image_proj(?:_model)?\.|\.to_[kv]_ip\.|(?:^|\.)encoder_hid_proj\."
+        ),
     ),
     _adapter("PuLID", r"(?:^|\.)pulid\w*\."),
-    _adapter("FLUX.1 Redux", r"(?:^|\.)redux_(?:up|down)\."),
+    _Kind(
+        "adapter",
+        "FLUX.1 Redux",
+        "it is part of FLUX.1 Redux",
+        "A Redux is no checkpoint: give the checkpoint that draws, and the Redux's folder with "
+        "--redux",
+        re.compile(r"(?:^|\.)redux_(?:up|down)\."),
+    ),
     _adapter("AnimateDiff", r"\.motion_modules\."),
     _adapter("a textual inversion", r"^(?:clip_l|clip_g|t5xxl|emb_params)$"),
 )
@@ -278,6 +290,10 @@ _ANCHORS = {
     "vae": r"decoder\.conv_in\.weight$",
     "clip": r"(?:text_model\.)?encoder\.layers\.\d+\.self_attn\.",
     "t5": r"encoder\.block\.\d+\.layer\.\d+\.|enc\.blk\.\d+\.",
+    "ip_adapter": r"image_proj\.|ip_adapter\.\d+\.",
+    "ip_adapter_encoder": r"(?:vision_model\.)?encoder\.layers\.\d+\.self_attn\.",
+    "redux": r"redux_(?:up|down)\.",
+    "siglip": r"(?:vision_model\.)?encoder\.layers\.\d+\.self_attn\.",
 }
 
 
@@ -322,6 +338,11 @@ def _forms(header: Mapping[str, Any]) -> dict[str, str]:
 def check_pipeline(index: Mapping[str, Any], checkpoint: Path | str) -> None:
     """Refuse a model_index.json of another pipeline. Raises `CheckpointError`."""
     kind = str(index.get("_class_name"))
+    if kind == "FluxPriorReduxPipeline":
+        raise CheckpointError(
+            f"{checkpoint} holds FLUX.1 Redux, which draws nothing by itself: give the checkpoint "
+            "that draws, and this folder with --redux."
+        )
     if kind not in PIPELINES:
         raise CheckpointError(
             f"{checkpoint} holds a {kind}; of FLUX.1, {', '.join(PIPELINES)} checkpoints are read."

@@ -8,6 +8,7 @@ from pathlib import Path
 from exporters.checkpoint.checkpoint import Part, read_json
 from exporters.checkpoint.foreign import check_config, check_part
 from exporters.checkpoint.four_bits import attach_blocks
+from exporters.checkpoint.image_encoder_config import with_vision_names
 from exporters.checkpoint.names import (
     canonical_controlnet,
     canonical_transformer,
@@ -29,7 +30,8 @@ FOLDERS = {"transformer": "transformer", "vae": "vae", **TEXT_FOLDERS}
 def read_folder(name: str, folder: Path) -> Part:
     """A part in a folder of diffusers' layout. Raises `CheckpointError` for what is not read.
 
-    name: `transformer`, `vae`, `clip`, `t5` or `controlnet`.
+    name: `transformer`, `vae`, `clip`, `t5`, `controlnet`, `ip_adapter_encoder`, `redux` or
+        `siglip`.
     """
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
@@ -63,4 +65,8 @@ def _canonical(name: str, tensors: dict[str, StoredTensor]) -> dict[str, StoredT
         return canonical_transformer(tensors)
     if name == "controlnet":
         return canonical_controlnet(tensors)
+    if name == "ip_adapter_encoder":
+        return with_vision_names("clip", tensors)
+    if name == "siglip":
+        return with_vision_names("siglip", tensors)
     return canonical_vae(tensors) if name == "vae" else with_aliases(tensors, name)

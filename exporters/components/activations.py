@@ -34,6 +34,12 @@ float32. T5's attention has a bias and is not fused.
     conditioner  4 (4 N B M D + B S (E + D))
     VAE          (4 + 3 e) C P
 
+An IP-Adapter gives keys and values, 2 B V D numbers a double-stream block for V tokens of a
+picture, and the transformer has scores of the image's tokens for these, in plain kernels.
+
+A Redux is an encoder too, of a picture's patches in place of text tokens, and without a bias; the
+text of conditioner, transformer and ControlNets is longer by as many.
+
 A ControlNet's blocks take what the transformer's take, and each gives B L D numbers in float32,
 which are there twice while they are stacked; the transformer reads them.
 
@@ -62,6 +68,9 @@ __all__ = [
     "controlnet_bytes",
     "controlnet_conditioner_bytes",
     "controlnet_encoder_bytes",
+    "ip_adapter_bytes",
+    "ip_adapter_encoder_bytes",
+    "redux_bytes",
     "t5_bytes",
     "transformer_bytes",
     "vae_decoder_bytes",
@@ -84,7 +93,38 @@ def transformer_bytes(
     """Of the MM-DiT without its conditioner; `element` are the bytes of its compute type."""
     residuals = sum(residual_count(networks.controlnets, kind) for kind in KINDS)
     added = 4 * sizes.batch * residuals * sizes.image * networks.transformer.width
-    return _blocks_bytes(networks.transformer, sizes, kernels, element) + added
+    seen = _seen_bytes(networks, sizes)
+    return _blocks_bytes(networks.transformer, sizes, kernels, element) + added + seen
+
+
+def ip_adapter_bytes(
+    networks: Networks, sizes: CallSizes, kernels: AttentionKernels, element: int
+) -> int:
+    """Of an IP-Adapter: what it gives, once each block and stacked."""
+    adapter = networks.ip_adapter
+    assert adapter is not None  # or there is no such component
+    given = 4 * sizes.batch * adapter.tokens * adapter.width
+    return 2 * 2 * adapter.blocks * given
+
+
+def ip_adapter_encoder_bytes(
+    networks: Networks, sizes: CallSizes, kernels: AttentionKernels, element: int
+) -> int:
+    """Of the encoder of its pictures, whose tokens are always as many."""
+    config = networks.ip_adapter_encoder
+    assert config is not None  # or there is no such component
+    widths = (config.width, config.mlp_width, config.heads)
+    return _encoder_bytes(sizes.batch, config.tokens, widths, kernels, element)
+
+
+def _seen_bytes(networks: Networks, sizes: CallSizes) -> int:
+    """What the transformer takes for an IP-Adapter: keys and values, and the scores of a block."""
+    adapter, config = networks.ip_adapter, networks.transformer
+    if adapter is None:
+        return 0
+    given = 2 * adapter.blocks * adapter.tokens * config.width
+    scores = _SCORES * config.width // config.head_dim * sizes.image * adapter.tokens
+    return 4 * sizes.batch * (given + scores + 2 * sizes.image * config.width)
 
 
 def controlnet_bytes(
@@ -166,10 +206,20 @@ def clip_bytes(
     return _encoder_bytes(sizes.batch, clip.max_position_embeddings, widths, kernels, element)
 
 
+def redux_bytes(
+    networks: Networks, sizes: CallSizes, kernels: AttentionKernels, element: int
+) -> int:
+    """Of a Redux's SigLIP, one picture at a time; the linears after it take less."""
+    assert networks.redux is not None
+    encoder = networks.redux.encoder
+    widths = (encoder.width, encoder.mlp_width, encoder.heads)
+    return _encoder_bytes(1, encoder.tokens, widths, kernels, element)
+
+
 def _encoder_bytes(
     batch: int, tokens: int, widths: tuple[int, int, int], kernels: AttentionKernels, element: int
 ) -> int:
-    """Of a text encoder of some width, MLP width and heads."""
+    """Of an encoder of some width, MLP width and heads."""
     width, mlp_width, heads = widths
     scores = heads * tokens**2
     streams = tokens * (6 * width + 3 * mlp_width)

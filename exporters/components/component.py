@@ -12,6 +12,9 @@ from transformers import CLIPTextConfig, T5Config
 from exporters.checkpoint import Checkpoint, Weights
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.checkpoint.controlnet_config import ControlNetConfig
+from exporters.checkpoint.image_encoder_config import ImageEncoderConfig
+from exporters.checkpoint.ip_adapter_config import IpAdapterConfig
+from exporters.checkpoint.redux_config import ReduxConfig
 from exporters.components.chain import Chain
 from exporters.components.pieces import COMPUTE_TYPES, ComputeType
 from fluxdeploy.errors import ExportError, UsageError
@@ -51,6 +54,15 @@ class Networks(Protocol):
 
     @property
     def controlnets(self) -> Sequence[ControlNetConfig]: ...
+
+    @property
+    def ip_adapter_encoder(self) -> ImageEncoderConfig | None: ...
+
+    @property
+    def ip_adapter(self) -> IpAdapterConfig | None: ...
+
+    @property
+    def redux(self) -> ReduxConfig | None: ...
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from exporters.components.residuals import (
     residual_rows,
 )
 from exporters.models import mmdit
+from fluxdeploy.bundle.boundary import SEEN
 from fluxdeploy.bundle.manifest import Dimension, TensorSpec
 from fluxdeploy.precision import PRECISIONS
 
@@ -34,6 +35,7 @@ __all__ = [
     "embedding_stages",
     "join_stage",
     "modulation_stages",
+    "seen_specs",
     "single_stages",
 ]
 
@@ -109,8 +111,12 @@ def double_stages(
     config: Blocks,
     compute: ComputeType,
     tables: tuple[str, str] = ("rope_cos", "rope_sin"),
+    sees: bool = False,
 ) -> list[Stage]:
-    """The double-stream blocks, from `hidden.0` and `context.0`; block i leaves number i + 1."""
+    """The double-stream blocks, from `hidden.0` and `context.0`; block i leaves number i + 1.
+
+    Where they see pictures block i also reads `ip_keys.i` and `ip_values.i`.
+    """
     names, width, dtype = ModulationNames(config), config.width, compute.residual
     hidden, context = (Value(dtype, ("B", tokens, width)) for tokens in ("L", "S"))
     table = Value(torch.float32, ("T", config.head_dim))
@@ -122,11 +128,16 @@ def double_stages(
         Value(torch.float32, ("B", mmdit.DOUBLE_ROWS, width)),
         table,
         table,
+        *([Value(compute.dtype, ("B", "V", width))] * len(SEEN) if sees else ()),
     )
+    seen = SEEN if sees else ()
     return [
         Stage(
             double,
-            (f"hidden.{i}", f"context.{i}", names.double[i], *tables),
+            (
+                *(f"hidden.{i}", f"context.{i}", names.double[i], *tables),
+                *(f"{name}.{i}" for name in seen),
+            ),
             (f"hidden.{i + 1}", f"context.{i + 1}"),
             f"transformer_blocks.{i}.",
         )
@@ -203,11 +214,27 @@ def _with_residuals(
     return stages
 
 
+def seen_specs(config: TransformerConfig, tokens: Dimension = "V") -> tuple[TensorSpec, ...]:
+    """Keys and values of all blocks, of pictures with so many tokens in all."""
+    shape = (config.double_blocks, "B", tokens, config.width)
+    return tuple(floats(name, *shape) for name in SEEN)
+
+
+def _seen_stage(specs: Sequence[TensorSpec], compute: ComputeType) -> Stage:
+    """Each block's keys and values of those of all."""
+    take = make_piece(
+        lambda: mmdit.TakeSeen(compute.dtype), compute, *(value_of(spec) for spec in specs)
+    )
+    writes = (f"{spec.name}.{i}" for spec in specs for i in range(int(spec.shape[0])))
+    return Stage(take, tuple(spec.name for spec in specs), tuple(writes))
+
+
 def _block_stages(
     config: TransformerConfig,
     compute: ComputeType,
     output: str,
     controlnets: Sequence[ControlNetConfig] = (),
+    sees: bool = False,
 ) -> list[Stage]:
     """From `hidden`, `context.0`, the blocks' rows and the RoPE tables to the velocity."""
     project = make_piece(
@@ -217,7 +244,8 @@ def _block_stages(
         Value(compute.residual, ("B", "S", config.width)),
         Value(torch.float32, ("B", mmdit.FINAL_ROWS, config.width)),
     )
-    double, single = double_stages(config, compute), single_stages(config, compute)
+    double = double_stages(config, compute, sees=sees)
+    single = single_stages(config, compute)
     ends = (f"joint.{config.single_blocks}", "context.0", ModulationNames(config).final)
     return [
         *_with_residuals(config, compute, controlnets, "double", double),
@@ -230,6 +258,7 @@ def _block_stages(
 def _transformer_chain(networks: Networks, compute: ComputeType) -> Chain:
     """The part of the MM-DiT that runs every step."""
     config, controlnets = networks.transformer, networks.controlnets
+    seen = () if networks.ip_adapter is None else seen_specs(config)
     width, table = config.width, ("T", config.head_dim)
     counts = {kind: residual_count(controlnets, kind) for kind in KINDS}
     inputs = (
@@ -243,6 +272,7 @@ def _transformer_chain(networks: Networks, compute: ComputeType) -> Chain:
             for kind, count in counts.items()
             if count
         ),
+        *seen,
     )
     project = make_piece(
         lambda: mmdit.ImageProjection(
@@ -261,7 +291,8 @@ def _transformer_chain(networks: Networks, compute: ComputeType) -> Chain:
             ("hidden_states", "context", "modulation"),
             ("hidden.0", "context.0", *ModulationNames(config).all),
         ),
-        *_block_stages(config, compute, "velocity", controlnets),
+        *([_seen_stage(seen, compute)] if seen else ()),
+        *_block_stages(config, compute, "velocity", controlnets, bool(seen)),
     ]
     outputs = (floats("velocity", "B", "L", config.out_channels),)
     return Chain("transformer", inputs, outputs, tuple(stages))

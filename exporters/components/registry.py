@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from exporters.components.component import Component, Networks
 from exporters.components.controlnet import controlnet_components
+from exporters.components.ip_adapter import IP_ADAPTER, IP_ADAPTER_ENCODER
 from exporters.components.mmdit import CONDITIONER, ONE_PIECE, TRANSFORMER
+from exporters.components.redux import REDUX_COMPONENT
 from exporters.components.text_encoders import CLIP, T5
 from exporters.components.vae import VAE_DECODER, VAE_ENCODER
 from fluxdeploy.errors import UsageError
@@ -32,7 +34,11 @@ ONE_PIECE_COMPONENTS = _by_name((CLIP, T5, ONE_PIECE, VAE_DECODER, VAE_ENCODER))
 
 
 def components_of(networks: Networks) -> Mapping[str, Component]:
-    """Those of a checkpoint, with its ControlNets' before the transformer, which adds theirs up."""
+    """Those of a checkpoint, with those of ControlNets and an IP-Adapter before the transformer,
+    which takes what they give.
+
+    A Redux's comes where text encoders do.
+    """
     controlnets = [
         component
         for number in range(len(networks.controlnets))
@@ -40,7 +46,9 @@ def components_of(networks: Networks) -> Mapping[str, Component]:
     ]
     found = list(COMPONENTS.values())
     at = list(COMPONENTS).index("transformer")
-    return _by_name([*found[:at], *controlnets, *found[at:]])
+    encoders = [] if networks.redux is None else [REDUX_COMPONENT]
+    adapter = [] if networks.ip_adapter is None else [IP_ADAPTER_ENCODER, IP_ADAPTER]
+    return _by_name([*encoders, *found[:at], *controlnets, *adapter, *found[at:]])
 
 
 def find_component(name: str, components: Mapping[str, Component] = COMPONENTS) -> Component:

@@ -125,7 +125,8 @@ def linear_modules(piece: Piece) -> dict[str, nn.Linear]:
     return {name: module for name, module in modules if isinstance(module, nn.Linear)}
 
 
-_EXAMPLE = {"B": 1, "S": 8, "L": 8, "T": 16, "N": 1, "H": 64, "W": 64, "h": 8, "w": 8}
+_EXAMPLE = {"B": 1, "S": 8, "L": 8, "T": 16, "V": 4, "N": 1}
+_EXAMPLE |= {"H": 64, "W": 64, "h": 8, "w": 8}
 
 
 def shared_inputs(chain: Chain) -> dict[str, str]:

@@ -36,7 +36,8 @@ OPSET = 22
 
 # Sizes to trace with: no two alike and none of them 1, since torch would take a size of 1 for a
 # constant and equal sizes for the same symbol. T = S + L; H and W are whole VAE strides.
-_EXAMPLE = {"B": 2, "S": 5, "L": 7, "T": 12, "N": 3, "h": 6, "w": 10, "H": 48, "W": 80}
+_EXAMPLE = {"B": 2, "S": 5, "L": 7, "T": 12, "V": 9, "N": 3}
+_EXAMPLE |= {"h": 6, "w": 10, "H": 48, "W": 80}
 
 _DTYPES = {"float32": ir.DataType.FLOAT, "int32": ir.DataType.INT32}
 

@@ -1,11 +1,17 @@
-"""The one form of attention that every component exports."""
+"""The form of attention that every component exports, and one over a few keys."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-__all__ = ["attention"]
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+__all__ = ["FOR_TRANSFORMERS", "attention", "few_keys_attention"]
+
+FOR_TRANSFORMERS = "fluxdeploy"
+"""What the layers of transformers know it by."""
 
 
 def attention(
@@ -23,3 +29,35 @@ def attention(
     if bias is not None:
         scores = scores + bias
     return torch.softmax(scores, dim=-1).to(value.dtype) @ value
+
+
+def few_keys_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """softmax(scale · Q Kᵀ) V for a handful of keys, whose scores are small beside the queries.
+
+    Shapes and types are those of `attention`. The softmax is written out, and the products are
+    functions and no operators: nothing takes it for one of a network's large attentions, which are
+    counted, fused and quantized.
+    """
+    scaled = (query.float() * scale).to(value.dtype)
+    scores = torch.matmul(scaled, key.to(value.dtype).transpose(-1, -2)).float()
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    weights = weights / weights.sum(-1, keepdim=True)
+    return torch.matmul(weights.to(value.dtype), value)
+
+
+def _of_layer(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float = 1.0,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """`attention` under the signature that transformers' layers call."""
+    bias = attention_mask if position_bias is None else position_bias
+    return attention(query, key, value, scaling, bias).transpose(1, 2), None
+
+
+AttentionInterface.register(FOR_TRANSFORMERS, _of_layer)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exporters.models.attention import attention
+from exporters.models.attention import attention, few_keys_attention
 
 __all__ = [
     "AdaptiveNorm",
@@ -34,6 +34,7 @@ __all__ = [
     "RopeTables",
     "SingleBlock",
     "SingleBlockModulation",
+    "TakeSeen",
     "TextProjection",
     "TimestepEmbedding",
 ]
@@ -114,6 +115,18 @@ def add_gated(residual: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     return (residual.float() + gate * update.float()).to(residual.dtype)
 
 
+def add_seen(
+    residual: Tensor, query: Tensor, keys: Tensor, values: Tensor, head_dim: int
+) -> Tensor:
+    """residual + softmax(Q Kᵀ) V, for Q [B,L,heads,head_dim] and K, V [B,V,D]."""
+    query, key, value = (
+        x.transpose(1, 2)
+        for x in (query, split_heads(keys, head_dim), split_heads(values, head_dim))
+    )
+    update = few_keys_attention(query, key, value, head_dim**-0.5).transpose(1, 2).flatten(2)
+    return (residual.float() + update.float()).to(residual.dtype)
+
+
 class JointAttention(nn.Module):
     """q, k, v and output projections of both streams, for attention over their joint sequence."""
 
@@ -131,18 +144,16 @@ class JointAttention(nn.Module):
 
     def forward(
         self, hidden: Tensor, context: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What both streams get, and the image's query [B,L,heads,head_dim] before RoPE."""
+
         def heads(x: Tensor) -> Tensor:
             return split_heads(x, self.head_dim)
 
         # Text comes first in the joint sequence, as in the RoPE tables.
-        query = torch.cat(
-            (
-                self.norm_added_q(heads(self.add_q_proj(context))),
-                self.norm_q(heads(self.to_q(hidden))),
-            ),
-            dim=1,
-        )
+        text_query = self.norm_added_q(heads(self.add_q_proj(context)))
+        image_query = self.norm_q(heads(self.to_q(hidden)))
+        query = torch.cat((text_query, image_query), dim=1)
         key = torch.cat(
             (
                 self.norm_added_k(heads(self.add_k_proj(context))),
@@ -157,6 +168,7 @@ class JointAttention(nn.Module):
         return (
             self.to_out[0](joint[:, text_tokens:]),
             self.to_add_out(joint[:, :text_tokens]),
+            image_query,
         )
 
 
@@ -171,14 +183,24 @@ class DoubleBlock(nn.Module):
         self.ff_context = FeedForward(width, mlp_width)
 
     def forward(
-        self, hidden: Tensor, context: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor
+        self,
+        hidden: Tensor,
+        context: Tensor,
+        modulation: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *seen: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """hidden [B,L,D], context [B,S,D], modulation float32 [B,12,D]; returns both streams."""
+        """hidden [B,L,D], context [B,S,D], modulation float32 [B,12,D]; returns both streams.
+
+        seen: nothing, or the keys and values [B,V,D] that an IP-Adapter makes of a picture, to
+        which the image attends besides.
+        """
         rows = modulation.split(1, dim=1)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = rows[:6]
         c_shift, c_scale, c_gate, c_mlp_shift, c_mlp_scale, c_mlp_gate = rows[6:]
         dtype = self.attn.to_q.weight.dtype
-        update, c_update = self.attn(
+        update, c_update, query = self.attn(
             self.norm(hidden, shift, scale, dtype),
             self.norm(context, c_shift, c_scale, dtype),
             cos,
@@ -188,7 +210,11 @@ class DoubleBlock(nn.Module):
         context = add_gated(context, c_gate, c_update)
         update = self.ff(self.norm(hidden, mlp_shift, mlp_scale, dtype))
         c_update = self.ff_context(self.norm(context, c_mlp_shift, c_mlp_scale, dtype))
-        return add_gated(hidden, mlp_gate, update), add_gated(context, c_mlp_gate, c_update)
+        hidden = add_gated(hidden, mlp_gate, update)
+        if seen:
+            keys, values = seen
+            hidden = add_seen(hidden, query, keys, values, self.attn.head_dim)
+        return hidden, add_gated(context, c_mlp_gate, c_update)
 
 
 class SelfAttention(nn.Module):
@@ -275,6 +301,20 @@ class AddImageResidual(nn.Module):
         """joint [B,T,D], context [B,S,D], residuals float32 [n,B,L,D]."""
         text, image = joint.split((context.shape[1], joint.shape[1] - context.shape[1]), dim=1)
         return torch.cat((text, image + residuals[self.row].to(joint.dtype)), dim=1)
+
+
+class TakeSeen(nn.Module):
+    """What an IP-Adapter's pictures are to each double-stream block: all keys, then all values."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        """keys and values are float32 [n,B,V,D], each of the results is [B,V,D]."""
+        return tuple(
+            row.squeeze(0).to(self.dtype) for rows in (keys, values) for row in rows.split(1, dim=0)
+        )
 
 
 class JoinStreams(nn.Module):

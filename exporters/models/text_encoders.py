@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, CLIPTextConfig, T5Config
+from transformers import CLIPTextConfig, T5Config
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5LayerNorm
 
-from exporters.models.attention import attention
+from exporters.models.attention import FOR_TRANSFORMERS
 
 __all__ = [
     "ClipEmbedding",
@@ -21,24 +19,6 @@ __all__ = [
     "T5Layer",
     "T5PositionBias",
 ]
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    scaling: float = 1.0,
-    position_bias: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """`attention` under the signature that transformers' layers call."""
-    bias = attention_mask if position_bias is None else position_bias
-    return attention(query, key, value, scaling, bias).transpose(1, 2), None
-
-
-AttentionInterface.register("fluxdeploy", _attention)
 
 
 class ClipEmbedding(nn.Module):
@@ -66,7 +46,7 @@ class ClipLayer(CLIPEncoderLayer):
     """A causal encoder layer, [B,77,P] to [B,77,P]."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
-        config._attn_implementation = "fluxdeploy"
+        config._attn_implementation = FOR_TRANSFORMERS
         super().__init__(config)
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -127,7 +107,7 @@ class T5Layer(T5Block):
     """An encoder layer, [B,S,W] to [B,S,W]."""
 
     def __init__(self, config: T5Config) -> None:
-        config._attn_implementation = "fluxdeploy"
+        config._attn_implementation = FOR_TRANSFORMERS
         super().__init__(config)
 
     def forward(self, hidden: Tensor, position_bias: Tensor) -> Tensor:

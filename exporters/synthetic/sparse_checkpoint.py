@@ -22,6 +22,9 @@ from transformers import CLIPTextConfig, T5Config
 from exporters.checkpoint.checkpoint import controlnet_name
 from exporters.checkpoint.config import TransformerConfig, VaeConfig
 from exporters.checkpoint.controlnet_config import ControlNetConfig
+from exporters.checkpoint.image_encoder_config import ImageEncoderConfig
+from exporters.checkpoint.ip_adapter_config import IpAdapterConfig
+from exporters.checkpoint.redux_config import ReduxConfig
 from exporters.components.chain import Chain
 from exporters.components.pieces import COMPUTE_TYPES
 from exporters.components.registry import components_of
@@ -58,13 +61,16 @@ MODEL_INDEX = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a checkpoint's four networks, and of ControlNets beside it."""
+    """Sizes of a checkpoint's four networks, and of what joins it."""
 
     transformer: TransformerConfig
     vae: VaeConfig
     clip: CLIPTextConfig
     t5: T5Config
     controlnets: tuple[ControlNetConfig, ...] = ()
+    ip_adapter: IpAdapterConfig | None = None
+    ip_adapter_encoder: ImageEncoderConfig | None = None
+    redux: ReduxConfig | None = None
 
 
 FLUX_DEV = Sizes(

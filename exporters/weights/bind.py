@@ -42,8 +42,8 @@ class WeightFolder:
     """The `weights` folder beside the graphs, and what was put there.
 
     put: makes a checkpoint's file available at a path, as `link_or_copy` and `clone` do.
-    owners: by their real paths, files whose names here begin with a part's: those of ControlNets,
-        whose folders may have any name and whose files all have one.
+    owners: by their real paths, files whose names here begin with a part's: those of ControlNets
+        and other parts that joined, whose folders may have any name and whose files all have one.
     """
 
     root: Path

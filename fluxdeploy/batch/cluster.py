@@ -216,11 +216,16 @@ def _anywhere(job: Job) -> Job:
     def absolute(path: Path) -> Path:
         return Path(os.path.abspath(path))
 
+    seen = (order.ip_adapter_image, order.negative_ip_adapter_image)
+    positive, negative = (None if path is None else absolute(path) for path in seen)
     order = replace(
         order,
+        ip_adapter_image=positive,
+        negative_ip_adapter_image=negative,
         image=tuple(map(absolute, order.image)),
         mask_image=order.mask_image and absolute(order.mask_image),
         control_image=tuple(map(absolute, order.control_image)),
+        redux_image=tuple(map(absolute, order.redux_image)),
         lora=tuple(replace(lora, path=absolute(lora.path)) for lora in order.lora),
     )
     return replace(job, order=order)

@@ -34,11 +34,15 @@ OnPreview = Callable[["list[Image]"], None]
 """Called after each step with a small picture of where each picture of the call is going."""
 
 
-_CONTROLNET_NUMBERS = (
+_SEVERAL_NUMBERS = (
     "controlnet_conditioning_scale",
     "control_guidance_start",
     "control_guidance_end",
+    "ip_adapter_scale",
+    "prompt_embeds_scale",
+    "pooled_prompt_embeds_scale",
 )
+_SEEN = ("ip_adapter_image", "negative_ip_adapter_image")
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def _arguments(order: Order) -> tuple[dict[str, Any], dict[Path, str]]:
     """The arguments of a call but for prompt and seed, and the SHA-256 of the files in it."""
     files: dict[Path, str] = {}
     image = mask = None
-    opened, controls = [], []
+    opened, controls, varied = [], [], []
     for path in order.image:
         picture, files[path] = open_image(path)
         opened.append(picture)
@@ -129,10 +133,18 @@ def _arguments(order: Order) -> tuple[dict[str, Any], dict[Path, str]]:
     for path in order.control_image:
         picture, files[path] = open_image(path)
         controls.append(picture if order.control is None else find_filter(order.control)(picture))
+    for path in order.redux_image:
+        picture, files[path] = open_image(path)
+        varied.append(picture)
     if order.control is not None and not controls:
         raise UsageError("`control` filters a `control_image`: give one.")
     if order.mask_image is not None:
         mask, files[order.mask_image] = open_mask(order.mask_image)
+    seen: dict[str, Image] = {}
+    for name in _SEEN:
+        path = getattr(order, name)
+        if path is not None:
+            seen[name], files[path] = open_image(path)
     files |= {lora.path: lora_sha256(lora.path) for lora in order.lora}
     width, height = order.width, order.height
     if order.outpaint is not None:
@@ -157,21 +169,23 @@ def _arguments(order: Order) -> tuple[dict[str, Any], dict[Path, str]]:
         "padding_mask_crop": order.padding_mask_crop,
         "control_image": _one_or_all(controls),
         "control_mode": _one_or_all(order.control_mode),
+        "redux_image": varied or None,
         "max_area": order.max_area,
         "auto_resize": order.auto_resize is not False,
         "max_sequence_length": order.max_sequence_length,
         "sampler": order.sampler,
         "skip": order.skip,
         "lora": order.lora,
+        **seen,
     }
-    for name in _CONTROLNET_NUMBERS:
+    for name in _SEVERAL_NUMBERS:
         if getattr(order, name):
             arguments[name] = _one_or_all(getattr(order, name))
     return arguments, files
 
 
 def _one_or_all(values: Sequence[Any]) -> Any:
-    """What is given for all ControlNets, or for each; None for nothing."""
+    """What is given for all ControlNets, blocks or pictures, or for each; None for nothing."""
     return (values or [None])[0] if len(values) < 2 else list(values)
 
 
@@ -211,7 +225,7 @@ def _metadata(
         width=arguments["width"],
         strength=order.strength if order.image else None,
         image_sha256=",".join(files[path] for path in order.image) or None,
-        mask_sha256=None if order.mask_image is None else files[order.mask_image],
+        mask_sha256=_hash_of(order.mask_image, files),
         padding_mask_crop=order.padding_mask_crop if marked else None,
         outpaint=None if order.outpaint is None else _joined(order.outpaint),
         bundle_hash=pipe.bundle.content_hash,
@@ -219,11 +233,18 @@ def _metadata(
         loras=describe_loras(order.lora, files) if order.lora else None,
         control_sha256=",".join(files[path] for path in order.control_image) or None,
         control=order.control,
+        redux_sha256=",".join(files[path] for path in order.redux_image) or None,
         control_mode=_joined(order.control_mode) or None,
         max_area=order.max_area,
         auto_resize="no" if order.auto_resize is False else None,
-        **{name: _joined(getattr(order, name)) or None for name in _CONTROLNET_NUMBERS},
+        **{name: _joined(getattr(order, name)) or None for name in _SEVERAL_NUMBERS},
+        ip_adapter_sha256=_hash_of(order.ip_adapter_image, files),
+        negative_ip_adapter_sha256=_hash_of(order.negative_ip_adapter_image, files),
     )
+
+
+def _hash_of(path: Path | None, files: dict[Path, str]) -> str | None:
+    return None if path is None else files[path]
 
 
 def _joined(numbers: Sequence[float]) -> str:

@@ -81,7 +81,8 @@ def alike(
         order = job.order
         limit = most or min(_MOST_AT_ONCE, _TOKENS_AT_ONCE // tokens(job))
         limit //= order.num_images_per_prompt
-        if order.image or order.mask_image or order.control_image or limit < 2:
+        pictures = order.image or order.mask_image or order.control_image or order.redux_image
+        if pictures or limit < 2:
             yield [job]
             continue
         # A text is one that all have, or none.

@@ -36,8 +36,12 @@ _SEVERAL_NUMBERS = (
     "controlnet_conditioning_scale",
     "control_guidance_start",
     "control_guidance_end",
+    "ip_adapter_scale",
+    "prompt_embeds_scale",
+    "pooled_prompt_embeds_scale",
 )
-_SEVERAL_PATHS = ("image", "control_image")
+_PATHS = ("mask_image", "ip_adapter_image", "negative_ip_adapter_image")
+_SEVERAL_PATHS = ("image", "control_image", "redux_image")
 
 _OTHER_NAMES = {
     "steps": "num_inference_steps",
@@ -48,6 +52,8 @@ _OTHER_NAMES = {
     "controlnet_scale": "controlnet_conditioning_scale",
     "control_start": "control_guidance_start",
     "control_end": "control_guidance_end",
+    "redux_scale": "prompt_embeds_scale",
+    "redux_pooled_scale": "pooled_prompt_embeds_scale",
 }
 """The command's options, where the pipeline's arguments are called otherwise."""
 
@@ -62,7 +68,9 @@ class Order:
     None is the bundle's default, and of `seed` a random one. image: several where a picture is
     drawn after several. outpaint: pixels that are added to the image on the left, top, right and
     bottom. control: a filter that makes the control image of what is given for it. control_image
-    and the options of ControlNets: one for all of a bundle's ControlNets, or one for each.
+    and the options of ControlNets: one for all of a bundle's ControlNets, or one for each; likewise
+    the scales of `redux_image`. ip_adapter_scale: one for all blocks that see a picture, or one for
+    each.
     """
 
     prompt: str
@@ -87,6 +95,12 @@ class Order:
     controlnet_conditioning_scale: tuple[float, ...] = ()
     control_guidance_start: tuple[float, ...] = ()
     control_guidance_end: tuple[float, ...] = ()
+    ip_adapter_image: Path | None = None
+    negative_ip_adapter_image: Path | None = None
+    ip_adapter_scale: tuple[float, ...] = ()
+    redux_image: tuple[Path, ...] = ()
+    prompt_embeds_scale: tuple[float, ...] = ()
+    pooled_prompt_embeds_scale: tuple[float, ...] = ()
     max_area: int | None = None
     auto_resize: bool | None = None
     max_sequence_length: int | None = None
@@ -112,8 +126,10 @@ class Order:
         files: the SHA-256 of the pictures and LoRAs that are given. bundle: its content hash.
         """
         plain = {name: value for name, value in asdict(self).items() if value not in (None, ())}
-        if self.mask_image is not None:
-            plain["mask_image"] = files[self.mask_image]
+        for name in _PATHS:
+            path = getattr(self, name)
+            if path is not None:
+                plain[name] = files[path]
         for name in _SEVERAL_PATHS:
             hashes = [files[path] for path in getattr(self, name)]
             if hashes:
@@ -177,7 +193,7 @@ def _value(name: str, value: Any, folder: Path) -> Any:
         return _loras(value, folder)
     if name in _SEVERAL_PATHS:
         return tuple(_file(name, each, folder) for each in _several(value))
-    if name == "mask_image":
+    if name in _PATHS:
         return _file(name, value, folder)
     if name in _SEVERAL_NUMBERS:
         return tuple(_number(name, each) for each in _listed(value))

@@ -52,14 +52,18 @@ def find_checkpoint(
     loras: Sequence[LoraFile] = (),
     base: Path | None = None,
     controlnets: Sequence[Path] = (),
+    ip_adapter: Path | None = None,
+    image_encoder: Path | None = None,
+    redux: Path | None = None,
     task: str | None = None,
 ) -> Checkpoint:
     """Open a checkpoint: a path, a hub id, or one of `DEMO_CHECKPOINTS`; None is the default.
 
-    `loras` are merged into it, `base` is a folder with what a single file lacks, and ControlNets in
-    the folders `controlnets` join it. `task` is what it is for, where it does not tell. No folder
-    and no hub id can be meant by a name that begins with `demo:`. Raises `UsageError` for such a
-    name that there is not, and `MissingDependencyError` without the packages of the extra `export`.
+    `loras` are merged into it, `base` is a folder with what a single file lacks, and the
+    ControlNets in the folders `controlnets`, an IP-Adapter with its `image_encoder` and the Redux
+    in the folder `redux` join it. `task` is what it is for, where it does not tell. No folder and
+    no hub id can be meant by a name that begins with `demo:`. Raises `UsageError` for such a name
+    that there is not, and `MissingDependencyError` without the packages of the extra `export`.
     """
     name = DEFAULT_CHECKPOINT if checkpoint is None else checkpoint
     if name.startswith("demo:") and name not in DEMO_CHECKPOINTS:
@@ -72,20 +76,24 @@ def find_checkpoint(
             import exporters.export  # noqa: F401
             from exporters.checkpoint import open_checkpoint
             from exporters.checkpoint.controlnet import with_controlnets
+            from exporters.checkpoint.ip_adapter import with_ip_adapter
             from exporters.checkpoint.lora import merge_loras
+            from exporters.checkpoint.redux import with_redux
     except ImportError as error:
         raise MissingDependencyError(
             f"Reading checkpoints needs the package {error.name}: {install_command('export')}."
         ) from error
     opened = replace(open_checkpoint(DEMO_CHECKPOINTS.get(name, name), base), asked_task=task)
-    return merge_loras(with_controlnets(opened, controlnets), loras)
+    adapted = with_ip_adapter(with_controlnets(opened, controlnets), ip_adapter, image_encoder)
+    return merge_loras(with_redux(adapted, redux), loras)
 
 
 @dataclass(frozen=True)
 class CheckpointHashes:
     """SHA-256 of each weight file, by its real path, and of all of them together.
 
-    Files of ControlNets are no part of the whole, which says what the checkpoint itself is.
+    Files of parts that joined it are no part of the whole, which says what the checkpoint itself
+    is.
     """
 
     files: Mapping[Path, str]
@@ -106,7 +114,7 @@ def hash_checkpoint(
     files = {Path(os.path.realpath(file)): digest for file, digest in hashes.items()}
     beside = {
         Path(os.path.realpath(tensor.file))
-        for name in checkpoint.controlnet_parts
+        for name in checkpoint.parts_beside
         for tensor in checkpoint.parts[name].weights.values()
     }
     own = sorted(digest for file, digest in files.items() if file not in beside)

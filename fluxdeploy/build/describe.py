@@ -16,6 +16,7 @@ from fluxdeploy.bundle.manifest import (
     SCHEMA_VERSION,
     ComponentRecord,
     ControlNetRecord,
+    IpAdapterRecord,
     Manifest,
     PreviewSpec,
     QualityRecord,
@@ -63,6 +64,8 @@ def describe(
             "checkpoint": checkpoint_origin(request.checkpoint or DEFAULT_CHECKPOINT, run),
             **({"loras": [asdict(lora) for lora in checkpoint.loras]} if checkpoint.loras else {}),
             **({"controlnets": _controlnet_files(run)} if checkpoint.controlnets else {}),
+            **_ip_adapter_files(run),
+            **({"redux": _redux_files(run)} if checkpoint.redux else {}),
             "requested_precision": request.precision,
             "transformer_bytes": _transformer_bytes(run),
             "vae_bytes_per_pixel": _vae_bytes_per_pixel(run),
@@ -76,6 +79,8 @@ def describe(
                 checkpoint.controlnet_parts, checkpoint.controlnets, strict=True
             )
         ),
+        ip_adapter=_ip_adapter(checkpoint),
+        redux=None if checkpoint.redux is None else checkpoint.redux.pixels,
     )
 
 
@@ -90,13 +95,41 @@ def _tasks(checkpoint: Checkpoint) -> tuple[str, ...]:
 def _controlnet_files(run: BuildRun) -> list[dict[str, object]]:
     """The name of each ControlNet's folder, and the SHA-256 of its weight files."""
     checkpoint = run.spec.checkpoint
-    found: list[dict[str, object]] = []
-    for folder, name in zip(
-        checkpoint.controlnet_folders, checkpoint.controlnet_parts, strict=True
-    ):
-        files = {Path(os.path.realpath(t.file)) for t in checkpoint.parts[name].weights.values()}
-        found.append({"name": folder, "sha256": sorted(run.hashes.files[file] for file in files)})
-    return found
+    return [
+        {"name": folder, "sha256": _hashes(run, name)}
+        for folder, name in zip(
+            checkpoint.controlnet_folders, checkpoint.controlnet_parts, strict=True
+        )
+    ]
+
+
+def _ip_adapter_files(run: BuildRun) -> dict[str, object]:
+    """The name of the IP-Adapter's file, its SHA-256 and its image encoder's; nothing without."""
+    name = run.spec.checkpoint.ip_adapter_name
+    if name is None:
+        return {}
+    own, encoder = (_hashes(run, part) for part in ("ip_adapter", "ip_adapter_encoder"))
+    return {"ip_adapter": {"name": name, "sha256": own, "image_encoder": encoder}}
+
+
+def _ip_adapter(checkpoint: Checkpoint) -> IpAdapterRecord | None:
+    from exporters.checkpoint.ip_adapter import adapter_pixels
+
+    encoder = checkpoint.ip_adapter_encoder
+    return None if encoder is None else IpAdapterRecord(adapter_pixels(encoder))
+
+
+def _redux_files(run: BuildRun) -> dict[str, object]:
+    """The name of the Redux's folder, and the SHA-256 of its weight files."""
+    from exporters.checkpoint.checkpoint import REDUX
+
+    return {"name": run.spec.checkpoint.redux_folder, "sha256": _hashes(run, REDUX)}
+
+
+def _hashes(run: BuildRun, part: str) -> list[str]:
+    tensors = run.spec.checkpoint.parts[part].weights.values()
+    files = {Path(os.path.realpath(tensor.file)) for tensor in tensors}
+    return sorted(run.hashes.files[file] for file in files)
 
 
 def _variant(checkpoint: Checkpoint) -> str:

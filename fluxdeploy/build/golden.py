@@ -22,7 +22,8 @@ Array = NDArray[np.generic]
 _CONTROLNET = "controlnet"
 _UPSTREAM: Mapping[str, tuple[str, ...]] = {
     "conditioner": ("clip", "t5"),
-    "transformer": (_CONTROLNET, "conditioner"),
+    "transformer": (_CONTROLNET, "conditioner", "ip_adapter"),
+    "ip_adapter": ("ip_adapter_encoder",),
 }
 """Whose golden outputs a component's golden inputs are: static scales fit values of the network's
 own, and cut off others."""

@@ -52,7 +52,13 @@ def content_key(
             "kernels": component.kernels.value,
             "layers": None if layers is None else _described(layers),
             "upstream": _upstream(component, checkpoint, hashes),
-            "networks": repr((checkpoint.transformer, checkpoint.vae, *checkpoint.controlnets)),
+            "networks": repr(
+                (
+                    *(checkpoint.transformer, checkpoint.vae, *checkpoint.controlnets),
+                    checkpoint.ip_adapter,
+                    checkpoint.redux,
+                )
+            ),
             "configs": {name: dict(part.config) for name, part in checkpoint.parts.items()},
             # The names are those of the files in the bundle.
             "weights": sorted(
@@ -75,13 +81,16 @@ def content_key(
 def _upstream(
     component: ComponentSpec, checkpoint: Checkpoint, hashes: CheckpointHashes
 ) -> list[str]:
-    """The weights of the text encoders and of ControlNets, where golden inputs are made of what
-    they give."""
+    """The weights of the parts that golden inputs are made of: text encoders, and what joins."""
+    texts = ("clip", "t5")
+    adapter = () if checkpoint.ip_adapter is None else ("ip_adapter_encoder", "ip_adapter")
+    before = {
+        "transformer": (*texts, *checkpoint.controlnet_parts, *adapter),
+        "ip_adapter": adapter[:1],
+        **dict.fromkeys(checkpoint.controlnet_parts, texts),
+    }
     part = component.export.component.part
-    if part not in ("transformer", *checkpoint.controlnet_parts):
-        return []
-    before = ("clip", "t5", *(checkpoint.controlnet_parts if part == "transformer" else ()))
-    tensors = [s for name in before for s in checkpoint.part(name).weights.values()]
+    tensors = [s for name in before.get(part, ()) for s in checkpoint.part(name).weights.values()]
     files = {stored.file for stored in tensors}
     return [
         *sorted(hashes.files[Path(os.path.realpath(file))] for file in files),

@@ -94,7 +94,8 @@ class LastBuild:
         if self._request.calibration is not None:
             found.append(os.path.realpath(self._request.calibration))
         found += [os.path.realpath(file) for lora in self._request.loras for file in lora.files]
-        roots = [path if path.is_dir() else path.parent, *self._request.controlnets]
+        roots = [path if path.is_dir() else path.parent]
+        roots += [each if each.is_dir() else each.parent for each in self._request.paths_beside]
         if self._request.base is not None:
             roots.append(self._request.base)
         folders = (

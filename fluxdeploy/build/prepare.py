@@ -26,11 +26,18 @@ def prepare(
     calibration.json of another checkpoint, are found by the build alone.
     """
     named = [each for each in (request.checkpoint, request.base) if each is not None]
-    for source in (*named, *request.controlnets):
+    for source in (*named, *request.paths_beside):
         _check_apart(Path(os.path.expanduser(source)), destination)
     check_destination(destination)
     checkpoint = find_checkpoint(
-        request.checkpoint, request.loras, request.base, request.controlnets, request.task
+        request.checkpoint,
+        request.loras,
+        request.base,
+        request.controlnets,
+        request.ip_adapter,
+        request.image_encoder,
+        request.redux,
+        request.task,
     )
     spec = resolve(request, checkpoint, runtime, targets)
     if any(component.quantized for component in spec.components):

@@ -54,11 +54,17 @@ def refit(
     for another checkpoint and where none is known, and the errors of each step.
     """
     bundle = open_bundle(path)
-    if bundle.manifest.controlnets:
-        raise UsageError(
-            f"{bundle.root} holds ControlNets, whose files refit does not look for. Run "
-            "`fluxdeploy build` with the same --lora and --controlnet."
-        )
+    beside = {
+        "ControlNets": bundle.manifest.controlnets,
+        "an IP-Adapter": bundle.manifest.ip_adapter,
+        "a Redux": bundle.manifest.redux,
+    }
+    for what, held in beside.items():
+        if held:
+            raise UsageError(
+                f"{bundle.root} holds {what}, whose files refit does not look for. Run "
+                "`fluxdeploy build` with the same --lora, --controlnet, --ip-adapter and --redux."
+            )
     runtime, targets = _builder(bundle)
     _require_same_tools(bundle)
     name = checkpoint or _recorded_name(bundle)

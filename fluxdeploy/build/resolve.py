@@ -14,10 +14,17 @@ from typing import TYPE_CHECKING
 from engines import Runtime, runtimes
 from fluxdeploy.arguments import check_integer
 from fluxdeploy.build.checkpoint import check_drawable, check_family, check_limits
-from fluxdeploy.build.sizes import MOST_RANK, SizeRange, any_size, overall, resolution_buckets
+from fluxdeploy.build.sizes import (
+    MOST_RANK,
+    MOST_SEEN,
+    SizeRange,
+    any_size,
+    overall,
+    resolution_buckets,
+)
 from fluxdeploy.bundle.manifest import Defaults, DimensionRange, EngineRecord, ScheduleSpec
 from fluxdeploy.bundle.recipe import Promise
-from fluxdeploy.errors import UsageError
+from fluxdeploy.errors import CheckpointError, UsageError
 from fluxdeploy.kernels import AttentionKernels
 from fluxdeploy.lora import LoraFile
 from fluxdeploy.precision import PRECISIONS
@@ -44,8 +51,10 @@ class BuildRequest:
     `sizes` are for runtimes whose engines are tuned, `memory_limit` and `weight_streaming` for
     TensorRT. `replace` lets a bundle that runs on this machine be replaced by one that does not.
     `loras` are merged into the weights; with a `lora_rank` the bundle takes others with each call,
-    whose ranks add up to it at most. `controlnets` are folders of ControlNets that join the bundle.
-    `task` is what the checkpoint is for, where it does not tell.
+    whose ranks add up to it at most. `controlnets` are folders of ControlNets that join the bundle,
+    `ip_adapter` is a file or folder of an IP-Adapter that does, with the `image_encoder` that it
+    takes, a folder, None where that lies beside it; and `redux` is the folder of a Redux. `task` is
+    what the checkpoint is for, where it does not tell.
     """
 
     checkpoint: str | None = None
@@ -64,7 +73,16 @@ class BuildRequest:
     lora_rank: int = 0
     base: Path | None = None
     controlnets: tuple[Path, ...] = ()
+    ip_adapter: Path | None = None
+    image_encoder: Path | None = None
+    redux: Path | None = None
     task: str | None = None
+
+    @property
+    def paths_beside(self) -> tuple[Path, ...]:
+        """Where what joins the checkpoint lies."""
+        others = (self.ip_adapter, self.image_encoder, self.redux)
+        return (*self.controlnets, *(path for path in others if path is not None))
 
     @property
     def transformer_precision(self) -> str:
@@ -152,6 +170,7 @@ def resolve(
 
     check_family(checkpoint)
     check_limits(checkpoint)
+    _check_seen(checkpoint)
     tokenizers = _tokenizers(checkpoint)
     check_drawable(checkpoint, tokenizers)
     known = components_of(checkpoint)
@@ -168,11 +187,18 @@ def resolve(
         if request.lora_rank and component.part == "transformer":
             _check_lora(own, request.lora_rank)
             export = export.with_side_paths()
-        if checkpoint.controlnets and name == "transformer":
-            _check_controlnets(own, request.lora_rank)
+        if name == "transformer":
+            for option, given in (
+                ("--controlnet", bool(checkpoint.controlnets)),
+                ("--ip-adapter", checkpoint.ip_adapter is not None),
+            ):
+                if given:
+                    _check_joins(own, option, request.lora_rank)
         specs = export.chain.inputs + export.chain.outputs
         symbols = {d for spec in specs for d in spec.shape if isinstance(d, str)}
-        profiles = _profiles(symbols, request, checkpoint, own)
+        # T5 reads the prompt alone.
+        text = 0 if name == "t5" else checkpoint.picture_tokens
+        profiles = _profiles(symbols, request, checkpoint, own, text)
         engines = list_engines(own, devices, name, overall(profiles))
         kernels = own.attention(devices[0], precision, compute)
         components.append(ComponentSpec(export, own, devices, kernels, profiles, engines))
@@ -208,13 +234,14 @@ def _defaults(request: BuildRequest, checkpoint: Checkpoint, runtime: Runtime) -
 
 
 def _profiles(
-    symbols: set[str], request: BuildRequest, checkpoint: Checkpoint, runtime: Runtime
+    symbols: set[str], request: BuildRequest, checkpoint: Checkpoint, runtime: Runtime, text: int
 ) -> tuple[Mapping[str, DimensionRange], ...]:
+    """text: the tokens behind those of a prompt."""
     defaults, latents, rank = checkpoint.defaults, checkpoint.latents, request.lora_rank
-    references = checkpoint.references
+    more = checkpoint.references, text
     if runtime.tuned:
-        return resolution_buckets(symbols, request.sizes, defaults, latents, rank, references)
-    return (any_size(symbols, defaults, latents, rank, references),)
+        return resolution_buckets(symbols, request.sizes, defaults, latents, rank, *more)
+    return (any_size(symbols, defaults, latents, rank, *more),)
 
 
 def _check_lora(runtime: Runtime, rank: int) -> None:
@@ -227,17 +254,27 @@ def _check_lora(runtime: Runtime, rank: int) -> None:
         )
 
 
-def _check_controlnets(runtime: Runtime, rank: int) -> None:
-    if not runtime.controlnets:
-        able = ", ".join(known.name for known in runtimes() if known.controlnets)
+def _check_seen(checkpoint: Checkpoint) -> None:
+    tokens = 0 if checkpoint.ip_adapter is None else checkpoint.ip_adapter.tokens
+    if tokens > MOST_SEEN:
+        raise CheckpointError(
+            f"The IP-Adapter makes {tokens} tokens of a picture, and engines take {MOST_SEEN} at "
+            "most: it is damaged, or of another kind."
+        )
+
+
+def _check_joins(runtime: Runtime, option: str, rank: int) -> None:
+    """Refuse a network that joins by an option where the transformer has no place for it."""
+    if not runtime.joins:
+        able = ", ".join(known.name for known in runtimes() if known.joins)
         raise UsageError(
-            f"{runtime.name} has no inputs for what ControlNets add. Build without --controlnet, "
-            f"or for a runtime that has them: {able}."
+            f"{runtime.name} has no inputs for what other networks give the transformer. Build "
+            f"without {option}, or for a runtime that has them: {able}."
         )
     if rank:
         raise UsageError(
-            "A bundle with --controlnet has no --lora-rank. Merge LoRAs at the build with --lora, "
-            "or leave one of the two out."
+            f"A bundle with {option} has no --lora-rank. Merge LoRAs at the build with --lora, or "
+            "leave one of the two out."
         )
 
 

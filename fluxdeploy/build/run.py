@@ -51,7 +51,7 @@ class BuildRun:
         self.hashes = hash_checkpoint(spec.checkpoint, progress, cache)
         cache.hash_files([file for lora in spec.request.loras for file in lora.files])
         self.weights = WeightFolder(
-            staging.root / "onnx" / "weights", cache.link, _controlnet_files(spec.checkpoint)
+            staging.root / "onnx" / "weights", cache.link, _files_beside(spec.checkpoint)
         )
 
     @cached_property
@@ -109,10 +109,10 @@ class BuildRun:
         return found, files[0]
 
 
-def _controlnet_files(checkpoint: Checkpoint) -> dict[Path, str]:
-    """The weight files of ControlNets, by their real paths, with the first part that has each."""
+def _files_beside(checkpoint: Checkpoint) -> dict[Path, str]:
+    """The weight files of parts that joined, by their real paths, with the first that has each."""
     found: dict[Path, str] = {}
-    for part in checkpoint.controlnet_parts:
+    for part in checkpoint.parts_beside:
         for stored in checkpoint.parts[part].weights.values():
             found.setdefault(Path(os.path.realpath(stored.file)), part)
     return found

@@ -14,6 +14,7 @@ from fluxdeploy.errors import UsageError
 __all__ = [
     "LONGEST_SIDE",
     "MOST_RANK",
+    "MOST_SEEN",
     "MOST_STEPS",
     "MOST_TEXT",
     "SizeRange",
@@ -29,6 +30,9 @@ MOST_RANK = 1024
 """Of the LoRAs of a call."""
 LONGEST_SIDE = 4096
 """Pixels of a picture's side."""
+MOST_SEEN = 256
+"""Tokens of the pictures that an IP-Adapter is given at once: 16 of 16 tokens."""
+_USUAL_SEEN = 16
 _LEAST_TEXT = 64
 _USUAL_TEXT = 512
 _LEAST_SIDE = 64
@@ -59,11 +63,13 @@ def any_size(
     latents: LatentSpec,
     rank: int = 0,
     references: int = 0,
+    picture_text: int = 0,
 ) -> dict[str, DimensionRange]:
     """What a runtime without profiles takes: up to where attention fills any machine's memory.
 
     rank: of the LoRAs that a call may have. references: pictures of the usual size whose tokens the
-    transformer reads behind those of the picture.
+    transformer reads behind those of the picture. picture_text: text tokens of pictures that it
+    reads behind those of a prompt.
     """
     step = latents.token_side
     most = (1 + references) * (LONGEST_SIDE // step) ** 2
@@ -72,7 +78,8 @@ def any_size(
         "H": DimensionRange(step, defaults.height, LONGEST_SIDE),
         "W": DimensionRange(step, defaults.width, LONGEST_SIDE),
     }
-    ranges = _ranges(DimensionRange(1, image, most), 1, sides, 64, defaults, latents, rank)
+    text = _text(1, defaults, picture_text)
+    ranges = _ranges(DimensionRange(1, image, most), text, sides, 64, defaults, latents, rank)
     return {symbol: ranges[symbol] for symbol in sorted(symbols)}
 
 
@@ -83,6 +90,7 @@ def resolution_buckets(
     latents: LatentSpec,
     rank: int = 0,
     references: int = 0,
+    picture_text: int = 0,
 ) -> tuple[Profile, ...]:
     """The optimization profiles of an engine with these symbols, smallest pictures first.
 
@@ -90,7 +98,7 @@ def resolution_buckets(
     kernels for a range of sizes are the slower the wider it is. One of the borders is the size that
     the engine is tuned for most; small pictures share a bucket. Components that do not see the
     picture have one profile. With `references` the transformer reads the tokens of as many pictures
-    more, and less where a call has none.
+    more, with `picture_text` as many text tokens more, and less where a call has none.
 
     Raises `UsageError` for sizes that are not whole tokens or not in order.
     """
@@ -107,7 +115,7 @@ def resolution_buckets(
         "H": DimensionRange(short, opt[0], long),
         "W": DimensionRange(short, opt[1], long),
     }
-    text = min(defaults.max_sequence_length, _LEAST_TEXT)
+    text = _text(min(defaults.max_sequence_length, _LEAST_TEXT), defaults, picture_text)
     profiles = []
     for span in spans:
         ranges = _ranges(span, text, sides, sizes.batch, defaults, latents, rank)
@@ -128,26 +136,29 @@ def overall(profiles: tuple[Profile, ...]) -> dict[str, DimensionRange]:
     }
 
 
+def _text(least: int, defaults: Defaults, more: int) -> DimensionRange:
+    """The text tokens of prompts, with or without so many more."""
+    usual = defaults.max_sequence_length
+    return DimensionRange(least, usual + more, max(usual, _USUAL_TEXT) + more)
+
+
 def _ranges(
     image: DimensionRange,
-    text_from: int,
+    text: DimensionRange,
     sides: Mapping[str, DimensionRange],
     batch: int,
     defaults: Defaults,
     latents: LatentSpec,
     rank: int,
 ) -> dict[str, DimensionRange]:
-    """Every symbol's range, given those of the image tokens and of the picture's sides.
-
-    `text_from` is the least number of text tokens.
-    """
-    usual = defaults.max_sequence_length
-    text = DimensionRange(text_from, usual, max(usual, _USUAL_TEXT))
+    """Every symbol's range, given those of image and text tokens and of the picture's sides."""
     ranges = {
         "B": DimensionRange(1, 1, batch),
         "S": text,
         "L": image,
         "T": DimensionRange(text.min + image.min, text.opt + image.opt, text.max + image.max),
+        # Where nothing is seen there is one token of zeros.
+        "V": DimensionRange(1, _USUAL_SEEN, MOST_SEEN),
         "N": DimensionRange(1, defaults.num_inference_steps, MOST_STEPS),
         # Without a LoRA there is one of zeros.
         RANK: DimensionRange(1, max(rank, 1), max(rank, 1)),

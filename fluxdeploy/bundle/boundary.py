@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from fluxdeploy.bundle.side_paths import find_side_paths, is_side_input
 from fluxdeploy.bundle.typed_json import FieldError
 
-__all__ = ["NEEDED", "RESIDUALS", "Tensors", "check_boundary"]
+__all__ = ["NEEDED", "REDUX", "RESIDUALS", "SEEN", "Tensors", "check_boundary"]
 
 Shape = tuple[int | str, ...]
 
@@ -21,10 +21,16 @@ Tensors = Mapping[str, tuple[str, Shape]]
 NEEDED = ("clip", "t5", "conditioner", "transformer", "vae_decoder")
 """The components that every picture takes."""
 
+REDUX = "redux"
+"""The component that makes text embeddings of pictures."""
+
 RESIDUALS = ("double_residuals", "single_residuals")
 """What ControlNets give and the transformer takes; a network without such blocks has not both."""
 
-_OPTIONAL = (*RESIDUALS, "mode", "control_mode")
+SEEN = ("ip_keys", "ip_values")
+"""What an IP-Adapter makes of a picture and the transformer attends to, of all double blocks."""
+
+_OPTIONAL = (*RESIDUALS, *SEEN, "mode", "control_mode")
 """Tensors that a component may have or lack."""
 
 _INTEGERS = (".input_ids", ".control_mode")
@@ -32,6 +38,10 @@ _INTEGERS = (".input_ids", ".control_mode")
 _HAVE_SIDE_PATHS = ("conditioner", "transformer")
 
 _PICTURE: Shape = ("B", 3, "H", "W")
+_SEEN, _GIVEN = (
+    dict.fromkeys(SEEN, ("the blocks that see", "B", tokens, "the transformer's width"))
+    for tokens in ("V", "the tokens of a picture that is seen")
+)
 
 # A word is a size that is the same wherever it stands; a letter is a symbol of the manifest.
 _BOUNDARY: Mapping[str, tuple[Mapping[str, Shape], Mapping[str, Shape]]] = {
@@ -61,6 +71,7 @@ _BOUNDARY: Mapping[str, tuple[Mapping[str, Shape], Mapping[str, Shape]]] = {
             "rope_sin": ("T", "a head's channels"),
             "double_residuals": ("double residuals", "B", "L", "the transformer's width"),
             "single_residuals": ("single residuals", "B", "L", "the transformer's width"),
+            **_SEEN,
         },
         {"velocity": ("B", "L", "a token's channels")},
     ),
@@ -71,6 +82,20 @@ _BOUNDARY: Mapping[str, tuple[Mapping[str, Shape], Mapping[str, Shape]]] = {
             "mean": ("B", "the latents' channels", "h", "w"),
             "logvar": ("B", "the latents' channels", "h", "w"),
         },
+    ),
+}
+
+
+# Not known to the C++ library, which draws without one.
+_JOINED: Mapping[str, tuple[Mapping[str, Shape], Mapping[str, Shape]]] = {
+    "ip_adapter_encoder": (
+        {"pixel_values": ("B", 3, "the rows of what is seen", "the columns of what is seen")},
+        {"image_embeds": ("B", "the picture's embedding")},
+    ),
+    "ip_adapter": ({"image_embeds": ("B", "the picture's embedding")}, _GIVEN),
+    REDUX: (
+        {"pixel_values": ("B", 3, "the rows of its pixels", "the columns of its pixels")},
+        {"image_embeddings": ("B", "a picture's tokens", "T5's width")},
     ),
 }
 
@@ -123,7 +148,7 @@ def check_boundary(
     says of a size, and where. Raises `FieldError` with the place in the manifest.
     """
     known = dict(sizes)
-    boundary = dict(_BOUNDARY)
+    boundary = {**_BOUNDARY, **_JOINED}
     for controlnet in controlnets:
         boundary |= _controlnet(controlnet)
     for name, expected in boundary.items():

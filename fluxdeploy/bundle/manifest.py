@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from fluxdeploy.bundle.boundary import NEEDED, RESIDUALS, Tensors, check_boundary
+from fluxdeploy.bundle.boundary import NEEDED, REDUX, RESIDUALS, SEEN, Tensors, check_boundary
+from fluxdeploy.bundle.pixels import PixelSpec, check_pixels
 from fluxdeploy.bundle.recipe import RecipeRecord, check_recipe
 from fluxdeploy.bundle.side_paths import RANK
 from fluxdeploy.bundle.typed_json import (
@@ -41,6 +42,7 @@ __all__ = [
     "EngineRecord",
     "FileRecord",
     "GoldenRecord",
+    "IpAdapterRecord",
     "LatentSpec",
     "Manifest",
     "PreviewSpec",
@@ -62,7 +64,7 @@ MANIFEST_NAME = "fluxdeploy.json"
 MAX_MANIFEST = 4 << 20
 """Bytes of the file. A full-size model's has some 30 KiB."""
 
-SYMBOLS = ("B", "S", "L", "T", "N", "H", "W", "h", "w", RANK)
+SYMBOLS = ("B", "S", "L", "T", "V", "N", "H", "W", "h", "w", RANK)
 """The symbols that a `Dimension` may be."""
 
 SPACINGS = ("karras", "exponential", "beta")
@@ -116,8 +118,8 @@ _MOST: Mapping[str, float] = {
 
 Dimension = int | str
 """A fixed size, or the symbol of a dynamic one: B batch, S text tokens, L image tokens, T = S + L
-joint tokens, N timesteps, H and W image rows and columns, h and w latent rows and columns, R the
-rank of LoRAs."""
+joint tokens, V tokens of the pictures that an IP-Adapter is given, N timesteps, H and W image rows
+and columns, h and w latent rows and columns, R the rank of LoRAs."""
 
 
 @dataclass(frozen=True)
@@ -345,11 +347,22 @@ class ControlNetRecord:
 
 
 @dataclass(frozen=True)
+class IpAdapterRecord:
+    """An IP-Adapter: how its pictures become what `ip_adapter_encoder` reads.
+
+    `ip_adapter` then makes what the transformer attends to.
+    """
+
+    pixels: PixelSpec
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A whole bundle. `provenance` is free-form JSON: checkpoint hash, tool versions, requests.
 
     tasks: what its transformer was trained for, some of `TASKS`. controlnets: those that can run
-    beside it.
+    beside it. ip_adapter: what makes pictures into something that it attends to. redux: what the
+    component `redux` reads of a picture, where there is one.
     """
 
     schema_version: int
@@ -368,6 +381,8 @@ class Manifest:
     tasks: tuple[str, ...] = field(default=_USUAL_TASKS, metadata=OPTIONAL)
     preview: PreviewSpec | None = field(default=None, metadata=OPTIONAL)
     controlnets: tuple[ControlNetRecord, ...] = field(default=(), metadata=OPTIONAL)
+    redux: PixelSpec | None = field(default=None, metadata=OPTIONAL)
+    ip_adapter: IpAdapterRecord | None = field(default=None, metadata=OPTIONAL)
 
     @property
     def lora_rank(self) -> int:
@@ -517,6 +532,8 @@ def _check(manifest: Manifest) -> None:
     _check_schedule(manifest)
     _check_tasks(manifest)
     _check_controlnets(manifest)
+    _check_ip_adapter(manifest)
+    _check_redux(manifest)
     for index, record in enumerate(manifest.skips):
         _check_skips(record, manifest.skips[:index], f"skips[{index}]")
     if manifest.preview is not None:
@@ -617,6 +634,36 @@ def _check_controlnets(manifest: Manifest) -> None:
                     where,
                     f"has {_rows(spec)} residuals, and {record.component} gives {_rows(output)}",
                 )
+
+
+def _check_ip_adapter(manifest: Manifest) -> None:
+    """It has its components, which take what its pixels are made into."""
+    record, components = manifest.ip_adapter, manifest.components
+    transformer = components.get("transformer")
+    takes = {spec.name for spec in (() if transformer is None else transformer.inputs)}
+    for name in SEEN:
+        _require(
+            (name in takes) == (record is not None),
+            "ip_adapter",
+            f"must be there where the transformer takes {name}, and only there",
+        )
+    if record is None:
+        return
+    check_pixels(record.pixels, "ip_adapter.pixels")
+    for name in ("ip_adapter", "ip_adapter_encoder"):
+        _require(name in components, "ip_adapter", f"needs the component {name}")
+
+
+def _check_redux(manifest: Manifest) -> None:
+    """Its pixels are those that its component reads."""
+    record = manifest.components.get(REDUX)
+    _require(
+        (manifest.redux is None) == (record is None),
+        "redux",
+        f"must be there where components has {REDUX}, and null elsewhere",
+    )
+    if manifest.redux is not None:
+        check_pixels(manifest.redux, "redux")
 
 
 def _rows(spec: TensorSpec) -> int:
@@ -903,6 +950,18 @@ def _check_boundary(manifest: Manifest) -> None:
         ),
         "a head's channels": (sum(manifest.rope.axes_dims), "the sum of rope.axes_dims"),
     }
+    if manifest.redux is not None:
+        height, width = manifest.redux.size
+        sizes |= {
+            "the rows of its pixels": (height, "redux"),
+            "the columns of its pixels": (width, "redux"),
+        }
+    if manifest.ip_adapter is not None:
+        height, width = manifest.ip_adapter.pixels.size
+        sizes |= {
+            "the rows of what is seen": (height, "ip_adapter.pixels"),
+            "the columns of what is seen": (width, "ip_adapter.pixels"),
+        }
     if "clip" in manifest.tokenizers:
         length = manifest.tokenizers["clip"].max_length
         sizes["CLIP's tokens"] = (length, "tokenizers.clip.max_length")
@@ -954,6 +1013,7 @@ def _check_defaults(manifest: Manifest) -> None:
         "S": (text, "defaults.max_sequence_length"),
         "L": (image, "the default picture"),
         "T": (text + image, "the default picture with its text"),
+        "V": (1, "a picture that sees no other"),
         "N": (defaults.num_inference_steps, "defaults.num_inference_steps"),
         "H": (defaults.height, "defaults.height"),
         "W": (defaults.width, "defaults.width"),

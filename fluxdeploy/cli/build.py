@@ -17,6 +17,8 @@ from fluxdeploy.cli.options import (
     COMPONENT_PRECISION,
     CONTROLNETS,
     FOLDER,
+    IMAGE_ENCODER,
+    IP_ADAPTER,
     LORA_RANK,
     LORAS,
     MAX_BATCH,
@@ -26,6 +28,7 @@ from fluxdeploy.cli.options import (
     PRECISION,
     PROMPTS,
     QUALITY,
+    REDUX,
     REPLACE,
     REPORT,
     RUNTIME,
@@ -61,6 +64,9 @@ _PICTURES = 3
 @LORAS
 @LORA_RANK
 @CONTROLNETS
+@IP_ADAPTER
+@IMAGE_ENCODER
+@REDUX
 @QUALITY
 @STRICT
 @RUNTIME
@@ -91,6 +97,9 @@ def command(
     loras: tuple[LoraFile, ...],
     lora_rank: int,
     controlnets: tuple[Path, ...],
+    ip_adapter: Path | None,
+    image_encoder: Path | None,
+    redux: Path | None,
     quality: Promise | None,
     strict: bool,
     runtime: str,
@@ -153,6 +162,9 @@ def command(
         lora_rank,
         base,
         controlnets,
+        ip_adapter,
+        image_encoder,
+        redux,
         task,
     )
     if page is not None:

@@ -219,9 +219,50 @@ _KINDS = (CutPromptWarning, TiledWarning, UnmeasuredSkipsWarning, UnusedArgument
     help="The part of the steps, 0 to 1, after which it no longer does.  [default: 1]",
 )
 @click.option(
+    "--ip-adapter-image",
+    type=PathType(),
+    help="For a bundle with an IP-Adapter: a picture that the result is to look like.",
+)
+@click.option(
+    "--negative-ip-adapter-image",
+    type=PathType(),
+    help="The same beside --negative-prompt: what to steer away from.  [default: black]",
+)
+@click.option(
+    "--ip-adapter-scale",
+    "ip_adapter_scales",
+    type=float,
+    multiple=True,
+    help="How much --ip-adapter-image counts: once for all double-stream blocks, or once for each."
+    "  [default: 1]",
+)
+@click.option(
     "--control",
     type=click.Choice(["canny"]),
     help="Find the edges of --control-image first; needs the extra `control`.",
+)
+@click.option(
+    "--redux-image",
+    "redux_images",
+    type=PathType(),
+    multiple=True,
+    help="For a bundle that was built with --redux: a picture to draw variations of, which stands "
+    "behind the words of PROMPT, or several.",
+)
+@click.option(
+    "--redux-scale",
+    "redux_scales",
+    type=float,
+    multiple=True,
+    help="How much PROMPT and --redux-image count: once for all pictures, or for each.  "
+    "[default: 1]",
+)
+@click.option(
+    "--redux-pooled-scale",
+    "redux_pooled_scales",
+    type=float,
+    multiple=True,
+    help="How much CLIP's embedding of PROMPT counts, likewise.  [default: 1]",
 )
 @click.option(
     "--max-area",
@@ -334,7 +375,13 @@ def command(
     controlnet_scales: tuple[float, ...],
     control_starts: tuple[float, ...],
     control_ends: tuple[float, ...],
+    ip_adapter_image: Path | None,
+    negative_ip_adapter_image: Path | None,
+    ip_adapter_scales: tuple[float, ...],
     control: str | None,
+    redux_images: tuple[Path, ...],
+    redux_scales: tuple[float, ...],
+    redux_pooled_scales: tuple[float, ...],
     max_area: int | None,
     auto_resize: bool | None,
     max_sequence_length: int | None,
@@ -382,6 +429,7 @@ def command(
       fluxdeploy generate "a red ring" --image ring.png --outpaint 64,0,64,0 --strength 1
       fluxdeploy generate "make the ring blue" --bundle kontext --image ring.png
       fluxdeploy generate "a glass house" --bundle canny --control-image house.jpg --control canny
+      fluxdeploy generate "in winter" --bundle dev-redux --redux-image house.jpg
       fluxdeploy generate --prompts prompts.jsonl --out pictures/fox.png
       fluxdeploy generate --prompts prompts.jsonl --bundle flux-dev --ray auto --out fox.png
     """
@@ -407,6 +455,12 @@ def command(
         "controlnet_conditioning_scale": controlnet_scales,
         "control_guidance_start": control_starts,
         "control_guidance_end": control_ends,
+        "ip_adapter_image": ip_adapter_image,
+        "negative_ip_adapter_image": negative_ip_adapter_image,
+        "ip_adapter_scale": ip_adapter_scales,
+        "redux_image": redux_images,
+        "prompt_embeds_scale": redux_scales,
+        "pooled_prompt_embeds_scale": redux_pooled_scales,
         "max_area": max_area,
         "auto_resize": auto_resize,
         "max_sequence_length": max_sequence_length,

@@ -26,6 +26,7 @@ _SYMBOLS = {
     "S": "text tokens",
     "L": "image tokens",
     "T": "text and image tokens",
+    "V": "tokens of pictures for an IP-Adapter",
     "N": "steps",
     "H": "pixels, height",
     "W": "pixels, width",
@@ -169,6 +170,12 @@ def _tabulate_constants(bundle: Bundle, *, check: bool) -> Table:
     for controlnet in manifest.controlnets:
         kinds = f"{controlnet.modes} kinds" if controlnet.modes else "one kind"
         table.add_row(controlnet.component, f"{kinds} of control")
+    if manifest.ip_adapter is not None:
+        blocks, _, tokens, _ = manifest.components["ip_adapter"].outputs[0].shape
+        table.add_row("ip_adapter", f"{tokens} tokens of a picture for {blocks} blocks")
+    if manifest.redux is not None:
+        height, width = manifest.redux.size
+        table.add_row("redux", f"reads pictures as {width} x {height} pixels")
     table.add_row(
         "defaults",
         f"{defaults.width} x {defaults.height}, {defaults.num_inference_steps} steps, "

@@ -279,6 +279,27 @@ CONTROLNETS = click.option(
     "times; what they add is summed.",
 )
 
+IP_ADAPTER = click.option(
+    "--ip-adapter",
+    type=PathType(),
+    metavar="PATH",
+    help="Put this IP-Adapter into the bundle: XLabs' ip_adapter.safetensors, or its folder.",
+)
+
+IMAGE_ENCODER = click.option(
+    "--image-encoder",
+    type=FOLDER,
+    metavar="FOLDER",
+    help="The CLIP vision encoder of --ip-adapter.  [default: image_encoder/ beside its file]",
+)
+
+REDUX = click.option(
+    "--redux",
+    type=FOLDER,
+    help="Put this FLUX.1 Redux into the bundle, which makes text of pictures: a folder in "
+    "diffusers layout, with its SigLIP.",
+)
+
 LORAS = click.option(
     "--lora",
     "loras",

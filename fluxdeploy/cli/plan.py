@@ -17,6 +17,8 @@ from fluxdeploy.cli.options import (
     COMPONENT_PRECISION,
     CONTROLNETS,
     FOLDER,
+    IMAGE_ENCODER,
+    IP_ADAPTER,
     LORA_RANK,
     LORAS,
     MAX_BATCH,
@@ -25,6 +27,7 @@ from fluxdeploy.cli.options import (
     OPT_SIZE,
     PRECISION,
     QUALITY,
+    REDUX,
     REPLACE,
     RUNTIME,
     STRICT,
@@ -55,6 +58,9 @@ if TYPE_CHECKING:
 @LORAS
 @LORA_RANK
 @CONTROLNETS
+@IP_ADAPTER
+@IMAGE_ENCODER
+@REDUX
 @QUALITY
 @STRICT
 @RUNTIME
@@ -83,6 +89,9 @@ def command(
     loras: tuple[LoraFile, ...],
     lora_rank: int,
     controlnets: tuple[Path, ...],
+    ip_adapter: Path | None,
+    image_encoder: Path | None,
+    redux: Path | None,
     quality: Promise | None,
     strict: bool,
     runtime: str,
@@ -134,6 +143,9 @@ def command(
         lora_rank,
         base,
         controlnets,
+        ip_adapter,
+        image_encoder,
+        redux,
         task,
     )
     with libraries_on_stderr():

@@ -28,6 +28,7 @@ _SIZE_WORDS = {
     "S": "text tokens (max_sequence_length)",
     "L": "image tokens (they grow with height x width)",
     "T": "text and image tokens together",
+    "V": "tokens of the pictures in ip_adapter_image",
     "N": "steps (num_inference_steps)",
     "H": "rows of pixels (height)",
     "W": "columns of pixels (width)",

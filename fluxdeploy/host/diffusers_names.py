@@ -12,17 +12,11 @@ from fluxdeploy.errors import UsageError
 
 __all__ = ["ARGUMENTS", "ATTRIBUTES", "missing_attribute", "refuse_arguments"]
 
-_NO_ADAPTER = "there are no IP-Adapters here; leave it out"
-
 ARGUMENTS: Mapping[str, str] = {
     "generator": (
         "it is `seed=` here: an integer, or a list with one for each picture, as "
         '`torch.Generator("cpu").manual_seed(seed)` has it'
     ),
-    "ip_adapter_image": _NO_ADAPTER,
-    "ip_adapter_image_embeds": _NO_ADAPTER,
-    "negative_ip_adapter_image": _NO_ADAPTER,
-    "negative_ip_adapter_image_embeds": _NO_ADAPTER,
     "joint_attention_kwargs": (
         "the attention is part of a built engine, and a LoRA's scale of `lora=`; leave it out"
     ),
@@ -48,7 +42,7 @@ _LORA = (
     "give `lora=` to the calls of a bundle that was built with `--lora-rank`, or merge it with "
     "`fluxdeploy build --lora` or `refit`"
 )
-_ADAPTER = "weights are part of a bundle; leave it out"
+_ADAPTER = "an IP-Adapter is part of a bundle that was built with `--ip-adapter`"
 _SAVED = "a bundle is a folder; copy it"
 
 ATTRIBUTES: Mapping[str, str] = {
@@ -90,13 +84,9 @@ ATTRIBUTES: Mapping[str, str] = {
         ),
         _LORA,
     ),
-    **dict.fromkeys(
-        (
-            *("load_textual_inversion", "load_ip_adapter", "unload_ip_adapter"),
-            "set_ip_adapter_scale",
-        ),
-        _ADAPTER,
-    ),
+    "load_textual_inversion": "weights are part of a bundle; leave it out",
+    **dict.fromkeys(("load_ip_adapter", "unload_ip_adapter"), _ADAPTER),
+    "set_ip_adapter_scale": "give `ip_adapter_scale=` to the calls",
     **dict.fromkeys(("save_pretrained", "push_to_hub"), _SAVED),
     "from_pipe": "one pipeline does all: give a call `image=` or `mask_image=`",
     "encode_prompt": "give the prompts to the call; it keeps what was encoded",

@@ -7,7 +7,7 @@ from typing import Any
 from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.sampling.examples import example_edges, example_mask, example_picture
 
-__all__ = ["example_arguments", "example_control"]
+__all__ = ["example_arguments", "example_control", "example_seen", "example_variation"]
 
 
 def example_arguments(manifest: Manifest, height: int, width: int) -> dict[str, Any]:
@@ -35,3 +35,16 @@ def example_control(manifest: Manifest, height: int, width: int) -> dict[str, An
     edges = example_edges(height, width)
     mode = 0 if any(record.modes for record in records) else None
     return {"control_image": [edges] * len(records), "control_mode": mode}
+
+
+def example_seen(manifest: Manifest) -> dict[str, Any]:
+    """Arguments for a picture with the IP-Adapter of a bundle; nothing where it has none."""
+    if manifest.ip_adapter is None:
+        return {}
+    height, width = manifest.ip_adapter.pixels.size
+    return {"ip_adapter_image": example_picture(height, width)}
+
+
+def example_variation(manifest: Manifest, height: int, width: int) -> dict[str, Any]:
+    """Arguments for a picture that varies another one; nothing where a bundle has no Redux."""
+    return {} if manifest.redux is None else {"redux_image": example_picture(height, width)}

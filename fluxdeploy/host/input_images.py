@@ -34,6 +34,7 @@ __all__ = [
     "open_mask",
     "picture_size",
     "to_masks",
+    "to_pictures",
     "to_pixels",
     "upright_mask",
     "upright_picture",
@@ -142,6 +143,35 @@ def to_pixels(image: object, height: int, width: int, name: str = "image") -> ND
     return np.ascontiguousarray(np.float32(2) * pictures.transpose(0, 3, 1, 2) - np.float32(1))
 
 
+def to_pictures(image: object, name: str = "image") -> list[Image.Image]:
+    """Pictures for an image encoder, in RGB and of their own sizes.
+
+    image: of the kinds of `to_pixels`. What is transparent shows white, as in transformers. Raises
+    `UsageError`, which calls it `name`, for anything else.
+    """
+    items = image if isinstance(image, (list, tuple)) else [image]
+    if not items:
+        raise UsageError(f"`{name}` is an empty list. Give {_KINDS}.")
+    return [picture for item in items for picture in _in_rgb(item, name)]
+
+
+def _in_rgb(item: object, name: str) -> list[Image.Image]:
+    if isinstance(item, Image.Image):
+        return [_decoded(item, name, _over_white)]
+    pictures = _numbers(item, name)
+    if pictures.dtype != np.uint8:
+        pictures = np.rint(pictures * 255).astype(np.uint8)
+    return [Image.fromarray(picture) for picture in pictures]
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    upright = _checked_upright(image)
+    alpha, rgb = _alpha(upright), _in_8_bits(upright).convert("RGB")
+    if alpha is None:
+        return rgb
+    return Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
+
+
 def picture_size(image: object) -> tuple[int, int]:
     """Height and width of the first of the pictures that `to_pixels` takes, in pixels.
 
@@ -159,15 +189,23 @@ def _resized(item: object, height: int, width: int, name: str) -> Sequence[NDArr
     """Pictures, float32 [height, width, 3] in 0..1."""
     if isinstance(item, Image.Image):
         return [_lanczos(upright_picture(item, name), height, width)]
-    pictures = _pictures(item, name)
+    pictures = _numbers(item, name)
     if pictures.dtype == np.uint8:
         return [_lanczos(Image.fromarray(picture), height, width) for picture in pictures]
+    return list(_nearest(pictures.astype(np.float32), height, width))
+
+
+def _numbers(item: object, name: str) -> NDArray[Any]:
+    """An array of pictures, [B, H, W, 3] of uint8 or of floats in 0..1."""
+    pictures = _pictures(item, name)
+    if pictures.dtype == np.uint8:
+        return pictures
     if not np.issubdtype(pictures.dtype, np.floating):
         raise UsageError(f"`{name}` holds an array of {pictures.dtype}. Give {_KINDS}.")
     # NaN fails as well.
     if not (pictures.min() >= 0 and pictures.max() <= 1):
         raise UsageError(f"`{name}` holds an array with values outside 0 to 1. Scale it to that.")
-    return list(_nearest(pictures.astype(np.float32), height, width))
+    return pictures
 
 
 def _pictures(item: object, name: str) -> NDArray[Any]:

@@ -9,21 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Array, Engine
+from fluxdeploy.bundle.boundary import REDUX
 from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.bundle.side_paths import RANK
 from fluxdeploy.host.cancel import Checked
 from fluxdeploy.host.components import Components, Run
 from fluxdeploy.host.decoding import decode
+from fluxdeploy.host.ip_adapter import AdapterInputs, Seen
 from fluxdeploy.host.loop import StepCallback, denoise
 from fluxdeploy.host.loras import SideInputs
 from fluxdeploy.host.previews import Previews, Wanted, linear_pictures
-from fluxdeploy.host.prompts import (
-    Condition,
-    EncodedPrompts,
-    PromptEncoder,
-    condition,
-    with_text,
-)
+from fluxdeploy.host.prompts import Condition, EncodedPrompts, PromptEncoder, condition
 from fluxdeploy.host.residuals import ControlResiduals, RunningControlNet
 from fluxdeploy.host.tasks.task import Start, Task
 from fluxdeploy.host.tiles import tiled
@@ -46,6 +42,7 @@ def make_pictures(
     components: Components,
     encoder: PromptEncoder,
     loras: SideInputs,
+    adapter: AdapterInputs,
     callback: LevelCallback | None,
     previews: Wanted | None,
     turn: Turn,
@@ -69,19 +66,23 @@ def make_pictures(
     sigmas = schedule.sigmas(manifest.schedule, unshifted, rows * columns)
     levels = sampler.levels(sigmas[-(task.steps + 1) :])
     sizes = _engine_sizes(task, len(levels), loras)
+    for component, symbols in adapter.engine_sizes().items():
+        sizes[component] = {**sizes.get(component, {}), **symbols}
     if latents_only:
         del sizes["vae_decoder"]
     components.check_sizes(turn, sizes)
 
     start = task.prepare(sigmas, run)
     components.release(*task.components)
+    seen = adapter.encode(run)
+    components.release(*adapter.components)
     beside = _with_loras(run, components, loras)
-    texts = _texts(task, encoder, start, beside)
+    texts = _texts(task, encoder, beside)
     levels = sampler.levels(start.sigmas)
     guidance = request.guidance_scale if manifest.guidance_embedding else None
     conditions = [condition(text, levels, guidance, beside) for text in texts]
     controls = _control_conditions(task, start, texts[0], levels, run)
-    components.release("clip", "t5", "conditioner", *map(_conditioner, controls))
+    components.release("clip", "t5", REDUX, "conditioner", *map(_conditioner, controls))
 
     # Before the largest component is opened.
     turn.check("before the first step")
@@ -100,7 +101,7 @@ def make_pictures(
 
     with turn.stage("denoising"):
         transformer = components.engine("transformer")
-        tables = _tables(conditions[0], start, rows, columns, manifest)
+        tables = [_tables(each, start, rows, columns, manifest) for each in conditions]
         residuals = ControlResiduals(
             transformer,
             [
@@ -113,7 +114,7 @@ def make_pictures(
                 for each in start.controls
                 if each.component in controls
             ],
-            tables,
+            tables[0],
             len(conditions) > 1,
             functools.partial(turn.check, "in the middle of a step"),
         )
@@ -121,8 +122,9 @@ def make_pictures(
             transformer,
             conditions,
             start,
-            {**tables, **loras.of(transformer)},
+            [{**each, **loras.of(transformer)} for each in tables],
             residuals if controls else None,
+            seen,
             turn,
         )
         denoise(
@@ -165,22 +167,16 @@ def _with_loras(run: Run, components: Components, loras: SideInputs) -> Run:
     return beside
 
 
-def _texts(task: Task, encoder: PromptEncoder, start: Start, run: Run) -> list[EncodedPrompts]:
-    """The prompts, and the negative prompts where there are any.
-
-    A task's text stands behind the negative prompts too: one table of positions serves both.
-    """
+def _texts(task: Task, encoder: PromptEncoder, run: Run) -> list[EncodedPrompts]:
+    """The prompts, with pictures behind them where there are any, and the negative prompts."""
     request = task.request
-    text, texts = start.text, []
-    for side in (request.text, request.negative):
-        if side is None:
-            continue
-        encoded = encoder.encode(
-            side, request.num_images_per_prompt, request.max_sequence_length, run
-        )
-        if text is not None:
-            encoded, text = with_text(encoded, text)
-        texts.append(encoded)
+    texts = [
+        encoder.encode(side, request.num_images_per_prompt, request.max_sequence_length, run)
+        for side in (request.text, request.negative)
+        if side is not None
+    ]
+    if request.redux is not None:
+        texts[0] = encoder.with_pictures(texts[0], request.redux, run)
     return texts
 
 
@@ -218,8 +214,9 @@ def _velocities(
     engine: Engine,
     conditions: Sequence[Condition],
     start: Start,
-    fixed: Mapping[str, Array],
+    fixed: Sequence[Mapping[str, Array]],
     residuals: ControlResiduals | None,
+    seen: Sequence[Seen | None],
     cancel: Checked,
 ) -> list[ModulatedTransformer]:
     """The transformer with all that no step changes in place, once for each condition."""
@@ -227,8 +224,8 @@ def _velocities(
     # The prompts' evaluation comes first, and the negative prompts' takes over its residuals.
     added = [None, None] if residuals is None else [residuals.compute, residuals.recall]
     return [
-        ModulatedTransformer(engine, each, fixed, hidden, cancel, more)
-        for each, more in zip(conditions, added, strict=False)
+        ModulatedTransformer(engine, each, own, hidden, cancel, more, sees)
+        for each, own, more, sees in zip(conditions, fixed, added, seen, strict=False)
     ]
 
 

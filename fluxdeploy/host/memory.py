@@ -65,7 +65,7 @@ def _transformer(task: Task) -> int:
     if not is_cost(token) or not is_cost(pair):
         return 0
     rows, columns = token_grid(request.height, request.width, manifest.latents)
-    tokens = request.max_sequence_length + rows * columns + task.reference_tokens
+    tokens = request.text_tokens + rows * columns + task.reference_tokens
     return _together(manifest, request.batch) * tokens * (token + pair * tokens)
 
 

@@ -43,6 +43,12 @@ _LATER_TEXTS = (
     "controlnet_conditioning_scale",
     "control_guidance_start",
     "control_guidance_end",
+    "ip_adapter_sha256",
+    "negative_ip_adapter_sha256",
+    "ip_adapter_scale",
+    "redux_sha256",
+    "prompt_embeds_scale",
+    "pooled_prompt_embeds_scale",
 )
 
 
@@ -59,8 +65,9 @@ class PictureMetadata:
     strength and SHA-256 of each LoRA, with commas, and `image_sha256` those of several pictures.
     `control` is the filter that made the control image of the file that is named; `auto_resize` is
     "no" where references were not resized. Of ControlNets, all numbers and `control_sha256` have
-    commas between what each of several was given. Each field is a text chunk of the PNG under its
-    own name; a field that is None has no chunk.
+    commas between what each of several was given; so have those of a Redux between its pictures',
+    and `ip_adapter_scale` between blocks'. Each field is a text chunk of the PNG under its own
+    name; a field that is None has no chunk.
     """
 
     prompt: str
@@ -93,6 +100,12 @@ class PictureMetadata:
     controlnet_conditioning_scale: str | None = None
     control_guidance_start: str | None = None
     control_guidance_end: str | None = None
+    redux_sha256: str | None = None
+    prompt_embeds_scale: str | None = None
+    pooled_prompt_embeds_scale: str | None = None
+    ip_adapter_sha256: str | None = None
+    negative_ip_adapter_sha256: str | None = None
+    ip_adapter_scale: str | None = None
 
 
 def to_pil(pictures: Iterable[NDArray[np.float32]]) -> list[Image]:

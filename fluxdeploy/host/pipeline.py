@@ -33,7 +33,13 @@ from fluxdeploy.host.components import Components
 from fluxdeploy.host.course import unmeasured
 from fluxdeploy.host.demand import demand
 from fluxdeploy.host.diffusers_names import ATTRIBUTES, missing_attribute, refuse_arguments
-from fluxdeploy.host.examples import example_arguments, example_control
+from fluxdeploy.host.examples import (
+    example_arguments,
+    example_control,
+    example_seen,
+    example_variation,
+)
+from fluxdeploy.host.ip_adapter import read_adapter
 from fluxdeploy.host.loras import Loras, check_loras
 from fluxdeploy.host.making import LevelCallback, make_pictures
 from fluxdeploy.host.memory import check_memory
@@ -213,6 +219,9 @@ class FluxPipeline:
         pooled_prompt_embeds: ArrayLike | None = None,
         negative_prompt_embeds: ArrayLike | None = None,
         negative_pooled_prompt_embeds: ArrayLike | None = None,
+        redux_image: object | None = None,
+        prompt_embeds_scale: float | Sequence[float] = 1.0,
+        pooled_prompt_embeds_scale: float | Sequence[float] = 1.0,
         image: object | None = None,
         mask_image: object | None = None,
         strength: float | None = None,
@@ -222,6 +231,11 @@ class FluxPipeline:
         controlnet_conditioning_scale: float | Sequence[float] = 1.0,
         control_guidance_start: float | Sequence[float] = 0.0,
         control_guidance_end: float | Sequence[float] = 1.0,
+        ip_adapter_image: object | None = None,
+        ip_adapter_image_embeds: object | None = None,
+        negative_ip_adapter_image: object | None = None,
+        negative_ip_adapter_image_embeds: object | None = None,
+        ip_adapter_scale: float | Sequence[float] = 1.0,
         max_area: int | None = None,
         auto_resize: bool = True,
         max_sequence_length: int | None = None,
@@ -260,6 +274,12 @@ class FluxPipeline:
         prompt_embeds, pooled_prompt_embeds: in place of prompts, what T5 and CLIP make of P of
             them: float32 [P, S, E] and [P, E']. negative_prompt_embeds,
             negative_pooled_prompt_embeds: in place of negative prompts, of P or of one for all.
+        redux_image: what to draw variations of, for a bundle that was built with a Redux: pictures
+            of the kinds of `image`, all of them for every prompt. They stand behind the prompt's
+            words, and may stand for a prompt.
+        prompt_embeds_scale: what prompt and picture count, one number for all or one a picture. For
+            each picture the prompt is read once more: with several, weights that sum to 1 keep its
+            share. pooled_prompt_embeds_scale: the same of what CLIP reads of the prompt.
         image: what to start from instead, resized to height x width: a PIL image, an array
             [H, W, 3] or [B, H, W, 3] of uint8 or of floats in 0..1, or a list of these.
         strength: how much of the image becomes noise, 0 to 1: that share of the steps is made. The
@@ -279,6 +299,13 @@ class FluxPipeline:
         controlnet_conditioning_scale: what its residuals are multiplied with.
         control_guidance_start, control_guidance_end: the part of the steps, 0 to 1, in which it
             counts.
+        ip_adapter_image: what the picture is to look like, for a bundle that was built with an
+            IP-Adapter: of the kinds of `image` and of any size; one for all, one a prompt or one a
+            picture. A list of lists has several that are seen together. ip_adapter_image_embeds: in
+            its place what the image encoder makes, float32 [U, k, E] of U sets of k pictures.
+            negative_ip_adapter_image, negative_ip_adapter_image_embeds: the same beside negative
+            prompts; the side that is given nothing sees a black picture, as in diffusers.
+        ip_adapter_scale: how much it counts, one number or one for each double-stream block.
         For a bundle of a Kontext checkpoint, `image` is what to change by words, resized to one of
             the sizes that FLUX.1 Kontext was trained with; with auto_resize=False to whole tokens
             alone. A list of lists has several for each picture. The picture has its size where
@@ -338,6 +365,9 @@ class FluxPipeline:
                 "pooled_prompt_embeds": pooled_prompt_embeds,
                 "negative_prompt_embeds": negative_prompt_embeds,
                 "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+                "redux_image": redux_image,
+                "prompt_embeds_scale": prompt_embeds_scale,
+                "pooled_prompt_embeds_scale": pooled_prompt_embeds_scale,
                 "max_sequence_length": max_sequence_length,
                 "sampler": sampler,
                 "sigmas": sigmas,
@@ -368,6 +398,13 @@ class FluxPipeline:
                 return_dict,
             ),
             check_loras(lora),
+            {
+                "ip_adapter_image": ip_adapter_image,
+                "ip_adapter_image_embeds": ip_adapter_image_embeds,
+                "negative_ip_adapter_image": negative_ip_adapter_image,
+                "negative_ip_adapter_image_embeds": negative_ip_adapter_image_embeds,
+            },
+            ip_adapter_scale,
         )
         return output if return_dict else (output.images,)  # type: ignore[return-value]
 
@@ -432,6 +469,8 @@ class FluxPipeline:
         given = given or example_control(manifest, height, width)
         if not given and "vae_encoder" in manifest.components:
             given = {"image": example_picture(height, width), "strength": 0.5}
+        given |= example_seen(manifest)
+        given |= example_variation(manifest, height, width)
         self("warm-up", num_inference_steps=2, seed=0, **given)
 
     def close(self) -> None:
@@ -460,9 +499,11 @@ class FluxPipeline:
         arguments: Mapping[str, Any],
         of_tasks: Mapping[str, Any],
         options: CallOptions,
-        loras: Sequence[LoraFile] = (),
+        loras: Sequence[LoraFile],
+        seen: Mapping[str, Any],
+        seen_scale: object,
     ) -> FluxPipelineOutput:
-        """A call: `arguments` of every picture, and those that belong to tasks."""
+        """A call: `arguments` of every picture, those that belong to tasks, and what is seen."""
         manifest = self._bundle.manifest
         options.check()
         kind, unused = choose_task(TASKS, manifest.tasks, of_tasks)
@@ -486,11 +527,13 @@ class FluxPipeline:
                 "Leave it out, or use another output_type."
             )
         side_inputs = self._loras.read(tuple(loras))
+        adapter = read_adapter(request, manifest, seen, seen_scale)
         idle = (
             *unused,
             *idle_arguments(manifest, arguments, drawing),
             *task.notices(),
             *side_inputs.notices,
+            *adapter.notices,
         )
         cuts = self._cuts(request)
         self._tell(idle)
@@ -499,7 +542,7 @@ class FluxPipeline:
         if request.skip is not None and isinstance(arguments["skip"], str):
             cuts += self._tell_unmeasured(request)
         previews = self._previews(options, task)
-        asked = demand(task, options.priority, side_inputs.nbytes)
+        asked = demand(task, options.priority, side_inputs.nbytes, adapter.tokens)
         latents_only = options.output_type == "latent"
         check_memory(task, asked.memory, latents_only)
         token = CancelToken() if options.cancel is None else options.cancel
@@ -515,6 +558,7 @@ class FluxPipeline:
                     self._components,
                     self._encoder,
                     side_inputs,
+                    adapter,
                     self._step_callback(options, advance),
                     previews,
                     turn,

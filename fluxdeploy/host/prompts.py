@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import Array
+from fluxdeploy.bundle.boundary import REDUX
 from fluxdeploy.bundle.manifest import TokenizerRecord
 from fluxdeploy.host.components import Run
+from fluxdeploy.host.redux import Redux
 from fluxdeploy.host.texts import Embeddings, Prompts, Text
 from fluxdeploy.text import Tokenizers
 
-__all__ = ["Condition", "EncodedPrompts", "PromptEncoder", "condition", "with_text"]
+__all__ = ["Condition", "EncodedPrompts", "PromptEncoder", "condition"]
 
 
 @dataclass(frozen=True)
 class EncodedPrompts:
     """U distinct prompts of B pictures.
 
-    pooled: float32 [U, P], CLIP's. text: float32 [U, S, E], T5's. pictures: [B], the prompt of each
-    picture among the U.
+    pooled: float32 [U, P], CLIP's. text: float32 [U, S, E], T5's, and pictures' behind it.
+    pictures: [B], the prompt of each picture among the U.
     """
 
     pooled: NDArray[np.float32]
@@ -46,7 +49,9 @@ class Condition:
 
 
 class PromptEncoder:
-    """Encodes prompts with `clip` and `t5`, and keeps up to `capacity` bytes of what they gave.
+    """Encodes prompts with `clip` and `t5`, and pictures with `redux`.
+
+    Up to `capacity` bytes of what they gave are kept.
 
     What is kept belongs to the token ids of the prompts that were encoded together, not to each
     prompt alone: activations that are quantized by the whole batch's range make a prompt's numbers
@@ -77,9 +82,21 @@ class PromptEncoder:
         clip_ids = self._tokenizers.clip([pair[0] for pair in distinct])
         t5_ids = self._tokenizers.t5([pair[1] for pair in distinct], length)
         return EncodedPrompts(
-            self._encoded("clip", "pooled_embeddings", clip_ids, run),
-            self._encoded("t5", "text_embeddings", t5_ids, run),
+            self._encoded("clip", "pooled_embeddings", "input_ids", clip_ids, run),
+            self._encoded("t5", "text_embeddings", "input_ids", t5_ids, run),
             np.repeat([distinct.index(pair) for pair in text.pairs], images_each),
+        )
+
+    def with_pictures(self, encoded: EncodedPrompts, redux: Redux, run: Run) -> EncodedPrompts:
+        """Prompts with pictures behind their words."""
+        embeddings = [
+            self._encoded(REDUX, "image_embeddings", "pixel_values", pixels[None], run)
+            for pixels in redux.pixels
+        ]
+        return replace(
+            encoded,
+            pooled=redux.pooled(encoded.pooled),
+            text=redux.joined(encoded.text, np.concatenate(embeddings)),
         )
 
     def cuts(self, text: Text | None, length: int, what: str) -> list[str]:
@@ -113,15 +130,16 @@ class PromptEncoder:
         self._kept.clear()
 
     def _encoded(
-        self, component: str, output: str, ids: NDArray[np.int32], run: Run
+        self, component: str, output: str, name: str, given: Array, run: Run
     ) -> NDArray[np.float32]:
-        key = (component, len(ids), ids.tobytes())
+        # Pixels are as large as what becomes of them.
+        key = (component, len(given), hashlib.sha256(given.tobytes()).digest())
         if key in self._kept:
             self.hits += 1
             self._kept.move_to_end(key)
             return self._kept[key]
         self.misses += 1
-        values = run(component, {"input_ids": ids})[output]
+        values = run(component, {name: given})[output]
         self._kept[key] = values
         while sum(kept.nbytes for kept in self._kept.values()) > self._capacity:
             self._kept.popitem(last=False)
@@ -131,22 +149,6 @@ class PromptEncoder:
 def _cut(encoder: str, tokens: int, kept: int) -> str:
     """What an encoder leaves out of a prompt; empty where that is nothing."""
     return f"{encoder} reads {kept} of its {tokens} tokens" if tokens > kept else ""
-
-
-def with_text(
-    encoded: EncodedPrompts, extra: NDArray[np.float32]
-) -> tuple[EncodedPrompts, NDArray[np.float32]]:
-    """Prompts with more text embeddings behind T5's, and those embeddings for each picture.
-
-    extra: float32 [U, X, E], those of each prompt, or [B, X, E], those of each picture, which then
-    has a prompt of its own.
-    """
-    pooled, text, pictures = encoded.pooled, encoded.text, encoded.pictures
-    of_pictures = extra[pictures] if len(extra) == len(text) else extra
-    if len(extra) != len(text):
-        pooled, text, pictures = pooled[pictures], text[pictures], np.arange(len(pictures))
-    joined = np.concatenate([text, extra], axis=1)
-    return EncodedPrompts(pooled, joined, pictures), of_pictures
 
 
 def condition(

@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fluxdeploy.arguments import check_integer, check_number, shown
+from fluxdeploy.bundle.boundary import REDUX
 from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.errors import UsageError
 from fluxdeploy.host.components import check_range
 from fluxdeploy.host.course import check_sigmas, check_skip
 from fluxdeploy.host.numbers import read_numbers
-from fluxdeploy.host.texts import Embeddings, Prompts, Text, read_texts
+from fluxdeploy.host.redux import Redux, read_redux
+from fluxdeploy.host.texts import Embeddings, Prompts, Text, no_words, read_texts
 from fluxdeploy.sampling.latents import check_size, latent_shape, token_grid
 from fluxdeploy.sampling.noise import check_seed
 from fluxdeploy.sampling.sampler import load_sampler
@@ -39,7 +41,7 @@ class GenerationRequest:
     one for each, None beside latents where nothing is drawn. `latents` are the caller's, float32
     [B, L, C], packed.
     `sigmas` are the caller's noise levels before shifting, float32 [N]. `skip` counts the steps of
-    the whole schedule.
+    the whole schedule. `redux` are pictures that `text` goes with.
     """
 
     text: Text
@@ -56,11 +58,17 @@ class GenerationRequest:
     sampler: str = "euler"
     sigmas: NDArray[np.float32] | None = field(default=None, compare=False)
     skip: Skips | None = None
+    redux: Redux | None = None
 
     @property
     def batch(self) -> int:
         """B: the number of pictures."""
         return len(self.text) * self.num_images_per_prompt
+
+    @property
+    def text_tokens(self) -> int:
+        """S of what the transformer reads: the tokens of a prompt, and those of pictures."""
+        return self.max_sequence_length + (0 if self.redux is None else self.redux.tokens)
 
     def engine_sizes(self, manifest: Manifest, levels: int) -> dict[str, dict[str, int]]:
         """What each component is asked for: its sizes by the symbols of the manifest.
@@ -72,14 +80,16 @@ class GenerationRequest:
         """
         rows, columns = token_grid(self.height, self.width, manifest.latents)
         _, _, h, w = latent_shape(1, self.height, self.width, manifest.latents)
-        text, tokens = self.max_sequence_length, rows * columns
+        text, tokens = self.text_tokens, rows * columns
         sizes = {
             "vae_decoder": {"H": self.height, "W": self.width, "h": h, "w": w},
             "transformer": {"L": tokens, "S": text, "T": text + tokens},
             "conditioner": {"S": text, "N": levels},
         }
         if any(isinstance(side, Prompts) for side in (self.text, self.negative)):
-            sizes |= {"t5": {"S": text}, "clip": {}}
+            sizes |= {"t5": {"S": self.max_sequence_length}, "clip": {}}
+        if self.redux is not None:
+            sizes[REDUX] = {}
         return sizes
 
 
@@ -106,6 +116,9 @@ def check_request(
     sampler: str = "euler",
     sigmas: ArrayLike | None = None,
     skip: object = "none",
+    redux_image: object | None = None,
+    prompt_embeds_scale: object = 1.0,
+    pooled_prompt_embeds_scale: object = 1.0,
 ) -> GenerationRequest:
     """The request that the arguments of `FluxPipeline.__call__` make.
 
@@ -113,6 +126,8 @@ def check_request(
     outside its range.
     """
     defaults = manifest.defaults
+    length = _check_length(manifest, max_sequence_length)
+    redux = read_redux(manifest, redux_image, prompt_embeds_scale, pooled_prompt_embeds_scale)
     text, negative = read_texts(
         manifest,
         {
@@ -125,6 +140,7 @@ def check_request(
             "negative_prompt_embeds": negative_prompt_embeds,
             "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
         },
+        None if redux is None else no_words(manifest, length),
     )
     scale = check_number("true_cfg_scale", true_cfg_scale, -_MAX_SCALE, _MAX_SCALE)
     negative = negative if scale > 1 else None
@@ -141,7 +157,6 @@ def check_request(
     check_size(height, width, manifest.latents)
     images_each = check_integer("num_images_per_prompt", num_images_per_prompt, 1)
     seeds = None if seed is None else _seeds(seed, len(text) * images_each)
-    length = _check_length(manifest, max_sequence_length)
     steps = check_integer("num_inference_steps", num_inference_steps, 1)
     request = GenerationRequest(
         text=text,
@@ -158,6 +173,7 @@ def check_request(
         sampler=sampler,
         sigmas=levels,
         skip=check_skip(skip, manifest, sampler, steps, levels is None),
+        redux=redux,
     )
     if request.batch > _MAX_PICTURES:
         raise UsageError(
@@ -165,6 +181,10 @@ def check_request(
             f"{_MAX_PICTURES}. Make several calls."
         )
     _check_ranges(manifest, request.engine_sizes(manifest, request.num_inference_steps))
+    if negative is not None and redux is not None:
+        # Which have no pictures behind them.
+        words = replace(request, redux=None)
+        _check_ranges(manifest, words.engine_sizes(manifest, request.num_inference_steps))
     if latents is None:
         return request
     # After the ranges, so that what memory cannot hold is never made.
@@ -196,12 +216,20 @@ def idle_arguments(
     if "negative_prompt_2" in given and not negative:
         notices.append("`negative_prompt_2` does nothing without `negative_prompt`.")
     words = {"prompt"} if scale <= 1 else {"prompt", "negative_prompt"}
-    if "max_sequence_length" in given and not given & words:
+    if "max_sequence_length" in given and "prompt_embeds" in given and not given & words:
         notices.append("`max_sequence_length` does nothing beside `prompt_embeds`.")
     if guidance is not None and not manifest.guidance_embedding:
         notices.append(
             "`guidance_scale` does nothing here: this bundle's model has no guidance embedding."
         )
+    if "prompt_2" in given and not given & {"prompt", "prompt_embeds"}:
+        notices.append("`prompt_2` does nothing without `prompt`.")
+    if "redux_image" not in given:
+        notices += [
+            f"`{name}` does nothing without `redux_image`."
+            for name in ("prompt_embeds_scale", "pooled_prompt_embeds_scale")
+            if arguments.get(name, 1.0) != 1
+        ]
     if arguments["seed"] is not None and not drawing:
         notices.append("`seed` does nothing beside `latents`.")
     return tuple(notices)

@@ -15,7 +15,7 @@ from fluxdeploy.errors import UsageError
 from fluxdeploy.host.numbers import read_numbers
 from fluxdeploy.text.tokenizer import check_prompt
 
-__all__ = ["Embeddings", "Prompts", "Text", "read_texts"]
+__all__ = ["Embeddings", "Prompts", "Text", "no_words", "read_texts"]
 
 _MAX_PROMPT = 100_000
 """Characters of a prompt: 512 tokens are some 3,000, and reading a million takes seconds."""
@@ -73,13 +73,24 @@ class Embeddings:
 Text = Prompts | Embeddings
 
 
-def read_texts(manifest: Manifest, arguments: Mapping[str, Any]) -> tuple[Text, Text | None]:
+def no_words(manifest: Manifest, length: int) -> Embeddings:
+    """One prompt of `length` tokens that says nothing: zeros, as in diffusers' prior of Redux."""
+    widths = [_width(manifest, name) for name in ("pooled_embeddings", "text_embeddings")]
+    pooled, text = (width if isinstance(width, int) else 1 for width in widths)
+    zeros = np.zeros((1, length, text), np.float32)
+    return Embeddings(np.zeros((1, pooled), np.float32), zeros, np.arange(1))
+
+
+def read_texts(
+    manifest: Manifest, arguments: Mapping[str, Any], otherwise: Text | None = None
+) -> tuple[Text, Text | None]:
     """What a call's arguments say in words, and what they steer away from.
 
     arguments: `prompt`, `prompt_2`, `prompt_embeds`, `pooled_prompt_embeds`, and the same four of
-    the negative prompts. Raises `UsageError` for what cannot be, or is said twice.
+    the negative prompts. otherwise: what stands for a prompt where there is none. Raises
+    `UsageError` for what cannot be, or is said twice.
     """
-    text = _read(manifest, arguments, "")
+    text = _read(manifest, arguments, "") or otherwise
     if text is None:
         raise UsageError("Give a `prompt`, or `prompt_embeds` with `pooled_prompt_embeds`.")
     negative = _read(manifest, arguments, "negative_")

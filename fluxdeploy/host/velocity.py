@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from engines.base import Array, Binding, Engine
 from fluxdeploy.host.batches import divide
 from fluxdeploy.host.cancel import Checked
+from fluxdeploy.host.ip_adapter import Seen, zero_seen
 from fluxdeploy.host.prompts import Condition
 from fluxdeploy.host.residuals import zero_residuals
 
@@ -65,6 +66,7 @@ class ModulatedTransformer:
     hidden: what it reads around the latents.
     cancel: ends a step between its parts.
     added: what ControlNets add inside it; None for zeros, where it takes any.
+    seen: what it attends to of pictures; None for zeros, where it takes any.
     """
 
     def __init__(
@@ -75,8 +77,10 @@ class ModulatedTransformer:
         hidden: HiddenStates,
         cancel: Checked,
         added: Added | None = None,
+        seen: Seen | None = None,
     ) -> None:
         self._added = added
+        self._seen = seen
         self._condition = condition
         self._hidden = hidden
         self._cancel = cancel
@@ -85,14 +89,19 @@ class ModulatedTransformer:
         self._modulation, self._context = _Rows(), _Rows()
         # Two at most, since parts are as even as can be. Prompts stay in place where all of a
         # size's parts have the same ones; a binding for each part would take a batch's memory.
-        self._bindings: dict[int, tuple[Binding, bool]] = {}
+        self._bindings: dict[int, tuple[Binding, frozenset[str]]] = {}
         for size in {len(rows) for _, rows in self._parts}:
-            first, *others = (rows for _, rows in self._parts if len(rows) == size)
-            same = all((rows == first).all() for rows in others)
-            resident: Mapping[str, Array] = {"context": condition.context[first]} if same else {}
+            parts = [part for part, rows in self._parts if len(rows) == size]
+            resident: dict[str, Array] = {}
+            if _same(pictures, parts):
+                resident["context"] = condition.context[pictures[parts[0]]]
             if added is None:
-                resident = {**resident, **zero_residuals(engine, size, hidden.tokens)}
-            self._bindings[size] = engine.bind({**fixed, **resident}), same
+                resident |= zero_residuals(engine, size, hidden.tokens)
+            if seen is None:
+                resident |= zero_seen(engine, size)
+            elif _same(seen.pictures, parts):
+                resident |= seen.of(parts[0])
+            self._bindings[size] = engine.bind({**fixed, **resident}), frozenset(resident)
         self._velocity: Array | None = None
 
     def __call__(self, level: int, latents: NDArray[np.float32]) -> Array:
@@ -101,7 +110,7 @@ class ModulatedTransformer:
             if part.start > 0:
                 self._cancel.check("in the middle of a step")
             more = {} if self._added is None else self._added(level, latents[part], part)
-            velocity = self._run(level, states[part], rows, more)[:, :length]
+            velocity = self._run(level, states[part], part, rows, more)[:, :length]
             if len(self._parts) == 1:
                 return velocity
             if self._velocity is None:
@@ -114,19 +123,27 @@ class ModulatedTransformer:
         self,
         level: int,
         states: NDArray[np.float32],
+        part: slice,
         rows: NDArray[np.intp],
         more: Mapping[str, Array],
     ) -> Array:
-        binding, has_context = self._bindings[len(rows)]
+        binding, resident = self._bindings[len(rows)]
         modulation = self._condition.modulation[level]
         inputs = {
             "hidden_states": states,
             "modulation": self._modulation.take(modulation, rows),
             **more,
         }
-        if not has_context:
+        if "context" not in resident:
             inputs["context"] = self._context.take(self._condition.context, rows)
+        if self._seen is not None and not self._seen.inputs.keys() <= resident:
+            inputs |= self._seen.of(part)
         return binding.run(inputs)["velocity"]
+
+
+def _same(pictures: NDArray[np.intp], parts: Sequence[slice]) -> bool:
+    """Whether the parts of a batch, all of one size, have the same rows."""
+    return all((pictures[part] == pictures[parts[0]]).all() for part in parts)
 
 
 class _Rows:

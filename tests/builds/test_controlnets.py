@@ -15,7 +15,7 @@ import pytest
 
 from engines import runtimes
 from fluxdeploy.build.checkpoint import find_checkpoint, hash_checkpoint
-from fluxdeploy.build.resolve import _check_controlnets
+from fluxdeploy.build.resolve import _check_joins
 from fluxdeploy.bundle.manifest import DimensionRange, TensorSpec
 from fluxdeploy.errors import CheckpointError, UsageError
 from fluxdeploy.progress import Progress
@@ -178,11 +178,11 @@ def test_several_add_up_as_many_residuals_as_each_has() -> None:
 
 def test_what_has_no_room_for_them_is_refused() -> None:
     native, onnxruntime = (runtimes(name)[0] for name in ("native", "onnxruntime"))
-    _check_controlnets(onnxruntime, 0)
-    with pytest.raises(UsageError, match="native has no inputs for what ControlNets add"):
-        _check_controlnets(native, 0)
+    _check_joins(onnxruntime, "--controlnet", 0)
+    with pytest.raises(UsageError, match="native has no inputs for what other networks give"):
+        _check_joins(native, "--controlnet", 0)
     with pytest.raises(UsageError, match="A bundle with --controlnet has no --lora-rank"):
-        _check_controlnets(onnxruntime, 4)
+        _check_joins(onnxruntime, "--controlnet", 4)
 
 
 def test_golden_residuals_are_as_many_as_the_transformer_takes(dev: str) -> None:
@@ -219,7 +219,7 @@ def test_the_weights_of_two_lie_side_by_side(
     dev: str, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     from exporters.weights.bind import WeightFolder
-    from fluxdeploy.build.run import _controlnet_files
+    from fluxdeploy.build.run import _files_beside
 
     nets = (folder("plain"), copied(folder("pixels"), tmp_path / "other"), folder("plain"))
     opened = find_checkpoint(dev, controlnets=nets[:1])
@@ -228,9 +228,9 @@ def test_the_weights_of_two_lie_side_by_side(
         part: SimpleNamespace(weights={"a": SimpleNamespace(file=file)})
         for part, file in zip(("controlnet", "controlnet_2", "controlnet_3"), files, strict=True)
     }
-    many: Any = SimpleNamespace(controlnet_parts=tuple(parts), parts=parts)
+    many: Any = SimpleNamespace(parts_beside=tuple(parts), parts=parts)
     (tmp_path / "weights").mkdir()
-    weights = WeightFolder(tmp_path / "weights", owners=_controlnet_files(many))
+    weights = WeightFolder(tmp_path / "weights", owners=_files_beside(many))
     name = files[0].name
     assert [weights.link(file) for file in files] == [
         f"controlnet.{name}",

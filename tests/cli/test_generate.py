@@ -111,6 +111,7 @@ def test_every_option_reaches_the_pipeline(
         "controlnet_conditioning_scale": 0.6,
         "control_guidance_start": 0.1,
         "control_guidance_end": 0.9,
+        "redux_image": None,
         "max_area": None,
         "auto_resize": True,
         "max_sequence_length": 128,

@@ -22,6 +22,7 @@ PIPELINES = (
     "FluxControlNetImg2ImgPipeline",
     "FluxControlNetInpaintPipeline",
     "FluxKontextPipeline",
+    "FluxPriorReduxPipeline",
 )
 OURS = inspect.signature(FluxPipeline.__call__).parameters
 

@@ -25,12 +25,18 @@ BUNDLES = {"fill": "fill", "canny": "control", "kontext": "kontext"}
 
 @pytest.fixture
 def workplace(
-    tmp_path: Path, bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    bundle: Callable[[str], Path],
+    redux_bundle: Path,
+    ip_adapter_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
     pytest.importorskip("torch")
     for name, kind in BUNDLES.items():
         (tmp_path / name).symlink_to(bundle(kind), target_is_directory=True)
     (tmp_path / "demo-kontext").symlink_to(bundle("kontext"), target_is_directory=True)
+    for name, found in {"dev-redux": redux_bundle, "dev-ip": ip_adapter_bundle}.items():
+        (tmp_path / name).symlink_to(found, target_is_directory=True)
     for name in ("room", "wall", "beach", "house", "edges", "ring", "star"):
         image = Image.new("RGB", (70, 50), "white")
         image.paste("black", (10, 10, 40, 30))
@@ -65,7 +71,7 @@ def test_the_python_example_draws(workplace: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(FluxPipeline, "__call__", small)
     (code,) = code_blocks(PAGE, "python")
     exec(compile(code, "docs/family.md", "exec"), {})
-    assert len(drawn) == 4
+    assert len(drawn) == 8
 
 
 def test_the_table_has_what_bundles_record(workplace: Path) -> None:

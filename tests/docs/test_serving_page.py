@@ -43,7 +43,8 @@ def fields_of_openai() -> set[str]:
 
 
 def test_the_table_has_every_field_of_openais_client_and_of_the_server() -> None:
-    files = {"image", "mask", "control_image"}
+    files = {"image", "mask", "control_image", "redux_image"}
+    files |= {"ip_adapter_image", "negative_ip_adapter_image"}
     ours = {*GenerationBody.model_fields, *EditBody.model_fields, *files}
     assert fields_of_openai() <= set(rows()), "OpenAI's client has new fields"
     assert set(rows()) == ours | set(REFUSED)

@@ -20,6 +20,7 @@ ROWS: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"]
 # The sizes of benchmarks/plan_memory.py.
 MIDDLING: Any = SimpleNamespace(
     controlnets=(),
+    redux=None,
     transformer=TransformerConfig(64, 64, 512, 64, 2048, 2, 4, 256, 128, True, (8, 28, 28)),
     vae=VaeConfig(16, (64, 128, 256, 256), 2, 32, 0.3611, 0.1159),
     t5=SimpleNamespace(d_model=256, d_ff=640, num_heads=8),

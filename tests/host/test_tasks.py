@@ -25,7 +25,7 @@ from fluxdeploy.sampling.latents import pack
 from fluxdeploy.sampling.noise import standard_normal
 from fluxdeploy.sampling.rope import joint_ids, rope_tables
 from fluxdeploy.sampling.schedule import sigmas as schedule
-from tests.host.conftest import TEXT, MemoryEngine, embed, mix
+from tests.host.conftest import MemoryEngine
 
 L, STEPS, S = 6, 3, 16
 
@@ -68,14 +68,6 @@ class WithTokens(DummyTask):
 
     def prepare(self, sigmas: NDArray[np.float32], run: Run) -> Start:
         return Start(self.begin(sigmas), sigmas, tokens=self.given, token_ids=self.ids)
-
-
-class WithText(DummyTask):
-    name: ClassVar[str] = "text"
-    chosen_by: ClassVar[tuple[str, ...]] = ("text",)
-
-    def prepare(self, sigmas: NDArray[np.float32], run: Run) -> Start:
-        return Start(self.begin(sigmas), sigmas, text=self.given)
 
 
 class WithBlend(DummyTask):
@@ -154,7 +146,7 @@ def pipe(
     manifest: Manifest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Extended:
-    dummies = (WithChannels, WithTokens, WithText, WithBlend, WithComponent, WithBoth)
+    dummies = (WithChannels, WithTokens, WithBlend, WithComponent, WithBoth)
     able = (*manifest.tasks, *(task.name for task in dummies))
     made = make_pipeline(dataclasses.replace(manifest, tasks=able))
     made.__class__ = Extended
@@ -221,18 +213,10 @@ def test_channels_and_tokens_may_come_together(
         np.testing.assert_array_equal(inputs["hidden_states"], hidden)
 
 
-@pytest.mark.parametrize(
-    ("task", "given"),
-    [
-        ("both", (values(5, L, 5), values(5, 3, 69, seed=1))),
-        ("text", values(5, 4, TEXT)),
-        ("text", values(2, 4, TEXT)),
-    ],
-    ids=["channels and tokens", "each picture's text", "each prompt's text"],
-)
 def test_what_a_task_adds_is_divided_with_the_batch(
-    pipe: Extended, engines: dict[str, MemoryEngine], task: str, given: Any
+    pipe: Extended, engines: dict[str, MemoryEngine]
 ) -> None:
+    given = (values(5, L, 5), values(5, 3, 69, seed=1))
     prompts = ["a fox", "a hen", "a fox", "a fox", "a hen"]
     compute = engines["transformer"].compute
 
@@ -240,59 +224,12 @@ def test_what_a_task_adds_is_divided_with_the_batch(
         return compute({**inputs, "hidden_states": inputs["hidden_states"][..., :64]})
 
     engines["transformer"].compute = cropped
-    whole = pipe.draw(task, given, prompt=prompts)
+    whole = pipe.draw("both", given, prompt=prompts)
     pipe._encoder.forget()
     for engine in engines.values():
         engine.dimensions = {"B": DimensionRange(1, 1, 2)}
-    np.testing.assert_array_equal(pipe.draw(task, given, prompt=prompts), whole)
+    np.testing.assert_array_equal(pipe.draw("both", given, prompt=prompts), whole)
     assert [run["hidden_states"][0] for run in engines["transformer"].runs[-3:]] == [2, 2, 1]
-
-
-@pytest.mark.parametrize("rows", ["prompts", "pictures"])
-@pytest.mark.parametrize("guided", [False, True])
-def test_text_is_behind_t5s_and_has_no_positions(
-    rows: str,
-    guided: bool,
-    pipe: Extended,
-    engines: dict[str, MemoryEngine],
-    recorder: Recorder,
-    manifest: Manifest,
-) -> None:
-    prompts, negative = ["a fox", "a hen", "a fox"], ["fog", "mud", "rain"]
-    owners = np.array([0, 0, 1, 1, 0, 0])  # two pictures of each prompt, U = 2
-    extra = values(2 if rows == "prompts" else 6, 4, TEXT)
-    given: list[dict[str, Array]] = []
-    compute = engines["conditioner"].compute
-
-    def conditioner(inputs: Mapping[str, Array]) -> dict[str, Array]:
-        given.append(dict(inputs))
-        return compute(inputs)
-
-    engines["conditioner"].compute = conditioner
-    pipe.draw(
-        "text",
-        extra,
-        prompt=prompts,
-        negative_prompt=negative if guided else None,
-        true_cfg_scale=2.0 if guided else 1.0,
-        num_images_per_prompt=2,
-    )
-    assert len(given) == 1 + guided
-    of_pictures = extra[owners] if rows == "prompts" else extra
-    tokenizers = pipe._encoder._tokenizers
-    for index, texts in enumerate((prompts, negative)[: 1 + guided]):
-        context: Any = recorder.inputs[index]["context"]  # of the first step
-        each = [text for text in texts for _ in range(2)]
-        t5 = embed(tokenizers.t5(each, S), TEXT)
-        whole = np.concatenate([t5, of_pictures], axis=1)
-        np.testing.assert_allclose(context, mix(whole, context.shape[2]), atol=1e-6)
-        expected = ["a fox", "a hen"] if rows == "prompts" and index == 0 else each
-        np.testing.assert_array_equal(
-            given[index]["text_embeddings"][:, :S], embed(tokenizers.t5(expected, S), TEXT)
-        )
-    cos, sin = rope_tables(joint_ids(S + 4, 2, 3, 3), manifest.rope)
-    np.testing.assert_array_equal(recorder.inputs[0]["rope_cos"], cos)
-    np.testing.assert_array_equal(recorder.inputs[0]["rope_sin"], sin)
 
 
 def test_a_blend_comes_after_every_step_and_before_the_callback(

@@ -71,3 +71,27 @@ def open_reference_controlled(
         return pipe
 
     return make
+
+
+@pytest.fixture(scope="session")
+def open_reference_adapted(
+    checkpoint: Factory, ip_adapter_folder: Callable[[str], Path]
+) -> Callable[..., Any]:
+    """`open_reference_adapted(name, kind="FluxPipeline")`: diffusers' with the IP-Adapter."""
+    import diffusers
+    import torch
+
+    @functools.cache
+    def make(name: str, kind: str = "FluxPipeline") -> Any:
+        pipe = getattr(diffusers, kind).from_pretrained(checkpoint(name))
+        pipe.set_progress_bar_config(disable=True)
+        folder = ip_adapter_folder(name)
+        pipe.load_ip_adapter(
+            folder,
+            weight_name="ip_adapter.safetensors",
+            image_encoder_pretrained_model_name_or_path=str(folder / "image_encoder"),
+            image_encoder_dtype=torch.float32,
+        )
+        return pipe
+
+    return make

@@ -74,3 +74,26 @@ def test_controlnets_are_told_apart_with_commas_and_go_with_an_image(demo_bundle
     for name, value in (("control_mode", "2,a"), ("control_guidance_end", "nan")):
         with pytest.raises(ApiError, match=name):
             read_fields(EditBody, {"prompt": "a house", name: value})
+
+
+def test_what_is_varied_keeps_its_size_and_needs_no_image(redux_bundle: Path) -> None:
+    manifest = open_bundle(redux_bundle).manifest
+    body = EditBody(prompt="in winter", prompt_embeds_scale=0.7)
+    drawing = read_drawing(body, manifest, Settings(), Pictures(redux_images=(WIDE, TALL)))
+    assert drawing.arguments["redux_image"] == [WIDE, TALL]
+    assert drawing.arguments["prompt_embeds_scale"] == 0.7
+    assert "image" not in drawing.arguments
+    alone = dataclasses.replace(manifest, tasks=("text to image",))
+    assert limits_of(alone, Settings())["tasks"] == ["generations", "edits"]
+
+
+def test_what_is_seen_keeps_its_size_and_needs_no_image(ip_adapter_bundle: Path) -> None:
+    manifest = open_bundle(ip_adapter_bundle).manifest
+    body = EditBody(prompt="in winter", ip_adapter_scale=0.7)
+    seen = {"ip_adapter_image": WIDE, "negative_ip_adapter_image": TALL}
+    drawing = read_drawing(body, manifest, Settings(), Pictures(seen=seen))
+    assert {name: drawing.arguments[name] for name in seen} == seen
+    assert drawing.arguments["ip_adapter_scale"] == 0.7
+    assert "image" not in drawing.arguments
+    alone = dataclasses.replace(manifest, tasks=("text to image",))
+    assert limits_of(alone, Settings())["tasks"] == ["generations", "edits"]

@@ -22,8 +22,19 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
+from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from exporters.synthetic.small_tokenizers import Form, write_tokenizers
 
@@ -236,6 +247,79 @@ def make_controlnet(
                 if fnmatchcase(name, pattern):
                     parameter.mul_(factor)
     network.save_pretrained(folder)
+    return folder
+
+
+def make_ip_adapter(folder: Path, shape: Shape, tokens: int = 4, seed: int = 0) -> Path:
+    """Write XLabs' kind of IP-Adapter for a checkpoint's transformer to `folder`, and return it.
+
+    Its image encoder lies beside it. What it adds moves the picture by a good part of its range.
+    """
+    torch.manual_seed(200 + seed)
+    encoder = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=36,
+            intermediate_size=52,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            image_size=31,
+            patch_size=7,
+            projection_dim=28,
+        )
+    )
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    encoder.save_pretrained(folder / "image_encoder")
+    width, text = shape.head_dim * shape.heads, shape.text_width
+    tensors = {
+        "ip_adapter_proj_model.proj.weight": torch.randn(tokens * text, 28),
+        "ip_adapter_proj_model.proj.bias": torch.randn(tokens * text),
+        "ip_adapter_proj_model.norm.weight": 1 + 0.3 * torch.randn(text),
+        "ip_adapter_proj_model.norm.bias": 0.3 * torch.randn(text),
+    }
+    for block in range(shape.double):
+        for kind, factor in (("k", 6.0), ("v", 3.0)):
+            name = f"double_blocks.{block}.processor.ip_adapter_double_stream_{kind}_proj"
+            tensors[f"{name}.weight"] = factor * text**-0.5 * torch.randn(width, text)
+            tensors[f"{name}.bias"] = 0.3 * torch.randn(width)
+    save_file(tensors, folder / "ip_adapter.safetensors")
+    return folder
+
+
+@torch.no_grad()
+def make_redux(folder: Path, shape: Shape, seed: int = 0, **changes: Any) -> Path:
+    """Write a Redux for a checkpoint's transformer to `folder`, and return it.
+
+    A picture becomes 16 tokens that are as large as T5's. Heads do not fill a power of two, and
+    pictures are no whole number of patches.
+    """
+    torch.manual_seed(200 + seed)
+    sizes = {
+        "hidden_size": 36,
+        "intermediate_size": 52,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "image_size": 31,
+        "patch_size": 7,
+        **changes,
+    }
+    encoder = SiglipVisionModel(SiglipVisionConfig(**sizes))
+    embedder = ReduxImageEncoder(sizes["hidden_size"], shape.text_width)
+    for name, parameter in (*encoder.named_parameters(), *embedder.named_parameters()):
+        spread = 1.0 if parameter.ndim == 1 else parameter[0].numel() ** 0.5
+        factor = 3.0 if name.endswith("patch_embedding.weight") else 1.0
+        offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        size = 0.3 if parameter.ndim == 1 else factor
+        parameter.copy_(offset + size * torch.randn_like(parameter) / spread)
+    encoder.save_pretrained(folder / "image_encoder")
+    embedder.save_pretrained(folder / "image_embedder")
+    side = sizes["image_size"]
+    SiglipImageProcessorPil(
+        size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(folder / "feature_extractor")
+    index = {"_class_name": "FluxPriorReduxPipeline"}
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 

@@ -132,6 +132,9 @@ class _Planner:
         if component.name == "transformer":
             # It alone reads the references of a picture.
             sizes = replace(sizes, image=(1 + self.checkpoint.references) * sizes.image)
+        if component.export.component.part != "t5":
+            # Behind the prompt's tokens come those of pictures.
+            sizes = replace(sizes, text=sizes.text + self.checkpoint.picture_tokens)
         return count(self.checkpoint, sizes, component.kernels, WIDTHS[component.compute])
 
     def _disk(

@@ -201,7 +201,7 @@ def _read(
 def _engine_sizes(
     request: GenerationRequest, manifest: Manifest
 ) -> Mapping[str, Mapping[str, int]]:
-    height, width, text = request.height, request.width, request.max_sequence_length
+    height, width, text = request.height, request.width, request.text_tokens
     _, _, h, w = latent_shape(1, height, width, manifest.latents)
     rows, columns = token_grid(height, width, manifest.latents)
     tokens = rows * columns

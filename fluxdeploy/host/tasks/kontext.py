@@ -107,7 +107,7 @@ class Kontext(Task):
         tokens = rows * columns + self.reference_tokens
         return {
             "vae_encoder": {"H": height, "W": width, "h": h, "w": w},
-            "transformer": {"L": tokens, "T": request.max_sequence_length + tokens},
+            "transformer": {"L": tokens, "T": request.text_tokens + tokens},
         }
 
     def prepare(self, sigmas: NDArray[np.float32], run: Run) -> Start:

@@ -47,8 +47,6 @@ class Start:
     channels: float32 [B, L, C'], put beside the latents' channels in every step.
     tokens: float32 [B, R, C + C'], put behind the latents in every step, with ids [R, axes]; the
         velocity of these is cut off.
-    text: float32 [U, X, E] or [B, X, E], put behind T5's text embeddings, of each of the U distinct
-        prompts or of each picture; their ids are zeros, as all text's.
     blend: changes the latents after every step.
     controls: of the ControlNets that run beside the transformer.
     """
@@ -58,7 +56,6 @@ class Start:
     channels: NDArray[np.float32] | None = None
     tokens: NDArray[np.float32] | None = None
     token_ids: NDArray[np.float64] | None = None
-    text: NDArray[np.float32] | None = None
     blend: Blend | None = None
     controls: tuple[ControlInput, ...] = ()
 

@@ -130,6 +130,13 @@ class EditBody(_Body):
     controlnet_conditioning_scale: _Each = _control("How much it counts")
     control_guidance_start: _Each = _control("The part of the steps before it counts, 0 to 1")
     control_guidance_end: _Each = _control("The part of the steps after which it does not, 0 to 1")
+    prompt_embeds_scale: float | None = Field(
+        None, description="How much the prompt and each redux_image count."
+    )
+    pooled_prompt_embeds_scale: float | None = Field(
+        None, description="How much CLIP's embedding of the prompt counts beside a redux_image."
+    )
+    ip_adapter_scale: float | None = Field(None, description="How much an ip_adapter_image counts.")
 
 
 _B = TypeVar("_B", bound=_Body)

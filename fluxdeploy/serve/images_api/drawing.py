@@ -21,8 +21,10 @@ __all__ = ["Drawing", "limits_of", "model_name", "read_drawing"]
 _PASSED = (
     *("seed", "guidance_scale", "negative_prompt", "true_cfg_scale", "max_sequence_length"),
     *("strength", "prompt_2", "negative_prompt_2"),
-    *("sampler", "skip", "preview_decoder", "control_mode", "controlnet_conditioning_scale"),
+    *("prompt_embeds_scale", "pooled_prompt_embeds_scale", "ip_adapter_scale"),
+    *("control_mode", "controlnet_conditioning_scale"),
     *("control_guidance_start", "control_guidance_end"),
+    *("sampler", "skip", "preview_decoder"),
 )
 """Fields that are arguments of the pipeline under the same names."""
 
@@ -114,7 +116,10 @@ def _given(pictures: Pictures, width: int, height: int, references: bool) -> dic
     controls = [resized(picture) for picture in pictures.controls]
     if controls:
         given["control_image"] = controls if len(controls) > 1 else controls[0]
-    return given
+    if pictures.redux_images:
+        # What a Redux reads of them is small, whatever is drawn.
+        given["redux_image"] = list(pictures.redux_images)
+    return given | dict(pictures.seen)
 
 
 def model_name(manifest: Manifest, settings: Settings) -> str:
@@ -127,7 +132,9 @@ def model_name(manifest: Manifest, settings: Settings) -> str:
 def limits_of(manifest: Manifest, settings: Settings) -> dict[str, Any]:
     """What a bundle draws, for whoever asks for the model."""
     sizes, defaults = Sizes.of(manifest), manifest.defaults
-    editing = "vae_encoder" in manifest.components and set(manifest.tasks) != {"text to image"}
+    tasks = set(manifest.tasks) - {"text to image"}
+    joined = manifest.redux is not None or manifest.ip_adapter is not None
+    editing = joined or ("vae_encoder" in manifest.components and bool(tasks))
     noising = not {"image to image", "inpainting", "fill"}.isdisjoint(manifest.tasks)
     return {
         "width": {**asdict(sizes.widths), "default": defaults.width},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fluxdeploy.serve.images_api.bodies import EditBody, GenerationBody
+from fluxdeploy.serve.images_api.uploads import ALONE, SEEN
 
 __all__ = ["EDIT", "GENERATION", "RESPONSES"]
 
@@ -46,9 +47,11 @@ def _edit_schema() -> dict[str, Any]:
         "image": {"anyOf": [file, {"type": "array", "items": file}]},
         "mask": file,
         "control_image": {"anyOf": [file, {"type": "array", "items": file}]},
+        "redux_image": {"anyOf": [file, {"type": "array", "items": file}]},
+        **dict.fromkeys(SEEN, file),
     }
     schema["properties"] = {**schema["properties"], **files}
-    schema["anyOf"] = [{"required": ["image"]}, {"required": ["control_image"]}]
+    schema["anyOf"] = [{"required": [name]} for name in ALONE]
     return schema
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from fastapi import Request
@@ -18,31 +18,52 @@ from fluxdeploy.errors import FluxDeployError
 from fluxdeploy.host.input_images import decode_image, decode_mask
 from fluxdeploy.serve.images_api.errors import ApiError, as_api_error
 
-__all__ = ["Files", "LimitedBodies", "Pictures", "read_body", "read_files", "read_form"]
+__all__ = [
+    "ALONE",
+    "SEEN",
+    "Files",
+    "LimitedBodies",
+    "Pictures",
+    "read_body",
+    "read_files",
+    "read_form",
+]
 
 _T = TypeVar("_T")
 
 # It tells of each form that is damaged, on stderr; the client is told.
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
-_FIELDS, _FILES = 40, 22
+_FIELDS, _FILES = 40, 39
 _FIELD_BYTES = 1 << 20
 _JSON_BYTES = 1 << 20
 
 _PATIENCE = 60.0
 """Seconds for a body to arrive."""
 
-_MOST = {"image": 16, "mask": 1, "control_image": 4}
+SEEN = ("ip_adapter_image", "negative_ip_adapter_image")
+"""Files that an IP-Adapter sees, under the names of the pipeline's arguments."""
+
+_MOST = {"image": 16, "mask": 1, "control_image": 4, "redux_image": 16}
+_MOST |= dict.fromkeys(SEEN, 1)
 """Files of a name in a form."""
+
+ALONE = ("image", "control_image", "redux_image", "ip_adapter_image")
+"""Files that need no other."""
+
+_LISTS = {f"{name}[]": name for name in ("image", "control_image", "redux_image")}
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a request is drawn from: pictures, a mask of the first, and those to draw along."""
+    """What a request is drawn from: pictures, a mask of the first, those to draw along, those to
+    draw variations of, and those that an IP-Adapter sees, by the pipeline's arguments."""
 
     images: tuple[Image, ...] = ()
     mask: Image | None = None
     controls: tuple[Image, ...] = ()
+    redux_images: tuple[Image, ...] = ()
+    seen: Mapping[str, Image] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,7 +79,13 @@ class Files:
             return tuple(_decoded(kind, data, decode) for data in self.data[kind])
 
         masks, controls = all_of("mask", decode_mask), all_of("control_image", decode_image)
-        return Pictures(all_of("image", decode_image), masks[0] if masks else None, controls)
+        return Pictures(
+            all_of("image", decode_image),
+            masks[0] if masks else None,
+            controls,
+            all_of("redux_image", decode_image),
+            {name: picture for name in SEEN for picture in all_of(name, decode_image)},
+        )
 
 
 class LimitedBodies:
@@ -119,7 +146,7 @@ async def read_files(form: FormData) -> tuple[dict[str, str], Files]:
     files: dict[str, list[UploadFile]] = {name: [] for name in _MOST}
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
-            kind = name.removesuffix("[]") if name in ("image[]", "control_image[]") else name
+            kind = _LISTS.get(name, name)
             if kind not in files:
                 known = ", ".join(_MOST)
                 raise ApiError(400, f"The file {kind[:64]!r} is unknown. There are {known}.")
@@ -134,7 +161,7 @@ async def read_files(form: FormData) -> tuple[dict[str, str], Files]:
         if len(held) > _MOST[kind]:
             most = "one" if _MOST[kind] == 1 else str(_MOST[kind])
             raise ApiError(400, f"There are {len(held)} files {kind}. Send {most}.", kind)
-    if not files["image"] and not files["control_image"]:
+    if not any(files[kind] for kind in ALONE):
         raise ApiError(400, "The file `image` is missing.", "image")
     return fields, Files({kind: [await each.read() for each in files[kind]] for kind in files})
 

@@ -78,6 +78,19 @@ INPUTS: tuple[Field, ...] = (
     _argument(
         "control_guidance_end", "FP64", (-1,), "part of the steps after which it counts no more"
     ),
+    _argument("redux_image", "UINT8", (-1, -1, 3), "a picture to draw variations of, [H, W, 3]"),
+    Field("redux_image_bytes", "STRING", (1,), "the same as the bytes of its file, or in base64"),
+    _argument("prompt_embeds_scale", "FP64", (1,), "how much prompt and redux_image count"),
+    _argument(
+        "pooled_prompt_embeds_scale", "FP64", (1,), "how much CLIP's embedding of the prompt does"
+    ),
+    _argument("ip_adapter_image", "UINT8", (-1, -1, 3), "a picture to look like, [H, W, 3]"),
+    Field("ip_adapter_image_bytes", "STRING", (1,), "the same as the bytes of its file, or base64"),
+    _argument(
+        "negative_ip_adapter_image", "UINT8", (-1, -1, 3), "one to steer away from, [H, W, 3]"
+    ),
+    Field("negative_ip_adapter_image_bytes", "STRING", (1,), "the same as the bytes of its file"),
+    _argument("ip_adapter_scale", "FP64", (1,), "how much ip_adapter_image counts"),
     _argument("max_area", "INT32", (1,), "Kontext: pixels of a picture, whatever size is asked"),
     _argument("auto_resize", "BOOL", (1,), "Kontext: whether the image gets a size of training"),
     _argument("max_sequence_length", "INT32", (1,), "T5 tokens of a prompt"),

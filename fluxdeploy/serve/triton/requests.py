@@ -23,7 +23,14 @@ __all__ = ["Asked", "final_tensors", "picture_tensors", "read_request"]
 _FORMATS = {"tensor": "b64_json", "b64_json": "image"}
 """What a `response_format` leaves out."""
 
-_IMAGES = {"image": decode_image, "mask_image": decode_mask, "control_image": decode_image}
+_IMAGES = {
+    "image": decode_image,
+    "mask_image": decode_mask,
+    "control_image": decode_image,
+    "redux_image": decode_image,
+    "ip_adapter_image": decode_image,
+    "negative_ip_adapter_image": decode_image,
+}
 """What may come as a file's bytes, and how that is read."""
 
 _BASE64 = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\r\n")

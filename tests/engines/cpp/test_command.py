@@ -38,6 +38,8 @@ def test_the_options_are_those_of_generate(built: Path) -> None:
     own = {option for parameter in generate.params for option in parameter.opts}
     missing = {"--sheet", "--bundle", "prompts", "--prompts", "--batch", "--lora"}
     missing |= {"--auto-resize", "--grid", "--preview", "--ray", "--workers"}
+    missing |= {"--redux-image", "--redux-scale", "--redux-pooled-scale"}
+    missing |= {"--ip-adapter-image", "--negative-ip-adapter-image", "--ip-adapter-scale"}
     assert {option for option in own if option not in said} == missing
 
 

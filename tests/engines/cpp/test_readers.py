@@ -185,6 +185,19 @@ def test_manifests_are_refused_in_the_words_of_python(
     assert readers.read("manifest", [path]) == [f"error {expected}"]
 
 
+@pytest.mark.parametrize("name", ["redux", "ip_adapter"])
+def test_what_reads_pictures_is_passed_over(
+    name: str, readers: Readers, seeds: Path, tmp_path: Path
+) -> None:
+    whole = json.loads((seeds / "manifest/full.json").read_text(encoding="utf-8"))
+    paths = []
+    for index, record in enumerate(({"resize": [31, 31]}, None, "pixels")):
+        paths.append(tmp_path / f"{index}.json")
+        paths[-1].write_text(json.dumps({**whole, name: record}), encoding="utf-8")
+    answers = readers.read("manifest", paths)
+    assert [answer.startswith("error") for answer in answers] == [False, False, True]
+
+
 def test_json_is_as_strict_as_pythons(readers: Readers, seeds: Path, tmp_path: Path) -> None:
     whole = (seeds / "manifest/full.json").read_text(encoding="utf-8")
     changes = [

@@ -36,6 +36,7 @@ const std::vector<Boundary>& boundaries() {
     static const D states{"B", "L", "what a task reads"};
     static const D velocity{"B", "L", "a token's channels"};
     static const D rope{"T", "a head's channels"};
+    static const D seen{"the blocks that see", "B", "V", "the transformer's width"};
     static const std::vector<Boundary> all{
         {"clip",
          {{"input_ids", {"B", "CLIP's tokens"}}},
@@ -57,9 +58,11 @@ const std::vector<Boundary>& boundaries() {
           {"rope_cos", rope},
           {"rope_sin", rope},
           {kResiduals[0], {"double residuals", "B", "L", "the transformer's width"}},
-          {kResiduals[1], {"single residuals", "B", "L", "the transformer's width"}}},
+          {kResiduals[1], {"single residuals", "B", "L", "the transformer's width"}},
+          {kSeen[0], seen},
+          {kSeen[1], seen}},
          {{"velocity", velocity}},
-         {kResiduals[0], kResiduals[1]}},
+         {kResiduals[0], kResiduals[1], kSeen[0], kSeen[1]}},
         {"vae_decoder", {{"latents", latents}}, {{"images", picture}}, {}},
         {"vae_encoder", {{"images", picture}}, {{"mean", latents}, {"logvar", latents}}, {}},
     };

@@ -12,7 +12,10 @@ inline constexpr const char* kNeededComponents[] = {"clip", "t5", "conditioner",
 // What ControlNets give and the transformer takes, of blocks that a network has.
 inline constexpr const char* kResiduals[] = {"double_residuals", "single_residuals"};
 
-// Whether a tensor of that name holds them.
+// What an IP-Adapter makes of a picture and the transformer attends to, of all double blocks.
+inline constexpr const char* kSeen[] = {"ip_keys", "ip_values"};
+
+// Whether a tensor of that name holds residuals.
 bool is_residuals(const std::string& name);
 
 // Raises `FieldError`, with the place in the manifest, for components whose tensors are others

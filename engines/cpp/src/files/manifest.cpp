@@ -204,7 +204,7 @@ Manifest read_fields(const Json& json) {
         json, "",
         {"schema_version", "family", "variant", "guidance_embedding", "components", "latents",
          "rope", "schedule", "tokenizers", "defaults", "quality", "provenance"},
-        {"skips", "tasks", "preview", "controlnets"});
+        {"skips", "tasks", "preview", "controlnets", "redux", "ip_adapter"});
     Manifest manifest;
     manifest.schema_version = fields.integer("schema_version");
     manifest.family = fields.text("family");
@@ -226,6 +226,10 @@ Manifest read_fields(const Json& json) {
     }
     if (fields.has("controlnets")) {
         manifest.controlnets = fields.list("controlnets", read_controlnet);
+    }
+    // What this library draws, from words and along pictures of other kinds, takes none of these.
+    for (const char* name : {"redux", "ip_adapter"}) {
+        if (fields.has(name)) has_object(fields.get(name), fields.where(name));
     }
     return manifest;
 }

@@ -35,7 +35,8 @@ constexpr std::int64_t kMaxModes = 1000;
 constexpr const char* kSpacings[] = {"beta", "exponential", "karras"};
 constexpr const char* kTasks[] = {"text to image", "image to image", "inpainting", "fill",
                                   "control",       "kontext",        "controlnet"};
-constexpr std::string_view kSymbols[] = {"B", "S", "L", "T", "N", "H", "W", "h", "w"};
+constexpr std::string_view kSymbols[] = {"B", "S", "L", "T", "V",
+                                          "N", "H", "W", "h", "w"};
 
 std::string text(std::int64_t value) { return std::to_string(value); }
 
@@ -430,6 +431,7 @@ void check_engines_take_defaults(const Manifest& manifest) {
         {"S", {words, "defaults.max_sequence_length"}},
         {"L", {image, "the default picture"}},
         {"T", {words + image, "the default picture with its text"}},
+        {"V", {1, "a picture that sees no other"}},
         {"N", {defaults.num_inference_steps, "defaults.num_inference_steps"}},
         {"H", {defaults.height, "defaults.height"}},
         {"W", {defaults.width, "defaults.width"}},

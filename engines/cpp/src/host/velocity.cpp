@@ -3,8 +3,25 @@
 #include <algorithm>
 
 #include "errors.hpp"
+#include "files/boundary.hpp"
 
 namespace fluxdeploy {
+namespace {
+
+// What a transformer with an IP-Adapter is given, which sees nothing here: [n, B, 1, D]. A token
+// whose value is zero adds nothing.
+std::map<std::string, Floats> zero_seen(const Engine& transformer, std::int64_t pictures) {
+    std::map<std::string, Floats> zeros;
+    for (const TensorSpec& spec : transformer.inputs) {
+        if (std::find(std::begin(kSeen), std::end(kSeen), spec.name) == std::end(kSeen)) continue;
+        zeros[spec.name] = Floats({std::get<std::int64_t>(spec.shape.front()), pictures, 1,
+                                   std::get<std::int64_t>(spec.shape.back())});
+    }
+    return zeros;
+}
+
+}  // namespace
+
 const Floats& HiddenStates::around(const Floats& latents) {
     if (channels_.values.empty() && tokens_.values.empty()) return latents;
     const std::int64_t batch = latents.shape[0], length = latents.shape[1];
@@ -57,6 +74,8 @@ ModulatedTransformer::ModulatedTransformer(Engine& engine, const Condition& cond
         Residuals zeros;
         if (!added_) zeros = zero_residuals(engine, part.size(), tokens);
         for (const auto& [name, values] : zeros) resident.emplace(name, values);
+        const auto nothing = zero_seen(engine, part.size());
+        for (const auto& [name, values] : nothing) resident.emplace(name, values);
         bindings_[part.size()] = {engine.bind(resident), same};
     }
 }
