@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
 from torch import Tensor
@@ -24,7 +25,7 @@ from exporters.formats.graph_file import GraphFile, read_values, values_of
 from exporters.formats.number_types import EightBits, NumberType
 from fluxdeploy.bundle.tensorfile import from_float32
 
-__all__ = ["Activations", "Format", "Packed", "Part", "QuantizedLinear", "unchanged"]
+__all__ = ["Activations", "Format", "Packed", "Part", "QuantizedLinear", "lost", "unchanged"]
 
 Activations = Literal["static", "dynamic"] | None
 """How the input of a linear is quantized, as in `fluxdeploy.precision.Quantization`."""
@@ -132,19 +133,20 @@ class Format(ABC):
         was measured, for static scales, which are float32 here.
         """
 
-    def emulate_weight(self, weight: Tensor, scales: ir.DataType) -> Tensor:
+    def emulate_weight(
+        self, weight: Tensor, scales: ir.DataType, largest: Callable[[], float] | None = None
+    ) -> Tensor:
         """The float32 values [out, in] that a graph multiplies with for a float32 weight [out, in].
 
-        `scales` is the type of the product. The weight shares no scale with others. Raises
-        `CheckpointError` as `pack` does.
+        `scales` is the type of the product, `largest` as in `pack`; without it the weight shares no
+        scale with others. Raises `CheckpointError` as `pack` does.
         """
         rows, columns = weight.shape
+        largest = largest or (lambda: weight.abs().max().item())
         # Copies, since they are overwritten.
         values = weight.detach().numpy()
         parts = (values[start : start + _ROWS].copy() for start in range(0, rows, _ROWS))
-        packed = self.pack(
-            parts, (rows, columns), scales, "of a linear", lambda: weight.abs().max().item()
-        )
+        packed = self.pack(parts, (rows, columns), scales, "of a linear", largest)
         stored = (
             values_of(raw, part.numbers.onnx_type if part.numbers else scales, part.shape)
             for raw, part in zip(packed, self.layout(rows, columns), strict=True)
@@ -207,6 +209,8 @@ class Packed:
         divided by them. None where they are not.
     vector: name and type of the parameter that has these factors, where this weight is the one
         that it is stored with.
+    mean: of each channel of its input, float32 [in], for the linear's bias: see `correction`. None
+        where it is not known.
     """
 
     format: Format
@@ -214,6 +218,7 @@ class Packed:
     group: str = ""
     factors: NDArray[np.float32] | None = field(default=None, compare=False)
     vector: tuple[str, ir.DataType] | None = None
+    mean: NDArray[np.float32] | None = field(default=None, compare=False)
 
     @property
     def dtype(self) -> str:
@@ -253,6 +258,21 @@ class Packed:
             packed.append(from_float32(factors, _STORED[self.vector[1]]).view(np.uint8))
         return packed
 
+    def correction(
+        self, parts: Iterable[NDArray[np.float32]], largest: Callable[[], float]
+    ) -> NDArray[np.float32]:
+        """What is added to a linear's bias, [out]; `parts` and `largest` are `Format.pack`'s."""
+        assert self.mean is not None
+        mean = torch.from_numpy(self.mean)
+        factors = None if self.factors is None else torch.from_numpy(self.factors)
+        found = []
+        for part in parts:
+            weight = torch.from_numpy(part)
+            scaled = weight if factors is None else weight / factors
+            rounded = self.format.emulate_weight(scaled, self.scales, largest)
+            found.append(lost(weight, rounded, factors, mean))
+        return torch.cat(found).numpy()
+
 
 @dataclass(frozen=True)
 class QuantizedLinear:
@@ -261,12 +281,14 @@ class QuantizedLinear:
     parts: the initializers that its weight is stored as, in the order of the format's layout.
         External data lies below `folder`.
     narrow: what the graph does to the linear's input, float32 to float32.
+    bias: the initializer that is added to the product, None where there is none.
     """
 
     format: Format
     parts: Sequence[TensorProto]
     narrow: Callable[[Tensor], Tensor]
     folder: Path
+    bias: TensorProto | None = None
 
     def fits(self, rows: int, columns: int) -> bool:
         """Whether it has the shapes of a weight [rows, columns]."""
@@ -276,6 +298,21 @@ class QuantizedLinear:
     def dequantized(self) -> Tensor:
         """The weight [in, out] that the graph multiplies with, float32, read from its file."""
         return self.format.widen(*(read_values(part, self.folder) for part in self.parts))
+
+    def added(self) -> Tensor | float:
+        """What the graph adds to the product, float32 [out], read from its file."""
+        return 0.0 if self.bias is None else read_values(self.bias, self.folder)
+
+
+def lost(weight: Tensor, rounded: Tensor, factors: Tensor | None, mean: Tensor) -> Tensor:
+    """What the rounding of a weight [out, in] takes from a product in the mean, [out].
+
+    M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019,
+    equation 16: (W - Ŵ) E[x]. The channels of `mean` are those of the input before it is multiplied
+    with `factors`, by which the weight was divided.
+    """
+    narrow = mean if factors is None else mean * factors
+    return weight @ mean - rounded @ narrow
 
 
 def unchanged(x: Tensor) -> Tensor:

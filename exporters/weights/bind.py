@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -180,9 +180,14 @@ def _written(placements: Iterable[Placement], packed: Mapping[str, Packed]) -> l
     """The tensors of the new files. Weights of a group share what is looked at for its scale."""
     written = []
     groups: dict[str, Group] = {}
+    biases: list[tuple[int, str]] = []
     for placement in placements:
         name, stored = placement.name, placement.stored
         if placement.how is Storing.LINKED:
+            continue
+        if placement.how is Storing.CORRECTED:
+            biases.append((len(written), name.removesuffix(".bias") + ".weight"))
+            written.append(WrittenTensor(name, stored, placement.dtype))
             continue
         if placement.how is not Storing.QUANTIZED:
             written.append(WrittenTensor(name, stored, placement.dtype))
@@ -192,6 +197,9 @@ def _written(placements: Iterable[Placement], packed: Mapping[str, Packed]) -> l
         if group is not None:
             group.members.append(stored)
         written.append(WrittenTensor(name, stored, how.dtype, how, group))
+    weights = {tensor.name: tensor for tensor in written}
+    for place, weight in biases:
+        written[place] = replace(written[place], corrects=weights[weight])
     return written
 
 

@@ -55,7 +55,8 @@ class WrittenTensor:
     """A tensor of a new file: `dtype` is its safetensors type there.
 
     With `packed` it is a linear's weight [out, in], stored transposed, with its scales after it;
-    `group` are the weights that it shares a scale with, itself among them.
+    `group` are the weights that it shares a scale with, itself among them. `corrects` is the weight
+    whose rounding a linear's bias makes up for.
     """
 
     name: str
@@ -63,6 +64,7 @@ class WrittenTensor:
     dtype: str
     packed: Packed | None = None
     group: Group | None = None
+    corrects: WrittenTensor | None = None
 
     @property
     def declarations(self) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -177,12 +179,11 @@ def _parts(tensor: WrittenTensor) -> Iterator[np.ndarray]:
     stored, packed = tensor.stored, tensor.packed
     if packed is not None:
         rows, columns = stored.shape
-        group = tensor.group or Group([stored])
         yield from packed.pack(
-            _read_rows(stored), (rows, columns), stored.name, lambda: group.largest
+            _read_rows(stored), (rows, columns), stored.name, _largest_of(tensor)
         )
         return
-    for values in _read(stored):
+    for values in _read(stored) if tensor.corrects is None else _corrected(tensor):
         narrow = from_float32(values, tensor.dtype)
         if tensor.dtype == "F16" and np.isinf(narrow).any():
             raise CheckpointError(
@@ -190,6 +191,20 @@ def _parts(tensor: WrittenTensor) -> Iterator[np.ndarray]:
                 "65504: build with --precision bf16."
             )
         yield narrow
+
+
+def _corrected(bias: WrittenTensor) -> Iterator[NDArray[np.float32]]:
+    weight = bias.corrects
+    assert weight is not None
+    assert weight.packed is not None
+    yield bias.stored.read() + weight.packed.correction(
+        _read_rows(weight.stored), _largest_of(weight)
+    )
+
+
+def _largest_of(tensor: WrittenTensor) -> Callable[[], float]:
+    group = tensor.group or Group([tensor.stored])
+    return lambda: group.largest
 
 
 def _read(stored: StoredTensor) -> Iterator[NDArray[np.float32]]:

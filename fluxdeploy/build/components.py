@@ -43,8 +43,9 @@ def make_component(component: ComponentSpec, run: BuildRun) -> ComponentRecord:
         calibration, file = run.calibration
         calibration_file = (file,)
         recipe = calibration.recipes[component.name].recipe
+        means = calibration.means.get(component.name, {})
         base = run.spec.checkpoint.unmerged
-        layers = layers_of(component.asked, base, recipe, calibration.ranges)
+        layers = layers_of(component.asked, base, recipe, calibration.ranges, means)
         component = replace(component, export=component.export.with_layers(layers))
     key = content_key(component, run.spec, run.hashes, layers)
     files = run.staging.finished(component.name, key)
