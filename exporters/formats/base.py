@@ -30,6 +30,9 @@ __all__ = ["Activations", "Format", "Packed", "Part", "QuantizedLinear", "lost",
 Activations = Literal["static", "dynamic"] | None
 """How the input of a linear is quantized, as in `fluxdeploy.precision.Quantization`."""
 
+_WIDENED, _MULTIPLE = 1 << 19, 32
+"""Numbers that `mean_product` widens at a time, and of what its parts are multiples: of blocks."""
+
 _ROWS = 256
 """Rows that `emulate_weight` packs at a time, an even number: little memory beside the weight."""
 
@@ -133,20 +136,19 @@ class Format(ABC):
         was measured, for static scales, which are float32 here.
         """
 
-    def emulate_weight(
-        self, weight: Tensor, scales: ir.DataType, largest: Callable[[], float] | None = None
-    ) -> Tensor:
+    def emulate_weight(self, weight: Tensor, scales: ir.DataType) -> Tensor:
         """The float32 values [out, in] that a graph multiplies with for a float32 weight [out, in].
 
-        `scales` is the type of the product, `largest` as in `pack`; without it the weight shares no
-        scale with others. Raises `CheckpointError` as `pack` does.
+        `scales` is the type of the product. The weight shares no scale with others. Raises
+        `CheckpointError` as `pack` does.
         """
         rows, columns = weight.shape
-        largest = largest or (lambda: weight.abs().max().item())
         # Copies, since they are overwritten.
         values = weight.detach().numpy()
         parts = (values[start : start + _ROWS].copy() for start in range(0, rows, _ROWS))
-        packed = self.pack(parts, (rows, columns), scales, "of a linear", largest)
+        packed = self.pack(
+            parts, (rows, columns), scales, "of a linear", lambda: weight.abs().max().item()
+        )
         stored = (
             values_of(raw, part.numbers.onnx_type if part.numbers else scales, part.shape)
             for raw, part in zip(packed, self.layout(rows, columns), strict=True)
@@ -209,8 +211,8 @@ class Packed:
         divided by them. None where they are not.
     vector: name and type of the parameter that has these factors, where this weight is the one
         that it is stored with.
-    mean: of each channel of its input, float32 [in], for the linear's bias: see `correction`. None
-        where it is not known.
+    mean: of each channel of its input, float32 [in], for the linear's bias: see `lost`. None where
+        it is not known.
     """
 
     format: Format
@@ -258,20 +260,31 @@ class Packed:
             packed.append(from_float32(factors, _STORED[self.vector[1]]).view(np.uint8))
         return packed
 
-    def correction(
-        self, parts: Iterable[NDArray[np.float32]], largest: Callable[[], float]
+    def mean_product(
+        self, packed: Iterable[NDArray[np.uint8]], shape: tuple[int, int]
     ) -> NDArray[np.float32]:
-        """What is added to a linear's bias, [out]; `parts` and `largest` are `Format.pack`'s."""
+        """What a graph's product is in the mean, [out], of the bytes of a weight [out, in].
+
+        A part of the inner axis at a time, since its numbers take four to eight times its bytes.
+        """
         assert self.mean is not None
-        mean = torch.from_numpy(self.mean)
-        factors = None if self.factors is None else torch.from_numpy(self.factors)
-        found = []
-        for part in parts:
-            weight = torch.from_numpy(part)
-            scaled = weight if factors is None else weight / factors
-            rounded = self.format.emulate_weight(scaled, self.scales, largest)
-            found.append(lost(weight, rounded, factors, mean))
-        return torch.cat(found).numpy()
+        rows, columns = shape
+        mean = torch.from_numpy(self.mean if self.factors is None else self.mean * self.factors)
+        parts = [*zip(packed, self.format.layout(rows, columns), strict=False)]
+        total = torch.zeros(rows)
+        some = max(_WIDENED // rows // _MULTIPLE, 1) * _MULTIPLE
+        for start in range(0, columns, some):
+            stop = min(start + some, columns)
+            values = []
+            for raw, part in parts:
+                kept = part.shape
+                if len(kept) == 2:  # along the inner axis too
+                    first, last = (end * kept[0] // columns for end in (start, stop))
+                    raw, kept = raw.reshape(kept[0], -1)[first:last], (last - first, kept[1])
+                dtype = part.numbers.onnx_type if part.numbers else self.scales
+                values.append(values_of(raw, dtype, kept))
+            total += mean[start:stop] @ self.format.widen(*values)
+        return total.numpy()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -176,18 +176,14 @@ def bind(
     return list(files)
 
 
-def _written(placements: Iterable[Placement], packed: Mapping[str, Packed]) -> list[WrittenTensor]:
+def _written(placements: Sequence[Placement], packed: Mapping[str, Packed]) -> list[WrittenTensor]:
     """The tensors of the new files. Weights of a group share what is looked at for its scale."""
     written = []
     groups: dict[str, Group] = {}
-    biases: list[tuple[int, str]] = []
+    biases = {p.name: p for p in placements if p.how is Storing.CORRECTED}
     for placement in placements:
         name, stored = placement.name, placement.stored
-        if placement.how is Storing.LINKED:
-            continue
-        if placement.how is Storing.CORRECTED:
-            biases.append((len(written), name.removesuffix(".bias") + ".weight"))
-            written.append(WrittenTensor(name, stored, placement.dtype))
+        if placement.how in (Storing.LINKED, Storing.CORRECTED):
             continue
         if placement.how is not Storing.QUANTIZED:
             written.append(WrittenTensor(name, stored, placement.dtype))
@@ -196,10 +192,9 @@ def _written(placements: Iterable[Placement], packed: Mapping[str, Packed]) -> l
         group = groups.setdefault(how.group, Group()) if how.group else None
         if group is not None:
             group.members.append(stored)
-        written.append(WrittenTensor(name, stored, how.dtype, how, group))
-    weights = {tensor.name: tensor for tensor in written}
-    for place, weight in biases:
-        written[place] = replace(written[place], corrects=weights[weight])
+        corrected = biases.get(name.removesuffix(".weight") + ".bias")
+        bias = corrected and WrittenTensor(corrected.name, corrected.stored, corrected.dtype)
+        written.append(WrittenTensor(name, stored, how.dtype, how, group, bias))
     return written
 
 
