@@ -64,7 +64,7 @@ class Emulator:
         self._scope = ""
         self._beside: Callable[[Stage], None] = lambda stage: None
         self._powers: dict[str, tuple[float, float]] | None = None
-        self._kept: dict[tuple[str | bytes, ...], tuple[Tensor, Tensor | None]] = {}
+        self._kept: dict[tuple[str, str, bytes], tuple[Tensor, Tensor | None]] = {}
         self._size = 0
         self._first: Mapping[str, str] = {}
         self._sums: dict[str, tuple[Tensor, int]] | None = None
@@ -192,8 +192,8 @@ class Emulator:
         assert layers is not None
         factors = layers.smooths(name)
         mean = layers.mean(name)
-        used = [b"" if vector is None else vector.tobytes() for vector in (factors, mean)]
-        key = (name, layers.format.name, *used)
+        vectors = (b"" if vector is None else vector.tobytes() for vector in (factors, mean))
+        key = (name, layers.format.name, b"/".join(vectors))
         if key in self._kept:
             return self._kept[key]
         scales = None if factors is None else torch.from_numpy(factors)

@@ -193,7 +193,9 @@ def _written(placements: Sequence[Placement], packed: Mapping[str, Packed]) -> l
         if group is not None:
             group.members.append(stored)
         corrected = biases.get(name.removesuffix(".weight") + ".bias")
-        bias = corrected and WrittenTensor(corrected.name, corrected.stored, corrected.dtype)
+        bias = None
+        if corrected is not None:
+            bias = WrittenTensor(corrected.name, corrected.stored, corrected.dtype)
         written.append(WrittenTensor(name, stored, how.dtype, how, group, bias))
     return written
 
