@@ -9,6 +9,7 @@ from engines import BuildSettings
 from fluxdeploy.build.engines import build_engines, check_engine, engine_source
 from fluxdeploy.build.golden import golden_path, read_gate, write_golden_tensors
 from fluxdeploy.build.keys import content_key
+from fluxdeploy.build.recipe_time import tell_time
 from fluxdeploy.build.resolve import ComponentSpec
 from fluxdeploy.build.run import BuildRun
 from fluxdeploy.build.staging import Staging
@@ -90,13 +91,16 @@ def _make(component: ComponentSpec, key: str, run: BuildRun) -> tuple[FileRecord
     write_golden_tensors(component, run)
     paths.append(golden_path(component.name))
     record = _record(component, key, run)
-    check_engine(component.runtime, component.name, record, staging.root, progress)
+    run_here = check_engine(component.runtime, component.name, record, staging.root, progress)
     known = {
         f"onnx/weights/{linked}": run.hashes.files[source]
         for linked, source in run.weights.sources.items()
     }
     known |= artifacts.hashes
-    return staging.record(component.name, key, paths, known)
+    files = staging.record(component.name, key, paths, known)
+    if component.quantized:
+        tell_time(component, exported, record, run_here, run)
+    return files
 
 
 def _build_engines(component: ComponentSpec, exported: Exported, run: BuildRun) -> list[str]:
