@@ -29,7 +29,7 @@ from exporters.components.registry import COMPONENTS, choose_precisions
 from exporters.quality.emulate import Emulator
 from exporters.quality.judge import PictureJudge
 from exporters.quality.layers import Layers
-from exporters.quality.recipes import Asked, find_recipes, layers_of
+from exporters.quality.recipes import Asked, Found, find_recipes, layers_of
 from fluxdeploy.build.checkpoint import find_checkpoint
 from fluxdeploy.bundle.recipe import NOTHING
 from fluxdeploy.machine import describe_machine
@@ -128,11 +128,18 @@ def _measure(checkpoint: Checkpoint, precision: str, ranges: ActivationRanges) -
         for name, of in chosen.items()
         if PRECISIONS[of].quantization is not None
     ]
-    found = find_recipes(checkpoint, asked, lambda: ranges, None, {}, quiet)
+    judged = find_recipes(checkpoint, asked, lambda: ranges, None, Found(), quiet)
+    found = judged.recipes
     seconds = time.perf_counter() - started
     record = found["transformer"]
     layers = {
-        a.component.name: layers_of(a, checkpoint, found[a.component.name].recipe, ranges)
+        a.component.name: layers_of(
+            a,
+            checkpoint,
+            found[a.component.name].recipe,
+            ranges,
+            judged.means.get(a.component.name, {}),
+        )
         for a in asked
     }
     kept = _judge(checkpoint, asked, layers)

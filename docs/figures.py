@@ -144,6 +144,28 @@ def _quantization_quality(report: dict[str, Any]) -> str:
     )
 
 
+def _quality_size(report: dict[str, Any]) -> str:
+    """The report of benchmarks/quality_size.py as a Markdown table."""
+    names = list(report["checkpoints"])
+    rows = [["", *(what for name in names for what in (f"`{name}`", "PSNR"))]]
+    rows.append(["---", *["---:"] * (2 * len(names))])
+    for precision in report["checkpoints"][names[0]]:
+        cells = []
+        for name in names:
+            found = report["checkpoints"][name][precision]
+            cells.append(f"{found['bytes'] / 1e6:.1f} MB")
+            cells.append(f"{median(found['psnr']):.1f} dB (least {min(found['psnr']):.1f})")
+        rows.append([f"`{precision}`", *cells])
+    return (
+        f"{_table(rows)}\n"
+        f"Graphs and weights of whole bundles, and medians over {report['pictures']} pictures "
+        "against PyTorch float32, drawn with\n`--runtime emulate`. Nothing is spared: what a recipe "
+        "keeps is told [elsewhere](figures.md#what-recipes-keep-on-other-checkpoints).\n"
+        "Measured by [benchmarks/quality_size.py](../benchmarks/quality_size.py) on\n"
+        f"{_machine(report['machine'])}.\n"
+    )
+
+
 def _recipes(report: dict[str, Any]) -> str:
     """The report of benchmarks/recipes.py as a Markdown table."""
     rows = [
@@ -780,6 +802,7 @@ BLOCKS: Mapping[str, Block] = {
     "large_pictures": Block(RESULTS / "large_pictures.json", (RUN,), _large_pictures),
     "previews": Block(RESULTS / "previews.json", (RUN,), _previews),
     "serving": Block(RESULTS / "soak.json", (SERVING,), _serving),
+    "quality_size": Block(RESULTS / "quality_size.json", (PERFORMANCE,), _quality_size),
     "cost_curves": Block(RESULTS / "cost_curves.json", (PERFORMANCE,), _cost_curves),
 }
 

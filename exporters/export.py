@@ -106,7 +106,12 @@ def _place(
 ) -> tuple[Placement, ...]:
     if layers is None:
         return decide(chain, weights, None)
-    return decide(chain, weights, lambda n: component.is_quantized(n) and layers.has_weight(n))
+    return decide(
+        chain,
+        weights,
+        lambda n: component.is_quantized(n) and layers.has_weight(n),
+        lambda n: component.is_quantized(n) and layers.mean(n) is not None,
+    )
 
 
 def check_all_used(

@@ -6,16 +6,24 @@ import base64
 import binascii
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from exporters.calibrate.means import Means, spread_means
 from exporters.calibrate.ranges import ActivationRanges, attentions, linears
 from exporters.checkpoint import Checkpoint
 from exporters.components.registry import COMPONENTS
 from exporters.components.run import shared_inputs
 from fluxdeploy.bundle.files import read_whole, write_atomic
 from fluxdeploy.bundle.recipe import RecipeRecord, check_recipe
-from fluxdeploy.bundle.typed_json import FieldError, join, load_strict, parse, to_plain
+from fluxdeploy.bundle.typed_json import (
+    OPTIONAL,
+    FieldError,
+    join,
+    load_strict,
+    parse,
+    to_plain,
+)
 from fluxdeploy.errors import ExportError, UsageError
 
 __all__ = ["CalibrationFile", "read_calibration", "read_prompts", "write_calibration"]
@@ -31,11 +39,13 @@ class CalibrationFile:
     """What a build has measured and found, for the next one of the same checkpoint.
 
     ranges: None where no static scale was needed. recipes: by component, see `exporters.quality`.
+    means: by component, of what its linears read; none of one that was not judged.
     """
 
     checkpoint: str
     ranges: ActivationRanges | None
     recipes: Mapping[str, RecipeRecord]
+    means: Mapping[str, Means] = field(default_factory=dict, metadata=OPTIONAL)
 
 
 def write_calibration(calibration: CalibrationFile, path: Path) -> None:
@@ -85,6 +95,8 @@ def read_calibration(path: Path, checkpoint: Checkpoint, digest: str | None) -> 
     try:
         if found.ranges is not None:
             _check_complete(found.ranges, checkpoint)
+        for name, means in found.means.items():
+            _check_means(name, means, checkpoint)
     except FieldError as error:
         raise _broken(path, str(error)) from error
     return found
@@ -104,22 +116,33 @@ def _check_complete(ranges: ActivationRanges, checkpoint: Checkpoint) -> None:
     chain, weights = COMPONENTS["transformer"].source(checkpoint, "fp32")
     attention_names = set(attentions(chain))
     first = shared_inputs(chain)
-    for field, names in (
+    for kind, names in (
         ("inputs", set(linears(chain))),
         ("values", attention_names),
         ("queries", attention_names),
         ("keys", attention_names),
         ("channels", {first[name] for name in linears(chain)}),
     ):
-        found = getattr(ranges, field)
+        found = getattr(ranges, kind)
         for name in sorted(names ^ set(found)):
             problem = "is missing" if name in names else "is no layer of this checkpoint"
-            raise FieldError(f"{field}[{name}]", problem)
+            raise FieldError(f"{kind}[{name}]", problem)
         for name, value in found.items():
-            if field == "channels":
+            if kind == "channels":
                 _check_channels(name, value, weights[f"{name}.weight"].shape[1])
             elif value < 0:
-                raise FieldError(f"{field}[{name}]", f"must be 0 or more, not {value}")
+                raise FieldError(f"{kind}[{name}]", f"must be 0 or more, not {value}")
+
+
+def _check_means(component: str, means: Means, checkpoint: Checkpoint) -> None:
+    where = join("means", component)
+    if component not in COMPONENTS or not COMPONENTS[component].present(checkpoint):
+        raise FieldError(where, "is no component of this checkpoint")
+    chain, _ = COMPONENTS[component].source(checkpoint, "fp32")
+    try:
+        spread_means(chain, means)
+    except FieldError as error:
+        raise FieldError(f"{where}{error.where}", error.problem) from error
 
 
 def _check_channels(name: str, value: str, columns: int) -> None:

@@ -123,8 +123,10 @@ class _Meter:
                 f"{self._path} does not fit this checkpoint: {name} is not {rows}x{columns}, or "
                 "its scales are not of such a weight."
             )
-        exact = output - linear.bias
-        self._add(name, exact, quantized.narrow(x) @ quantized.dequantized())
+        # The bias is no part of what is rounded, but what was added to it for that is.
+        bias = linear.bias.detach()
+        product = quantized.narrow(x) @ quantized.dequantized()
+        self._add(name, output - bias, product + (quantized.added() - bias))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, shares: Tensor) -> Tensor:
         """An attention as it is, which is measured."""

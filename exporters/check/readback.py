@@ -51,7 +51,9 @@ def read_linears(path: Path) -> dict[str, QuantizedLinear]:
             raise ExportError(
                 f"{path} was not written by this exporter: the use of {name} is not as expected."
             ) from error
-        found[name.removesuffix(".weight")] = _smoothed(file, weight, linear)
+        stem = name.removesuffix(".weight")
+        linear = replace(linear, bias=file.initializers.get(f"{stem}.bias"))
+        found[stem] = _smoothed(file, weight, linear)
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto
 from torch import Tensor
@@ -24,10 +25,13 @@ from exporters.formats.graph_file import GraphFile, read_values, values_of
 from exporters.formats.number_types import EightBits, NumberType
 from fluxdeploy.bundle.tensorfile import from_float32
 
-__all__ = ["Activations", "Format", "Packed", "Part", "QuantizedLinear", "unchanged"]
+__all__ = ["Activations", "Format", "Packed", "Part", "QuantizedLinear", "lost", "unchanged"]
 
 Activations = Literal["static", "dynamic"] | None
 """How the input of a linear is quantized, as in `fluxdeploy.precision.Quantization`."""
+
+_WIDENED, _MULTIPLE = 1 << 19, 32
+"""Numbers that `mean_product` widens at a time, and of what its parts are multiples: of blocks."""
 
 _ROWS = 256
 """Rows that `emulate_weight` packs at a time, an even number: little memory beside the weight."""
@@ -207,6 +211,8 @@ class Packed:
         divided by them. None where they are not.
     vector: name and type of the parameter that has these factors, where this weight is the one
         that it is stored with.
+    mean: of each channel of its input, float32 [in], for the linear's bias: see `lost`. None where
+        it is not known.
     """
 
     format: Format
@@ -214,6 +220,7 @@ class Packed:
     group: str = ""
     factors: NDArray[np.float32] | None = field(default=None, compare=False)
     vector: tuple[str, ir.DataType] | None = None
+    mean: NDArray[np.float32] | None = field(default=None, compare=False)
 
     @property
     def dtype(self) -> str:
@@ -253,6 +260,32 @@ class Packed:
             packed.append(from_float32(factors, _STORED[self.vector[1]]).view(np.uint8))
         return packed
 
+    def mean_product(
+        self, packed: Iterable[NDArray[np.uint8]], shape: tuple[int, int]
+    ) -> NDArray[np.float32]:
+        """What a graph's product is in the mean, [out], of the bytes of a weight [out, in].
+
+        A part of the inner axis at a time, since its numbers take four to eight times its bytes.
+        """
+        assert self.mean is not None
+        rows, columns = shape
+        mean = torch.from_numpy(self.mean if self.factors is None else self.mean * self.factors)
+        parts = [*zip(packed, self.format.layout(rows, columns), strict=False)]
+        total = torch.zeros(rows)
+        some = max(_WIDENED // rows // _MULTIPLE, 1) * _MULTIPLE
+        for start in range(0, columns, some):
+            stop = min(start + some, columns)
+            values = []
+            for raw, part in parts:
+                kept = part.shape
+                if len(kept) == 2:  # along the inner axis too
+                    first, last = (end * kept[0] // columns for end in (start, stop))
+                    raw, kept = raw.reshape(kept[0], -1)[first:last], (last - first, kept[1])
+                dtype = part.numbers.onnx_type if part.numbers else self.scales
+                values.append(values_of(raw, dtype, kept))
+            total += mean[start:stop] @ self.format.widen(*values)
+        return total.numpy()
+
 
 @dataclass(frozen=True)
 class QuantizedLinear:
@@ -261,12 +294,14 @@ class QuantizedLinear:
     parts: the initializers that its weight is stored as, in the order of the format's layout.
         External data lies below `folder`.
     narrow: what the graph does to the linear's input, float32 to float32.
+    bias: the initializer that is added to the product, None where there is none.
     """
 
     format: Format
     parts: Sequence[TensorProto]
     narrow: Callable[[Tensor], Tensor]
     folder: Path
+    bias: TensorProto | None = None
 
     def fits(self, rows: int, columns: int) -> bool:
         """Whether it has the shapes of a weight [rows, columns]."""
@@ -276,6 +311,21 @@ class QuantizedLinear:
     def dequantized(self) -> Tensor:
         """The weight [in, out] that the graph multiplies with, float32, read from its file."""
         return self.format.widen(*(read_values(part, self.folder) for part in self.parts))
+
+    def added(self) -> Tensor | float:
+        """What the graph adds to the product, float32 [out], read from its file."""
+        return 0.0 if self.bias is None else read_values(self.bias, self.folder)
+
+
+def lost(weight: Tensor, rounded: Tensor, factors: Tensor | None, mean: Tensor) -> Tensor:
+    """What the rounding of a weight [out, in] takes from a product in the mean, [out].
+
+    M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019,
+    equation 16: (W - Ŵ) E[x]. The channels of `mean` are those of the input before it is multiplied
+    with `factors`, by which the weight was divided.
+    """
+    narrow = mean if factors is None else mean * factors
+    return weight @ mean - rounded @ narrow
 
 
 def unchanged(x: Tensor) -> Tensor:

@@ -86,7 +86,8 @@ class _Rewrite:
             self._edit, product, weight, self._layers.activations(linear), largest
         )
         self._graph.remove(transpose, safe=True)
-        return packed if factors is None else replace(packed, factors=factors, vector=vector)
+        mean = self._layers.mean(linear)
+        return replace(packed, factors=factors, vector=vector, mean=mean)
 
     def _smooth(
         self, product: ir.Node, weight: ir.Value, columns: int

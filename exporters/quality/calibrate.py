@@ -10,7 +10,7 @@ from exporters.calibrate.range_file import CalibrationFile, read_calibration, wr
 from exporters.calibrate.ranges import ActivationRanges, measure_ranges
 from exporters.calibrate.trajectory import Calibration, default_calibration
 from exporters.checkpoint import Checkpoint
-from exporters.quality.recipes import Asked, find_recipes
+from exporters.quality.recipes import Asked, Found, find_recipes
 from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.errors import ExportError
 from fluxdeploy.precision import PRECISIONS
@@ -45,11 +45,11 @@ def calibrate(
         return _measure(checkpoint, digest, wanted, state, progress)
 
     needed = any(PRECISIONS[asked.precision].calibrated for asked in components)
-    known = {} if given is None else given.recipes
-    recipes = find_recipes(checkpoint, components, ranges, promise, known, progress)
-    smoothed = any(record.recipe.smoothed for record in recipes.values())
+    known = Found() if given is None else Found(given.recipes, given.means)
+    judged = find_recipes(checkpoint, components, ranges, promise, known, progress)
+    smoothed = any(record.recipe.smoothed for record in judged.recipes.values())
     found = ranges() if needed or smoothed else None if given is None else given.ranges
-    return CalibrationFile(digest, found, recipes)
+    return CalibrationFile(digest, found, judged.recipes, judged.means)
 
 
 def _measure(

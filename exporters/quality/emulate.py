@@ -16,8 +16,14 @@ from torch import Tensor, nn
 from exporters.checkpoint import Checkpoint
 from exporters.components.chain import Stage
 from exporters.components.component import Component
-from exporters.components.run import ReplaceAttention, linear_modules, run_samples
+from exporters.components.run import (
+    ReplaceAttention,
+    linear_modules,
+    run_samples,
+    shared_inputs,
+)
 from exporters.formats import EightBits
+from exporters.formats.base import lost
 from exporters.quality.layers import Layers
 
 __all__ = ["Emulator"]
@@ -58,8 +64,12 @@ class Emulator:
         self._scope = ""
         self._beside: Callable[[Stage], None] = lambda stage: None
         self._powers: dict[str, tuple[float, float]] | None = None
-        self._kept: dict[tuple[str, str, bytes], Tensor] = {}
+        self._kept: dict[tuple[str, str, bytes], tuple[Tensor, Tensor | None]] = {}
         self._size = 0
+        self._first: Mapping[str, str] = {}
+        self._sums: dict[str, tuple[Tensor, int]] | None = None
+        # By the first of the linears that read it: the mean of an input's channels, [in].
+        self.means: dict[str, NDArray[np.float32]] = {}
         quantized = frozenset(self.large)
         for piece in chain.pieces:
             for name, module in linear_modules(piece).items():
@@ -67,6 +77,20 @@ class Emulator:
                 module.forward = functools.partial(  # type: ignore[method-assign]
                     self._forward, name, module, usual, quantized
                 )
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """A block in which the chain runs in float32, from which `means` are known afterwards.
+
+        Of the inputs of large linears that have a bias. Whoever runs the chain calls `enter`.
+        """
+        self._sums, self._first = {}, shared_inputs(self.chain)
+        try:
+            yield
+            sums = self._sums
+        finally:
+            self._sums = None
+        self.means = {name: (total / n).float().numpy() for name, (total, n) in sums.items()}
 
     def put_beside(self, enter: Callable[[Stage], None]) -> None:
         """Have `enter` called before each stage too: see `run_side_paths`."""
@@ -135,6 +159,8 @@ class Emulator:
         x: Tensor,
     ) -> Tensor:
         layers, name = self._layers, self._scope + local
+        if self._sums is not None and name in quantized and linear.bias is not None:
+            self._add_up(name, x)
         if layers is None or name not in quantized or not layers.has_weight(name):
             return usual(x)
         factors = layers.smooths(name)
@@ -142,26 +168,43 @@ class Emulator:
         activations = layers.activations(name)
         largest = layers.largest(name) if activations == "static" else 0.0
         narrow = layers.format.emulate_input(narrow, activations, largest)
-        weight = self._weight(name, linear.weight)
+        weight, added = self._weight(name, linear.weight)
         found = torch.nn.functional.linear(narrow, weight, linear.bias)
+        if added is not None and linear.bias is not None:
+            found = found + added
         # A bias is no part of what is rounded: it would hide the rest.
         bias = 0.0 if self._powers is None or linear.bias is None else linear.bias
         exact = found if self._powers is None else usual(x)
         return self._measured(name, exact - bias, found - bias) + bias
 
-    def _weight(self, name: str, weight: Tensor) -> Tensor:
+    def _add_up(self, name: str, x: Tensor) -> None:
+        assert self._sums is not None
+        if self._first[name] != name:
+            return
+        tokens = x.flatten(0, -2)
+        total = tokens.sum(0, dtype=torch.float64)
+        known, count = self._sums.get(name, (torch.zeros_like(total), 0))
+        self._sums[name] = known + total, count + len(tokens)
+
+    def _weight(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A weight as it is rounded, and what its linear's bias has besides."""
         layers = self._layers
         assert layers is not None
         factors = layers.smooths(name)
-        key = (name, layers.format.name, b"" if factors is None else factors.tobytes())
+        mean = layers.mean(name)
+        vectors = (b"" if vector is None else vector.tobytes() for vector in (factors, mean))
+        key = (name, layers.format.name, b"/".join(vectors))
         if key in self._kept:
             return self._kept[key]
-        scaled = weight if factors is None else weight / torch.from_numpy(factors)
-        found = layers.format.emulate_weight(scaled, self._scales)
+        scales = None if factors is None else torch.from_numpy(factors)
+        found = layers.format.emulate_weight(
+            weight if scales is None else weight / scales, self._scales
+        )
+        added = None if mean is None else lost(weight, found, scales, torch.from_numpy(mean))
         if found.nbytes <= _CACHED and self._size + found.nbytes <= _CACHE:
-            self._kept[key] = found
+            self._kept[key] = found, added
             self._size += found.nbytes
-        return found
+        return found, added
 
     @property
     def scale_bytes(self) -> int:

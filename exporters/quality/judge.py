@@ -62,12 +62,16 @@ class Judge(Protocol):
 
 
 class OutputJudge:
-    """Of a component by itself, over inputs that are given."""
+    """Of a component by itself, over inputs that are given.
+
+    Means of the emulator's inputs are measured over them.
+    """
 
     def __init__(self, emulator: Emulator, samples: Sequence[Mapping[str, Array]]) -> None:
         self.samples = samples
         self._emulator = emulator
-        self._expected = emulator.run(samples, None)
+        with emulator.measuring():
+            self._expected = emulator.run(samples, None)
 
     def judge(self, layers: Layers) -> Quality:
         found = self._emulator.run(self.samples, layers)
@@ -85,7 +89,8 @@ class PictureJudge:
 
     A recipe is judged once: the rest of the layers given has to stay the same. `others` are the
     quantized components that come before it, each with its layers. `sets` are
-    what is drawn; the middle step of the first is what layers are measured over.
+    what is drawn; the middle step of the first is what layers are measured over. Means of the
+    emulator's inputs are measured as it is drawn in float32.
     """
 
     def __init__(
@@ -109,13 +114,15 @@ class PictureJudge:
         task = progress.task("Drawing in float32", self._steps * len(emulator.chain.stages))
         self.samples: Sequence[Mapping[str, Array]] = []
         self._expected: list[Floats] = []
-        for number, (given, samples) in enumerate(zip(self._sets, exact, strict=True)):
-            samples = _copies(samples)
-            for step in range(given.steps):
-                if number == 0 and step == middle:
-                    self.samples = [sample.inputs(step) for sample in samples]
-                take_step(emulator.chain, emulator.weights, samples, step, after=task.advance)
-            self._expected += self._decode(given, samples)
+        chain, weights = emulator.chain, emulator.weights
+        with emulator.measuring():
+            for number, (given, samples) in enumerate(zip(self._sets, exact, strict=True)):
+                samples = _copies(samples)
+                for step in range(given.steps):
+                    if number == 0 and step == middle:
+                        self.samples = [sample.inputs(step) for sample in samples]
+                    take_step(chain, weights, samples, step, emulator.enter, task.advance)
+                self._expected += self._decode(given, samples)
         self._velocities = [o["velocity"] for o in emulator.run(self.samples, None)]
 
     def follow(self, others: Mapping[str, tuple[Emulator, Layers]]) -> None:

@@ -45,12 +45,15 @@ class Layers:
 
     ranges: what static scales come from; None where there are none.
     smoothing: by linear, of an input that is smoothed; linears that read the same have the same.
+    means: by linear, of each channel of its input, float32 [in], as it is before smoothing. Its
+        bias makes up for what the rounding of the weight changes of the product in the mean.
     """
 
     quantization: Quantization
     recipe: Recipe = field(default_factory=Recipe)
     ranges: ActivationRanges | None = None
     smoothing: Mapping[str, Smoothing] = field(default_factory=dict)
+    means: Mapping[str, Floats] = field(default_factory=dict)
 
     @property
     def format(self) -> Format:
@@ -87,6 +90,10 @@ class Layers:
             return None
         smoothing = self.smoothing.get(linear)
         return None if smoothing is None else smoothing.factors
+
+    def mean(self, linear: str) -> Floats | None:
+        """The means that a linear's bias is corrected with, None where it is not."""
+        return self.means.get(linear) if self.has_weight(linear) else None
 
     def largest(self, linear: str) -> float:
         """The largest magnitude of what a linear quantizes, for its static scale.

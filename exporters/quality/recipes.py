@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from exporters.calibrate.means import Means, encode_mean, spread_means
 from exporters.calibrate.ranges import ActivationRanges
 from exporters.checkpoint import Checkpoint
 from exporters.components.component import Component
@@ -24,7 +25,7 @@ from fluxdeploy.precision import PRECISIONS, Quantization
 from fluxdeploy.progress import Progress
 from fluxdeploy.sampling.schedule import sigmas
 
-__all__ = ["Asked", "find_recipes", "layers_of"]
+__all__ = ["Asked", "Found", "find_recipes", "layers_of"]
 
 Array = NDArray[np.generic]
 
@@ -54,14 +55,32 @@ class Asked:
         return found
 
 
+@dataclass(frozen=True)
+class Found:
+    """What was found for the components of a bundle, by their names."""
+
+    recipes: Mapping[str, RecipeRecord] = field(default_factory=dict)
+    means: Mapping[str, Means] = field(default_factory=dict)
+
+
 def layers_of(
-    asked: Asked, checkpoint: Checkpoint, recipe: Recipe, ranges: ActivationRanges | None
+    asked: Asked,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    ranges: ActivationRanges | None,
+    means: Means,
 ) -> Layers:
-    """What becomes of a component's layers. Raises `ExportError` where a range is missing."""
+    """What becomes of a component's layers.
+
+    Raises `ExportError` where a range is missing.
+    """
     layers = Layers(asked.quantization, recipe, ranges)
-    if not recipe.smoothed:
+    if not recipe.smoothed and not means:
         return layers
     chain, weights = asked.component.source(checkpoint, "fp32")
+    layers = replace(layers, means=spread_means(chain, means))
+    if not recipe.smoothed:
+        return layers
     smoother = Smoother(chain, weights, layers.required())
     return replace(layers, smoothing=smoother.smooth(recipe.smoothed))
 
@@ -71,14 +90,15 @@ def find_recipes(
     components: Sequence[Asked],
     ranges: Callable[[], ActivationRanges],
     promise: Promise | None,
-    known: Mapping[str, RecipeRecord],
+    known: Found,
     progress: Progress,
-) -> dict[str, RecipeRecord]:
-    """The recipe of each component, by its name.
+) -> Found:
+    """The recipe of each component, and the means of what its linears read where it was judged.
 
     `promise` is for the pictures, None for what the transformer's precision promises; one that asks
     for nothing has nothing judged. `ranges` gives what was measured, for components that need it.
-    `known` are recipes of an earlier build: one of the same precision and promise is taken over.
+    `known` is of an earlier build: a recipe of the same precision and promise is taken over, with
+    the means that it was judged with.
 
     Raises `CheckpointError` for missing tensors, `NumericError` for values that are not finite, and
     what `ranges` raises.
@@ -96,7 +116,7 @@ def find_recipes(
         else:
             asks = promise or Promise(psnr=row.min_psnr, ssim=row.min_ssim)
             found |= finder.by_pictures(asked, asks, others, found)
-    return found
+    return Found(found, finder.means)
 
 
 class _Finder:
@@ -104,12 +124,13 @@ class _Finder:
         self,
         checkpoint: Checkpoint,
         ranges: Callable[[], ActivationRanges],
-        known: Mapping[str, RecipeRecord],
+        known: Found,
         progress: Progress,
     ) -> None:
+        self.means: dict[str, Means] = dict(known.means)
         self._checkpoint = checkpoint
         self._ranges = ranges
-        self._known = known
+        self._known = known.recipes
         self._progress = progress
         self._judges: dict[str, OutputJudge] = {}
 
@@ -130,8 +151,9 @@ class _Finder:
         record = self._taken(asked, promise)
         if record is None:
             judge = self._output_judge(asked, emulator)
+            self._learn(asked, emulator)
             record = self._find(asked, emulator, judge, promise, None)
-        return record, (emulator, layers_of(asked, self._checkpoint, record.recipe, None))
+        return record, (emulator, self._layers(asked, record.recipe))
 
     def by_pictures(
         self,
@@ -152,6 +174,7 @@ class _Finder:
         ranges = self._ranges() if PRECISIONS[asked.precision].calibrated else None
         subjects = {n: (emulator, layers) for n, (_, emulator, layers) in others.items()}
         judge = PictureJudge(self._checkpoint, emulator, subjects, self._progress)
+        self._learn(asked, emulator)
         changed = self._tighten(asked, emulator, judge, promise, others, found, ranges)
         return {**changed, name: self._find(asked, emulator, judge, promise, ranges)}
 
@@ -192,7 +215,7 @@ class _Finder:
                 outputs = self._output_judge(other, subject)
                 changed[name] = self._find(other, subject, outputs, asks, None)
                 recipe = changed[name].recipe
-                subjects[name] = subject, layers_of(other, self._checkpoint, recipe, None)
+                subjects[name] = subject, self._layers(other, recipe)
             judge.follow(subjects)
         return changed
 
@@ -222,10 +245,22 @@ class _Finder:
         )
 
     def _start(self, asked: Asked, emulator: Emulator, ranges: ActivationRanges | None) -> Layers:
-        layers = Layers(asked.quantization, Recipe(), ranges)
+        means = spread_means(emulator.chain, self._means_of(asked))
+        layers = Layers(asked.quantization, Recipe(), ranges, means=means)
         shapes = {name: emulator.weights[f"{name}.weight"].shape for name in emulator.large}
         odd = [name for name, shape in shapes.items() if layers.format.problem(*shape)]
         return layers.sparing(dict.fromkeys(odd, NOTHING))
+
+    def _learn(self, asked: Asked, emulator: Emulator) -> None:
+        """Take over the means that a judge has measured."""
+        found = {first: encode_mean(mean) for first, mean in emulator.means.items()}
+        self.means[asked.component.name] = found
+
+    def _means_of(self, asked: Asked) -> Means:
+        return self.means.get(asked.component.name, {})
+
+    def _layers(self, asked: Asked, recipe: Recipe) -> Layers:
+        return layers_of(asked, self._checkpoint, recipe, None, self._means_of(asked))
 
     def _output_judge(self, asked: Asked, emulator: Emulator) -> OutputJudge:
         """The judge of a component before the transformer, which runs text encoders once."""

@@ -176,13 +176,14 @@ def bind(
     return list(files)
 
 
-def _written(placements: Iterable[Placement], packed: Mapping[str, Packed]) -> list[WrittenTensor]:
+def _written(placements: Sequence[Placement], packed: Mapping[str, Packed]) -> list[WrittenTensor]:
     """The tensors of the new files. Weights of a group share what is looked at for its scale."""
     written = []
     groups: dict[str, Group] = {}
+    biases = {p.name: p for p in placements if p.how is Storing.CORRECTED}
     for placement in placements:
         name, stored = placement.name, placement.stored
-        if placement.how is Storing.LINKED:
+        if placement.how in (Storing.LINKED, Storing.CORRECTED):
             continue
         if placement.how is not Storing.QUANTIZED:
             written.append(WrittenTensor(name, stored, placement.dtype))
@@ -191,7 +192,11 @@ def _written(placements: Iterable[Placement], packed: Mapping[str, Packed]) -> l
         group = groups.setdefault(how.group, Group()) if how.group else None
         if group is not None:
             group.members.append(stored)
-        written.append(WrittenTensor(name, stored, how.dtype, how, group))
+        corrected = biases.get(name.removesuffix(".weight") + ".bias")
+        bias = None
+        if corrected is not None:
+            bias = WrittenTensor(corrected.name, corrected.stored, corrected.dtype)
+        written.append(WrittenTensor(name, stored, how.dtype, how, group, bias))
     return written
 
 

@@ -29,6 +29,7 @@ class Storing(Enum):
     COPIED = "stays as it is, in a new file"
     CONVERTED = "changes to the graph's type, in a new file"
     QUANTIZED = "changes to the format's, in a new file"
+    CORRECTED = "makes up for what is rounded of its linear's weight, in a new file"
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,16 @@ class Placement:
 
 
 def decide(
-    chain: Chain, weights: Weights, is_quantized: Callable[[str], bool] | None
+    chain: Chain,
+    weights: Weights,
+    is_quantized: Callable[[str], bool] | None,
+    is_corrected: Callable[[str], bool] = lambda linear: False,
 ) -> tuple[Placement, ...]:
     """Place every weight of a chain, in the order of its stages.
 
-    `is_quantized` tells the linears whose weights are quantized, None where nothing is. Raises
-    `CheckpointError` for a missing tensor and for a wrong shape or type.
+    `is_quantized` tells the linears whose weights are quantized, None where nothing is;
+    `is_corrected` those of them whose biases make up for it. Raises `CheckpointError` for a missing
+    tensor and for a wrong shape or type.
     """
     placements = {}
     for stage in chain.stages:
@@ -66,6 +71,9 @@ def decide(
             kept = stored.as_stored and stored.dtype in types
             if is_quantized is not None and linear != name and is_quantized(linear):
                 placement = Placement(name, stored, Storing.QUANTIZED, wanted)
+            elif is_corrected(name.removesuffix(".bias")):
+                dtype = stored.dtype if kept else wanted
+                placement = Placement(name, stored, Storing.CORRECTED, dtype)
             elif not kept:
                 placement = Placement(name, stored, Storing.CONVERTED, wanted)
             else:

@@ -89,5 +89,6 @@ def _packed(path: Path, bound: dict[str, ir.Value], name: str, layers: Layers) -
     vector = None
     if smoothing is not None and smoothing.dtype is not None:
         vector = (str(smoothing.name), smoothing.dtype)
-    factors = layers.smooths(name.removesuffix(".weight"))
-    return Packed(layers.format, scales.dtype, factors=factors, vector=vector)
+    linear = name.removesuffix(".weight")
+    factors, mean = layers.smooths(linear), layers.mean(linear)
+    return Packed(layers.format, scales.dtype, factors=factors, vector=vector, mean=mean)

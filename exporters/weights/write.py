@@ -55,7 +55,8 @@ class WrittenTensor:
     """A tensor of a new file: `dtype` is its safetensors type there.
 
     With `packed` it is a linear's weight [out, in], stored transposed, with its scales after it;
-    `group` are the weights that it shares a scale with, itself among them.
+    `group` are the weights that it shares a scale with, itself among them. `bias` is the linear's,
+    where it makes up for what is rounded: it stands behind the weight.
     """
 
     name: str
@@ -63,6 +64,7 @@ class WrittenTensor:
     dtype: str
     packed: Packed | None = None
     group: Group | None = None
+    bias: WrittenTensor | None = None
 
     @property
     def declarations(self) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -70,7 +72,8 @@ class WrittenTensor:
         if self.packed is None:
             return [(self.name, self.dtype, self.stored.shape)]
         rows, columns = self.stored.shape
-        return self.packed.declarations(self.name, rows, columns)
+        added = [] if self.bias is None else self.bias.declarations
+        return self.packed.declarations(self.name, rows, columns) + added
 
     @property
     def nbytes(self) -> int:
@@ -174,22 +177,41 @@ def write_tensors(
 
 
 def _parts(tensor: WrittenTensor) -> Iterator[np.ndarray]:
-    stored, packed = tensor.stored, tensor.packed
-    if packed is not None:
-        rows, columns = stored.shape
-        group = tensor.group or Group([stored])
-        yield from packed.pack(
-            _read_rows(stored), (rows, columns), stored.name, lambda: group.largest
-        )
+    stored = tensor.stored
+    if tensor.packed is not None:
+        yield from _packed(tensor, tensor.packed)
         return
     for values in _read(stored):
-        narrow = from_float32(values, tensor.dtype)
-        if tensor.dtype == "F16" and np.isinf(narrow).any():
-            raise CheckpointError(
-                f"Tensor {stored.name} holds values up to {_largest(stored):.3g}, past FP16's "
-                "65504: build with --precision bf16."
-            )
-        yield narrow
+        yield _narrow(values, tensor)
+
+
+def _packed(tensor: WrittenTensor, packed: Packed) -> Iterator[np.ndarray]:
+    """A quantized weight's bytes, and those of its linear's bias where that is corrected."""
+    rows, columns = tensor.stored.shape
+    group = tensor.group or Group([tensor.stored])
+    products = []
+
+    def seen() -> Iterator[NDArray[np.float32]]:
+        for part in _read_rows(tensor.stored):
+            if packed.mean is not None:
+                products.append(part @ packed.mean)
+            yield part  # which is overwritten
+
+    made = [*packed.pack(seen(), (rows, columns), tensor.stored.name, lambda: group.largest)]
+    yield from made
+    if tensor.bias is not None:
+        lost = np.concatenate(products) - packed.mean_product(made, (rows, columns))
+        yield _narrow(tensor.bias.stored.read() + lost, tensor.bias)
+
+
+def _narrow(values: NDArray[np.float32], tensor: WrittenTensor) -> np.ndarray:
+    narrow = from_float32(values, tensor.dtype)
+    if tensor.dtype == "F16" and np.isinf(narrow).any():
+        raise CheckpointError(
+            f"Tensor {tensor.stored.name} holds values up to {_largest(tensor.stored):.3g}, past "
+            "FP16's 65504: build with --precision bf16."
+        )
+    return narrow
 
 
 def _read(stored: StoredTensor) -> Iterator[NDArray[np.float32]]:

@@ -9,6 +9,7 @@ from engines import BuildSettings
 from fluxdeploy.build.engines import build_engines, check_engine, engine_source
 from fluxdeploy.build.golden import golden_path, read_gate, write_golden_tensors
 from fluxdeploy.build.keys import content_key
+from fluxdeploy.build.recipe_time import tell_time
 from fluxdeploy.build.resolve import ComponentSpec
 from fluxdeploy.build.run import BuildRun
 from fluxdeploy.build.staging import Staging
@@ -43,8 +44,9 @@ def make_component(component: ComponentSpec, run: BuildRun) -> ComponentRecord:
         calibration, file = run.calibration
         calibration_file = (file,)
         recipe = calibration.recipes[component.name].recipe
+        means = calibration.means.get(component.name, {})
         base = run.spec.checkpoint.unmerged
-        layers = layers_of(component.asked, base, recipe, calibration.ranges)
+        layers = layers_of(component.asked, base, recipe, calibration.ranges, means)
         component = replace(component, export=component.export.with_layers(layers))
     key = content_key(component, run.spec, run.hashes, layers)
     files = run.staging.finished(component.name, key)
@@ -89,13 +91,16 @@ def _make(component: ComponentSpec, key: str, run: BuildRun) -> tuple[FileRecord
     write_golden_tensors(component, run)
     paths.append(golden_path(component.name))
     record = _record(component, key, run)
-    check_engine(component.runtime, component.name, record, staging.root, progress)
+    run_here = check_engine(component.runtime, component.name, record, staging.root, progress)
     known = {
         f"onnx/weights/{linked}": run.hashes.files[source]
         for linked, source in run.weights.sources.items()
     }
     known |= artifacts.hashes
-    return staging.record(component.name, key, paths, known)
+    files = staging.record(component.name, key, paths, known)
+    if component.quantized:
+        tell_time(component, exported, record, run_here, run)
+    return files
 
 
 def _build_engines(component: ComponentSpec, exported: Exported, run: BuildRun) -> list[str]:

@@ -61,11 +61,11 @@ def build_engines(
 
 def check_engine(
     runtime: Runtime, component: str, record: ComponentRecord, root: Path, progress: Progress
-) -> None:
+) -> EngineRecord | None:
     """Run an engine below `root` where this machine can, and hold it against PyTorch.
 
-    Raises `NumericError` where it is past the component's gate. Tells `progress` where nothing
-    was checked, and why.
+    Returns it. Raises `NumericError` where it is past the component's gate. Tells `progress` where
+    nothing was checked, and why.
     """
     for engine in record.engines:
         available = runtime.availability(engine.target)
@@ -73,7 +73,7 @@ def check_engine(
             break
     else:
         progress.note(f"  {component}: not checked, since {available.detail}")
-        return
+        return None
     weights = weight_bytes(root / "onnx", component)
     needed, free = runtime.opening_memory(engine.target, weights), read_memory().available
     if free is not None and needed > free:
@@ -81,10 +81,11 @@ def check_engine(
             f"  {component}: not checked, since its engine needs about {needed / 2**30:.0f} GiB of "
             f"memory and {free / 2**30:.0f} GiB are free; run `fluxdeploy verify` where it fits"
         )
-        return
+        return None
     assert record.golden is not None
     with runtime.open(component, record, engine, root, EngineOptions()) as opened:
         require(component, measure_component(opened, root / record.golden.path), record.golden)
+    return engine
 
 
 def weight_bytes(folder: Path, name: str) -> int:

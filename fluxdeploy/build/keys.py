@@ -110,7 +110,8 @@ def _described(layers: Layers) -> Any:
     needed = ranges is not None and (
         layers.quantization.activations == "static" or layers.smoothing
     )
-    return [to_plain(layers.recipe), to_plain(ranges) if needed else None]
+    means = {n: hashlib.sha256(mean.tobytes()).hexdigest() for n, mean in layers.means.items()}
+    return [to_plain(layers.recipe), to_plain(ranges) if needed else None, means]
 
 
 def digest(value: Any) -> str:

@@ -131,7 +131,11 @@ def command(
             write_calibration(found, out / "calibration.json")
             known_layers = {
                 a.component.name: layers_of(
-                    a, source.unmerged, found.recipes[a.component.name].recipe, found.ranges
+                    a,
+                    source.unmerged,
+                    found.recipes[a.component.name].recipe,
+                    found.ranges,
+                    found.means.get(a.component.name, {}),
                 )
                 for a in asked
             }

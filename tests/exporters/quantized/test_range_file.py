@@ -100,6 +100,10 @@ def change_channels(plain: dict[str, Any], text: str) -> None:
     plain["ranges"]["channels"]["transformer_blocks.0.attn.to_q"] = text
 
 
+def change_means(plain: dict[str, Any], component: str, text: str) -> None:
+    plain["means"] = {component: {"transformer_blocks.0.attn.to_q": text}}
+
+
 def recipe(**parts: Any) -> dict[str, Any]:
     """A recipe's record as JSON."""
     promise = {"cosine": 0.99, "psnr": None, "ssim": None}
@@ -129,6 +133,11 @@ def recipe(**parts: Any) -> dict[str, Any]:
         (lambda plain: plain["ranges"]["channels"].popitem(), "is missing"),
         (lambda plain: change_channels(plain, "AAAA"), "has 3 channels"),
         (lambda plain: change_channels(plain, "A"), "is not base64"),
+        (lambda plain: change_means(plain, "t6", "AAAA"), r"means\.t6 is no component"),
+        (lambda plain: change_means(plain, "t5", "AAAA"), r"means\.t5\[.*no input"),
+        (lambda plain: change_means(plain, "transformer", "AAAAAA=="), "has 2 channels"),
+        (lambda plain: change_means(plain, "transformer", "AA=A"), "is not bfloat16"),
+        (lambda plain: change_means(plain, "transformer", 32 * "gH+Af4B/"), "NaN or infinity"),
         (lambda plain: plain.update(recipes={"t5": recipe(spared={"a": "all"})}), r"recipe.spared"),
         (lambda plain: plain.update(recipes={"t5": recipe(smoothed={"a": 1.0})}), r"smoothed"),
         (

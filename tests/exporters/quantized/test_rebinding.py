@@ -92,7 +92,7 @@ def test_a_weight_that_the_graph_widens_may_become_one_that_it_does_not(
     assert _bytes(export(base, "again", found)) == _bytes(first)
 
 
-def test_moved_outliers_are_moved_in_other_weights_too(
+def test_moved_outliers_and_biases_follow_other_weights(
     opened: Checkpoint,
     merged: Checkpoint,
     ranges: ActivationRanges,
@@ -104,11 +104,13 @@ def test_moved_outliers_are_moved_in_other_weights_too(
     names = [f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v")]
     factors = np.exp2(np.arange(96, dtype=np.float32) % 3 - 1)
     smoothing = dict.fromkeys(names, Smoothing(factors, 7.0))
+    means = dict.fromkeys(names, factors / 8)
 
     def export(checkpoint: Checkpoint, name: str, earlier: Path | None = None) -> Path:
         spec = _spec(checkpoint, "int8", ranges)
         assert spec.layers is not None
-        spec = spec.with_layers(dataclasses.replace(spec.layers, smoothing=smoothing))
+        layers = dataclasses.replace(spec.layers, smoothing=smoothing, means=means)
+        spec = spec.with_layers(layers)
         export_component(spec, WeightFolder(tmp_path / name / "weights"), earlier=earlier)
         return tmp_path / name / "transformer.onnx"
 

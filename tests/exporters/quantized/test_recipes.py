@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from exporters.calibrate.means import encode_mean, spread_means
 from exporters.calibrate.ranges import ActivationRanges, channel_maxima, linears
 from exporters.calibrate.trajectory import start_samples
 from exporters.check.fidelity import measure_fidelity
@@ -27,7 +28,7 @@ from exporters.quality.emulate import Emulator
 from exporters.quality.judge import OutputJudge
 from exporters.quality.layers import Layers, Smoother
 from exporters.quality.noise import Move, measure_noise
-from exporters.quality.recipes import Asked, find_recipes
+from exporters.quality.recipes import Asked, Found, find_recipes
 from exporters.quality.search import find_recipe
 from exporters.weights.bind import WeightFolder
 from fluxdeploy.bundle.recipe import (
@@ -63,6 +64,15 @@ def samples(opened: Checkpoint) -> list[Mapping[str, Any]]:
     return [sample.inputs(0) for sample in start_samples(opened, SHORT, QUIET)[:2]]
 
 
+@pytest.fixture(scope="module")
+def means(opened: Checkpoint, samples: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of what each linear reads, as a calibration has them."""
+    emulator = Emulator(COMPONENTS["transformer"], opened, "fp32")
+    OutputJudge(emulator, samples)
+    found = {first: encode_mean(mean) for first, mean in emulator.means.items()}
+    return dict(spread_means(emulator.chain, found))
+
+
 @pytest.fixture
 def layers(opened: Checkpoint, ranges: ActivationRanges) -> Callable[..., Layers]:
     """`layers(precision, recipe)`, with the factors of what the recipe smooths."""
@@ -76,13 +86,16 @@ def layers(opened: Checkpoint, ranges: ActivationRanges) -> Callable[..., Layers
     return make
 
 
-@pytest.mark.parametrize("precision", ["fp8", "int8", "int8-dynamic", "fp8-weights", "fp4"])
+@pytest.mark.parametrize(
+    "precision", ["fp8", "int8", "int8-dynamic", "fp8-weights", "int4-weights", "fp4"]
+)
 def test_a_graph_with_a_recipe_computes_what_was_judged(
     tmp_path: Path,
     opened: Checkpoint,
     layers: Callable[..., Layers],
     traced: Callable[[str], Any],
     samples: list[Mapping[str, Any]],
+    means: dict[str, Any],
     precision: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -94,7 +107,7 @@ def test_a_graph_with_a_recipe_computes_what_was_judged(
         if how.attention or not name.endswith(".attn")
     }
     smoothed = SMOOTHED if how.activations is not None and how.format != "nvfp4" else {}
-    chosen = layers(precision, Recipe(spared, smoothed))
+    chosen = dataclasses.replace(layers(precision, Recipe(spared, smoothed)), means=means)
     monkeypatch.setattr("exporters.export.trace_chain", lambda chain: traced("fp32"))
     spec = specify(opened, COMPONENTS["transformer"], precision, "fp32").with_layers(chosen)
     exported = export_component(spec, WeightFolder(tmp_path / "weights"))
@@ -108,9 +121,11 @@ def test_a_graph_with_a_recipe_computes_what_was_judged(
         assert exported.wide_attentions == 1
     emulator = Emulator(COMPONENTS["transformer"], opened, "fp32")
     seen: dict[str, tuple[Tensor, Tensor]] = {}
+    biases: dict[str, Tensor] = {}
 
     def see(name: str, linear: torch.nn.Linear, x: Tensor, output: Tensor) -> None:
         if name in found:
+            biases[name] = linear.bias.detach().clone()
             seen[name] = x, output - linear.bias
 
     enter = watch_linears(emulator.chain, see)
@@ -122,7 +137,8 @@ def test_a_graph_with_a_recipe_computes_what_was_judged(
     with emulator.running(chosen):
         run_samples(emulator.chain, emulator.weights, samples[:1], both)
     for name, (x, output) in seen.items():
-        expected = found[name].narrow(x) @ found[name].dequantized()
+        product = found[name].narrow(x) @ found[name].dequantized()
+        expected = product + (found[name].added() - biases[name])
         scale = output.abs().max().item()
         # NVFP4's scales of a group are those of its largest weight, which a linear alone has not.
         close = 0.2 if precision == "fp4" else 1e-4
@@ -312,11 +328,14 @@ def test_a_recipe_of_an_earlier_build_is_taken_over(
     promise = Promise(psnr=31.0)
     known = {"transformer": known_record("fp8-weights", promise)}
 
-    def found(promise: Promise, known: Mapping[str, RecipeRecord]) -> dict[str, RecipeRecord]:
-        return find_recipes(opened, [asked], unmeasured, promise, known, QUIET)
+    def found(promise: Promise, known: Mapping[str, RecipeRecord]) -> Found:
+        means = {"transformer": {"transformer_blocks.0.attn.to_q": "AAAA"}}
+        return find_recipes(opened, [asked], unmeasured, promise, Found(known, means), QUIET)
 
-    assert found(promise, known) == known
-    assert found(Promise(), known) == known
+    for asks in (promise, Promise()):
+        taken = found(asks, known)
+        assert taken.recipes == known
+        assert taken.means, "what a recipe was judged with is taken with it"
     for other in (known_record("fp8", promise), known_record("fp8-weights", Promise(psnr=30.0))):
         with pytest.raises(NameError, match="PictureJudge"):
             found(promise, {"transformer": other})
@@ -330,7 +349,9 @@ def test_shapes_that_a_format_cannot_have_are_spared(checkpoint: Callable[..., P
     """The widths of `schnell` are no multiples of 32, but for its MLPs'."""
     source = open_short(checkpoint("schnell"))
     asked = Asked(COMPONENTS["transformer"], "int4-weights", "bf16")
-    found = find_recipes(source, [asked], unmeasured, Promise(), {}, QUIET)["transformer"]
+    judged = find_recipes(source, [asked], unmeasured, Promise(), Found(), QUIET)
+    found = judged.recipes["transformer"]
+    assert not judged.means
     weights = source.part("transformer").weights
     for linear, left in found.recipe.spared.items():
         assert left == NOTHING
