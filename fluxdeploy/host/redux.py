@@ -55,7 +55,8 @@ class Redux:
 
     def pooled(self, pooled: NDArray[np.float32]) -> NDArray[np.float32]:
         """CLIP's embeddings [U, E'], as many times as there are pictures."""
-        return pooled * np.array(self.pooled_scales, np.float32).sum()
+        total: np.float32 = np.array(self.pooled_scales, np.float32).sum()
+        return np.multiply(pooled, total, dtype=np.float32)
 
 
 def read_redux(

@@ -18,6 +18,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from engines import open_engine
+from fluxdeploy.batch.jobs import Job, alike
+from fluxdeploy.batch.order import Order
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, from_json, to_json
 from fluxdeploy.cli import main
@@ -378,6 +380,15 @@ def test_the_command_draws_and_the_picture_says_how(redux_bundle: Path, tmp_path
     assert result.exit_code == 0, result.output
     (made,) = tmp_path.glob("two*.png")
     np.testing.assert_array_equal(np.asarray(Image.open(made)), np.asarray(Image.open(out)))
+
+
+@pytest.mark.parametrize("redux_image", [(), (Path("a.png"),)])
+def test_pictures_with_others_behind_their_words_are_drawn_alone(
+    redux_image: tuple[Path, ...],
+) -> None:
+    order = Order(FOX, redux_image=redux_image)
+    groups = list(alike([Job(order, "", (), "")] * 2, lambda job: 100))
+    assert [len(group) for group in groups] == ([1, 1] if redux_image else [2])
 
 
 def test_inspect_and_verify_know_it(redux_bundle: Path) -> None:
