@@ -583,6 +583,43 @@ class Block:
     render: Callable[[dict[str, Any]], str]
 
 
+def _tile_quality(report: dict[str, Any]) -> str:
+    """The report of benchmarks/tile_quality.py as a Markdown table."""
+    rows = [["pixels", "decoded in tiles, against the whole", "encoded in tiles, decoded whole"]]
+    rows.append(["---", "---:", "---:"])
+    for row in report["rows"]:
+        rows.append([row["pixels"], f"{row['decoded_db']} dB", f"{row['encoded_db']} dB"])
+    return f"{_table(rows)}\n"
+
+
+_WAYS = {
+    "whole": "whole",
+    "tiles": "in tiles",
+    "diffusers": "diffusers, whole",
+    "diffusers in tiles": "diffusers, in tiles",
+}
+
+
+def _large_pictures(report: dict[str, Any]) -> str:
+    """The report of benchmarks/large_pictures.py as a Markdown table and the machine it ran on."""
+    rows = [["decoding", "pixels", "time", "memory besides the weights"]]
+    rows.append(["---", "---:", "---:", "---:"])
+    for row in report["rows"]:
+        pixels = f"{row['size']}x{row['size']}"
+        measured = (
+            [row["failed"], ""]
+            if "failed" in row
+            else [f"{row['seconds']:.0f} s", f"{row['run_bytes'] / 1e9:.1f} GB"]
+        )
+        rows.append([_WAYS[row["way"]], pixels, *measured])
+    return (
+        f"{_table(rows)}\n"
+        "A decoder of FLUX.1's size with random weights, measured by\n"
+        "[benchmarks/large_pictures.py](../benchmarks/large_pictures.py) on\n"
+        f"{_machine(report['machine'])}.\n"
+    )
+
+
 def _serving(report: dict[str, Any]) -> str:
     """The report of benchmarks/soak.py as Markdown tables and the machine it ran on."""
     overhead, prompts, previews, cancel, soak = (
@@ -734,6 +771,8 @@ BLOCKS: Mapping[str, Block] = {
     ),
     "cpp_host": Block(RESULTS / "cpp_host.json", (CPP,), _cpp_host),
     "samplers": Block(RESULTS / "samplers.json", (RUN,), _samplers),
+    "tile_quality": Block(RESULTS / "tile_quality.json", (RUN,), _tile_quality),
+    "large_pictures": Block(RESULTS / "large_pictures.json", (RUN,), _large_pictures),
     "previews": Block(RESULTS / "previews.json", (RUN,), _previews),
     "serving": Block(RESULTS / "soak.json", (SERVING,), _serving),
     "cost_curves": Block(RESULTS / "cost_curves.json", (PERFORMANCE,), _cost_curves),

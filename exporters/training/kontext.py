@@ -1,4 +1,4 @@
-"""The Kontext demo: `demo:dev` learns to change one thing of a picture by words.
+"""The Kontext demo: `demo:dev` learns to change a colour of a picture by words.
 
 `python -m exporters.training.kontext FOLDER` trains it, in about an hour on two CPU cores.
 """

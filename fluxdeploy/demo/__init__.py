@@ -13,7 +13,7 @@ _FOLDER = Path(__file__).parent / "checkpoints"
 
 DEMO_CHECKPOINTS: Mapping[str, Path] = Folders(
     {f"demo:{name}": _FOLDER / name for name in ("dev", "schnell")},
-    {"demo:fill": _FOLDER / "fill"},
+    {f"demo:{name}": _FOLDER / name for name in ("fill", "kontext")},
     base=_FOLDER / "dev",
 )
 """Folders in diffusers layout, by the names that commands take for them."""

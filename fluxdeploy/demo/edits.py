@@ -1,4 +1,4 @@
-"""Changes to a scene by words, as the Kontext demo learns them and is scored on."""
+"""Colours of a scene changed by words, as the Kontext demo learns them and is scored on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 from fluxdeploy.demo.scenes import (
     BACKGROUNDS,
     COLOURS,
-    SHAPES,
     Drawing,
     Placed,
     Scene,
@@ -22,7 +21,6 @@ from fluxdeploy.demo.scenes import (
 
 __all__ = ["Edit", "sample_edit"]
 
-_RECOLOURED = 0.55
 _GROUNDS = 0.25
 _NAMED = 0.3
 
@@ -37,7 +35,7 @@ class Edit:
 
 
 def sample_edit(rng: np.random.Generator, height: int, width: int, split: Split = "train") -> Edit:
-    """One change to a random scene: a thing's colour, the background's, or a thing's shape.
+    """Another colour for one thing of a random scene, or for its background.
 
     What it becomes has no two things that are the same. In the held-out split, training has never
     seen the scene before the change.
@@ -56,8 +54,7 @@ def _scene(drawing: Drawing) -> Scene:
 
 
 def _change(before: Drawing, rng: np.random.Generator) -> Edit:
-    kind = rng.random()
-    if kind < _GROUNDS:
+    if rng.random() < _GROUNDS:
         ground = _other(rng, BACKGROUNDS, before.background)
         return Edit(before, replace(before, background=ground), _say(rng, "background", ground))
     index = int(rng.integers(len(before.things)))
@@ -66,11 +63,8 @@ def _change(before: Drawing, rng: np.random.Generator) -> Edit:
     alike = [placed for placed in before.things if placed.thing.shape == thing.shape]
     if len(alike) > 1 or rng.random() < _NAMED:
         name = f"{thing.colour} {thing.shape}"
-    if kind < _GROUNDS + _RECOLOURED:
-        colour = _other(rng, COLOURS, thing.colour)
-        return Edit(before, _with(before, index, colour=colour), _say(rng, name, colour))
-    shape = _other(rng, SHAPES, thing.shape)
-    return Edit(before, _with(before, index, shape=shape), f"turn the {name} into a {shape}")
+    colour = _other(rng, COLOURS, thing.colour)
+    return Edit(before, _painted(before, index, colour), _say(rng, name, colour))
 
 
 def _other(rng: np.random.Generator, options: Any, now: str) -> str:
@@ -82,7 +76,7 @@ def _say(rng: np.random.Generator, name: str, colour: str) -> str:
     return words[int(rng.integers(len(words)))]
 
 
-def _with(drawing: Drawing, index: int, **changes: str) -> Drawing:
+def _painted(drawing: Drawing, index: int, colour: str) -> Drawing:
     things: list[Placed] = list(drawing.things)
-    things[index] = replace(things[index], thing=replace(things[index].thing, **changes))
+    things[index] = replace(things[index], thing=replace(things[index].thing, colour=colour))
     return replace(drawing, things=tuple(things))

@@ -22,9 +22,9 @@ from fluxdeploy.machine import read_memory
 
 __all__ = ["SIDE", "is_cost", "needs_tiles", "run_in_tiles", "tiled", "vae_cost"]
 
-SIDE = 96
-"""Latents of a tile's side. One size, whatever memory is free: a seed gives one of two pictures,
-the one that is made whole or the one in tiles."""
+SIDE = 112
+"""Latents of a tile's side at most. No smaller where less memory is free: a seed gives one of two
+pictures, the one that is made whole or the one in tiles."""
 
 _CUT, _RAMP = 8, 16
 """Latents on each side of an overlap that are cut away, and those between that are mixed."""
@@ -102,11 +102,11 @@ def needs_tiles(height: int, width: int, cost: int, free: int | None) -> bool:
 
 
 def _sentence(component: str, height: int, width: int, cost: int, factor: int) -> str:
-    side = SIDE * factor
+    across, down = (_fit(length // factor, SIDE)[0] * factor for length in (width, height))
     need = height * width * cost / _SHARE
     return (
         f"The {width}x{height} picture was {_DONE[component]} in tiles of "
-        f"{min(side, width)}x{min(side, height)} pixels, since the whole takes {need / 1e9:.1f} GB "
+        f"{across}x{down} pixels, since the whole takes {need / 1e9:.1f} GB "
         "of free memory: colors can differ from those of the whole. Free memory, set low_vram, or "
         "ask for a smaller size."
     )
@@ -115,9 +115,9 @@ def _sentence(component: str, height: int, width: int, cost: int, factor: int) -
 def run_in_tiles(
     run: Run, component: str, array: Array, side: int, factor: int
 ) -> dict[str, NDArray[np.float32]]:
-    """The outputs of one picture or of its latents, [1, C, ...], made of tiles of `side` latents.
+    """The outputs of one picture or of its latents, [1, C, ...], made of tiles.
 
-    factor: pixels of a latent's side.
+    side: latents of a tile's side, at most. factor: pixels of a latent's side.
     """
     name = _INPUTS[component]
     given, made = (1, factor) if component == "vae_decoder" else (factor, 1)
@@ -214,11 +214,12 @@ def _means(array: NDArray[np.float32], size: int) -> NDArray[np.float32]:
 def _spans(length: int, side: int, made: int) -> list[tuple[int, int, NDArray[np.float32]]]:
     """Where tiles of one size begin along an axis, that size, and the weight of what each makes.
 
-    Weights are float32 [size * made]; those of all tiles add up to 1 everywhere.
+    side: the largest that a tile may be. Weights are float32 [size * made]; those of all tiles add
+    up to 1 everywhere.
     """
-    if side >= length:
+    side, count = _fit(length, side)
+    if count == 1:
         return [(0, length, np.ones(length * made, np.float32))]
-    count = -(-(length - 2 * _CUT - _RAMP) // (side - 2 * _CUT - _RAMP))
     starts = [round(index * (length - side) / (count - 1)) for index in range(count)]
     # The middles of the overlaps, where one tile's share becomes the next one's.
     middles = [(start + side + after) / 2 for start, after in itertools.pairwise(starts)]
@@ -232,6 +233,18 @@ def _spans(length: int, side: int, made: int) -> list[tuple[int, int, NDArray[np
             weights *= 1 - _rise(places - middles[index])
         spans.append((start, side, weights.astype(np.float32)))
     return spans
+
+
+def _fit(length: int, side: int) -> tuple[int, int]:
+    """The smallest size of tiles along an axis that takes no more tiles than `side`, and how many.
+
+    Tiles then overlap by no more than they must: what lies under two is computed twice.
+    """
+    if side >= length:
+        return length, 1
+    overlap = 2 * _CUT + _RAMP
+    count = -(-(length - overlap) // (side - overlap))
+    return -(-(length + (count - 1) * overlap) // count), count
 
 
 def _rise(distance: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -73,13 +73,9 @@ def test_an_edit_changes_what_its_words_name_and_nothing_else() -> None:
         named = old.thing.colour in words
         same = [p for p in edit.before.things if p.thing.shape == old.thing.shape]
         assert named or len(same) == 1
-        if old.thing.shape == new.thing.shape:
-            assert words[-1] == new.thing.colour
-            kinds.add("colour")
-        else:
-            assert (words[-1], old.thing.colour) == (new.thing.shape, new.thing.colour)
-            kinds.add("shape")
-    assert kinds == {"background", "colour", "shape"}
+        assert (words[-1], old.thing.shape) == (new.thing.colour, new.thing.shape)
+        kinds.add("thing")
+    assert kinds == {"background", "thing"}
 
 
 def test_the_same_numbers_draw_the_same_hole_and_edit() -> None:

@@ -34,6 +34,7 @@ def workplace(
     pytest.importorskip("torch")
     for name, kind in BUNDLES.items():
         (tmp_path / name).symlink_to(bundle(kind), target_is_directory=True)
+    (tmp_path / "demo-kontext").symlink_to(bundle("kontext"), target_is_directory=True)
     for name, found in {"dev-redux": redux_bundle, "dev-ip": ip_adapter_bundle}.items():
         (tmp_path / name).symlink_to(found, target_is_directory=True)
     for name in ("room", "wall", "beach", "house", "edges", "ring", "star"):

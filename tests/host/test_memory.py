@@ -109,12 +109,12 @@ def test_tiles_are_told_to_the_caller_and_warned_of_once(
         warnings.simplefilter("always")
         for _ in range(2):
             output = pipe(
-                "a fox", height=1280, width=512, num_inference_steps=1, num_images_per_prompt=2
+                "a fox", height=1792, width=512, num_inference_steps=1, num_images_per_prompt=2
             )
             told.append(output.notices)
     assert told[0] == told[1]
     (notice,) = told[0]
-    assert notice.startswith("The 512x1280 picture was decoded in tiles of 512x768 pixels")
+    assert notice.startswith("The 512x1792 picture was decoded in tiles of 512x768 pixels")
     (warning,) = caught
     assert warning.category is TiledWarning
     assert warning.filename == __file__

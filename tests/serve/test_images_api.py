@@ -163,6 +163,23 @@ def test_the_openai_client_streams_three_pictures_of_the_running_state(
     assert events[-1].seed == 7
 
 
+def test_a_stream_of_linear_previews_shows_each_step(client: Any, pipeline: FluxPipeline) -> None:
+    shown: list[Any] = []
+    drawn(
+        pipeline,
+        preview_decoder="linear",
+        callback_on_preview=lambda _, step, images: shown.append((step, images[0])),
+        **FAST,
+    )
+    body = {"seed": 7, "preview_decoder": "linear", **FAST}
+    with client.images.generate(prompt=PROMPT, stream=True, extra_body=body) as stream:
+        *partial, _ = stream
+    assert [event.step for event in partial] == [step for step, _ in shown] == [1, 2, 3, 4]
+    for event, (_, image) in zip(partial, shown, strict=True):
+        assert same(decoded(event.b64_json), image)
+        assert event.size == f"{image.width}x{image.height}"
+
+
 def test_a_stream_tells_its_steps_where_they_are_asked_for(url: str) -> None:
     body = {"prompt": PROMPT, "stream": True, "stream_steps": True, **FAST}
     request = urllib.request.Request(

@@ -164,10 +164,13 @@ def test_http_gives_the_same_picture_as_a_png(server: TritonServer, pipe: FluxPi
     assert "image" not in answer  # numbers in JSON take longer than the picture
 
 
+@pytest.mark.parametrize(
+    ("which", "count"), [({"num_previews": 2}, 2), ({"preview_decoder": "linear"}, 6)]
+)
 def test_previews_stream_and_are_those_of_the_pipeline(
-    server: TritonServer, pipe: FluxPipeline
+    server: TritonServer, pipe: FluxPipeline, which: dict[str, Any], count: int
 ) -> None:
-    arguments = {**SMALL, "seed": 1, "num_inference_steps": 6, "num_previews": 2}
+    arguments = {**SMALL, "seed": 1, "num_inference_steps": 6, **which}
     shown: list[tuple[int, list[bytes]]] = []
     pipe(
         "a star",
@@ -182,7 +185,7 @@ def test_previews_stream_and_are_those_of_the_pipeline(
     previews = [(e.step, pixels(e.images)) for e in found if isinstance(e, Preview)]
     steps = [event for event in found if isinstance(event, StepEnd)]
     assert previews == shown
-    assert len(previews) == 2
+    assert len(previews) == count
     assert [event.step for event in steps] == [1, 2, 3, 4, 5, 6]
     assert [event.sigma for event in steps] == sorted((e.sigma for e in steps), reverse=True)
     assert isinstance(found[-1], FluxPipelineOutput)
@@ -194,8 +197,7 @@ def test_previews_stream_and_are_those_of_the_pipeline(
     ).split("\n\n")
     told = [json.loads(line.removeprefix("data: ")) for line in lines if line]
     assert [(e["event"], e["step"]) for e in told] == [
-        ("preview", shown[0][0]),
-        ("preview", shown[1][0]),
+        *(("preview", step) for step, _ in shown),
         ("final", 6),
     ]
     assert pixels([png(told[0]["b64_json"])]) == shown[0][1]

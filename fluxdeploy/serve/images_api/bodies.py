@@ -81,6 +81,9 @@ class _Body(BaseModel):
         "none", description="auto: leave out the evaluations that `fluxdeploy tune` found."
     )
     priority: Priority = "normal"
+    preview_decoder: Literal["vae", "linear"] = Field(
+        "vae", description="linear: stream a small picture of each step, at almost no cost."
+    )
     stream_steps: bool = Field(False, description="Stream an event for each step too.")
 
     @property
@@ -145,6 +148,11 @@ def _read(kind: type[_B], fields: Mapping[str, Any], strict: bool) -> _B:
     for condition, param, message in (
         (body.stream or not body.partial_images, "partial_images", "It needs `stream`: true."),
         (body.stream or not body.stream_steps, "stream_steps", "It needs `stream`: true."),
+        (
+            body.stream or body.preview_decoder == "vae",
+            "preview_decoder",
+            "It needs `stream`: true.",
+        ),
         (not body.stream or body.n == 1, "n", "A stream has one picture: leave `n` at 1."),
         (
             not body.stream or body.response_format == "b64_json",

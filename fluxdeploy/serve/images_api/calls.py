@@ -108,8 +108,11 @@ async def _encoded(
                     steps = {"step": each.step, "noise_level": each.sigma}
                     yield event(f"{kind}.step", steps)
             elif isinstance(each, Preview):
-                fields = await _picture_fields(drawing, each.images[0])
+                picture = each.images[0]
+                fields = await _picture_fields(drawing, picture)
                 fields |= {"partial_image_index": shown, "step": each.step}
+                # Those of the linear map are smaller than what is drawn.
+                fields |= {"size": f"{picture.width}x{picture.height}"}
                 shown += 1
                 yield event(f"{kind}.partial_image", fields)
             else:

@@ -22,7 +22,7 @@ _PASSED = (
     *("seed", "guidance_scale", "negative_prompt", "true_cfg_scale", "max_sequence_length"),
     *("strength", "prompt_2", "negative_prompt_2"),
     *("prompt_embeds_scale", "pooled_prompt_embeds_scale", "ip_adapter_scale"),
-    *("sampler", "skip"),
+    *("sampler", "skip", "preview_decoder"),
 )
 """Fields that are arguments of the pipeline under the same names."""
 

@@ -80,6 +80,7 @@ INPUTS: tuple[Field, ...] = (
     _argument("sampler", "STRING", (1,), "how steps use the velocity; `euler` by default"),
     _argument("skip", "STRING", (1,), "`auto`: leaves out the evaluations that `tune` found"),
     _argument("num_previews", "INT32", (1,), "pictures on the way, each a response of its own"),
+    _argument("preview_decoder", "STRING", (1,), "`linear`: a small one after each step instead"),
     _argument("priority", "STRING", (1,), "`high`, `normal` or `low`"),
     Field("step_events", "BOOL", (1,), "whether each step is a response of its own"),
     Field(
