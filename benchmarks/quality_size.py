@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 from recipes import add_outliers, shapes
@@ -34,6 +35,7 @@ from fluxdeploy.text import load_tokenizers
 from fluxdeploy.verify.pictures import Drawing, choose_prompts, choose_scenes, draw
 from fluxdeploy.verify.reference import ReferenceEngine
 from tests.support.checkpoints import make_checkpoint
+from tests.support.traces import Traces
 
 PACKAGES = ("torch", "onnx", "onnxruntime", "numpy")
 DEMO = "demo:dev"
@@ -49,7 +51,12 @@ _ELSEWHERE = {"int8": ("openvino", ("cpu",)), "fp4": ("tensorrt-rtx", ("sm120",)
 def main(pictures: int, json_file: Path | None, plot: Path | None) -> None:
     """Build two models in every precision, and compare their pictures and sizes."""
     found: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="quality-size-") as place, Progress() as progress:
+    with (
+        tempfile.TemporaryDirectory(prefix="quality-size-") as place,
+        # Most of a small build, and the same for every precision that computes in one type.
+        mock.patch("exporters.export.trace_chain", Traces(Path(place) / "traces")),
+        Progress() as progress,
+    ):
         for name, checkpoint in _checkpoints(Path(place)):
             found[name] = _measure(checkpoint, Path(place) / "bundles" / name, pictures, progress)
     report = {"machine": describe_machine(PACKAGES), "pictures": pictures, "checkpoints": found}

@@ -159,8 +159,8 @@ def _quality_size(report: dict[str, Any]) -> str:
     return (
         f"{_table(rows)}\n"
         f"Graphs and weights of whole bundles, and medians over {report['pictures']} pictures "
-        "against PyTorch float32, drawn with\n`--runtime emulate`. Nothing is spared: what a recipe "
-        "keeps is told [elsewhere](figures.md#what-recipes-keep-on-other-checkpoints).\n"
+        "against PyTorch float32, drawn\nwith `--runtime emulate`. Nothing is spared: what recipes "
+        "keep is told\n[elsewhere](figures.md#what-recipes-keep-on-other-checkpoints). "
         "Measured by [benchmarks/quality_size.py](../benchmarks/quality_size.py) on\n"
         f"{_machine(report['machine'])}.\n"
     )

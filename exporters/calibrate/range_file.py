@@ -30,7 +30,7 @@ __all__ = ["CalibrationFile", "read_calibration", "read_prompts", "write_calibra
 
 _VERSION = 2
 _MAX_RANGES = 16 << 20
-"""FLUX.1's have 2 MiB, a byte a channel, and the prompts."""
+"""FLUX.1's have 7 MiB, a byte and a bfloat16 for each channel, and the prompts."""
 _MAX_PROMPTS = 16 << 20
 
 

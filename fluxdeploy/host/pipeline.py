@@ -294,7 +294,7 @@ class FluxPipeline:
         control_image: what to draw along, for a bundle of a Canny or Depth checkpoint: the edges or
             depths of a picture, of the kinds and resized as `image`. Of a bundle that was built
             with ControlNets: what its ControlNet takes; of one with several, a list with what each
-            takes, and what follows may be lists too.
+            takes, and what follows may be lists too; `image` and `mask_image` may stand beside it.
         control_mode: the kind of control, for a ControlNet that tells several apart.
         controlnet_conditioning_scale: what its residuals are multiplied with.
         control_guidance_start, control_guidance_end: the part of the steps, 0 to 1, in which it

@@ -58,3 +58,20 @@ def test_sizes_and_tensors(
         for stage in chain.stages:
             for parameter, value in stage.piece.module.named_parameters():
                 assert weights[stage.scope + parameter].shape == tuple(value.shape)
+
+
+@pytest.mark.parametrize("model", ["fill", "controlnet"])
+def test_other_kinds_are_what_they_are_called(
+    full_size: ModuleType, tmp_path: Path, model: str
+) -> None:
+    from exporters.checkpoint import open_checkpoint
+    from exporters.checkpoint.controlnet import with_controlnets
+
+    full_size.write_full_size(tmp_path, "diffusers", model)
+    opened = open_checkpoint(tmp_path)
+    assert opened.transformer == full_size.MODELS[model][1].transformer
+    if model == "controlnet":
+        found = with_controlnets(opened, [tmp_path / "controlnet"])
+        assert found.controlnets == full_size.MODELS[model][1].controlnets
+    else:
+        assert opened.task == model

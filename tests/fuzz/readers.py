@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -142,12 +143,16 @@ def four_bits(folder: Path) -> Reader:
 
 
 def lora(folder: Path) -> Reader:
+    import numpy as np
+
     from fluxdeploy.bundle.tensorfile import TensorFileWriter
     from fluxdeploy.lora import read_lora
 
     block = "transformer_blocks.0.attn"
     flat = "lora_unet_double_blocks_0_img_attn_qkv"
     linears = {"transformer": {f"{block}.{name}": (8, 8) for name in ("to_q", "to_k", "to_v")}}
+    linears["transformer"]["x_embedder"] = (8, 8)
+    norms = {f"{block}.norm_q": 8}
     config = '{"transformer.r": 2, "transformer.lora_alpha": 4}'
     seeds = []
     for names, rows, metadata in (
@@ -161,9 +166,25 @@ def lora(folder: Path) -> Reader:
             writer.write(bytes(range(4 * rows)))
         seeds.append(path.read_bytes())
 
+    control = {
+        "img_in.lora_A.weight": (2, 16),
+        "img_in.lora_B.weight": (8, 2),
+        "img_in.lora_B.bias": (8,),
+        "double_blocks.0.img_attn.norm.query_norm.scale": (8,),
+    }
+    path = folder / "control.safetensors"
+    with TensorFileWriter(path, [(n, "F32", s) for n, s in control.items()]) as writer:
+        for shape in control.values():
+            writer.write(bytes(4 * math.prod(shape)))
+    seeds.append(path.read_bytes())
+
     def read(path: Path) -> None:
-        for change in read_lora(path, linears).changes.get("transformer", {}).values():
-            assert change.up().shape == (8, change.rank) == change.down().T.shape
+        lora = read_lora(path, linears, norms=norms)
+        for change in lora.changes.get("transformer", {}).values():
+            assert change.up().shape == (8, change.rank)
+            assert change.down().shape == (change.rank, change.width)
+        for vector in (*lora.biases.get("transformer", {}).values(), *lora.norms.values()):
+            assert vector.add_to(np.zeros(8, np.float32), 1.0).shape == (8,)
 
     return _of_file(folder / "x.safetensors", seeds, read)
 

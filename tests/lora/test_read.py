@@ -240,3 +240,16 @@ def test_a_control_lora_of_bfl_is_what_diffusers_makes_of_it(tmp_path: Path) -> 
     for name, norm in lora.norms.items():
         own = norm.add_to(np.ones(2, np.float32), 0.5)
         np.testing.assert_array_equal(own, found[f"{name}.weight"])
+
+
+def test_a_lora_of_the_latents_channels_changes_no_others(tmp_path: Path) -> None:
+    path = _write(
+        tmp_path / "x.safetensors", _pair("x_embedder", ".lora_A.weight", ".lora_B.weight", 8, 64)
+    )
+    linears = {"transformer": {"x_embedder": (8, 128), "proj_out": (64, 8)}}
+    lora = read_lora(path, linears)
+    down = lora.changes["transformer"]["x_embedder"].down()
+    assert down.shape == (_RANK, 128)
+    assert lora.reads is None
+    assert down[:, :64].any()
+    assert not down[:, 64:].any()

@@ -111,7 +111,7 @@ INPUTS: tuple[Field, ...] = (
 OUTPUTS: tuple[Field, ...] = (
     Field("image", "UINT8", (-1, -1, -1, 3), "pictures, [n, H, W, 3]"),
     Field("b64_json", "STRING", (-1,), "the same as PNG files in base64"),
-    Field("seeds", "UINT64", (-1,), "the seed of each picture; absent beside `latents`"),
+    Field("seeds", "UINT64", (-1,), "the seed of each picture; absent where nothing was drawn"),
     Field("event", "STRING", (1,), "`step`, `preview` or `final`"),
     Field("step", "INT32", (1,), "steps made so far"),
     Field("sigma", "FP64", (1,), "noise level at which the step began; of `step` alone"),

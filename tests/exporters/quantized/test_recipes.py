@@ -218,6 +218,16 @@ def test_smoothing_moves_outliers_and_changes_no_product(
     assert torch.allclose((x * scales) @ (weight / scales).T, x @ weight.T, atol=1e-4)
 
 
+def test_biases_make_up_for_what_is_rounded_in_the_mean(
+    opened: Checkpoint, samples: list[Mapping[str, Any]], means: dict[str, Any]
+) -> None:
+    emulator = Emulator(COMPONENTS["transformer"], opened, "fp32")
+    plain = Layers(quantization("int4-weights"))
+    corrected = dataclasses.replace(plain, means=means)
+    before, after = (emulator.worst_layer(samples[:1], how) for how in (plain, corrected))
+    assert after > before + 2, "dB"
+
+
 def test_noise_names_the_layer_that_makes_it(
     opened: Checkpoint, ranges: ActivationRanges, samples: list[Mapping[str, Any]]
 ) -> None:
