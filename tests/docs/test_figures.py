@@ -53,6 +53,8 @@ EXPORT_SCALE = {
 
 BLOCKS = (
     "export_scale",
+    "large_pictures",
+    "tile_quality",
     "demo_scores",
     "demo_training",
     "quantization_quality",

@@ -114,7 +114,7 @@ class Extended(FluxPipeline):
         }
         call = CallOptions(options.pop("callback", None), output_type="np")
         arguments = {"image": None, "strength": None, name: value}
-        images = self._generate({**usual, **options}, arguments, call).images
+        images = self._generate({**usual, **options}, arguments, call, (), {}, 1.0).images
         assert isinstance(images, np.ndarray)
         return images
 

@@ -276,7 +276,7 @@ FORMS = [
     (17 * FIELD.format("image", '; filename="m"', "a"), "There are 17 files image"),
     (2 * FIELD.format("prompt", "", "a"), "The field 'prompt' is there twice"),
     (WHOLE + FIELD.format("image[]", '; filename="m"', "a"), "not a picture that can be read"),
-    (23 * FIELD.format("image", '; filename="m"', "a"), "The form cannot be read: Too many files"),
+    (40 * FIELD.format("image", '; filename="m"', "a"), "The form cannot be read: Too many files"),
     (41 * FIELD.format("prompt", "", "a"), "The form cannot be read: Too many fields"),
     ("nonsense", "The form cannot be read"),
 ]
