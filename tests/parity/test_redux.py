@@ -43,6 +43,9 @@ USUAL: dict[str, Any] = {"num_inference_steps": 2, "height": 48, "width": 32}
 TEXT = 512
 """Tokens of a prompt in diffusers' prior, whatever is asked for."""
 
+HOLE = Image.new("L", (32, 48))
+HOLE.paste(255, (6, 10, 24, 40))
+
 # The checkpoint, what the prior is given, and what the pipeline after it.
 CALLS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "one": ("dev", {"image": photograph(48, 32), "prompt": FOX}, {}),
@@ -71,7 +74,14 @@ CALLS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"image": photograph(48, 32, 2), "prompt": FOX},
         {"image": photograph(48, 32), "strength": 0.5, "num_inference_steps": 4},
     ),
+    "fill": (
+        "fill",
+        {"image": photograph(40, 40, 1), "prompt": FOX, "prompt_embeds_scale": 0.9},
+        {"image": photograph(48, 32), "mask_image": HOLE, "guidance_scale": 30.0},
+    ),
 }
+AFTER = {"image to image": "FluxImg2ImgPipeline", "fill": "FluxFillPipeline"}
+"""Calls of other pipelines than FluxPipeline."""
 
 
 def with_room(record: ComponentRecord) -> ComponentRecord:
@@ -154,8 +164,9 @@ def draw(pipe: FluxPipeline, prior: dict[str, Any], call: dict[str, Any]) -> np.
     return np.asarray(pipe(**merged, seed=5, output_type="np").images)
 
 
-def reference(prior: Any, pipe: Any, given: dict[str, Any], call: dict[str, Any]) -> np.ndarray:
+def reference(case: str, prior: Any, pipe: Any) -> np.ndarray:
     """diffusers' pictures. Without encoders, its prior has zeros of FLUX.1's own widths."""
+    _, given, call = CALLS[case]
     if "prompt" not in given:
         widths = (pipe.text_encoder_2.config.d_model, pipe.text_encoder.config.hidden_size)
         words = {
@@ -164,11 +175,11 @@ def reference(prior: Any, pipe: Any, given: dict[str, Any], call: dict[str, Any]
         }
         given = {**given, **words}
     text = prior(**given)
-    if "image" in call:
+    if case in AFTER:
         import diffusers
 
         parts = {k: v for k, v in pipe.components.items() if v is not None}
-        pipe = diffusers.FluxImg2ImgPipeline(**parts)
+        pipe = getattr(diffusers, AFTER[case])(**parts)
         pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(5)
     merged = {"guidance_scale": 3.5, **USUAL, **call, **text}
@@ -184,7 +195,7 @@ def test_pictures_equal_diffusers(
     open_reference: Callable[[str], Any],
 ) -> None:
     name, given, call = CALLS[case]
-    expected = reference(open_prior(name), open_reference(name), given, call)
+    expected = reference(case, open_prior(name), open_reference(name))
     pictures = draw(open_redux(name), given, call)
     assert pictures.shape == expected.shape
     assert np.mean((expected > 0) & (expected < 1)) > 0.5, "clipped pixels would hide a difference"
