@@ -279,9 +279,20 @@ CONTROLNETS = click.option(
     "times; what they add is summed.",
 )
 
+
+def _one_adapter(
+    context: click.Context, option: click.Parameter, given: tuple[Path, ...]
+) -> Path | None:
+    if len(given) > 1:
+        raise UsageError(f"There are {len(given)} IP-Adapters. A bundle has one: give one.")
+    return given[0] if given else None
+
+
 IP_ADAPTER = click.option(
     "--ip-adapter",
     type=PathType(),
+    multiple=True,
+    callback=_one_adapter,
     metavar="PATH",
     help="Put this IP-Adapter into the bundle: XLabs' ip_adapter.safetensors, or its folder.",
 )

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from fluxdeploy.build.checkpoint import find_checkpoint, hash_checkpoint
+from fluxdeploy.cli import main
 from fluxdeploy.errors import CheckpointError
 from fluxdeploy.progress import Progress
 
@@ -165,6 +167,12 @@ def test_paths_that_lead_to_none_say_what_is_there(dev: str, folder: Path, tmp_p
             find_checkpoint(dev, ip_adapter=path)
     with pytest.raises(CheckpointError, match="is for an IP-Adapter, and there is none"):
         find_checkpoint(dev, image_encoder=folder / "image_encoder")
+
+
+def test_two_adapters_are_refused() -> None:
+    result = CliRunner().invoke(main, ["plan", "--ip-adapter", "a", "--ip-adapter", "b"])
+    assert result.exit_code == 2
+    assert "There are 2 IP-Adapters. A bundle has one" in result.stderr
 
 
 def test_the_image_encoder_may_be_a_whole_clip(dev: str, folder: Path, tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from fluxdeploy.bundle.boundary import _BOUNDARY, _controlnet
+from fluxdeploy.bundle.boundary import _BOUNDARY, _JOINED, _controlnet
 from fluxdeploy.bundle.manifest import (
     ComponentRecord,
     ControlNetRecord,
     DimensionRange,
     EngineRecord,
+    IpAdapterRecord,
     Manifest,
     PreviewSpec,
     SkipRecord,
@@ -24,6 +25,7 @@ from fluxdeploy.bundle.manifest import (
     TokenizerRecord,
     to_json,
 )
+from fluxdeploy.bundle.pixels import PixelSpec
 from fluxdeploy.bundle.recipe import Promise, Quality, Recipe, RecipeRecord
 from fluxdeploy.bundle.tensorfile import TensorFileWriter
 from tests.support.small_bundle import small_files, small_manifest, write_small_bundle
@@ -32,7 +34,8 @@ __all__ = ["DEMO", "full_manifest", "pictures", "write_seeds"]
 
 DEMO = Path(__file__).parents[3] / "fluxdeploy/demo/checkpoints/dev"
 
-_ALL = {**_BOUNDARY, **_controlnet("controlnet")}
+_ALL = {**_BOUNDARY, **_JOINED, **_controlnet("controlnet")}
+_PIXELS = PixelSpec((224,), (224, 224), "bicubic", 1 / 255, (0.5, 0.4, 0.5), (0.25, 0.25, 0.25))
 
 _SIZES = {
     "CLIP's tokens": 77, "CLIP's width": 768, "T5's width": 4096, "the transformer's width": 3072,
@@ -41,11 +44,15 @@ _SIZES = {
     "the latents' channels": 16, "double residuals": 2, "single residuals": 1,
     "the rows of controlnet": 15, "double_residuals of controlnet": 2,
     "single_residuals of controlnet": 4,
+    "the blocks that see": 2, "the tokens of a picture that is seen": 4,
+    "the picture's embedding": 768, "the rows of what is seen": 224,
+    "the columns of what is seen": 224, "the rows of its pixels": 224,
+    "the columns of its pixels": 224, "a picture's tokens": 729,
 }  # fmt: skip
 _RANGES = {
     "B": (1, 1, 64), "S": (1, 512, 512), "L": (1, 4096, 65536), "T": (2, 4608, 66048),
     "N": (1, 28, 1000), "H": (16, 1024, 4096), "W": (16, 1024, 4096), "h": (2, 128, 512),
-    "w": (2, 128, 512),
+    "w": (2, 128, 512), "V": (1, 16, 256),
 }  # fmt: skip
 
 
@@ -81,6 +88,8 @@ def full_manifest(manifest: Manifest) -> Manifest:
         preview=PreviewSpec(((0.25, 0.0, -0.5),) * 16, (0.5, 0.5, 0.5)),
         tasks=("text to image", "controlnet"),
         controlnets=(ControlNetRecord("controlnet", 6),),
+        redux=_PIXELS,
+        ip_adapter=IpAdapterRecord(_PIXELS),
         provenance={
             **manifest.provenance,
             "vae_bytes_per_pixel": {"vae_decoder": 2000, "vae_encoder": 1500},
