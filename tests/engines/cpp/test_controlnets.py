@@ -136,12 +136,17 @@ def python_call(call: dict[str, Any], several: bool) -> dict[str, Any]:
     images = [[Image.fromarray(each) for each in pictures] for pictures in sets]
     if sets:
         given["control_image"] = images if several else images[0]
+    for name in ("image", "mask_image"):
+        if name in given:
+            given[name] = [Image.fromarray(each) for each in given[name]]
     if isinstance(given.get("control_mode"), list):
         given["control_mode"] = [None if mode == -1 else mode for mode in given["control_mode"]]
     return given
 
 
 FIRST, SECOND, THIRD = picture(1, 40, 50), picture(2, 48, 32), picture(3, 70, 33)
+LATENTS = np.random.RandomState(4).randn(1, 6, 64).astype(np.float32)
+MASK = np.kron(np.eye(2)[..., None], np.full((24, 16, 3), 255)).astype(np.uint8)
 
 UNIONS: dict[str, dict[str, Any]] = {
     "no control": {},
@@ -170,6 +175,24 @@ UNIONS: dict[str, dict[str, Any]] = {
         "controlnet_conditioning_scale": -1.3,
         "skip": [2],
     },
+    "latents": {"control_image": [[FIRST]], "control_mode": [3], "latents": LATENTS},
+    "images, a part of the steps": {
+        "prompt": ["a fox", "a robot"],
+        "image": [THIRD, SECOND],
+        "strength": 0.6,
+        "control_image": [[FIRST]],
+        "control_mode": 3,
+        "control_guidance_start": 0.3,
+        "num_inference_steps": 5,
+    },
+    "an image and a mask, skipped steps": {
+        "image": [SECOND],
+        "mask_image": [MASK],
+        "strength": 0.8,
+        "control_image": [[FIRST]],
+        "control_mode": 3,
+        "skip": [2],
+    },
 }
 
 TWOS: dict[str, dict[str, Any]] = {
@@ -188,6 +211,24 @@ TWOS: dict[str, dict[str, Any]] = {
         "control_image": [[FIRST], [SECOND]],
         "control_mode": 0,
         "controlnet_conditioning_scale": [0.0, 1.0],
+    },
+    "an image": {
+        "image": [THIRD],
+        "strength": 0.5,
+        "control_image": [[FIRST], [SECOND]],
+        "control_mode": [4, -1],
+        "controlnet_conditioning_scale": [0.7, 1.2],
+    },
+    "images, masks and a seed for each": {
+        "prompt": ["a fox", "a robot"],
+        "seed": [1, 2],
+        "image": [FIRST, SECOND],
+        "mask_image": [MASK, 255 - MASK],
+        "strength": 1.0,
+        "control_image": [[FIRST], [SECOND, THIRD]],
+        "control_mode": 1,
+        "negative_prompt": "blurred",
+        "true_cfg_scale": 1.5,
     },
 }
 
@@ -210,7 +251,8 @@ def test_a_picture_with_one_is_pythons(one: Pair, call: dict[str, Any]) -> None:
 @pytest.mark.parametrize("call", TWOS.values(), ids=TWOS.keys())
 def test_a_picture_with_several_is_pythons(two: Pair, call: dict[str, Any]) -> None:
     found = assert_equal(two, call, several=True)
-    plain, _, _ = two[1](**{**USUAL, "prompt": call.get("prompt", USUAL["prompt"])})
+    kept = ("prompt", "seed", "image", "mask_image", "strength")
+    plain, _, _ = two[1](**{**USUAL, **{name: call[name] for name in kept if name in call}})
     assert np.abs(found.astype(int) - plain).max() > 8
 
 
@@ -238,10 +280,30 @@ def test_it_says_where_no_controlnet_counts(one: Pair) -> None:
     with pytest.warns(UserWarning, match="`control_image` does nothing: in none of 4") as warned:
         python(**python_call(call, several=False))
     assert cpp(**{**USUAL, **call})[1] == [str(each.message) for each in warned]
+    call |= {"image": [SECOND], "strength": 1.0}
+    with pytest.warns(UserWarning, match="`image` does nothing: at strength 1") as warned:
+        python(**python_call(call, several=False))
+    assert cpp(**{**USUAL, **call})[1] == [
+        *(str(each.message) for each in warned),
+        "`control_image` does nothing: in none of 4 steps a ControlNet counts. Raise "
+        "`controlnet_conditioning_scale` or `control_guidance_end`, or lower "
+        "`control_guidance_start`.",
+    ]
     words = {"control_guidance_start": 0.5, "controlnet_conditioning_scale": 2.0}
     with pytest.warns(UserWarning, match="does nothing without `control_image`") as warned:
         python(**USUAL, **words)
     assert cpp(**USUAL, **words)[1] == [str(each.message) for each in warned]
+
+
+def test_a_seed_draws_for_the_control_picture_beside_latents(one: Pair) -> None:
+    """Where none is given the system's is told, with which the same picture is made again."""
+    call = {"control_image": [[FIRST]], "control_mode": 3, "latents": LATENTS, "seed": ()}
+    found, notices, seed = one[1](**{**USUAL, **call})
+    assert notices == []
+    assert seed is not None
+    again = one[0](**python_call({**call, "seed": seed}, several=False))
+    assert again.seed == seed
+    assert np.abs(found[0].astype(int) - np.asarray(again.images[0])).max() <= 1
 
 
 BAD_ONE: dict[str, dict[str, Any]] = {
@@ -253,8 +315,23 @@ BAD_ONE: dict[str, dict[str, Any]] = {
     "a start": {"control_image": [[FIRST]], "control_guidance_start": -0.1},
     "an end": {"control_image": [[FIRST]], "control_guidance_end": 1.5},
     "pictures": {"control_image": [[FIRST] * 3], "prompt": ["a", "b"]},
-    "latents": {"control_image": [[FIRST]], "latents": np.zeros((1, 6, 64), np.float32)},
-    "an image too": {"control_image": [[FIRST]], "image": [FIRST]},
+    "an image, no mode": {"control_image": [[FIRST]], "image": [FIRST]},
+    "no steps": {"control_image": [[FIRST]], "image": [FIRST], "strength": 0.0},
+    "images": {"control_image": [[FIRST]], "image": [FIRST, SECOND]},
+    "a mask alone": {"control_image": [[FIRST]], "mask_image": [MASK]},
+    "latents beside a mask": {
+        "control_image": [[FIRST]],
+        "image": [SECOND],
+        "mask_image": [MASK],
+        "latents": LATENTS,
+    },
+    "a part of the picture": {
+        "control_image": [[FIRST]],
+        "image": [SECOND],
+        "mask_image": [MASK],
+        "padding_mask_crop": 8,
+    },
+    "a reference's option": {"control_image": [[FIRST]], "image": [FIRST], "max_area": 2000},
 }
 for each in ("a scale", "no number", "a start", "an end"):
     BAD_ONE[each]["control_mode"] = 0
@@ -283,8 +360,6 @@ BAD_TWO: dict[str, dict[str, Any]] = {
 def assert_refused_alike(pair: Pair, call: dict[str, Any], several: bool) -> None:
     python, cpp = pair
     given = python_call(call, several)
-    if "image" in given:
-        given["image"] = Image.fromarray(given["image"][0])
     with pytest.raises(UsageError) as wanted:
         python(**given)
     with pytest.raises(Failure) as found:
@@ -319,6 +394,7 @@ def test_the_commands_options_are_generates(built: Path, mixed: Path, tmp_path: 
     options = (
         f"--control-image {tmp_path}/a.png --control-image {tmp_path}/b.png --control-mode 2 "
         "--controlnet-scale 0.7 --controlnet-scale 1 --control-start 0.25 --control-end 1 "
+        f"--image {tmp_path}/b.png --mask {tmp_path}/a.png --strength 0.8 "
         "--width 32 --height 48 --steps 4 --seed 3"
     ).split()
     wanted, found = tmp_path / "python.png", tmp_path / "cpp.png"

@@ -27,6 +27,8 @@ Pair = tuple[FluxPipeline, Pipeline]
 
 PROMPTS = ("a red circle above a blue square", "Ein Fuchs, gemalt – 狐狸 🦊 café", "")
 
+LATENTS = np.random.RandomState(4).randn(1, 6, 64).astype(np.float32)
+
 CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dev", {"prompt": PROMPTS[0], "seed": 1}),
     ("dev", {"prompt": PROMPTS[1], "seed": 2**40 + 3, "height": 48, "width": 80}),
@@ -109,12 +111,14 @@ FAMILY: tuple[tuple[str, dict[str, Any]], ...] = (
         },
     ),
     ("fill", {"image": 1, "mask_image": 1, "padding_mask_crop": 3}),
+    ("fill", {"image": 1, "mask_image": 1, "strength": 0.5, "latents": LATENTS}),
     ("control", {"control_image": 1}),
     (
         "control",
         {"prompt": list(PROMPTS[:2]), "num_images_per_prompt": 2, "control_image": 2},
     ),
     ("control", {"prompt": list(PROMPTS[:2]), "control_image": 2, "sampler": "heun"}),
+    ("control", {"control_image": 1, "latents": LATENTS}),
     ("kontext", {}),
     ("kontext", {"image": 1, "auto_resize": False}),
     ("kontext", {"image": 1, "height": None, "width": None, "auto_resize": False}),

@@ -214,7 +214,8 @@ FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_seeds(fluxdeploy_request* 
  * made. Since version 4. */
 FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_sigmas(fluxdeploy_request* request,
                                                              const float* sigmas, size_t count);
-/* The noise to start from, `count` = B * L * C numbers, in place of a seed's. */
+/* The noise to start from, `count` = B * L * C numbers, in place of a seed's. What fill, control
+ * and ControlNets draw besides still comes from the seed. */
 FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_set_latents(fluxdeploy_request* request,
                                                               const float* latents, size_t count);
 /* One more picture to start from, RGB in 8 bits, row by row: image to image. It is resized to width
@@ -236,7 +237,7 @@ FLUXDEPLOY_API void fluxdeploy_request_set_padding_mask_crop(fluxdeploy_request*
                                                              int64_t pixels);
 /* One more control picture, RGB as the image, for a bundle of a Canny or Depth checkpoint, or with
  * a ControlNet: the edges, depths and so on to draw along. One for all pictures, one a prompt or
- * one a picture. Since version 5. */
+ * one a picture. Beside a ControlNet's there may be images, and masks too. Since version 5. */
 FLUXDEPLOY_API fluxdeploy_code fluxdeploy_request_add_control_image(fluxdeploy_request* request,
                                                                     const uint8_t* rgb,
                                                                     int64_t width, int64_t height);
@@ -340,8 +341,8 @@ FLUXDEPLOY_API const uint8_t* fluxdeploy_result_pixels(const fluxdeploy_result* 
                                                        int64_t index);
 /* How many steps were made: fewer than asked for in image to image. */
 FLUXDEPLOY_API int64_t fluxdeploy_result_steps(const fluxdeploy_result* result);
-/* Not 0 where one seed makes these pictures again; 0 where the caller gave the latents, or a seed
- * for each. */
+/* Not 0 where all of these pictures had one seed; 0 where each had its own, and where nothing was
+ * drawn beside the caller's latents. */
 FLUXDEPLOY_API int fluxdeploy_result_has_seed(const fluxdeploy_result* result);
 FLUXDEPLOY_API uint64_t fluxdeploy_result_seed(const fluxdeploy_result* result);
 /* Sentences on arguments that did nothing, and on prompts that were cut; NULL after the last. */

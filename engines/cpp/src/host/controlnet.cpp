@@ -80,8 +80,9 @@ bool ControlInput::counts() const {
     return std::any_of(scales.begin(), scales.end(), [](float scale) { return scale != 0; });
 }
 
-ControlNet::ControlNet(const Manifest& manifest, const Request& request, const Arguments& arguments)
-    : manifest_(manifest), request_(request) {
+ControlNet::ControlNet(const Manifest& manifest, const Request& request, const Arguments& arguments,
+                       std::unique_ptr<Task> plain)
+    : manifest_(manifest), request_(request), plain_(std::move(plain)) {
     const std::vector<ControlNetRecord>& records = manifest.controlnets;
     const std::size_t count = records.size();
     const auto& sets = arguments.control_images;
@@ -130,21 +131,25 @@ AskedSizes ControlNet::engine_sizes() const {
 }
 
 std::vector<std::string> ControlNet::notices() const {
+    std::vector<std::string> found = plain_->notices();
     for (const Controlled& given : given_) {
         const std::vector<float> own = scales(given);
-        if (std::any_of(own.begin(), own.end(), [](float scale) { return scale != 0; })) return {};
+        if (std::any_of(own.begin(), own.end(), [](float scale) { return scale != 0; })) {
+            return found;
+        }
     }
-    return {"`control_image` does nothing: in none of " + std::to_string(steps()) +
-            " steps a ControlNet counts. Raise `controlnet_conditioning_scale` or "
-            "`control_guidance_end`, or lower `control_guidance_start`."};
+    found.push_back("`control_image` does nothing: in none of " + std::to_string(steps()) +
+                    " steps a ControlNet counts. Raise `controlnet_conditioning_scale` or "
+                    "`control_guidance_end`, or lower `control_guidance_start`.");
+    return found;
 }
 
-Start ControlNet::prepare(const std::vector<float>& sigmas, const Run& run) const {
+Start ControlNet::prepare(const std::vector<float>& sigmas, Generators& generators,
+                          const Run& run) const {
     const LatentSpec& spec = manifest_.latents;
     const std::int64_t batch = request_.batch();
     const TokenGrid grid = token_grid(request_.height, request_.width, spec);
     const Shape tokens{1, grid.rows * grid.columns, spec.token_channels()};
-    Generators generators(request_.seeds);
     std::vector<ControlInput> controls;
     for (const Controlled& given : given_) {
         Floats latents =
@@ -153,9 +158,9 @@ Start ControlNet::prepare(const std::vector<float>& sigmas, const Run& run) cons
                 : control_latents(given.images, batch, spec, generators, run);
         controls.push_back({given.record, std::move(latents), given.mode, scales(given)});
     }
-    const Floats noise =
-        generators.normal(latent_shape(batch, request_.height, request_.width, spec));
-    return {pack(noise, spec), sigmas, {}, {}, {}, {}, std::move(controls)};
+    Start start = plain_->prepare(sigmas, generators, run);
+    start.controls = std::move(controls);
+    return start;
 }
 
 // What residuals are multiplied with in each step.

@@ -1,7 +1,9 @@
 // ControlNet: a picture is drawn along control pictures, which networks beside the model read, as
-// diffusers' FluxControlNetPipeline has it.
+// diffusers' FluxControlNetPipeline has it; with an image as FluxControlNetImg2ImgPipeline, with a
+// mask too as FluxControlNetInpaintPipeline.
 #pragma once
 
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -13,18 +15,21 @@ namespace fluxdeploy {
 // one counts where start <= i/n and (i + 1)/n <= end.
 class ControlNet : public Task {
 public:
-    // Raises `Error` (usage) for what ControlNets of the bundle do not take.
-    ControlNet(const Manifest& manifest, const Request& request, const Arguments& arguments);
+    // `plain` is what is drawn without control pictures. Raises `Error` (usage) for what
+    // ControlNets of the bundle do not take.
+    ControlNet(const Manifest& manifest, const Request& request, const Arguments& arguments,
+               std::unique_ptr<Task> plain);
 
-    std::int64_t steps() const override { return request_.num_inference_steps; }
+    std::int64_t steps() const override { return plain_->steps(); }
     // Encoders are given one picture at a time, and ControlNets what the transformer is.
     AskedSizes engine_sizes() const override;
-    // Control pictures that count in no step.
+    // What does nothing without control pictures, and those that count in no step.
     std::vector<std::string> notices() const override;
     // One generator draws the noise of the posterior of each control picture, for every picture of
-    // the batch, and then that which the picture begins with; for ControlNets that take pixels
-    // nothing is drawn.
-    Start prepare(const std::vector<float>& sigmas, const Run& run) const override;
+    // the batch, and then what is drawn without them; for ControlNets that take pixels nothing is
+    // drawn.
+    Start prepare(const std::vector<float>& sigmas, Generators& generators,
+                  const Run& run) const override;
 
 private:
     // What one ControlNet is given: pictures [Bc, 3, H, W], and how it counts.
@@ -42,6 +47,7 @@ private:
 
     const Manifest& manifest_;
     const Request& request_;
+    std::unique_ptr<Task> plain_;
     std::vector<Controlled> given_;
 };
 

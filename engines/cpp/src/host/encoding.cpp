@@ -82,6 +82,12 @@ Floats read_controls(const std::vector<Picture>& images, const Request& request)
     return to_pixels(images, request.height, request.width);
 }
 
+Floats start_noise(const Request& request, const LatentSpec& spec, Generators& generators) {
+    if (request.latents) return *request.latents;
+    const Shape shape = latent_shape(request.batch(), request.height, request.width, spec);
+    return pack(generators.normal(shape), spec);
+}
+
 Floats control_latents(const Floats& images, std::int64_t batch, const LatentSpec& spec,
                        Generators& generators, const Run& run) {
     const Floats epsilon =

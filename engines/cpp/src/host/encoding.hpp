@@ -34,6 +34,9 @@ Floats repeat_each(const Floats& values, std::int64_t batch);
 // `Error` (usage) for another number of them.
 Floats read_controls(const std::vector<Picture>& images, const Request& request);
 
+// What a picture of noise alone begins with, [B, L, C], packed: the caller's latents, or drawn.
+Floats start_noise(const Request& request, const LatentSpec& spec, Generators& generators);
+
 // Latents of control pictures, [B, L, C], packed: a draw of its own for each of `batch` pictures.
 Floats control_latents(const Floats& images, std::int64_t batch, const LatentSpec& spec,
                        Generators& generators, const Run& run);

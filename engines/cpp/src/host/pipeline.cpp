@@ -183,10 +183,12 @@ void FluxPipeline::load() {
 Result FluxPipeline::generate(const Arguments& arguments) {
     const Manifest& manifest = bundle().manifest;
     std::vector<std::string> notices = unused_arguments(manifest, arguments);
-    const Request request = check_request(manifest, arguments, asked_size(manifest, arguments));
+    const bool drawing = draws(manifest, arguments);
+    const Request request =
+        check_request(manifest, arguments, asked_size(manifest, arguments), drawing);
     const std::unique_ptr<Task> task = choose_task(manifest, request, arguments);
     if (arguments.preview) require_linear(manifest);
-    append(notices, idle_arguments(manifest, arguments));
+    append(notices, idle_arguments(manifest, arguments, drawing));
     append(notices, task->notices());
     const std::int64_t length = request.max_sequence_length;
     append(notices, encoder_.cuts(request.text, length, "The prompt"));
@@ -226,7 +228,8 @@ Result FluxPipeline::make(const Request& request, const Task& task, const Argume
     }
     components_.check_sizes(cancel, sizes);
 
-    Start start = task.prepare(schedule, run);
+    Generators generators(request.seeds);
+    Start start = task.prepare(schedule, generators, run);
     components_.release("vae_encoder");
     for (const ControlNetRecord& record : manifest.controlnets) {
         components_.release(record.encoder());

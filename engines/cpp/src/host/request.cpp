@@ -116,7 +116,8 @@ AskedSizes Request::engine_sizes(const Manifest& manifest, std::int64_t levels) 
     return sizes;
 }
 
-Request check_request(const Manifest& manifest, const Arguments& arguments, const AskedSize& size) {
+Request check_request(const Manifest& manifest, const Arguments& arguments, const AskedSize& size,
+                      bool drawing) {
     const Defaults& defaults = manifest.defaults;
     Request request;
     request.text = read_text(manifest, arguments.words);
@@ -156,6 +157,8 @@ Request check_request(const Manifest& manifest, const Arguments& arguments, cons
     check_ranges(manifest, request.engine_sizes(manifest, request.num_inference_steps));
     if (arguments.latents) {
         request.latents = check_latents(*arguments.latents, manifest, request);
+    }
+    if (!drawing) {
         request.seeds.clear();
     } else if (request.seeds.empty()) {
         request.seeds = {std::random_device()()};
@@ -163,7 +166,8 @@ Request check_request(const Manifest& manifest, const Arguments& arguments, cons
     return request;
 }
 
-std::vector<std::string> idle_arguments(const Manifest& manifest, const Arguments& arguments) {
+std::vector<std::string> idle_arguments(const Manifest& manifest, const Arguments& arguments,
+                                        bool drawing) {
     std::vector<std::string> notices;
     const Words& words = arguments.words;
     const Words& away = arguments.negative_words;
@@ -190,7 +194,7 @@ std::vector<std::string> idle_arguments(const Manifest& manifest, const Argument
         notices.push_back(
             "`guidance_scale` does nothing here: this bundle's model has no guidance embedding.");
     }
-    if ((arguments.seed || !arguments.seeds.empty()) && arguments.latents) {
+    if ((arguments.seed || !arguments.seeds.empty()) && !drawing) {
         notices.push_back("`seed` does nothing beside `latents`.");
     }
     return notices;

@@ -84,9 +84,9 @@ struct Arguments {
 
 // What to generate, defaults filled in: for each prompt, `num_images_per_prompt` pictures.
 // `negative` has as many as `text`, and is nothing where true CFG is off. `latents` are the
-// caller's, [B, L, C], packed; where there are none there is a seed for all pictures, or one for
-// each, and else none. `sigmas` are the caller's noise levels before shifting, or none. `skip`
-// counts the steps of the whole schedule.
+// caller's, [B, L, C], packed. There is a seed for all pictures, or one for each, and none where
+// nothing is drawn beside latents. `sigmas` are the caller's noise levels before shifting, or none.
+// `skip` counts the steps of the whole schedule.
 struct Request {
     Text text;
     std::optional<Text> negative;
@@ -111,12 +111,14 @@ struct Request {
     AskedSizes engine_sizes(const Manifest& manifest, std::int64_t levels) const;
 };
 
-// The request that arguments make; a seed is drawn by the system where neither it nor latents are
-// given. `size` takes the place of the arguments'. Raises `Error` (usage) for a value outside its
-// range.
-Request check_request(const Manifest& manifest, const Arguments& arguments, const AskedSize& size);
+// The request that arguments make. `size` takes the place of the arguments'. `drawing`: whether
+// random numbers are drawn at all; a seed is then drawn by the system where none is given. Raises
+// `Error` (usage) for a value outside its range.
+Request check_request(const Manifest& manifest, const Arguments& arguments, const AskedSize& size,
+                      bool drawing);
 
 // A sentence for each argument that does nothing beside the others. They have passed the check.
-std::vector<std::string> idle_arguments(const Manifest& manifest, const Arguments& arguments);
+std::vector<std::string> idle_arguments(const Manifest& manifest, const Arguments& arguments,
+                                        bool drawing);
 
 }  // namespace fluxdeploy

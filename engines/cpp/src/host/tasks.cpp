@@ -41,13 +41,9 @@ public:
 
     std::int64_t steps() const override { return request_.num_inference_steps; }
 
-    Start prepare(const std::vector<float>& sigmas, const Run&) const override {
-        if (request_.latents) return {*request_.latents, sigmas, {}, {}, {}, {}};
-        const LatentSpec& spec = manifest_.latents;
-        const Floats noise =
-            Generators(request_.seeds)
-                .normal(latent_shape(request_.batch(), request_.height, request_.width, spec));
-        return {pack(noise, spec), sigmas, {}, {}, {}, {}};
+    Start prepare(const std::vector<float>& sigmas, Generators& generators,
+                  const Run&) const override {
+        return {start_noise(request_, manifest_.latents, generators), sigmas, {}, {}, {}, {}};
     }
 
 private:
@@ -102,11 +98,12 @@ public:
         return {};
     }
 
-    Start prepare(const std::vector<float>& sigmas, const Run& run) const override {
+    Start prepare(const std::vector<float>& sigmas, Generators& generators,
+                  const Run& run) const override {
         if (request_.latents) {
             return {*request_.latents, last_levels(sigmas, steps()), {}, {}, {}, {}};
         }
-        return start(noised(sigmas, run));
+        return start(noised(sigmas, generators, run));
     }
 
 protected:
@@ -121,8 +118,7 @@ protected:
 
     // A generator draws the noise of the encoder's posterior first, and then the noise that the
     // picture is mixed with.
-    Noised noised(const std::vector<float>& sigmas, const Run& run) const {
-        Generators generators(request_.seeds);
+    Noised noised(const std::vector<float>& sigmas, Generators& generators, const Run& run) const {
         const Floats epsilon = generators.normal(latents_of(images_.shape[0]));
         const Floats known = known_latents(images_, epsilon, manifest_.latents, run);
         return {last_levels(sigmas, steps()), repeat(known, request_.batch()),
@@ -180,9 +176,10 @@ public:
         return {};
     }
 
-    Start prepare(const std::vector<float>& sigmas, const Run& run) const override {
+    Start prepare(const std::vector<float>& sigmas, Generators& generators,
+                  const Run& run) const override {
         const LatentSpec& spec = manifest_.latents;
-        const Noised own = noised(sigmas, run);
+        const Noised own = noised(sigmas, generators, run);
         Floats kept(latents_of(request_.batch()));
         const Shape& shape = kept.shape;
         for (std::int64_t at = 0; at < kept.size(); ++at) {
@@ -246,20 +243,21 @@ public:
         return {};
     }
 
-    Start prepare(const std::vector<float>& sigmas, const Run& run) const override {
+    Start prepare(const std::vector<float>& sigmas, Generators& generators,
+                  const Run& run) const override {
         const LatentSpec& spec = manifest_.latents;
         const std::vector<float> levels = last_levels(sigmas, steps());
-        Generators generators(request_.seeds);
-        const Floats epsilon = generators.normal(latents_of(images_.shape[0]));
-        const Floats noise = generators.normal(latents_of(request_.batch()));
-        Floats begun = noise;
-        // Of all noise nothing is left of the picture; its draw comes before the others all the
-        // same.
-        if (levels.front() != 1.0f) {
-            const Floats known = known_latents(images_, epsilon, spec, run);
-            begun = scale_noise(repeat(known, request_.batch()), noise, levels.front());
+        Floats begun;
+        if (request_.latents) {
+            begun = *request_.latents;
+        } else if (levels.front() == 1.0f) {
+            // Nothing is left of the picture; its draw comes before the others all the same.
+            generators.normal(latents_of(images_.shape[0]));
+            begun = start_noise(request_, spec, generators);
+        } else {
+            begun = start(noised(sigmas, generators, run)).latents;
         }
-        return {pack(begun, spec), levels, {}, channels(generators, run), {}, {}};
+        return {std::move(begun), levels, {}, channels(generators, run), {}, {}};
     }
 
 private:
@@ -325,12 +323,12 @@ public:
         return encoder_sizes(request_.height, request_.width, manifest_.latents);
     }
 
-    Start prepare(const std::vector<float>& sigmas, const Run& run) const override {
+    Start prepare(const std::vector<float>& sigmas, Generators& generators,
+                  const Run& run) const override {
         const LatentSpec& spec = manifest_.latents;
-        const Shape shape = latent_shape(request_.batch(), request_.height, request_.width, spec);
-        Generators generators(request_.seeds);
-        Floats known = control_latents(images_, shape[0], spec, generators, run);
-        return {pack(generators.normal(shape), spec), sigmas, {}, std::move(known), {}, {}};
+        Floats known = control_latents(images_, request_.batch(), spec, generators, run);
+        Floats noise = start_noise(request_, spec, generators);
+        return {std::move(noise), sigmas, {}, std::move(known), {}, {}};
     }
 
 private:
@@ -445,7 +443,8 @@ public:
         return sizes;
     }
 
-    Start prepare(const std::vector<float>& sigmas, const Run& run) const override {
+    Start prepare(const std::vector<float>& sigmas, Generators& generators,
+                  const Run& run) const override {
         const LatentSpec& spec = manifest_.latents;
         const std::int64_t batch = request_.batch();
         std::vector<Floats> parts;
@@ -465,14 +464,8 @@ public:
                 to = std::copy(from, from + width, to);
             }
         }
-        Floats begun;
-        if (request_.latents) {
-            begun = *request_.latents;
-        } else {
-            const Shape shape = latent_shape(batch, request_.height, request_.width, spec);
-            begun = pack(Generators(request_.seeds).normal(shape), spec);
-        }
-        return {std::move(begun), sigmas, {}, {}, std::move(tokens), grids()};
+        Floats noise = start_noise(request_, spec, generators);
+        return {std::move(noise), sigmas, {}, {}, std::move(tokens), grids()};
     }
 
 private:
@@ -488,13 +481,6 @@ private:
     const Request& request_;
     std::vector<Floats> references_;
 };
-
-void require_encoder(const Manifest& manifest, const std::string& task, const std::string& names) {
-    if (manifest.components.count(kEncoder) != 0) return;
-    throw Error(ErrorCode::usage, "This bundle has no vae_encoder, which " + task +
-                                      " takes. Build it again with one, or leave out " + names +
-                                      ".");
-}
 
 }  // namespace
 
@@ -519,53 +505,6 @@ AskedSize asked_size(const Manifest& manifest, const Arguments& arguments) {
     return {size.height, size.width};
 }
 
-std::unique_ptr<Task> choose_task(const Manifest& manifest, const Request& request,
-                                  const Arguments& arguments) {
-    if (!arguments.control_images.empty()) {
-        const bool beside = manifest.does("controlnet");
-        const std::string name = beside ? "controlnet" : "control";
-        require_encoder(manifest, name, "`control_image`");
-        if (request.latents) {
-            throw Error(ErrorCode::usage, "`latents` has no place in " + name +
-                                              ", whose noise comes from `seed`. Leave them out.");
-        }
-        if (beside) return std::make_unique<ControlNet>(manifest, request, arguments);
-        return std::make_unique<Control>(manifest, request, arguments);
-    }
-    if (arguments.images.empty()) return std::make_unique<TextToImage>(manifest, request);
-    if (manifest.does("kontext")) {
-        require_encoder(manifest, "kontext", "`image`");
-        return std::make_unique<Kontext>(manifest, request, arguments);
-    }
-    if (arguments.mask_images.empty()) {
-        require_encoder(manifest, "image to image", "`image`");
-        return std::make_unique<ImageToImage>(manifest, request, arguments);
-    }
-    const std::string name = manifest.does("fill") ? "fill" : "inpainting";
-    require_encoder(manifest, name, "`image` and `mask_image`");
-    if (request.latents) {
-        throw Error(ErrorCode::usage, "`latents` has no place in " + name +
-                                          ", whose noise comes from `seed`. Leave out `latents` or "
-                                          "`mask_image`.");
-    }
-    const auto make = [&](const Arguments& parts,
-                          std::optional<MaskCrop> crop) -> std::unique_ptr<Task> {
-        if (name == "fill") {
-            return std::make_unique<Fill>(manifest, request, parts, std::move(crop));
-        }
-        return std::make_unique<Inpainting>(manifest, request, parts, std::move(crop));
-    };
-    if (!arguments.padding_mask_crop) return make(arguments, std::nullopt);
-    const std::int64_t padding =
-        check_integer("padding_mask_crop", *arguments.padding_mask_crop, 0);
-    MaskCrop crop = crop_to_mask(arguments.images, arguments.mask_images, request.height,
-                                 request.width, padding);
-    Arguments parts = arguments;
-    parts.images = {std::move(crop.image)};
-    parts.mask_images = {std::move(crop.mask)};
-    return make(parts, std::move(crop));
-}
-
 namespace {
 
 // What of a call asks for a task, or belongs to some.
@@ -573,20 +512,32 @@ struct TaskWords {
     const char* task;
     std::vector<std::string> chosen_by;
     std::vector<std::string> options;
+    // Whether it draws random numbers beside the noise that `latents` stand for.
+    bool draws_more = false;
 };
+
+// The options of ControlNets, after those of the task that they run beside.
+std::vector<std::string> controlled(std::vector<std::string> options) {
+    for (const char* own : {"control_mode", "controlnet_conditioning_scale",
+                            "control_guidance_start", "control_guidance_end"}) {
+        options.push_back(own);
+    }
+    return options;
+}
 
 const std::vector<TaskWords>& task_words() {
     static const std::vector<TaskWords> all{
         {"text to image", {}, {}},
         {"image to image", {"image"}, {"strength"}},
         {"inpainting", {"image", "mask_image"}, {"strength", "padding_mask_crop"}},
-        {"fill", {"image", "mask_image"}, {"strength", "padding_mask_crop"}},
-        {"control", {"control_image"}, {}},
+        {"fill", {"image", "mask_image"}, {"strength", "padding_mask_crop"}, true},
+        {"control", {"control_image"}, {}, true},
         {"kontext", {"image"}, {"max_area", "auto_resize"}},
+        {"controlnet", {"control_image"}, controlled({}), true},
+        {"controlnet", {"control_image", "image"}, controlled({"strength"}), true},
         {"controlnet",
-         {"control_image"},
-         {"control_mode", "controlnet_conditioning_scale", "control_guidance_start",
-          "control_guidance_end"}},
+         {"control_image", "image", "mask_image"},
+         controlled({"strength", "padding_mask_crop"})},
     };
     return all;
 }
@@ -659,6 +610,7 @@ std::vector<std::string> given_names(const Arguments& arguments) {
     }
     std::vector<std::string> others;
     for (const TaskWords& other : task_words()) {
+        if (has(others, other.task)) continue;  // the same with other things beside it
         if (has(other.chosen_by, name) || has(other.options, name)) others.push_back(other.task);
     }
     throw Error(ErrorCode::usage, place + "it is for " + joined(others, " and ") +
@@ -666,14 +618,18 @@ std::vector<std::string> given_names(const Arguments& arguments) {
                                       ". Leave it out, or build a checkpoint that is.");
 }
 
-}  // namespace
-
-std::vector<std::string> unused_arguments(const Manifest& manifest, const Arguments& arguments) {
-    const std::vector<std::string> given = given_names(arguments);
+// The tasks that a bundle does.
+std::vector<const TaskWords*> own_tasks(const Manifest& manifest) {
     std::vector<const TaskWords*> own;
     for (const TaskWords& each : task_words()) {
         if (manifest.does(each.task)) own.push_back(&each);
     }
+    return own;
+}
+
+// The one that is asked for by most of what is given.
+const TaskWords& asked_task(const std::vector<const TaskWords*>& own,
+                            const std::vector<std::string>& given) {
     const TaskWords* task = nullptr;
     for (const TaskWords* each : own) {
         if (!all_in(each->chosen_by, given)) continue;
@@ -683,14 +639,80 @@ std::vector<std::string> unused_arguments(const Manifest& manifest, const Argume
         throw Error(ErrorCode::usage,
                     "This bundle's model is one for " + ways(own) + ". Give what it takes.");
     }
+    return *task;
+}
+
+// What draws along nothing: with pictures, or from noise alone.
+std::unique_ptr<Task> plain_task(const Manifest& manifest, const Request& request,
+                                 const Arguments& arguments, const std::string& name) {
+    if (arguments.images.empty()) return std::make_unique<TextToImage>(manifest, request);
+    if (name == "kontext") return std::make_unique<Kontext>(manifest, request, arguments);
+    if (arguments.mask_images.empty()) {
+        return std::make_unique<ImageToImage>(manifest, request, arguments);
+    }
+    // What is held is noised with the very noise that the picture begins with.
+    if (request.latents && name != "fill") {
+        throw Error(ErrorCode::usage,
+                    "`latents` has no place in inpainting, whose noise comes from `seed`. Leave "
+                    "out `latents` or `mask_image`.");
+    }
+    const auto make = [&](const Arguments& parts,
+                          std::optional<MaskCrop> crop) -> std::unique_ptr<Task> {
+        if (name == "fill") {
+            return std::make_unique<Fill>(manifest, request, parts, std::move(crop));
+        }
+        return std::make_unique<Inpainting>(manifest, request, parts, std::move(crop));
+    };
+    if (!arguments.padding_mask_crop) return make(arguments, std::nullopt);
+    const std::int64_t padding =
+        check_integer("padding_mask_crop", *arguments.padding_mask_crop, 0);
+    MaskCrop crop = crop_to_mask(arguments.images, arguments.mask_images, request.height,
+                                 request.width, padding);
+    Arguments parts = arguments;
+    parts.images = {std::move(crop.image)};
+    parts.mask_images = {std::move(crop.mask)};
+    return make(parts, std::move(crop));
+}
+
+}  // namespace
+
+std::unique_ptr<Task> choose_task(const Manifest& manifest, const Request& request,
+                                  const Arguments& arguments) {
+    const TaskWords& task = asked_task(own_tasks(manifest), given_names(arguments));
+    const std::string name = task.task;
+    if (!task.chosen_by.empty() && manifest.components.count(kEncoder) == 0) {
+        throw Error(ErrorCode::usage, "This bundle has no vae_encoder, which " + name +
+                                          " takes. Build it again with one, or leave out " +
+                                          quoted(task.chosen_by) + ".");
+    }
+    if (name == "control") return std::make_unique<Control>(manifest, request, arguments);
+    if (name != "controlnet") return plain_task(manifest, request, arguments, name);
+    if (arguments.padding_mask_crop && has(task.chosen_by, "mask_image")) {
+        throw Error(ErrorCode::usage,
+                    "`padding_mask_crop` has no place beside `control_image`, which is of the "
+                    "whole picture. Leave it out, or give a part of image, mask and control "
+                    "image.");
+    }
+    return std::make_unique<ControlNet>(manifest, request, arguments,
+                                        plain_task(manifest, request, arguments, name));
+}
+
+bool draws(const Manifest& manifest, const Arguments& arguments) {
+    return !arguments.latents || asked_task(own_tasks(manifest), given_names(arguments)).draws_more;
+}
+
+std::vector<std::string> unused_arguments(const Manifest& manifest, const Arguments& arguments) {
+    const std::vector<std::string> given = given_names(arguments);
+    const std::vector<const TaskWords*> own = own_tasks(manifest);
+    const TaskWords& task = asked_task(own, given);
     std::vector<std::string> notices;
     for (const std::string& name : given) {
-        if (has(task->chosen_by, name) || has(task->options, name)) continue;
+        if (has(task.chosen_by, name) || has(task.options, name)) continue;
         std::vector<const TaskWords*> takers;
         for (const TaskWords* other : own) {
             if (has(other->options, name)) takers.push_back(other);
         }
-        if (takers.empty()) refuse(own, *task, name);
+        if (takers.empty()) refuse(own, task, name);
         std::vector<std::string> needed;
         for (const TaskWords* other : takers) {
             // Where `image` will do, `image` and `mask_image` need not be said.

@@ -10,6 +10,7 @@
 #include "host/prompts.hpp"
 #include "host/request.hpp"
 #include "sampling/latents.hpp"
+#include "sampling/noise.hpp"
 
 namespace fluxdeploy {
 
@@ -56,8 +57,10 @@ public:
     // What the drawn pictures are laid over, where only a part of one is drawn; else null.
     virtual const MaskCrop* crop() const { return nullptr; }
 
-    // What the loop begins with; `sigmas` is the whole schedule.
-    virtual Start prepare(const std::vector<float>& sigmas, const Run& run) const = 0;
+    // What the loop begins with; `sigmas` is the whole schedule. `generators` are those of the
+    // request's seeds, and nothing is drawn from none.
+    virtual Start prepare(const std::vector<float>& sigmas, Generators& generators,
+                          const Run& run) const = 0;
 };
 
 // Height and width of the pictures, for those that are asked for; none is the bundle's. Raises
@@ -68,6 +71,10 @@ AskedSize asked_size(const Manifest& manifest, const Arguments& arguments);
 // (usage) for a value that cannot be, and for a task that the bundle lacks a component for.
 std::unique_ptr<Task> choose_task(const Manifest& manifest, const Request& request,
                                   const Arguments& arguments);
+
+// Whether random numbers are drawn in the task that the arguments ask for. Raises as
+// `unused_arguments`.
+bool draws(const Manifest& manifest, const Arguments& arguments);
 
 // A sentence for each argument that does nothing in the task that the others ask for. Raises
 // `Error` (usage) for one that asks for another task.

@@ -36,7 +36,7 @@ private:
 // The generators of a call: one for all of its pictures, or one for each, as in diffusers.
 class Generators {
 public:
-    // At least one seed.
+    // Without a seed nothing can be drawn.
     explicit Generators(const std::vector<std::uint64_t>& seeds)
         : generators_(seeds.begin(), seeds.end()) {}
 
