@@ -23,6 +23,7 @@ MIDDLING: Any = SimpleNamespace(
     redux=None,
     transformer=TransformerConfig(64, 64, 512, 64, 2048, 2, 4, 256, 128, True, (8, 28, 28)),
     vae=VaeConfig(16, (64, 128, 256, 256), 2, 32, 0.3611, 0.1159),
+    ip_adapter=None,
     t5=SimpleNamespace(d_model=256, d_ff=640, num_heads=8),
     clip=SimpleNamespace(
         hidden_size=128, intermediate_size=512, num_attention_heads=4, max_position_embeddings=77
