@@ -78,7 +78,7 @@ class Components:
                 self._engines.pop(component).close()
 
     def release_all(self) -> None:
-        """Close what a call that failed has left open, where memory is short."""
+        """Close what a part of a call, or a call that failed, has opened, where memory is short."""
         self.release(*tuple(self._engines))
 
     def close(self) -> None:

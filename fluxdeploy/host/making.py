@@ -73,9 +73,9 @@ def make_pictures(
     components.check_sizes(turn, sizes)
 
     start = task.prepare(sigmas, run)
-    components.release(*task.components)
+    components.release_all()
     seen = adapter.encode(run)
-    components.release(*adapter.components)
+    components.release_all()
     beside = _with_loras(run, components, loras)
     texts = _texts(task, encoder, beside)
     levels = sampler.levels(start.sigmas)
