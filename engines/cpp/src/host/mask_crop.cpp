@@ -17,8 +17,8 @@ const std::uint8_t* pixel(const Picture& picture, std::int64_t row, std::int64_t
 }
 
 Picture black(std::int64_t width, std::int64_t height) {
-    return {width, height, std::vector<std::uint8_t>(static_cast<std::size_t>(width * height * 3)),
-            {}};
+    return {
+        width, height, std::vector<std::uint8_t>(static_cast<std::size_t>(width * height * 3)), {}};
 }
 
 // Lay `part` over `whole`; what stands out is cut off.
@@ -40,8 +40,10 @@ Picture part_of(const Picture& picture, const Box& box) {
 }
 
 Picture resized(const Picture& picture, std::int64_t width, std::int64_t height) {
-    return {width, height,
-            resize_lanczos(picture.rgb, picture.height, picture.width, 3, height, width), {}};
+    return {width,
+            height,
+            resize_lanczos(picture.rgb, picture.height, picture.width, 3, height, width),
+            {}};
 }
 
 // What lies beyond an edge, from the nearest pixel and the one behind it: Pillow's bicubic filter
@@ -58,8 +60,8 @@ Picture edge_of(const Picture& picture, std::int64_t width, std::int64_t height,
     Picture filled = black(width, height);
     const std::int64_t size = rows ? picture.height : picture.width;
     const std::int64_t nearest = last ? size - 1 : 0;
-    const std::int64_t behind = last ? std::max<std::int64_t>(size - 2, 0)
-                                     : std::min<std::int64_t>(1, size - 1);
+    const std::int64_t behind =
+        last ? std::max<std::int64_t>(size - 2, 0) : std::min<std::int64_t>(1, size - 1);
     for (std::int64_t row = 0; row < height; ++row) {
         for (std::int64_t column = 0; column < width; ++column) {
             const std::uint8_t* one =
@@ -162,8 +164,8 @@ Box crop_region(const std::vector<std::uint8_t>& grey, std::int64_t rows, std::i
 void check_one(const char* name, const std::vector<Picture>& given) {
     if (given.size() == 1) return;
     throw Error(ErrorCode::usage, std::string("With `padding_mask_crop`, `") + name +
-                                      "` must be one picture, not " +
-                                      std::to_string(given.size()) + ".");
+                                      "` must be one picture, not " + std::to_string(given.size()) +
+                                      ".");
 }
 
 std::string size_of(const Picture& picture) {
