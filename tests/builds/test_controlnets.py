@@ -219,7 +219,7 @@ def test_the_weights_of_two_lie_side_by_side(
     dev: str, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     from exporters.weights.bind import WeightFolder
-    from fluxdeploy.build.run import _controlnet_files
+    from fluxdeploy.build.run import _files_beside
 
     nets = (folder("plain"), copied(folder("pixels"), tmp_path / "other"), folder("plain"))
     opened = find_checkpoint(dev, controlnets=nets[:1])
@@ -228,9 +228,9 @@ def test_the_weights_of_two_lie_side_by_side(
         part: SimpleNamespace(weights={"a": SimpleNamespace(file=file)})
         for part, file in zip(("controlnet", "controlnet_2", "controlnet_3"), files, strict=True)
     }
-    many: Any = SimpleNamespace(controlnet_parts=tuple(parts), parts=parts)
+    many: Any = SimpleNamespace(parts_beside=tuple(parts), parts=parts)
     (tmp_path / "weights").mkdir()
-    weights = WeightFolder(tmp_path / "weights", owners=_controlnet_files(many))
+    weights = WeightFolder(tmp_path / "weights", owners=_files_beside(many))
     name = files[0].name
     assert [weights.link(file) for file in files] == [
         f"controlnet.{name}",
