@@ -53,6 +53,7 @@ EXPORT_SCALE = {
 
 BLOCKS = (
     "export_scale",
+    "export_family",
     "demo_scores",
     "demo_training",
     "quantization_quality",
