@@ -55,6 +55,7 @@ BLOCKS = (
     "export_scale",
     "large_pictures",
     "tile_quality",
+    "export_family",
     "demo_scores",
     "demo_training",
     "quantization_quality",
