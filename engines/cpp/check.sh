@@ -45,8 +45,8 @@ say "AddressSanitizer: pictures"
 
 say "AddressSanitizer: cancelling"
 status=0
-timeout --preserve-status -s INT 20 "$command" "$bundle" "$prompt" --steps 900 -o "$work/out.png" ||
-    status=$?
+timeout --preserve-status -s INT 10 "$command" "$bundle" "$prompt" --steps 900 --width 160 \
+    --height 160 -o "$work/out.png" || status=$?
 [[ $status == 130 ]] || { echo "An interrupt ended the command with $status, not 130." && exit 1; }
 server build/cpp-address
 build/cpp-address/fluxdeploy-threads "$bundle"
