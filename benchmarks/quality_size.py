@@ -39,6 +39,7 @@ from tests.support.traces import Traces
 
 PACKAGES = ("torch", "onnx", "onnxruntime", "numpy")
 DEMO = "demo:dev"
+_MARKS = "osD^v<>Pp*X"
 _CALIBRATED = "int8"
 _ELSEWHERE = {"int8": ("openvino", ("cpu",)), "fp4": ("tensorrt-rtx", ("sm120",))}
 """What builds precisions that ONNX Runtime has not on a CPU."""
@@ -157,11 +158,13 @@ def plot_report(report: Mapping[str, Any], path: Path) -> None:
                 min(value, 100.0) for value in (min(ratios), statistics.median(ratios), max(ratios))
             )
             size = row["bytes"] / 1e6
-            axis.errorbar(size, middle, [[middle - low], [high - middle]], fmt="o", linewidth=0.5)
-            axis.annotate(precision, (size, middle), (4, 4), textcoords="offset points", fontsize=8)
+            spread = [[middle - low], [high - middle]]
+            mark = _MARKS[list(rows).index(precision) % len(_MARKS)]
+            axis.errorbar(size, middle, spread, fmt=mark, linewidth=0.5, label=precision)
         axis.set_title(name)
         axis.set_xlabel("graphs and weights of the bundle, MB")
         axis.set_ylabel("PSNR against PyTorch float32, dB")
+    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1.0))
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)

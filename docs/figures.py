@@ -189,7 +189,9 @@ def _quality_size(report: dict[str, Any]) -> str:
         f"{_table(rows)}\n"
         f"Graphs and weights of whole bundles, and medians over {report['pictures']} pictures "
         "against PyTorch float32, drawn\nwith `--runtime emulate`. Nothing is spared: what recipes "
-        "keep is told\n[elsewhere](figures.md#what-recipes-keep-on-other-checkpoints). "
+        "keep is told\n[elsewhere](figures.md#what-recipes-keep-on-other-checkpoints). `random` is "
+        "the first of those. ONNX Runtime\ncomputes in float32 for bf16, and beside what is "
+        "quantized; the bundle in `fp4`, for TensorRT-RTX, is\nin bfloat16 there. "
         "Measured by [benchmarks/quality_size.py](../benchmarks/quality_size.py) on\n"
         f"{_machine(report['machine'])}.\n"
     )

@@ -65,8 +65,8 @@ def tell_time(
         shutil.rmtree(folder, ignore_errors=True)
     task.finish()
     run.progress.note(
-        f"  {name}: on the golden inputs it takes {with_recipe:.3g} s with its recipe and "
-        f"{without:.3g} s without"
+        f"  {name}: on the golden inputs it takes {1000 * with_recipe:,.1f} ms with its recipe and "
+        f"{1000 * without:,.1f} ms without"
     )
 
 

@@ -61,6 +61,7 @@ BLOCKS = (
     "quantization_quality",
     "quantize_scale",
     "recipes",
+    "quality_size",
     "gpu_latency",
     "gpu_step",
     "gpu_step_kernels",
