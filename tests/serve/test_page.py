@@ -6,7 +6,7 @@ import base64
 import io
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,6 +282,35 @@ def test_a_picture_is_redrawn_where_the_mask_is_painted_and_again_from_the_histo
     page.press("Enter", ctrl=True)
     page.wait(f"{IDLE} && {DRAWN.format(2)}")
     np.testing.assert_array_equal(shown_pixels(page), np.asarray(told.images[0]))
+
+
+def test_a_control_bundle_draws_along_the_image_and_takes_no_mask(
+    browser: Page, bundle: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from fluxdeploy.serve.images_api.app import create_app
+    from fluxdeploy.serve.images_api.server import local_backend
+    from fluxdeploy.serve.images_api.settings import Settings
+
+    with (
+        FluxPipeline.from_bundle(bundle("control")) as pipeline,
+        serving(create_app(local_backend(pipeline), Settings("demo"))) as url,
+    ):
+        open_at(browser, url)
+        choose_image(browser, tmp_path, 100, 100)
+        for hidden in ("#mask", "#mask-hint", "#undo", "#strength"):
+            assert browser.value(f"document.querySelector('{hidden}').offsetParent === null")
+        for name, value in {"width": 64, "height": 48, "num_inference_steps": 2}.items():
+            browser.fill(f"#{name}", str(value))
+        browser.fill("#prompt", "a fox")
+        browser.press("Enter", ctrl=True)
+        browser.wait(f"{IDLE} && ({DRAWN.format(1)} || {ERROR} != '')")
+        assert browser.value(ERROR) == ""
+        seed = int(field(browser, "seed"))
+        image = Image.new("RGB", (100, 100), IMAGE_COLOR)
+        sizes = {"width": 64, "height": 48, "num_inference_steps": 2}
+        told = pipeline("a fox", control_image=image, seed=seed, **sizes)
+        np.testing.assert_array_equal(shown_pixels(browser), np.asarray(told.images[0]))
+    browser.complaints.clear()
 
 
 def choose_image(page: Page, folder: Path, width: int, height: int) -> Path:

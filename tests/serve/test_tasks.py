@@ -31,6 +31,7 @@ def test_a_kontext_bundle_takes_several_images_of_their_own_sizes(demo_bundle: P
     assert drawing.width > 1.5 * drawing.height
     limits = limits_of(kontext, Settings())
     assert (limits["tasks"], limits["strength"]) == (["generations", "edits"], None)
+    assert (limits["image"], limits["mask"]) == ("image", False)
 
 
 def test_another_bundle_draws_from_one_image(demo_bundle: Path) -> None:
@@ -42,6 +43,7 @@ def test_another_bundle_draws_from_one_image(demo_bundle: Path) -> None:
     assert drawing.arguments["image"].size == drawing.arguments["mask_image"].size == size
     limits = limits_of(fill, Settings())
     assert (limits["tasks"], limits["strength"]) == (["edits"], fill.defaults.strength)
+    assert (limits["image"], limits["mask"]) == ("image", True)
 
 
 def test_a_control_image_stands_in_place_of_an_image(demo_bundle: Path) -> None:

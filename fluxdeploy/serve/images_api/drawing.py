@@ -132,10 +132,14 @@ def model_name(manifest: Manifest, settings: Settings) -> str:
 def limits_of(manifest: Manifest, settings: Settings) -> dict[str, Any]:
     """What a bundle draws, for whoever asks for the model."""
     sizes, defaults = Sizes.of(manifest), manifest.defaults
-    tasks = set(manifest.tasks) - {"text to image"}
+    tasks = set(manifest.tasks) if "vae_encoder" in manifest.components else set()
     joined = manifest.redux is not None or manifest.ip_adapter is not None
-    editing = joined or ("vae_encoder" in manifest.components and bool(tasks))
-    noising = not {"image to image", "inpainting", "fill"}.isdisjoint(manifest.tasks)
+    masking = bool(tasks & {"inpainting", "fill"})
+    noising = masking or "image to image" in tasks
+    image = "image" if noising or "kontext" in tasks else None
+    if image is None and tasks & {"control", "controlnet"}:
+        image = "control_image"
+    editing = joined or image is not None
     return {
         "width": {**asdict(sizes.widths), "default": defaults.width},
         "height": {**asdict(sizes.heights), "default": defaults.height},
@@ -143,7 +147,10 @@ def limits_of(manifest: Manifest, settings: Settings) -> dict[str, Any]:
         "max_pixels": settings.max_pixels,
         "num_inference_steps": {"max": settings.max_steps, "default": defaults.num_inference_steps},
         "guidance_scale": defaults.guidance_scale if manifest.guidance_embedding else None,
-        "strength": defaults.strength if editing and noising else None,
+        "strength": defaults.strength if noising else None,
+        # What an edit is drawn from, and whether a mask goes with it.
+        "image": image,
+        "mask": masking,
         "tasks": [
             *(["generations"] if "text to image" in manifest.tasks else []),
             *(["edits"] if editing else []),

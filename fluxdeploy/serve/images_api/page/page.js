@@ -50,6 +50,8 @@ function fillForm() {
   $("guidance-field").hidden = limits.guidance_scale === null;
   $("guidance_scale").value = limits.guidance_scale ?? "";
   $("image-section").hidden = !canEdit();
+  for (const part of document.querySelectorAll("[data-mask]")) part.hidden = !limits.mask;
+  $("strength-field").hidden = limits.strength === null;
   $("strength").value = limits.strength ?? "";
   showStrength();
   $("size-hint").textContent = describeSizes();
@@ -58,7 +60,7 @@ function fillForm() {
 }
 
 function canEdit() {
-  return limits?.tasks.includes("edits") ?? false;
+  return Boolean(limits?.image);
 }
 
 function limitSide(side) {
@@ -136,7 +138,7 @@ async function draw() {
     await filled;
     if ($("random").checked) $("seed").value = Math.floor(Math.random() * SEEDS);
     const entry = { id: Date.now(), fields: readFields(), image };
-    entry.mask = image && (await painter.file());
+    entry.mask = image && limits.mask && (await painter.file());
     showRunning(entry.fields);
     await follow(entry, running.signal);
   } catch (error) {
@@ -166,7 +168,7 @@ function asRequest({ width, height, ...fields }) {
 
 async function follow(entry, signal) {
   const began = performance.now();
-  const files = entry.image && { image: entry.image, mask: entry.mask };
+  const files = entry.image && { [limits.image]: entry.image, mask: entry.mask };
   for await (const event of streamPicture(asRequest(entry.fields), files, signal)) {
     const kind = event.type.split(".")[1];
     if (kind === "step") showStep(event.step, entry.fields.num_inference_steps);
