@@ -35,10 +35,14 @@ _MODELS = {"fill": "Fill", "kontext": "Kontext", "controlnet": "dev and a Contro
 
 def _export_scale(report: dict[str, Any]) -> str:
     """The report of benchmarks/export_scale.py as a Markdown table and the machine it ran on."""
+    return _export_table(report, [_LAYOUTS[each["layout"]] for each in report["layouts"]])
+
+
+def _export_table(report: dict[str, Any], names: Sequence[str]) -> str:
     layouts, targets = report["layouts"], report["targets"]
     rows = [
-        ["", *(_LAYOUTS[layout["layout"]] for layout in layouts), "target"],
-        ["---", *("---:" for _ in layouts), "---:"],
+        ["", *names, "target"],
+        ["---", *("---:" for _ in names), "---:"],
         [
             "time, imports included",
             *(f"{layout['seconds']:.0f} s" for layout in layouts),
@@ -69,36 +73,8 @@ def _export_scale(report: dict[str, Any]) -> str:
 
 
 def _export_family(report: dict[str, Any]) -> str:
-    """A report of benchmarks/export_scale.py --model, of a machine that others used too."""
-    found, targets, machine = report["layouts"], report["targets"], report["machine"]
-    rows = [
-        ["", *(_MODELS[each["model"]] for each in found), "target"],
-        ["---", *("---:" for _ in found), "---:"],
-        [
-            "processor time, imports included",
-            *(f"{each['cpu_seconds']:.0f} s" for each in found),
-            f"under {targets['seconds']:.0f} s",
-        ],
-        [
-            "peak resident memory",
-            *(_megabytes(each["peak_bytes"]) for each in found),
-            f"under {_megabytes(targets['peak_bytes'])}",
-        ],
-        [
-            "written to the disk",
-            *(_megabytes(each["written_bytes"]) for each in found),
-            f"under {_megabytes(targets['written_bytes'])}",
-        ],
-    ]
-    waited = max(each["seconds"] for each in found)
-    return (
-        f"{_table(rows)}\n"
-        "Measured by [benchmarks/export_scale.py](../benchmarks/export_scale.py) with `--model`,\n"
-        f"in diffusers layout, on\n{_machine(machine)}.\n"
-        f"The machine was shared, with a load of {machine['load_average']:.0f} on its "
-        f"{machine['cores']} cores: by the clock they took up to\n"
-        f"{waited:.0f} s, which says more of the others than of the export.\n"
-    )
+    """A report of benchmarks/export_scale.py --model."""
+    return _export_table(report, [_MODELS[each["model"]] for each in report["layouts"]])
 
 
 def _demo_scores(report: dict[str, Any]) -> str:
