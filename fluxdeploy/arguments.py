@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fluxdeploy.errors import UsageError
 
-__all__ = ["check_flag", "check_integer", "check_number", "check_path", "shown"]
+__all__ = ["check_flag", "check_integer", "check_number", "check_path", "one_for_each", "shown"]
 
 _SHOWN = 60
 """Characters of a value in a message."""
@@ -52,6 +53,19 @@ def check_number(name: str, value: object, least: float, most: float) -> float:
             f"`{name}` is {shown(value)}; it must be from {_number(least)} to {_number(most)}."
         )
     return float(value)
+
+
+def one_for_each(name: str, value: object, count: int, beside: str) -> list[Any]:
+    """What is given for each of `count` things: one for all, or a list or array with one for each.
+
+    beside: the end of the sentence that refuses another number of entries. Raises `UsageError`.
+    """
+    if not isinstance(value, (list, tuple)) and not (isinstance(value, np.ndarray) and value.ndim):
+        return [value] * count
+    values = list(value)
+    if len(values) != count:
+        raise UsageError(f"`{name}` has {len(values)} entries{beside}")
+    return values
 
 
 def check_flag(name: str, value: object) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from exporters.checkpoint.checkpoint import MOST_CONTROLNETS, Checkpoint, Part, controlnet_name
 from exporters.checkpoint.controlnet_config import ControlNetConfig
-from exporters.checkpoint.parts import read_folder
+from exporters.checkpoint.parts import read_folder, require_fit
 from fluxdeploy.errors import CheckpointError
 
 __all__ = ["with_controlnets"]
@@ -87,12 +87,7 @@ def _check_fits(path: Path, config: ControlNetConfig, checkpoint: Checkpoint) ->
         "latents of": (config.in_channels, latents.token_channels),
         "control pictures of": (config.control_channels, latents.token_channels),
     }
-    for what, (found, needed) in has.items():
-        if found != needed:
-            raise CheckpointError(
-                f"The ControlNet {path} has {what} {found}, and the checkpoint {needed}: it was "
-                "made for another transformer, or for another task."
-            )
+    require_fit(f"The ControlNet {path}", has, "another transformer, or for another task")
     # Each pair of convolutions halves the picture.
     side, levels = latents.spatial_factor, len(config.hint_channels) - 2
     hint = config.hint_channels[-1] if config.hint_channels else 0

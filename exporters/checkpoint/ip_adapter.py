@@ -15,7 +15,7 @@ from exporters.checkpoint.config import count_blocks
 from exporters.checkpoint.foreign import check_bytes, check_part, recognise
 from exporters.checkpoint.image_encoder_config import ImageEncoderConfig
 from exporters.checkpoint.ip_adapter_config import IpAdapterConfig
-from exporters.checkpoint.parts import read_folder
+from exporters.checkpoint.parts import read_folder, require_fit
 from exporters.checkpoint.pixels import read_pixels
 from exporters.checkpoint.tensors import StoredTensor, Weights, attach_scales, read_stored
 from exporters.checkpoint.weight_files import PICKLES, is_weight_file
@@ -211,9 +211,4 @@ def _check_fits(file: Path, part: Part, checkpoint: Checkpoint) -> None:
         "a width of": (config.width, transformer.width),
         "tokens as wide as text, of": (config.token_width, transformer.text_width),
     }
-    for what, (found, needed) in has.items():
-        if found != needed:
-            raise CheckpointError(
-                f"The IP-Adapter {file} has {what} {found}, and the checkpoint {needed}: it was "
-                "made for another transformer."
-            )
+    require_fit(f"The IP-Adapter {file}", has, "another transformer")

@@ -20,7 +20,7 @@ from exporters.checkpoint.text_configs import with_aliases
 from exporters.checkpoint.weight_files import check_files, choose, read_index
 from fluxdeploy.errors import CheckpointError
 
-__all__ = ["FOLDERS", "TOKENIZERS", "make_part", "read_folder"]
+__all__ = ["FOLDERS", "TOKENIZERS", "make_part", "read_folder", "require_fit"]
 
 TOKENIZERS = {"clip": "tokenizer", "t5": "tokenizer_2"}
 FOLDERS = {"transformer": "transformer", "vae": "vae", **TEXT_FOLDERS}
@@ -70,3 +70,17 @@ def _canonical(name: str, tensors: dict[str, StoredTensor]) -> dict[str, StoredT
     if name == "siglip":
         return with_vision_names("siglip", tensors)
     return canonical_vae(tensors) if name == "vae" else with_aliases(tensors, name)
+
+
+def require_fit(network: str, has: Mapping[str, tuple[object, object]], other: str) -> None:
+    """Raise `CheckpointError` for a network that joins a checkpoint and is not made for it.
+
+    network: its name in the message. has: what it has and what the checkpoint needs, by what they
+    are. other: what it was made for then.
+    """
+    for what, (found, needed) in has.items():
+        if found != needed:
+            raise CheckpointError(
+                f"{network} has {what} {found}, and the checkpoint {needed}: it was made for "
+                f"{other}."
+            )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engines.base import Array, Engine
-from fluxdeploy.arguments import check_number
+from fluxdeploy.arguments import check_number, one_for_each
 from fluxdeploy.bundle.boundary import SEEN
 from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.errors import UsageError
@@ -209,13 +209,14 @@ def _read_embeds(manifest: Manifest, name: str, values: object) -> _Given:
 def _read_scales(manifest: Manifest, scale: object) -> NDArray[np.float32]:
     """The scale of each block, float32 [n], of one for all or of a list."""
     count = int(manifest.components[ADAPTER].outputs[0].shape[0])
-    scales = list(scale) if isinstance(scale, (list, tuple, np.ndarray)) else [scale] * count
-    if len(scales) != count:
-        raise UsageError(
-            f"`ip_adapter_scale` has {len(scales)} entries, and this bundle's model {count} "
-            "double-stream blocks. Give one for all, or one for each."
-        )
     name = "ip_adapter_scale"
+    scales = one_for_each(
+        name,
+        scale,
+        count,
+        f", and this bundle's model {count} double-stream blocks. Give one for all, or one for "
+        "each.",
+    )
     return np.array([check_number(name, s, -_MOST_SCALE, _MOST_SCALE) for s in scales], np.float32)
 
 

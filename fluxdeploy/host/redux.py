@@ -12,13 +12,12 @@ what T5 and CLIP would give is zeros.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fluxdeploy.arguments import check_number, shown
+from fluxdeploy.arguments import check_number, one_for_each
 from fluxdeploy.bundle.boundary import REDUX
 from fluxdeploy.bundle.manifest import Manifest
 from fluxdeploy.errors import UsageError
@@ -91,13 +90,11 @@ def read_redux(
 
 def _scales(name: str, given: object, count: int) -> tuple[float, ...]:
     """A scale for each picture, of one for all or a list."""
-    each = given if isinstance(given, (list, tuple, np.ndarray)) else [given] * count
-    if isinstance(each, np.ndarray) and each.ndim != 1:
-        raise UsageError(f"`{name}` must be a number or a list of them, not {shown(given)}.")
-    values: Sequence[object] = list(each)
-    if len(values) != count:
-        raise UsageError(
-            f"`{name}` has {len(values)} entries for {count} pictures of `redux_image`. Give one "
-            "number for all, or a list with one for each."
-        )
+    values = one_for_each(
+        name,
+        given,
+        count,
+        f" for {count} pictures of `redux_image`. Give one number for all, or a list with one for "
+        "each.",
+    )
     return tuple(check_number(name, value, -_MOST_SCALE, _MOST_SCALE) for value in values)

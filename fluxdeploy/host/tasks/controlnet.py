@@ -56,8 +56,42 @@ _OPTIONS: Mapping[str, object] = {
 }
 
 
+class _AlongControls(Task):
+    """What tasks with control pictures share, whatever they begin with."""
+
+    given: tuple[Controlled, ...]
+
+    def engine_sizes(self) -> Mapping[str, Mapping[str, int]]:
+        """Encoders are given one picture at a time, and ControlNets what the transformer is."""
+        request, manifest = self.request, self.manifest
+        height, width, text = request.height, request.width, request.text_tokens
+        _, _, h, w = latent_shape(1, height, width, manifest.latents)
+        rows, columns = token_grid(height, width, manifest.latents)
+        tokens = rows * columns
+        sizes = {"vae_encoder": {"H": height, "W": width, "h": h, "w": w}}
+        for record in manifest.controlnets:
+            name = record.component
+            sizes[name] = {"L": tokens, "S": text, "T": text + tokens}
+            sizes[f"{name}_conditioner"] = {"S": text}
+            if _encoder(name) in manifest.components:
+                sizes[_encoder(name)] = {"H": height, "W": width, "L": tokens}
+        return sizes
+
+    def notices(self) -> tuple[str, ...]:
+        """What the plain task tells, and control pictures that count in no step."""
+        told = super().notices()
+        if any(_scales(each, self.steps).any() for each in self.given):
+            return told
+        return (
+            *told,
+            f"`control_image` does nothing: in none of {self.steps} steps a ControlNet counts. "
+            "Raise `controlnet_conditioning_scale` or `control_guidance_end`, or lower "
+            "`control_guidance_start`.",
+        )
+
+
 @dataclass(frozen=True)
-class ControlNet(Task):
+class ControlNet(_AlongControls):
     """Pictures drawn along control pictures, with one set of them for each ControlNet."""
 
     name: ClassVar[str] = "controlnet"
@@ -75,14 +109,6 @@ class ControlNet(Task):
         """The task of a request with `control_image`, and the options of each ControlNet."""
         return cls(request, manifest, _read(request, manifest, arguments))
 
-    def engine_sizes(self) -> Mapping[str, Mapping[str, int]]:
-        """Encoders are given one picture at a time, and ControlNets what the transformer is."""
-        return _engine_sizes(self.request, self.manifest)
-
-    def notices(self) -> tuple[str, ...]:
-        """Control pictures that count in no step."""
-        return _notices(self.given, self.steps)
-
     def prepare(self, sigmas: NDArray[np.float32], run: Run) -> Start:
         """Noise of the seed, and what each ControlNet reads of its control pictures."""
         assert self.request.seed is not None
@@ -93,7 +119,7 @@ class ControlNet(Task):
 
 
 @dataclass(frozen=True)
-class ControlNetImageToImage(ImageToImage):
+class ControlNetImageToImage(_AlongControls, ImageToImage):
     """Pictures made from pictures, along control pictures."""
 
     name: ClassVar[str] = "controlnet"
@@ -111,14 +137,6 @@ class ControlNetImageToImage(ImageToImage):
         plain = ImageToImage.read(request, manifest, arguments)
         return cls(**vars(plain), given=_read(request, manifest, arguments))
 
-    def engine_sizes(self) -> Mapping[str, Mapping[str, int]]:
-        """Encoders are given one picture at a time, and ControlNets what the transformer is."""
-        return _engine_sizes(self.request, self.manifest)
-
-    def notices(self) -> tuple[str, ...]:
-        """Pictures that do nothing, and control pictures that count in no step."""
-        return super().notices() + _notices(self.given, self.steps)
-
     def prepare(self, sigmas: NDArray[np.float32], run: Run) -> Start:
         """What image to image begins with, and what each ControlNet reads."""
         assert self.request.seed is not None
@@ -132,7 +150,7 @@ class ControlNetImageToImage(ImageToImage):
 
 
 @dataclass(frozen=True)
-class ControlNetInpainting(Inpainting):
+class ControlNetInpainting(_AlongControls, Inpainting):
     """The marked part of pictures drawn again, along control pictures of the whole."""
 
     name: ClassVar[str] = "controlnet"
@@ -153,14 +171,6 @@ class ControlNetInpainting(Inpainting):
             )
         plain = Inpainting.read(request, manifest, arguments)
         return cls(**vars(plain), given=_read(request, manifest, arguments))
-
-    def engine_sizes(self) -> Mapping[str, Mapping[str, int]]:
-        """Encoders are given one picture at a time, and ControlNets what the transformer is."""
-        return _engine_sizes(self.request, self.manifest)
-
-    def notices(self) -> tuple[str, ...]:
-        """Masks that mark nothing, and control pictures that count in no step."""
-        return super().notices() + _notices(self.given, self.steps)
 
     def prepare(self, sigmas: NDArray[np.float32], run: Run) -> Start:
         """What inpainting begins with, and what each ControlNet reads."""
@@ -195,33 +205,6 @@ def _read(
             check_number("control_guidance_end", ends[i], 0, 1),
         )
         for i, record in enumerate(manifest.controlnets)
-    )
-
-
-def _engine_sizes(
-    request: GenerationRequest, manifest: Manifest
-) -> Mapping[str, Mapping[str, int]]:
-    height, width, text = request.height, request.width, request.text_tokens
-    _, _, h, w = latent_shape(1, height, width, manifest.latents)
-    rows, columns = token_grid(height, width, manifest.latents)
-    tokens = rows * columns
-    sizes = {"vae_encoder": {"H": height, "W": width, "h": h, "w": w}}
-    for record in manifest.controlnets:
-        name = record.component
-        sizes[name] = {"L": tokens, "S": text, "T": text + tokens}
-        sizes[f"{name}_conditioner"] = {"S": text}
-        if _encoder(name) in manifest.components:
-            sizes[_encoder(name)] = {"H": height, "W": width, "L": tokens}
-    return sizes
-
-
-def _notices(given: Sequence[Controlled], steps: int) -> tuple[str, ...]:
-    if any(_scales(each, steps).any() for each in given):
-        return ()
-    return (
-        f"`control_image` does nothing: in none of {steps} steps a ControlNet counts. Raise "
-        "`controlnet_conditioning_scale` or `control_guidance_end`, or lower "
-        "`control_guidance_start`.",
     )
 
 
