@@ -210,6 +210,7 @@ def native(task: Task, name: str) -> Iterator[dict[str, Any]]:
     """Steps of an engine, through its binding."""
     from engines.base import EngineOptions
     from engines.native.run import open_engine
+    from engines.native.runtime import Native
     from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, TensorSpec
 
     before = Gpu().used()
@@ -233,7 +234,7 @@ def native(task: Task, name: str) -> Iterator[dict[str, Any]]:
         golden=None,
     )
     path = task.folder / f"{precision}.engine"
-    built = EngineRecord("native", "1", "sm90", path.name, {})
+    built = EngineRecord("native", Native().version(), "sm90", path.name, {})
     begun = time.monotonic()
     with open_engine("transformer", record, built, path, EngineOptions()) as engine:
         opened = time.monotonic() - begun

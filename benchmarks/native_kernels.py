@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor
 from engines.cuda import Argument, Cuda, TensorMap
 from engines.native.attention import SCALAR_BYTES, Cudnn, scalars
 from engines.native.compiler import compile_spec
+from engines.native.launches import partials_bytes
 from engines.native.plan import BYTES, Attention, Kind, Place, typed
 from engines.native.specs import (
     PARAMETERS,
@@ -33,6 +34,7 @@ from engines.native.specs import (
     rope_spec,
 )
 from engines.native.tiles import Tile
+from engines.native.works import Launchable
 
 __all__ = [
     "SPECIALIZED",
@@ -99,8 +101,12 @@ def _compiled(spec: KernelSpec) -> tuple[Kernel, bytes]:
 
 
 def _launcher(
-    compiled: tuple[Kernel, bytes], grid: tuple[int, int], given: Mapping[str, Argument]
+    compiled: tuple[Kernel, bytes],
+    grid: tuple[int, int],
+    given: Mapping[str, Argument],
+    kept: Sequence[Tensor] = (),
 ) -> Run:
+    """`kept` are tensors that nobody else keeps."""
     kernel, cubin = compiled
     cuda = device()
     function = cuda.function(cuda.load_module(cubin), kernel.entry, kernel.shared)
@@ -110,6 +116,7 @@ def _launcher(
         stream = torch.cuda.current_stream().cuda_stream
         cuda.launch(function, grid, kernel.threads, kernel.shared, arguments, stream)
 
+    run.kept = kept  # type: ignore[attr-defined]
     return run
 
 
@@ -206,9 +213,18 @@ def linear(
         "inverse_image": ("fp32", 1.0),
         **(Turn(bias, bias, bias) if turn is None else turn).given,
     }
-    tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
-    programs = torch.cuda.get_device_properties(0).multi_processor_count * tile.programs
-    return _launcher(compiled, (min(tiles, programs), 1), given)
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    programs = multiprocessors * tile.programs
+    kept: list[Tensor] = []
+    if tile.form is None:
+        programs = min(programs, -(-rows // tile.rows) * -(-columns // tile.columns))
+    else:
+        kept += (
+            torch.zeros(size, dtype=torch.uint8, device="cuda")
+            for size in partials_bytes([Launchable((), (compiled[0],))], multiprocessors)
+        )
+        given |= {"partials": _pointer(kept[0]), "marks": _pointer(kept[1])}
+    return _launcher(compiled, (programs, 1), given, kept)
 
 
 def norm(x: Tensor, out: Tensor, modulation: Tensor, text: int) -> Run:

@@ -19,11 +19,11 @@ from engines.native.plan import (
     Rows,
     Step,
 )
-from engines.native.specs import PARAMETERS, Kernel, TensorBox
+from engines.native.specs import GROUP_THREADS, GROUPS, PARAMETERS, Kernel, TensorBox
 from engines.native.tiles import FEW_ROWS
 from engines.native.works import Launchable
 
-__all__ = ["AttentionCall", "Call", "Launch", "Sizes", "list_launches"]
+__all__ = ["AttentionCall", "Call", "Launch", "Sizes", "list_launches", "partials_bytes"]
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,22 @@ def list_launches(
 ) -> list[Call]:
     """All launches of one picture, in order.
 
-    `address` tells where a buffer, a packed tensor, or one of the inputs `modulation`, `rope_cos`
-    and `rope_sin` lies on the device.
+    `address` tells where a buffer, a packed tensor, one of the inputs `modulation`, `rope_cos` and
+    `rope_sin`, or `partials` or `marks` of `partials_bytes` lies on the device.
     """
     lister = _Lister(plan, sizes, address, multiprocessors)
     return [call for work in works for call in lister.calls(work.steps, work.kernels)]
+
+
+def partials_bytes(works: Sequence[Launchable], multiprocessors: int) -> tuple[int, int]:
+    """Bytes for the sums of tiles that programs share, and for the marks that they are there.
+
+    Fewer tiles than half of the programs are shared, and fewer sums handed on than there are
+    programs. A mark is of 4 bytes, for each thread that adds.
+    """
+    kernels = [k for work in works for k in work.kernels if k.function == "specialized"]
+    sums = max((k.tile[0] * k.tile[1] * BYTES["f32"] for k in kernels), default=0)
+    return multiprocessors * sums, multiprocessors * GROUPS * GROUP_THREADS * 4
 
 
 @dataclass(frozen=True)
@@ -202,8 +213,13 @@ class _Lister:
             **_inverses(step.out_scale),
             **(nothing if turn is None else self._turn(turn, first)),
         }
-        tiles = -(-count // kernel.tile[0]) * -(-step.columns // kernel.tile[1])
-        return Launch(kernel, (min(tiles, self.multiprocessors * kernel.programs), 1), given)
+        programs = self.multiprocessors * kernel.programs
+        if kernel.function == "specialized":
+            given |= {n: ("pointer", self.address(n)) for n in ("partials", "marks")}
+        else:
+            tiles = -(-count // kernel.tile[0]) * -(-step.columns // kernel.tile[1])
+            programs = min(tiles, programs)
+        return Launch(kernel, (programs, 1), given)
 
     def _rows(self, rows: Rows) -> tuple[int, int, int]:
         """First row and number of rows within T, and the first of these that is not text."""

@@ -15,6 +15,10 @@ FORM is one of
 
 With a residual, `staged` is a whole tile of each group, and the residual is there first. `come` of
 a group: its tile's residual is there; `gone`: its result has left.
+
+Programs take tiles in turns. Where the last turn has tiles for half of them or fewer, each of these
+tiles is shared out by its channels in: all but the last of PARTS programs leave their sums in
+`partials`, and a mark for each thread in `marks`, where the same thread of the last one finds them.
 """
 
 from triton.experimental import gluon
@@ -80,6 +84,11 @@ class Task:
     factor_q: gl.tensor
     factor_k: gl.tensor
     factor_v: gl.tensor
+    partials: gl.tensor
+    marks: gl.tensor
+    whole: gl.tensor
+    left: gl.tensor
+    parts: gl.tensor
     a: gl.shared_memory_descriptor
     b: gl.shared_memory_descriptor
     staged: gl.shared_memory_descriptor
@@ -104,6 +113,7 @@ class Task:
     TURN: gl.constexpr
     VECTORS: gl.constexpr
     FORM: gl.constexpr
+    PARTS: gl.constexpr
 
     @gluon.jit
     def place(self, tile):
@@ -112,8 +122,21 @@ class Task:
         return tile % down * self.TILE_ROWS, tile // down * self.TILE_COLUMNS
 
     @gluon.jit
-    def tiles(self):
-        return gl.cdiv(self.rows, self.TILE_ROWS) * (self.COLUMNS // self.TILE_COLUMNS)
+    def turns(self):
+        """Of all programs together: tiles, and the parts of those that are shared out."""
+        return self.whole + self.left * self.parts
+
+    @gluon.jit
+    def share(self, turn):
+        """A tile, which of its parts, and the steps over its channels in from which to which."""
+        tile, part, first, last = turn, self.parts - 1, 0, self.STEPS
+        if self.PARTS > 1:
+            if turn >= self.whole:  # noqa: SIM102 - PARTS is known to the compiler
+                tile = self.whole + (turn - self.whole) % self.left
+                part = (turn - self.whole) // self.left
+                first = part * self.STEPS // self.parts
+                last = (part + 1) * self.STEPS // self.parts
+        return tile, part, first, last
 
     @gluon.jit
     def group(self, row):
@@ -144,26 +167,27 @@ def _before(slot, STAGES: gl.constexpr):
 @gluon.jit
 def _produce(task):
     """Load operands, and residuals, of all tiles of this program."""
-    PARTS: gl.constexpr = task.TILE_ROWS // task.PART_ROWS
+    HALVES: gl.constexpr = task.TILE_ROWS // task.PART_ROWS
     operands: gl.constexpr = task.TILE_ROWS + task.TILE_COLUMNS
     slot, phase, turn = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
-    for tile in range(gl.program_id(0), task.tiles(), gl.num_programs(0)):
+    for share in range(gl.program_id(0), task.turns(), gl.num_programs(0)):
+        tile, part, begin, end = task.share(share)
         row, column = task.place(tile)
         first = task.group(row) * task.COLUMNS + column
-        for k in range(task.STEPS):
+        for k in range(begin, end):
             mbarrier.wait(task.empty.index(slot), phase ^ 1)
             full = task.full.index(slot)
             mbarrier.expect(full, operands * 128)
-            for part in gl.static_range(PARTS):
-                at = [row + part * task.PART_ROWS, k * task.DEPTH]
-                _load(task.x, at, full, task.a.index(slot * PARTS + part))
+            for half in gl.static_range(HALVES):
+                at = [row + half * task.PART_ROWS, k * task.DEPTH]
+                _load(task.x, at, full, task.a.index(slot * HALVES + half))
             _load(task.weight, [first, k * task.DEPTH], full, task.b.index(slot))
             slot, phase = _next(slot, phase, task.STAGES)
         if task.EPILOGUE == "residual":
             # Behind the operands: a residual must not hold up the products before it.
             if task.FORM == "pingpong":
                 _load_residual(task, row, column, turn % GROUPS, turn // GROUPS)
-            else:
+            elif part == task.parts - 1:
                 for group in gl.static_range(GROUPS):
                     _load_residual(task, row + group * task.PART_ROWS, column, group, turn)
         turn += 1
@@ -184,20 +208,21 @@ def _consume(task, GROUP: gl.constexpr):
     """Multiply and finish this group's tiles, or its rows of all tiles."""
     programs = gl.num_programs(0)
     if task.FORM == "pingpong":
-        for tile in range(gl.program_id(0) + GROUP * programs, task.tiles(), GROUPS * programs):
-            turn = (tile - gl.program_id(0)) // programs
-            _compute(task, tile, turn, turn // GROUPS, GROUP, 0)
+        for share in range(gl.program_id(0) + GROUP * programs, task.turns(), GROUPS * programs):
+            turn = (share - gl.program_id(0)) // programs
+            _compute(task, share, turn, turn // GROUPS, GROUP, 0)
     else:
-        for tile in range(gl.program_id(0), task.tiles(), programs):
-            turn = (tile - gl.program_id(0)) // programs
-            _compute(task, tile, turn, turn, GROUP, GROUP)
+        for share in range(gl.program_id(0), task.turns(), programs):
+            turn = (share - gl.program_id(0)) // programs
+            _compute(task, share, turn, turn, GROUP, GROUP)
     # Shared memory has to stay until the TMA has read the last pieces.
     tma.store_wait(0)
 
 
 @gluon.jit
-def _compute(task, tile, turn, own_turn, GROUP: gl.constexpr, PART: gl.constexpr):
-    """One tile: the program's `turn`th, and the `own_turn`th of this group."""
+def _compute(task, share, turn, own_turn, GROUP: gl.constexpr, HALF: gl.constexpr):
+    """One tile or a part of it: the program's `turn`th, and the `own_turn`th of this group."""
+    tile, part, begin, end = task.share(share)
     row, column = task.place(tile)
     text = row < task.text_tokens
     # What columns are multiplied with comes while products are computed.
@@ -215,34 +240,92 @@ def _compute(task, tile, turn, own_turn, GROUP: gl.constexpr, PART: gl.constexpr
             factor *= gate
         else:
             factor = gate
-    total = _multiply(task, turn * task.STEPS, own_turn, GROUP, PART)
-    task.vectors.index(GROUP * task.VECTORS).store(addend)
-    if task.VECTORS == 2:
-        task.vectors.index(GROUP * task.VECTORS + 1).store(factor)
-    row += PART * task.PART_ROWS
-    inverse = gl.where(text, task.inverse_text, task.inverse_image)
-    _finish(task, total, row, column, inverse, own_turn, GROUP)
+    # A part is nobody's but the last turn's: all loads before are of whole tiles.
+    total = _multiply(task, turn * task.STEPS, begin, end, own_turn, GROUP, HALF)
+    if part == task.parts - 1:
+        if task.PARTS > 1:
+            total = _gather(task, total, tile - task.whole, GROUP)
+        task.vectors.index(GROUP * task.VECTORS).store(addend)
+        if task.VECTORS == 2:
+            task.vectors.index(GROUP * task.VECTORS + 1).store(factor)
+        row += HALF * task.PART_ROWS
+        inverse = gl.where(text, task.inverse_text, task.inverse_image)
+        _finish(task, total, row, column, inverse, own_turn, GROUP)
+    else:
+        _hand_over(task, total, tile - task.whole, part, GROUP)
 
 
 @gluon.jit
-def _multiply(task, first, own_turn, GROUP: gl.constexpr, PART: gl.constexpr):
+def _hand_over(task, total, tile, part, GROUP: gl.constexpr):
+    """Leave sums for the program that has the last part of the tile."""
+    slot = (tile * (task.parts - 1) + part) * GROUPS + GROUP
+    gl.store(_sums_of(task, slot, total.type.layout), total)
+    # Releases what this very thread has stored: no thread reads anything of another.
+    _on_mark(task, slot, "st.release.gpu.global.u32 [place], 1;")
+
+
+@gluon.jit
+def _gather(task, total, tile, GROUP: gl.constexpr):
+    """Add what the programs with the other parts of the tile leave, and take their marks away."""
+    for part in range(task.parts - 1):
+        slot = (tile * (task.parts - 1) + part) * GROUPS + GROUP
+        zero = _on_mark(
+            task,
+            slot,
+            """again:
+            ld.acquire.gpu.global.u32 mark, [place];
+            setp.eq.u32 waiting, mark, 0;
+            @waiting bra again;
+            st.relaxed.gpu.global.u32 [place], 0;""",
+        )
+        # Added, so that no load comes before its mark.
+        total += gl.load(_sums_of(task, slot, total.type.layout) + zero)
+    return total
+
+
+@gluon.jit
+def _sums_of(task, slot, layout: gl.constexpr):
+    """Where the sums of a group's part of a tile lie."""
+    rows = slot * task.PART_ROWS + gl.arange(0, task.PART_ROWS, gl.SliceLayout(1, layout))
+    columns = gl.arange(0, task.TILE_COLUMNS, gl.SliceLayout(0, layout))
+    return task.partials + rows[:, None] * task.TILE_COLUMNS + columns[None, :]
+
+
+@gluon.jit
+def _on_mark(task, slot, WORK: gl.constexpr):
+    """Do something with this thread's mark of a slot, of which each thread of a group has one."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred waiting; .reg .u32 mark; .reg .u64 place;"
+        " mov.u32 mark, %tid.x; and.b32 mark, mark, 127; mad.wide.u32 place, mark, 4, $1; "
+        + WORK
+        + " mov.u32 $0, 0; }",
+        "=r,l",
+        [(task.marks + slot * 128).to(gl.int64)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _multiply(task, first, begin, end, own_turn, GROUP: gl.constexpr, HALF: gl.constexpr):
     """The sums of a tile whose operands come with the `first` load, counted over all tiles."""
     if task.FORM == "pingpong":
         # A stage's parity says whether one load has come only to who knows of the one before it:
         # that is of the other group's tile, which thus has to have all its loads.
         mbarrier.wait(task.order.index(GROUP), (own_turn & 1) ^ (1 - GROUP))
-    PARTS: gl.constexpr = task.TILE_ROWS // task.PART_ROWS
+    HALVES: gl.constexpr = task.TILE_ROWS // task.PART_ROWS
     deep: gl.constexpr = 256 // task.x.dtype.primitive_bitwidth
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, task.TILE_COLUMNS, deep])
     total = gl.zeros([task.PART_ROWS, task.TILE_COLUMNS], gl.float32, layout)
     slot, phase = first % task.STAGES, first // task.STAGES & 1
-    for k in range(task.STEPS):
+    for k in range(begin, end):
         mbarrier.wait(task.full.index(slot), phase)
-        a, b = task.a.index(slot * PARTS + PART), task.b.index(slot).permute((1, 0))
-        token = warpgroup_mma(a, b, total, use_acc=k > 0, is_async=True)
+        a, b = task.a.index(slot * HALVES + HALF), task.b.index(slot).permute((1, 0))
+        token = warpgroup_mma(a, b, total, use_acc=k > begin, is_async=True)
         # All but this step's products are done.
         total = warpgroup_mma_wait(1, deps=(token,))
-        mbarrier.arrive(task.empty.index(_before(slot, task.STAGES)), pred=k > 0)
+        mbarrier.arrive(task.empty.index(_before(slot, task.STAGES)), pred=k > begin)
         slot, phase = _next(slot, phase, task.STAGES)
     if task.FORM == "pingpong":
         # All of this tile's operands have come.
@@ -402,11 +485,11 @@ def _approximate(x, OPERATION: gl.constexpr):
 @gluon.jit
 def specialized(
     x, weight, out, second, scale, bias, gate, norms, cos, sin, rows, text_tokens, gate_text,
-    gate_image, inverse_text, inverse_image, factor_q, factor_k, factor_v,
+    gate_image, inverse_text, inverse_image, factor_q, factor_k, factor_v, partials, marks,
     COLUMNS: gl.constexpr, INNER: gl.constexpr, TILE_ROWS: gl.constexpr,
     TILE_COLUMNS: gl.constexpr, DEPTH: gl.constexpr, EPILOGUE: gl.constexpr, SPLIT: gl.constexpr,
     GROUPED: gl.constexpr, SCALED: gl.constexpr, TURN: gl.constexpr, FORM: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """As `engines.native.kernels.linear`, for tiles that divide the columns and their split."""
     gl.static_assert(COLUMNS % TILE_COLUMNS == 0 and SPLIT % TILE_COLUMNS == 0)
@@ -416,9 +499,9 @@ def specialized(
     PIECES: gl.constexpr = TILE_COLUMNS // PIECE
     kept: gl.constexpr = second.dtype if second.dtype == gl.bfloat16 else out.dtype
     kept_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PART_ROWS, PIECE], kept)
-    PARTS: gl.constexpr = TILE_ROWS // PART_ROWS
+    HALVES: gl.constexpr = TILE_ROWS // PART_ROWS
     buffers: gl.constexpr = GROUPS * (PIECES if EPILOGUE == "residual" else 2)
-    a = gl.allocate_shared_memory(x.dtype, [STAGES * PARTS, PART_ROWS, DEPTH], x.layout)
+    a = gl.allocate_shared_memory(x.dtype, [STAGES * HALVES, PART_ROWS, DEPTH], x.layout)
     b = gl.allocate_shared_memory(weight.dtype, [STAGES, TILE_COLUMNS, DEPTH], weight.layout)
     staged = gl.allocate_shared_memory(kept, [buffers, PART_ROWS, PIECE], kept_layout)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -431,7 +514,7 @@ def specialized(
     order = mbarrier.allocate_mbarrier(batch=GROUPS)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=PARTS)
+        mbarrier.init(empty.index(stage), count=HALVES)
     for group in gl.static_range(GROUPS):
         mbarrier.init(come.index(group), count=1)
         mbarrier.init(gone.index(group), count=1)
@@ -439,12 +522,19 @@ def specialized(
         mbarrier.init(order.index(group), count=1)
     fence_async_shared()
     steps: gl.constexpr = (INNER + DEPTH - 1) // DEPTH
+    programs = gl.num_programs(0)
+    tiles = gl.cdiv(rows, TILE_ROWS) * (COLUMNS // TILE_COLUMNS)
+    whole, left, parts = tiles, gl.to_tensor(0), gl.to_tensor(1)
+    if PARTS > 1:
+        whole = tiles // programs * programs
+        left = tiles - whole
+        parts = gl.minimum(programs // gl.maximum(left, 1), PARTS)
     task = Task(  # type: ignore[call-arg]
         x, weight, out, second, scale, bias, gate, norms, cos, sin, rows, text_tokens, gate_text,
         gate_image, inverse_text, inverse_image, factor_q, factor_k, factor_v,
-        a, b, staged, vectors, full, empty, come, gone, order,
+        partials, marks, whole, left, parts, a, b, staged, vectors, full, empty, come, gone, order,
         COLUMNS, steps, DEPTH, TILE_ROWS, TILE_COLUMNS, PART_ROWS, PIECES, STAGES, EPILOGUE, SPLIT,
-        GROUPED, SCALED, TURN, count, FORM,
+        GROUPED, SCALED, TURN, count, FORM, PARTS,
     )  # fmt: skip
     # The registers of the first are what the others leave.
     gl.warp_specialize(

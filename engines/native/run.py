@@ -16,7 +16,14 @@ from engines.base import Array, Binding, Engine, EngineOptions
 from engines.cuda import Cuda, pinned_array
 from engines.native.attention import SCALAR_BYTES, Cudnn, PreparedAttention, scalars
 from engines.native.file import EngineFile, read_engine
-from engines.native.launches import AttentionCall, Call, Launch, Sizes, list_launches
+from engines.native.launches import (
+    AttentionCall,
+    Call,
+    Launch,
+    Sizes,
+    list_launches,
+    partials_bytes,
+)
 from engines.native.memory import lay_out
 from engines.native.plan import BYTES, Attention, Plan
 from engines.native.works import read_works
@@ -144,7 +151,7 @@ class NativeEngine(Engine):
         self._default: _NativeBinding | None = None
         self._modules: list[int] = []
         self._functions: dict[str, int] = {}
-        self._weights = 0
+        self._weights = self._partials = 0
         self._scratch, self._workspace = _Room(cuda), _Room(cuda)
         self._attentions: _Attentions | None = None
         self.stream = 0
@@ -156,6 +163,7 @@ class NativeEngine(Engine):
             self._multiprocessors = cuda.multiprocessors(options.device)
             self._load_kernels()
             self._load_weights()
+            self._make_partials()
             self._attentions = _Attentions(file.plan, cuda, cudnn(self.stream), self.stream)
         except BaseException:
             self.close()
@@ -190,6 +198,15 @@ class NativeEngine(Engine):
             raise EngineError(
                 f"{self._file.path} cannot be read: {error.strerror or error}."
             ) from error
+
+    def _make_partials(self) -> None:
+        """Memory for tiles that are shared out. Marks are 0 between launches, which see to that."""
+        sums, marks = partials_bytes(self._works, self._multiprocessors)
+        self._partials = self.cuda.allocate(sums + marks)
+        self._marks = self._partials + sums
+        none = np.zeros(marks, np.uint8)
+        self.cuda.copy_in(self._marks, none.ctypes.data, marks, self.stream)
+        self.cuda.synchronize(self.stream)  # the array may go
 
     def use_device(self) -> None:
         """CUDA's current device is a matter of the thread."""
@@ -231,6 +248,7 @@ class NativeEngine(Engine):
         start = self._scratch.address
         places = {name: start + offset for name, offset in layout.offsets.items()}
         places |= {name: self._weights + t.offset for name, t in self._file.tensors.items()}
+        places |= {"partials": self._partials, "marks": self._marks}
         places |= inputs
         calls = list_launches(
             self.plan, self._works, sizes, places.__getitem__, self._multiprocessors
@@ -274,9 +292,10 @@ class NativeEngine(Engine):
             for room in (self._scratch, self._workspace):
                 with suppress(EngineError):
                     room.free()
-            if self._weights:
-                with suppress(EngineError):
-                    self.cuda.free(self._weights)
+            for address in (self._weights, self._partials):
+                if address:
+                    with suppress(EngineError):
+                        self.cuda.free(address)
             if self.stream:
                 with suppress(EngineError):
                     self.cuda.destroy_stream(self.stream)

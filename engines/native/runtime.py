@@ -34,7 +34,7 @@ from fluxdeploy.progress import Progress
 
 __all__ = ["Native"]
 
-_VERSION = "1"
+_VERSION = "2"
 """Of a plan and of what runs it: an engine runs with the version that built it."""
 
 _COMPILER = 500_000_000

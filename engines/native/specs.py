@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -11,6 +12,8 @@ from engines.native.plan import BYTES, Kind
 from engines.native.tiles import Form, Tile
 
 __all__ = [
+    "GROUPS",
+    "GROUP_THREADS",
     "PARAMETERS",
     "Kernel",
     "KernelSpec",
@@ -74,7 +77,8 @@ PARAMETERS: Mapping[str, Mapping[str, str]] = {
     "specialized": _TENSORS
     | {"norms": "pointer", "cos": "pointer", "sin": "pointer"}
     | _NUMBERS
-    | {"factor_q": "fp32", "factor_k": "fp32", "factor_v": "fp32"},
+    | {"factor_q": "fp32", "factor_k": "fp32", "factor_v": "fp32"}
+    | {"partials": "pointer", "marks": "pointer"},
 }
 """What each kernel is given when it is launched, in order: see `engines.native.kernels`, and
 `engines.native.linear` for `specialized`."""
@@ -213,11 +217,23 @@ def linear_spec(
     return KernelSpec("linear", types, constants, tile.warps, tile.stages, tile.programs, boxes)
 
 
+GROUPS, GROUP_THREADS = 2, 128
+"""Of `engines.native.linear`: those that multiply."""
+
 _PIECE = 64
 """Columns that `engines.native.linear` stores at once."""
 
 _SHARED = 231_680
 """Bytes of shared memory for its tensors; its barriers have the rest."""
+
+
+def _most_parts(steps: int) -> int:
+    """Into how many parts a tile is shared out at most.
+
+    Each takes an equal share of the steps, and the last one then adds what the others have left,
+    which takes as long as about two steps for each of them.
+    """
+    return max(1, math.isqrt(steps // 2))
 
 
 def _specialized_spec(
@@ -238,5 +254,6 @@ def _specialized_spec(
     vectors = 2 * 4 * tile.columns * (2 if residual or constants["SCALED"] else 1)
     stages = (_SHARED - staged - vectors) // (128 * (tile.rows + tile.columns))
     constants |= {"TURN": int(turn), "FORM": form, "STAGES": min(stages, tile.stages)}
-    types |= dict.fromkeys(("norms", "cos", "sin"), "f32")
+    constants["PARTS"] = 1 if form == "pingpong" else _most_parts(int(constants["INNER"]) // depth)
+    types |= dict.fromkeys(("norms", "cos", "sin", "partials", "marks"), "f32")
     return KernelSpec("specialized", types, constants, 4, boxes=boxes)

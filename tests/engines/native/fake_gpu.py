@@ -232,6 +232,8 @@ def _rope(run: _Launched) -> None:
 
 def _linear(run: _Launched) -> None:
     rows, columns, inner = run.number("rows"), run.constant("COLUMNS"), run.constant("INNER")
+    if run.spec.function == "specialized":
+        _check_shared_out(run, rows, columns)
     x, weight = (run.tensor(name).astype(np.float32) for name in ("x", "weight"))
     groups = 2 if run.constant("GROUPED") else 1
     assert x.shape == (rows, inner)
@@ -272,6 +274,19 @@ def _linear(run: _Launched) -> None:
             y = np.stack(parts, 1).reshape(rows, -1)
         assert out.shape == y.shape
         run.write(out, y, "out")
+
+
+def _check_shared_out(run: _Launched, rows: int, columns: int) -> None:
+    """Tiles that programs share out have room for their sums, and marks that are taken away."""
+    high, wide = run.constant("TILE_ROWS"), run.constant("TILE_COLUMNS")
+    (programs, _), threads = run.grid, 2 * 128
+    tiles = -(-rows // high) * (columns // wide)
+    left = tiles % programs
+    parts = min(programs // max(left, 1), run.constant("PARTS"))
+    slots = left * (max(parts, 1) - 1)
+    if slots:
+        run.rows("partials", slots, high * wide, high * wide)
+        assert not run.rows("marks", slots, threads, threads).any()
 
 
 _KERNELS: Mapping[str, Callable[[_Launched], None]] = {

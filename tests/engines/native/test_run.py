@@ -93,7 +93,7 @@ def open_plan(plan: Plan, model: ir.Model, folder: Path) -> Iterator[Opened]:
         engines=(),
         golden=None,
     )
-    engine = EngineRecord("native", "1", "sm90", file.name, {})
+    engine = EngineRecord("native", "2", "sm90", file.name, {})
     read = read_engine(file)
     with NativeEngine(
         "transformer",

@@ -40,7 +40,7 @@ from tests.engines.conftest import INPUTS, RANGES, Make, engine_record, record, 
 Pretend = Callable[..., None]
 
 PACKAGES = ("cudnn", "nvidia.cudnn", "triton", "onnx_ir", "ml_dtypes")
-ENGINE = EngineRecord("native", "1", "sm90", "tiny.engine", RANGES)
+ENGINE = EngineRecord("native", "2", "sm90", "tiny.engine", RANGES)
 
 
 @pytest.fixture
