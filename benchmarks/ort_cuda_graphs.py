@@ -20,6 +20,7 @@ import click
 import numpy as np
 import onnx
 import onnx_ir as ir
+from ort_cuda_files import GRAPHS, LAYOUT, WEIGHTS
 
 from exporters.checkpoint import open_checkpoint
 from exporters.components.registry import COMPONENTS
@@ -30,10 +31,7 @@ from exporters.graph.narrow import keep_16_bits
 from exporters.graph.trace import trace_chain
 from exporters.synthetic.sparse_checkpoint import flux_of_depth, write_sparse_checkpoint
 
-__all__ = ["GRAPHS", "WEIGHTS", "moved_bytes", "write_graphs"]
-
-WEIGHTS = "weights.bin"
-LAYOUT = "layout.json"
+__all__ = ["moved_bytes", "write_graphs"]
 
 
 def _narrow_and_joined(model: ir.Model) -> None:
@@ -41,12 +39,12 @@ def _narrow_and_joined(model: ir.Model) -> None:
     join_products(model)
 
 
-GRAPHS: Mapping[str, Callable[[ir.Model], None]] = {
+_CHANGES: Mapping[str, Callable[[ir.Model], None]] = {
     "casts": lambda model: None,
     "narrow": keep_16_bits,
     "joined": _narrow_and_joined,
 }
-"""What becomes of a graph whose attentions are fused."""
+assert tuple(_CHANGES) == GRAPHS
 
 
 @click.command()
@@ -76,7 +74,7 @@ def write_graphs(folder: Path, double_blocks: int, single_blocks: int) -> None:
     fuse_attention(traced)
     layout: dict[str, dict[str, object]] = {}
     end = 0
-    for name, change in GRAPHS.items():
+    for name, change in _CHANGES.items():
         model = traced.clone()
         change(model)
         for value in list(model.graph.inputs[boundary:]):

@@ -1,4 +1,4 @@
-"""A graph of 16 bits as a CPU can run it: in float32, each result rounded as kernels of GPUs do."""
+"""A graph of 16 bits as a CPU can run it: in float32, with or without the rounding of GPUs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["run_rounded"]
+__all__ = ["run_rounded", "widened"]
 
 _16_BITS = (TensorProto.BFLOAT16, TensorProto.FLOAT16)
 
 
-def run_rounded(path: Path, inputs: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+def run_rounded(
+    path: Path, inputs: dict[str, NDArray[np.generic]]
+) -> dict[str, NDArray[np.generic]]:
     """What a graph makes of inputs where operators compute in float32 and round what they give.
 
     RoPE rounds its products too: its kernel computes in the type of its input. Sums inside
@@ -32,20 +34,30 @@ def run_rounded(path: Path, inputs: dict[str, NDArray[np.generic]]) -> dict[str,
     return dict(zip(names, session.run(names, inputs), strict=True))
 
 
-def _rounded(path: Path) -> onnx.ModelProto:
+def widened(path: Path) -> onnx.ModelProto:
+    """A graph of 16 bits with its weights, in float32."""
     model = onnx.load(path)
-    inferred = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))
-    kinds = {v.name: v.type.tensor_type.elem_type for v in inferred.graph.value_info}
     for tensor in model.graph.initializer:
         if tensor.data_type in _16_BITS:
             wide = numpy_helper.to_array(tensor).astype(np.float32)
             tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.i in _16_BITS:
+                attribute.i = TensorProto.FLOAT
+    del model.graph.value_info[:]
+    return model
+
+
+def _rounded(path: Path) -> onnx.ModelProto:
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))
+    kinds = {v.name: v.type.tensor_type.elem_type for v in inferred.graph.value_info}
+    model = widened(path)
     zero = numpy_helper.from_array(np.zeros((), np.float32), "rounding.zero")
     model.graph.initializer.append(zero)
     nodes = [new for node in model.graph.node for new in _with_rounding(node, kinds)]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    del model.graph.value_info[:]
     return model
 
 
@@ -72,9 +84,6 @@ def _with_rounding(node: onnx.NodeProto, kinds: dict[str, int]) -> Iterator[onnx
     copy = onnx.NodeProto()
     copy.CopyFrom(node)
     copy.output[:] = [f"{name}.exact" if name in narrow else name for name in node.output]
-    if node.op_type == "Cast" and narrow:
-        del copy.attribute[:]
-        copy.attribute.append(helper.make_attribute("to", TensorProto.FLOAT))
     yield copy
     for name, kind in narrow.items():
         yield from _round(f"{name}.exact", name, kind)

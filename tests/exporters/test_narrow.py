@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 
 from exporters.checkpoint import Checkpoint
 from exporters.components.run import run_reference
+from exporters.graph.join import join_products
 from fluxdeploy.precision import PRECISIONS
 from tests.exporters.conftest import Exports
-from tests.exporters.numbers import GRAPHS, SIZES, make_inputs, run
-from tests.exporters.rounding import run_rounded
+from tests.exporters.numbers import GRAPHS, SIZES, error, make_inputs, run
+from tests.exporters.rounding import run_rounded, widened
 from tests.support.checkpoints import SHAPES
 
 KINDS = {"bf16": onnx.TensorProto.BFLOAT16, "fp16": onnx.TensorProto.FLOAT16}
@@ -90,5 +93,46 @@ def test_it_is_as_near_to_float32_as_the_graph_with_casts(
     assert np.abs(narrow - exact).max() < PRECISIONS[precision].max_error * np.abs(exact).max()
 
 
-def test_onnx_runtime_leaves_its_norms_as_they_are(exports: Exports, tmp_path: Path) -> None:
-    """A sum before a norm it would merge into an operator whose scale has one axis."""
+def optimized(path: Path, tmp_path: Path) -> tuple[onnxruntime.InferenceSession, set[str]]:
+    """The graph in float32 with all that ONNX Runtime merges, and the operators it has then."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    session = onnxruntime.InferenceSession(widened(path).SerializeToString(), options)
+    model = onnx.load(tmp_path / "optimized.onnx")
+    return session, {node.op_type for node in model.graph.node}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_in_float32_it_is_exact_however_onnx_runtime_merges_it(
+    exports: Exports, opened: Checkpoint, tmp_path: Path, size: tuple[int, ...]
+) -> None:
+    """A norm after a sum is one for whose scale its merged operator has one axis."""
+    path = exports("transformer", "bf16", narrow=True)
+    inputs = make_inputs(opened, "transformer", size)
+    session, operators = optimized(path, tmp_path)
+    assert "SkipLayerNormalization" not in operators
+    assert "LayerNormalization" in operators
+    wide, _ = optimized(exports("transformer", "bf16", fused=True), tmp_path)
+    (expected,), (found,) = wide.run(None, inputs), session.run(None, inputs)
+    assert distance(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_joined_products_are_those_of_their_linears(
+    exports: Exports, opened: Checkpoint, tmp_path: Path, precision: str
+) -> None:
+    path = exports("transformer", precision, narrow=True)
+    inputs = make_inputs(opened, "transformer", SIZES[1])
+    onnx.save(widened(path), tmp_path / "apart.onnx")
+    model = ir.load(tmp_path / "apart.onnx")
+    join_products(model)
+    ir.save(model, tmp_path / "joined.onnx")
+    apart, joined = (
+        Counter(n.op_type for n in ir.load(p).graph)
+        for p in (tmp_path / "apart.onnx", tmp_path / "joined.onnx")
+    )
+    streams = 2 * SHAPES["dev"].double + SHAPES["dev"].single
+    assert apart["MatMul"] - joined["MatMul"] == 2 * streams
+    expected = run(tmp_path / "apart.onnx", inputs)["velocity"]
+    assert error(run(tmp_path / "joined.onnx", inputs)["velocity"], expected) < 1e-5
