@@ -4,8 +4,8 @@
 
 `eager` makes a random transformer with PyTorch, leaves its weights, its inputs and what it gives in
 FOLDER, and is timed; all others are graphs of `ort_cuda_graphs.py`, which run without PyTorch. Each
-prints JSON objects, one a line. An error is the distance to what PyTorch eager gives in bfloat16, of
-which some thousandths are rounding.
+prints JSON objects, one a line. An error is the distance to what PyTorch eager gives in bfloat16,
+of which some thousandths are rounding.
 """
 
 from __future__ import annotations

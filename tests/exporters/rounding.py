@@ -75,7 +75,7 @@ def _with_rounding(node: onnx.NodeProto, kinds: dict[str, int]) -> Iterator[onnx
             product.CopyFrom(node)
             product.input[:] = [x, position, *tables]
             products.append(f"{name}.product.{len(products)}")
-            product.output[:] = [f"{products[-1]}.exact"]
+            product.name, product.output[:] = products[-1], [f"{products[-1]}.exact"]
             yield product
             yield from _round(f"{products[-1]}.exact", products[-1], kind)
         yield helper.make_node("Add", products, [f"{name}.exact"])
