@@ -55,7 +55,7 @@ def _join(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     assert x is not None
     assert kind is not None
     name = f"{first.name}.joined"
-    sizes = [weight.shape[0] for weight in weights if weight.shape is not None]
+    sizes = [int(weight.shape.numpy()[0]) for weight in weights if weight.shape is not None]
     ends = [add.outputs[0] for add in adds]
 
     def made(op_type: str, inputs: list[ir.Value], **attributes: int | tuple[int, ...]) -> ir.Node:
