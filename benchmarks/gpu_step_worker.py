@@ -76,9 +76,12 @@ class Gpu:
 
 
 def measure(
-    step: Callable[[], object], wait: Callable[[], object], used_before: int
+    step: Callable[[], object],
+    wait: Callable[[], object],
+    used_before: int,
+    seconds: float = SECONDS,
 ) -> dict[str, Any]:
-    """Times of steps in seconds, one after the other, as a host sees them."""
+    """Times of steps, one after the other, as a host sees them."""
     gpu = Gpu()
     for _ in range(3):
         step()
@@ -86,7 +89,7 @@ def measure(
     started, clocks, reasons = time.monotonic(), [], 0
     times: list[float] = []
     joules = gpu.joules()
-    while time.monotonic() - started < SECONDS or len(times) < 10:
+    while time.monotonic() - started < seconds or len(times) < 10:
         begun = time.perf_counter()
         step()
         wait()
@@ -123,7 +126,7 @@ def weights(task: Task) -> Iterator[dict[str, Any]]:
         for size in task.sizes:
             image = task.image(size)
             model, given = gpu_peers.flux(task.double_blocks, task.single_blocks, image, TEXT)
-            np.savez(task.file("inputs", size, "npz"), **_inputs(model, given))
+            np.savez(task.file("inputs", size, "npz"), **host_inputs(model, given))
             eager = model(**given, return_dict=False)[0][0].float().cpu().numpy()
             np.save(task.file("eager", size, "npy"), eager)
         assert model is not None
@@ -178,7 +181,7 @@ def _part(state: Mapping[str, Any], part: Part, kind: str, narrow: set[str]) -> 
     return (weight.float() / scale[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
-def _inputs(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+def host_inputs(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """What a host gives the transformer in each step: `exporters.models.mmdit` has the order."""
     import torch
     from torch.nn import functional as F

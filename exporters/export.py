@@ -18,6 +18,7 @@ from exporters.components.side_paths import with_side_paths
 from exporters.formats import Packed
 from exporters.graph.fuse import fuse_attention
 from exporters.graph.group_norms import split_group_norms
+from exporters.graph.narrow import keep_16_bits
 from exporters.graph.quantize import quantize
 from exporters.graph.side_paths import add_side_paths
 from exporters.graph.trace import trace_chain
@@ -166,12 +167,14 @@ def export_component(
     progress: Progress | None = None,
     ledger: Ledger = NO_LEDGER,
     earlier: Path | None = None,
+    narrow: bool = False,
 ) -> Exported:
     """Trace a component, bind its weights and write `<name>.onnx` beside the weight folder.
 
     With `fused` attention is ONNX Runtime's own operator where it can be, and group norms are what
-    it has a kernel for. `earlier` is the graph of the same component with other weights: it is
-    taken in place of a new trace.
+    it has a kernel for. With `narrow` such a graph in 16 bits has them between its operators too.
+    `earlier` is the graph of the same component with other weights: it is taken in place of a new
+    trace.
 
     Raises `CheckpointError` for weights that do not fit, `ExportError` for a graph that fails the
     checks, `BundleError` where the disk refuses.
@@ -182,7 +185,7 @@ def export_component(
     progress = progress or Progress(quiet=True)
     boundary = len(spec.chain.inputs)
     if earlier is None:
-        model, packed = _trace(spec, fused, progress)
+        model, packed = _trace(spec, fused, narrow, progress)
     else:
         model, packed = unbind(earlier, boundary, spec.placements, layers)
     files = bind(
@@ -215,7 +218,7 @@ def export_component(
 
 
 def _trace(
-    spec: ExportSpec, fused: bool, progress: Progress
+    spec: ExportSpec, fused: bool, narrow: bool, progress: Progress
 ) -> tuple[ir.Model, Mapping[str, Packed]]:
     """A component's graph without weights, and those that it has quantized."""
     task = progress.task(f"  {spec.name}: tracing ({spec.precision})")
@@ -229,6 +232,8 @@ def _trace(
     if fused:
         fuse_attention(model)
         split_group_norms(model)
+        if narrow:
+            keep_16_bits(model)
     return model, packed
 
 

@@ -26,8 +26,8 @@ __all__ = ["demo", "prompts"]
 
 Tensors = dict[str, torch.Tensor]
 Exports = Callable[..., Path]
-"""`exports(component, precision, fused=False)`: the ONNX file; `one_piece` is the `--no-split`
-transformer, and `fused` ones are for ONNX Runtime on a CPU."""
+"""`exports(component, precision, fused=False, narrow=False)`: the ONNX file; `one_piece` is the
+`--no-split` transformer, `fused` ones are for ONNX Runtime, `narrow` ones for it on GPUs."""
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -80,13 +80,15 @@ def bfl(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def exports(shared_folder: Any, opened: Checkpoint, remembered_traces: Path) -> Exports:
-    def make(component: str, precision: str, fused: bool = False) -> Path:
+    def make(component: str, precision: str, fused: bool = False, narrow: bool = False) -> Path:
+        form = "narrow" if narrow else "fused" if fused else "standard"
         folder = shared_folder.entry(
-            f"export-{component}-{precision}-{'fused' if fused else 'standard'}",
+            f"export-{component}-{precision}-{form}",
             lambda target: export_component(
                 specify(opened, GRAPHS[component], precision, "fp32"),
                 WeightFolder(target / "weights"),
-                fused=fused,
+                fused=fused or narrow,
+                narrow=narrow,
             ),
         )
         return Path(folder) / f"{GRAPHS[component].name}.onnx"

@@ -21,6 +21,7 @@ from fluxdeploy.bundle.manifest import RopeSpec
 from fluxdeploy.sampling.rope import joint_ids, rope_tables
 from tests.exporters.conftest import Exports
 from tests.exporters.numbers import GRAPHS, SIZES, error, make_inputs, run
+from tests.exporters.rounding import widened
 from tests.support.checkpoints import SHAPES
 
 BLOCKS = SHAPES["dev"].double + SHAPES["dev"].single
@@ -147,17 +148,7 @@ def test_the_norms_of_16_bits_compute_what_those_of_float32_do(
 ) -> None:
     """In float32, which the CPU has all kernels for: the graph of fp16 with its types widened."""
     source = exports("transformer", "fp16", fused=True)
-    model = onnx.load(source)
-    for tensor in model.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.FLOAT16:
-            wide = onnx.numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.i == onnx.TensorProto.FLOAT16:
-                attribute.i = onnx.TensorProto.FLOAT
-    del model.graph.value_info[:]
-    onnx.save(model, tmp_path / "wide.onnx")
+    onnx.save(widened(source), tmp_path / "wide.onnx")
     inputs = make_inputs(opened, "transformer", SIZES[1])
     expected = run(exports("transformer", "fp16"), inputs)["velocity"]
     found = run(tmp_path / "wide.onnx", inputs)["velocity"]

@@ -1,0 +1,140 @@
+"""16 bits between the operators of a graph: where casts are left, and what it computes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from exporters.checkpoint import Checkpoint
+from exporters.components.run import run_reference
+from exporters.graph.join import join_products
+from fluxdeploy.precision import PRECISIONS
+from tests.exporters.conftest import Exports
+from tests.exporters.numbers import GRAPHS, SIZES, error, make_inputs, run
+from tests.exporters.rounding import run_rounded, widened
+from tests.support.checkpoints import SHAPES
+
+KINDS = {"bf16": onnx.TensorProto.BFLOAT16, "fp16": onnx.TensorProto.FLOAT16}
+NORMS = 4 * SHAPES["dev"].double + 2 * SHAPES["dev"].single
+COMPONENTS = ["transformer", "one_piece"]
+
+
+def distance(found: object, expected: object) -> float:
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def typed(path: Path) -> tuple[list[onnx.NodeProto], dict[str, int]]:
+    """Nodes, and the types of all values between them."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))
+    values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
+    kinds = {value.name: value.type.tensor_type.elem_type for value in values}
+    kinds |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    return list(model.graph.node), kinds
+
+
+def test_bf16_casts_inputs_and_outputs_alone(exports: Exports) -> None:
+    nodes, kinds = typed(exports("transformer", "bf16", narrow=True))
+    makers = {name: node for node in nodes for name in node.output}
+    for node in nodes:
+        if node.op_type != "Cast":
+            continue
+        maker = makers.get(node.input[0])
+        # A half table of RoPE is a slice of an input.
+        early = maker is None or maker.op_type == "Slice"
+        assert early or node.output[0] == "velocity", node.name
+    for node in nodes:
+        if node.op_type in ("LayerNormalization", "RMSNormalization", "Mul", "MultiHeadAttention"):
+            assert {kinds[name] for name in (*node.input, *node.output)} == {KINDS["bf16"]}
+        if node.op_type == "RotaryEmbedding":
+            assert kinds[node.input[0]] == kinds[node.output[0]] == KINDS["bf16"]
+
+
+@pytest.mark.parametrize("precision", list(KINDS))
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_norms_take_the_modulation(exports: Exports, component: str, precision: str) -> None:
+    nodes, kinds = typed(exports(component, precision, narrow=True))
+    norms = [node for node in nodes if node.op_type == "LayerNormalization"]
+    assert len(norms) == 4 * SHAPES["dev"].double + SHAPES["dev"].single + 1
+    assert all(len(node.input) == 3 for node in norms)
+    # FP16 has its residual stream in float32.
+    stream = {"bf16": KINDS["bf16"], "fp16": onnx.TensorProto.FLOAT}[precision]
+    assert {kinds[node.input[0]] for node in norms} == {stream}
+    heads = [node for node in nodes if node.op_type == "RMSNormalization"]
+    assert len(heads) == NORMS
+    assert {kinds[name] for node in heads for name in node.output} == {KINDS[precision]}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8-dynamic"])
+def test_float32_stays_as_it_is(exports: Exports, precision: str) -> None:
+    fused = exports("transformer", precision, fused=True)
+    assert exports("transformer", precision, narrow=True).read_bytes() == fused.read_bytes()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("precision", list(KINDS))
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_it_is_as_near_to_float32_as_the_graph_with_casts(
+    exports: Exports, opened: Checkpoint, component: str, precision: str, size: tuple[int, ...]
+) -> None:
+    chain, weights = GRAPHS[component].source(opened, "fp32")
+    inputs = make_inputs(opened, component, size)
+    ((name, exact),) = run_reference(chain, weights, inputs).items()
+    narrow = run_rounded(exports(component, precision, narrow=True), inputs)[name]
+    wide = run_rounded(exports(component, precision, fused=True), inputs)[name]
+    # Either is some hundredths away from float32 with such small random weights.
+    assert distance(narrow, exact) < 1.6 * distance(wide, exact)
+    if component == "transformer":
+        gate = PRECISIONS[precision].max_error
+        assert np.abs(narrow - exact).max() < gate * np.abs(exact).max()
+
+
+def optimized(path: Path, tmp_path: Path) -> tuple[onnxruntime.InferenceSession, set[str]]:
+    """The graph in float32 with all that ONNX Runtime merges, and the operators it has then."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    session = onnxruntime.InferenceSession(widened(path).SerializeToString(), options)
+    model = onnx.load(tmp_path / "optimized.onnx")
+    return session, {node.op_type for node in model.graph.node}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_in_float32_it_is_exact_however_onnx_runtime_merges_it(
+    exports: Exports, opened: Checkpoint, tmp_path: Path, size: tuple[int, ...]
+) -> None:
+    """A norm after a sum is one for whose scale its merged operator has one axis."""
+    path = exports("transformer", "bf16", narrow=True)
+    inputs = make_inputs(opened, "transformer", size)
+    session, operators = optimized(path, tmp_path)
+    assert "SkipLayerNormalization" not in operators
+    assert "LayerNormalization" in operators
+    wide, _ = optimized(exports("transformer", "bf16", fused=True), tmp_path)
+    (expected,), (found,) = wide.run(None, inputs), session.run(None, inputs)
+    assert distance(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_joined_products_are_those_of_their_linears(
+    exports: Exports, opened: Checkpoint, tmp_path: Path, precision: str
+) -> None:
+    path = exports("transformer", precision, narrow=True)
+    inputs = make_inputs(opened, "transformer", SIZES[1])
+    onnx.save(widened(path), tmp_path / "apart.onnx")
+    model = ir.load(tmp_path / "apart.onnx")
+    join_products(model)
+    ir.save(model, tmp_path / "joined.onnx")
+    apart, joined = (
+        Counter(n.op_type for n in ir.load(p).graph)
+        for p in (tmp_path / "apart.onnx", tmp_path / "joined.onnx")
+    )
+    streams = 2 * SHAPES["dev"].double + SHAPES["dev"].single
+    assert apart["MatMul"] - joined["MatMul"] == 2 * streams
+    expected = run(tmp_path / "apart.onnx", inputs)["velocity"]
+    assert error(run(tmp_path / "joined.onnx", inputs)["velocity"], expected) < 1e-5
