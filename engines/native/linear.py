@@ -128,15 +128,15 @@ class Task:
 
     @gluon.jit
     def share(self, turn):
-        """A tile, which of its parts, and the steps over its channels in from which to which."""
-        tile, part, first, last = turn, self.parts - 1, 0, self.STEPS
+        """A tile, which of how many parts of it, and its steps over the channels in."""
+        tile, part, parts, first, last = turn, 0, 1, 0, self.STEPS
         if self.PARTS > 1:
             if turn >= self.whole:  # noqa: SIM102 - PARTS is known to the compiler
                 tile = self.whole + (turn - self.whole) % self.left
-                part = (turn - self.whole) // self.left
-                first = part * self.STEPS // self.parts
-                last = (part + 1) * self.STEPS // self.parts
-        return tile, part, first, last
+                part, parts = (turn - self.whole) // self.left, self.parts
+                first = part * self.STEPS // parts
+                last = (part + 1) * self.STEPS // parts
+        return tile, part, parts, first, last
 
     @gluon.jit
     def group(self, row):
@@ -171,7 +171,7 @@ def _produce(task):
     operands: gl.constexpr = task.TILE_ROWS + task.TILE_COLUMNS
     slot, phase, turn = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
     for share in range(gl.program_id(0), task.turns(), gl.num_programs(0)):
-        tile, part, begin, end = task.share(share)
+        tile, part, parts, begin, end = task.share(share)
         row, column = task.place(tile)
         first = task.group(row) * task.COLUMNS + column
         for k in range(begin, end):
@@ -187,7 +187,7 @@ def _produce(task):
             # Behind the operands: a residual must not hold up the products before it.
             if task.FORM == "pingpong":
                 _load_residual(task, row, column, turn % GROUPS, turn // GROUPS)
-            elif part == task.parts - 1:
+            elif part == parts - 1:
                 for group in gl.static_range(GROUPS):
                     _load_residual(task, row + group * task.PART_ROWS, column, group, turn)
         turn += 1
@@ -222,7 +222,7 @@ def _consume(task, GROUP: gl.constexpr):
 @gluon.jit
 def _compute(task, share, turn, own_turn, GROUP: gl.constexpr, HALF: gl.constexpr):
     """One tile or a part of it: the program's `turn`th, and the `own_turn`th of this group."""
-    tile, part, begin, end = task.share(share)
+    tile, part, parts, begin, end = task.share(share)
     row, column = task.place(tile)
     text = row < task.text_tokens
     # What columns are multiplied with comes while products are computed.
@@ -242,9 +242,9 @@ def _compute(task, share, turn, own_turn, GROUP: gl.constexpr, HALF: gl.constexp
             factor = gate
     # A part is nobody's but the last turn's: all loads before are of whole tiles.
     total = _multiply(task, turn * task.STEPS, begin, end, own_turn, GROUP, HALF)
-    if part == task.parts - 1:
+    if part == parts - 1:
         if task.PARTS > 1:
-            total = _gather(task, total, tile - task.whole, GROUP)
+            total = _gather(task, total, tile - task.whole, parts, GROUP)
         task.vectors.index(GROUP * task.VECTORS).store(addend)
         if task.VECTORS == 2:
             task.vectors.index(GROUP * task.VECTORS + 1).store(factor)
@@ -265,10 +265,10 @@ def _hand_over(task, total, tile, part, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _gather(task, total, tile, GROUP: gl.constexpr):
+def _gather(task, total, tile, parts, GROUP: gl.constexpr):
     """Add what the programs with the other parts of the tile leave, and take their marks away."""
-    for part in range(task.parts - 1):
-        slot = (tile * (task.parts - 1) + part) * GROUPS + GROUP
+    for part in range(parts - 1):
+        slot = (tile * (parts - 1) + part) * GROUPS + GROUP
         zero = _on_mark(
             task,
             slot,

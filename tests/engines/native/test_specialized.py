@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from math import prod
+from types import SimpleNamespace
 
 import pytest
 
@@ -66,3 +67,26 @@ def test_one_compiles_without_a_gpu_for_all_its_warps() -> None:
         (128, 64, 3),
         (128, 64, 3),
     ]
+
+
+@pytest.mark.parametrize("tiles", [1, 7, 48, 66, 67, 131, 132, 133, 144, 396, 432, 500])
+@pytest.mark.parametrize("most", [1, 4, 10])
+def test_every_step_of_every_tile_is_somebodys(tiles: int, most: int) -> None:
+    """As 132 programs take turns: whole tiles first, and one part finishes each of the others."""
+    linear = pytest.importorskip("engines.native.linear", exc_type=ImportError)
+    programs, steps = 132, 48
+    whole = tiles // programs * programs if most > 1 else tiles
+    left = tiles - whole
+    parts = min(programs // max(left, 1), most)
+    task = SimpleNamespace(whole=whole, left=left, parts=parts, PARTS=most, STEPS=steps)
+    turns = linear.Task.turns.fn(task)
+    done: dict[int, list[int]] = {}
+    last_turn = (turns - 1) // programs
+    for turn in range(turns):
+        tile, part, of, first, last = linear.Task.share.fn(task, turn)
+        assert 0 <= part < of <= max(most, 1)
+        assert of == 1 or turn // programs == last_turn
+        assert of > 1 or (first, last) == (0, steps)
+        done.setdefault(tile, []).extend(range(first, last))
+    assert done.keys() == set(range(tiles))
+    assert all(sorted(found) == list(range(steps)) for found in done.values())
