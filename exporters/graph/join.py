@@ -51,7 +51,7 @@ def _join(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     adds = [next(iter(node.outputs[0].uses()))[0] for node in nodes]
     pairs = [_linear(node) for node in nodes]
     weights, biases = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    x, kind = first.inputs[0], first.outputs[0].dtype
+    x, kind = first.inputs[0], weights[0].dtype
     assert x is not None
     assert kind is not None
     name = f"{first.name}.joined"
