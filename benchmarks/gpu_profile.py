@@ -10,7 +10,6 @@ tokens of text.
 from __future__ import annotations
 
 import gpu_kernels_worker as worker
-import native_kernels
 import torch
 
 from engines.native.tiles import choose_tiles

@@ -356,6 +356,7 @@ _GPU_STEP_NAMES = {
     "native, fp8": "ours, `native` in fp8",
     "native, bf16": "ours, `native` in bf16",
     "compile-blocks-cudnn": "torch.compile bf16, cuDNN attention",
+    "eager": "PyTorch eager bf16",
 }
 
 
@@ -369,26 +370,32 @@ def _gpu_step(report: dict[str, Any]) -> str:
         ["---", *["---:"] * 5],
     ]
     for name in names:
-        large, small = by_name[name, 1024], by_name[name, 512]
+        large, small = by_name[name, 1024], by_name.get((name, 512))
         rows.append(
             [
                 _GPU_STEP_NAMES[name],
                 f"{large['step_ms']:.1f} ms",
-                f"{small['step_ms']:.1f} ms",
+                "" if small is None else f"{small['step_ms']:.1f} ms" + _EARLIER * _is_old(small),
                 f"{_STEP_TFLOP / large['step_ms'] * 1e3:,.0f}",
                 f"{large['joules']:.0f}",
                 f"{large['memory'] / 1e9:.1f} GB",
             ]
         )
+    ours = [name for name in names if name.startswith("native")]
     ratios = [
         [
-            by_name[names[-1], size]["step_ms"] / by_name[name, size]["step_ms"]
-            for size in (1024, 512)
+            by_name[peer, size]["step_ms"] / by_name[name, size]["step_ms"]
+            for peer, size in (("compile-blocks-cudnn", 1024), ("compile-blocks-cudnn", 512))
         ]
-        for name in names[:-1]
+        + [by_name["eager", 1024]["step_ms"] / by_name[name, 1024]["step_ms"]]
+        for name in ours
     ]
     machine, packages = report["machine"], report["machine"]["packages"]
-    words = ", and ".join(f"{large:.2f} and {small:.2f} times" for large, small in ratios)
+    compiled = ", ".join(
+        f"in {name.split()[-1]} {large:.2f} and {small:.2f} times"
+        for name, (large, small, _) in zip(ours, ratios, strict=True)
+    )
+    eagers = " and ".join(f"{eager:.2f}" for *_, eager in ratios)
     watts = float(machine["idle"]["power.limit"].split()[0])
     return (
         f"{_table(rows)}\n"
@@ -396,13 +403,22 @@ def _gpu_step(report: dict[str, Any]) -> str:
         f"{report['single_blocks']} single blocks, random weights,\n"
         "one picture and 512 text tokens: medians as a host sees them, one contender at a time. "
         "Tflop/s,\njoules and memory are at "
-        "1024x1024, memory is all that the process has on the GPU. Ours are\n"
-        f"{words} as fast as torch.compile, which compiles the blocks.\n"
+        "1024x1024, memory is all that the process has on the GPU. Ours is\nas fast as "
+        f"torch.compile of the blocks {compiled},\nand as fast as eager {eagers} times. The star: "
+        "of an earlier run, on another GPU of the same kind.\n"
         "Measured by [benchmarks/gpu_step.py](../benchmarks/gpu_step.py) on one\n"
         f"{machine['gpu']} of {watts:.0f} W, Python {machine['python']}, "
         f"PyTorch {packages['torch']}, cuDNN 9.19,\nkernels compiled with Triton "
         f"{packages['triton']}.\n"
     )
+
+
+_EARLIER = " *"
+
+
+def _is_old(found: dict[str, Any]) -> bool:
+    """Whether it is of an earlier run than the others of its report."""
+    return bool(found.get("earlier"))
 
 
 _STEP_TFLOP = 59.49 + 14.87
@@ -423,12 +439,30 @@ def _gpu_step_kernels(report: dict[str, Any]) -> str:
     for precision, kernels in found.items():
         for label, each in kernels.items():
             group = label if label in groups else "the rest"
-            if label == "specialized" or label.startswith("linear 4608"):
+            if label.startswith("linear 4608"):
                 group = "products"
             sums[precision][group] += each["ms"]
     for group in groups:
         rows.append([names.get(group, group), *(f"{sums[p][group]:.1f}" for p in found)])
     return f"{_table(rows)}\n"
+
+
+def _gpu_profile(report: dict[str, Any]) -> str:
+    """What NVIDIA's profiler says of the kernels of benchmarks/gpu_profile.py."""
+    rows = [
+        ["of its peak", "microseconds", "multiprocessors", "L2 cache", "issue slots"],
+        ["---", *["---:"] * 4],
+    ]
+    for found in report["kernels"]:
+        shares = (f"{found[name]:.0f}%" for name in ("multiprocessors", "l2", "issued"))
+        rows.append([found["kernel"], f"{found['microseconds']:.0f}", *shares])
+    return (
+        f"{_table(rows)}\n"
+        "Each alone and once, at the clocks that an idle GPU begins with: rows x channels in x "
+        "channels\nout, what follows, and the tile. Measured by "
+        "[benchmarks/gpu_profile.py](../benchmarks/gpu_profile.py)\n"
+        f"under Nsight Compute on one {report['gpu']}.\n"
+    )
 
 
 def _gpu_kernels(report: dict[str, Any]) -> str:
@@ -470,7 +504,8 @@ def _gpu_kernels(report: dict[str, Any]) -> str:
     return (
         f"{_table(rows)}\n"
         "Rows x channels in x channels out. Ours with bias, GELU or gate and residual, and with the"
-        " rounding\nto the next product's type; cuBLAS's with bias alone, to bfloat16. "
+        " rounding\nto the next product's type; cuBLAS's with bias alone, to bfloat16, and in fp8 "
+        "of an earlier run. "
         "A product of "
         f"8192³ has {peaks['bf16']:,.0f} and\n{peaks['fp8']:,.0f}. Attention over 4,608 tokens, by "
         f"cuDNN: {attention['native, bf16']:,.0f} and {attention['native, fp8']:,.0f}; PyTorch's "
@@ -798,6 +833,7 @@ BLOCKS: Mapping[str, Block] = {
     "gpu_latency": Block(RESULTS / "gpu_latency.json", (FIGURES,), _gpu_latency),
     "gpu_step": Block(RESULTS / "gpu_step.json", (FIGURES,), _gpu_step),
     "gpu_step_kernels": Block(RESULTS / "gpu_step.json", (PERFORMANCE,), _gpu_step_kernels),
+    "gpu_profile": Block(RESULTS / "gpu_profile.json", (PERFORMANCE,), _gpu_profile),
     "gpu_kernels": Block(RESULTS / "gpu_kernels.json", (PERFORMANCE,), _gpu_kernels),
     "lora_step": Block(RESULTS / "lora_step.json", (LORA,), _lora_step),
     "host_step": Block(RESULTS / "host_step.json", (PERFORMANCE,), _host_step),

@@ -130,8 +130,9 @@ class Task:
     def share(self, turn):
         """A tile, which of how many parts of it, and its steps over the channels in."""
         tile, part, parts, first, last = turn, 0, 1, 0, self.STEPS
-        if self.PARTS > 1:
-            if turn >= self.whole:  # noqa: SIM102 - PARTS is known to the compiler
+        # PARTS is known to the compiler, which leaves this out where it is 1.
+        if self.PARTS > 1:  # noqa: SIM102
+            if turn >= self.whole:
                 tile = self.whole + (turn - self.whole) % self.left
                 part, parts = (turn - self.whole) // self.left, self.parts
                 first = part * self.STEPS // parts

@@ -254,6 +254,9 @@ def _specialized_spec(
     vectors = 2 * 4 * tile.columns * (2 if residual or constants["SCALED"] else 1)
     stages = (_SHARED - staged - vectors) // (128 * (tile.rows + tile.columns))
     constants |= {"TURN": int(turn), "FORM": form, "STAGES": min(stages, tile.stages)}
-    constants["PARTS"] = 1 if form == "pingpong" else _most_parts(int(constants["INNER"]) // depth)
+    constants["PARTS"] = 1
+    if form == "shared" and residual:
+        # The others have so many tiles that none, or too many, are left for the last turn.
+        constants["PARTS"] = _most_parts(int(constants["INNER"]) // depth)
     types |= dict.fromkeys(("norms", "cos", "sin", "partials", "marks"), "f32")
     return KernelSpec("specialized", types, constants, 4, boxes=boxes)

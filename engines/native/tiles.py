@@ -50,20 +50,18 @@ class Tile:
 
 _PINGPONG = Tile(128, 128, 4, 6, form="pingpong")
 _SHARED = Tile(128, 256, 4, 4, form="shared")
-_FLAT = Tile(128, 256, 8, 3, flatten=True)
-_SQUARE = Tile(128, 128, 4, 4, flatten=True)
 
 _TILES: Mapping[tuple[Kind, str, bool], tuple[Tile, Tile]] = {
     ("fp8", "plain", False): (_PINGPONG, _PINGPONG),
     ("fp8", "split", False): (_SHARED, _SHARED),
     ("fp8", "gelu", False): (_PINGPONG, _PINGPONG),
     ("fp8", "residual", False): (_PINGPONG, _PINGPONG),
-    ("fp8", "residual", True): (_SQUARE, _SHARED),
-    ("bf16", "plain", False): (_PINGPONG, _FLAT),
-    ("bf16", "split", False): (_SHARED, _SHARED),
-    ("bf16", "gelu", False): (_PINGPONG, _SHARED),
-    ("bf16", "residual", False): (_PINGPONG, _SHARED),
-    ("bf16", "residual", True): (_SQUARE, _SQUARE),
+    ("fp8", "residual", True): (_PINGPONG, _SHARED),
+    ("bf16", "plain", False): (_PINGPONG, _SHARED),
+    ("bf16", "split", False): (_PINGPONG, _SHARED),
+    ("bf16", "gelu", False): (_PINGPONG, _PINGPONG),
+    ("bf16", "residual", False): (_PINGPONG, _PINGPONG),
+    ("bf16", "residual", True): (_SHARED, _SHARED),
 }
 """For few rows and for many, by whether there are many channels in: the fastest at FLUX.1's sizes
 on an H100, of those that `benchmarks/gpu_kernels.py` tries."""

@@ -66,6 +66,7 @@ BLOCKS = (
     "gpu_step",
     "gpu_step_kernels",
     "gpu_kernels",
+    "gpu_profile",
     "latency",
     "host_step",
     "lora_step",
