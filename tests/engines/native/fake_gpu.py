@@ -36,6 +36,8 @@ class FakeGpu(FakeCuda):
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.launched: list[str] = []
         self.handles: set[int] = set()
+        self.shared_out = 0
+        """How many launches had tiles that programs share."""
         self._made = 0
         self._recorded: dict[int, list[Callable[[], None]]] = {}
         self._aligned: list[Any] = []
@@ -285,6 +287,7 @@ def _check_shared_out(run: _Launched, rows: int, columns: int) -> None:
     parts = min(programs // max(left, 1), run.constant("PARTS"))
     slots = left * (max(parts, 1) - 1)
     if slots:
+        run.gpu.shared_out += 1
         run.rows("partials", slots, high * wide, high * wide)
         assert not run.rows("marks", slots, threads, threads).any()
 

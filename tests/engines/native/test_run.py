@@ -20,7 +20,7 @@ from engines.native.pack import write_engine
 from engines.native.plan import BYTES, Plan
 from engines.native.run import NativeEngine
 from engines.native.specs import Kernel, KernelSpec, TensorBox
-from engines.native.tiles import FEW_ROWS
+from engines.native.tiles import _TILES, FEW_ROWS, Tile
 from engines.native.works import schedule, works_metadata
 from exporters.calibrate.ranges import measure_ranges
 from exporters.components.registry import COMPONENTS
@@ -134,8 +134,15 @@ def test_launches_give_what_the_plan_says(graphs: Graphs, tmp_path: Path, name: 
         assert run.gpu.calls["launch_graph"] == 2
 
 
-def test_norms_and_rope_follow_their_product_in_one_launch(tmp_path: Path) -> None:
-    """Where heads are 128 wide, as FLUX.1's, and one product makes an MLP's input too."""
+def test_norms_and_rope_follow_their_product_in_one_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where heads are 128 wide, as FLUX.1's, and one product makes an MLP's input too.
+
+    Products of few tiles share them out, which those of so few channels would not do by themselves.
+    """
+    tile = Tile(128, 256, 4, 4, form="shared")
+    monkeypatch.setitem(_TILES, ("fp8", "residual", False), (tile, tile))
     shape = Shape("wide", head_dim=128, heads=2, axes_dims=(16, 56, 56), double=1, single=1)
     checkpoint = open_short(make_checkpoint(tmp_path / "wide", shape))
     spec = specify(checkpoint, COMPONENTS["transformer"], "fp8", "bf16")
@@ -149,3 +156,4 @@ def test_norms_and_rope_follow_their_product_in_one_launch(tmp_path: Path) -> No
             inputs = make_inputs(run.engine.plan, text, image)
             found = run.engine.run(batch([inputs]))["velocity"][0]
             assert distance(found, run.expected(inputs)) < 0.05
+        assert run.gpu.shared_out
