@@ -1,8 +1,8 @@
 """The first run on a GPU: what products, attention and other runtimes take at FLUX.1's sizes.
 
 What kernels of our own have to beat, and whether Triton's linear is fast enough to build on. Needs
-PyTorch and no network; Triton, cuDNN's front end (`nvidia-cudnn-frontend`), diffusers and torchao
-are measured where they are. Each stage is a process of its own with a time of its own, so that one
+PyTorch and no network; Triton, cuDNN's front end (`nvidia-cudnn-frontend`) and diffusers are
+measured where they are. Each stage is a process of its own with a time of its own, so that one
 that hangs or breaks the GPU's context costs no other.
 """
 

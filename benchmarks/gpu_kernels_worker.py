@@ -58,7 +58,7 @@ PRODUCTS = (
 DOUBLE_BLOCKS, SINGLE_BLOCKS = 5, 10
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
 LARGEST = 448.0
-PACKAGES = ("torch", "triton", "diffusers", "torchao", "nvidia-cudnn-frontend")
+PACKAGES = ("torch", "triton", "diffusers", "nvidia-cudnn-frontend")
 
 
 @dataclass(frozen=True)
