@@ -13,7 +13,7 @@ from fluxdeploy.build.quality import require_nothing_spared
 from fluxdeploy.build.resolve import BuildSpec
 from fluxdeploy.build.staging import Staging
 from fluxdeploy.bundle.files import HashCache, disk_errors
-from fluxdeploy.bundle.manifest import FileRecord
+from fluxdeploy.bundle.manifest import FileRecord, component_stem
 from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ class BuildRun:
 
     The checkpoint is hashed here, which may take a while; `cache` then follows its files.
     `earlier` is the folder of a bundle of the same that has other LoRAs: its graphs and its
-    calibration are taken.
+    calibration are taken. `beside` is the run of another edition of the bundle: what it knows of
+    the checkpoint, and has linked, is taken.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class BuildRun:
         progress: Progress,
         cache: HashCache,
         earlier: Path | None = None,
+        beside: BuildRun | None = None,
     ) -> None:
         from exporters.weights.bind import WeightFolder
 
@@ -48,6 +50,9 @@ class BuildRun:
         self.staging = staging
         self.progress = progress
         self.earlier = earlier
+        if beside is not None:
+            self.hashes, self.weights = beside.hashes, beside.weights
+            return
         self.hashes = hash_checkpoint(spec.checkpoint, progress, cache)
         cache.hash_files([file for lora in spec.request.loras for file in lora.files])
         self.weights = WeightFolder(
@@ -67,7 +72,8 @@ class BuildRun:
         checkpoint, known = self.spec.checkpoint.unmerged, self._calibrated
         request = self.spec.request
         source = open_calibration(checkpoint, known, request.calibration)
-        path = self.staging.root / _CALIBRATION
+        name = component_stem("calibration", self.spec.edition) + ".json"
+        path = self.staging.root / name
         asked = [component.asked for component in self.spec.components if component.quantized]
         key = digest(
             {
@@ -78,16 +84,16 @@ class BuildRun:
                 "sources": sources_digest(),
             }
         )
-        files = self.staging.finished(_CALIBRATION, key)
+        files = self.staging.finished(name, key)
         if files is None:
-            state = self.staging.scratch(_CALIBRATION)
+            state = self.staging.scratch(name)
             found = calibrate(
                 checkpoint, known, source, asked, request.promise, state, self.progress
             )
             if request.strict:
                 require_nothing_spared(found.recipes)
             write_calibration(found, path)
-            files = self.staging.record(_CALIBRATION, key, [path])
+            files = self.staging.record(name, key, [path])
         return read_calibration(path, checkpoint, known), files[0]
 
     @property

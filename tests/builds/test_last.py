@@ -35,7 +35,7 @@ class Place:
         self.write("prompts.txt", "a fox")
         self.request = BuildRequest(
             str(root / "checkpoint"),
-            runtime="onnxruntime",
+            runtimes=("onnxruntime",),
             targets=("cpu",),
             calibration=root / "prompts.txt",
         )
