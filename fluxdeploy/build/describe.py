@@ -94,7 +94,9 @@ def sources(
     return {
         "checkpoint": checkpoint_origin(name or DEFAULT_CHECKPOINT, checkpoint, hashes),
         **({"loras": [asdict(lora) for lora in checkpoint.loras]} if checkpoint.loras else {}),
-        **({"controlnets": _controlnet_files(checkpoint, hashes)} if checkpoint.controlnets else {}),
+        **(
+            {"controlnets": _controlnet_files(checkpoint, hashes)} if checkpoint.controlnets else {}
+        ),
         **_ip_adapter_files(checkpoint, hashes),
         **({"redux": _redux_files(checkpoint, hashes)} if checkpoint.redux else {}),
     }
@@ -120,9 +122,7 @@ def _controlnet_files(
     ]
 
 
-def _ip_adapter_files(
-    checkpoint: Checkpoint, hashes: CheckpointHashes | None
-) -> dict[str, object]:
+def _ip_adapter_files(checkpoint: Checkpoint, hashes: CheckpointHashes | None) -> dict[str, object]:
     """The name of the IP-Adapter's file, its SHA-256 and its image encoder's; nothing without."""
     name = checkpoint.ip_adapter_name
     if name is None:

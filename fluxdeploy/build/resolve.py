@@ -103,8 +103,8 @@ class ComponentSpec:
     """A component of the bundle that is to be built.
 
     export: its chain, its weights and what becomes of them. stem: what its own files are called.
-    runtime, targets: what will run it, and on which devices. kernels: what will compute it. profiles: the sizes that its engines are
-    built for. engines: one for each target.
+    runtime, targets: what will run it, and on which devices. kernels: what will compute it.
+    profiles: the sizes that its engines are built for. engines: one for each target.
     """
 
     export: ExportSpec

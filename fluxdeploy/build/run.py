@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fluxdeploy.build.checkpoint import calibration_digest, hash_checkpoint
+from fluxdeploy.build.checkpoint import CheckpointHashes, calibration_digest, hash_checkpoint
 from fluxdeploy.build.keys import digest, sources_digest
 from fluxdeploy.build.quality import require_nothing_spared
 from fluxdeploy.build.resolve import BuildSpec
@@ -19,6 +19,7 @@ from fluxdeploy.progress import Progress
 if TYPE_CHECKING:
     from exporters.calibrate.range_file import CalibrationFile
     from exporters.checkpoint import Checkpoint
+    from exporters.weights.bind import WeightFolder
 
 __all__ = ["BuildRun"]
 
@@ -44,18 +45,20 @@ class BuildRun:
         earlier: Path | None = None,
         beside: BuildRun | None = None,
     ) -> None:
-        from exporters.weights.bind import WeightFolder
+        from exporters.weights.bind import WeightFolder as Folder
 
         self.spec = spec
         self.staging = staging
         self.progress = progress
         self.earlier = earlier
+        self.hashes: CheckpointHashes
+        self.weights: WeightFolder
         if beside is not None:
             self.hashes, self.weights = beside.hashes, beside.weights
             return
         self.hashes = hash_checkpoint(spec.checkpoint, progress, cache)
         cache.hash_files([file for lora in spec.request.loras for file in lora.files])
-        self.weights = WeightFolder(
+        self.weights = Folder(
             staging.root / "onnx" / "weights", cache.link, _files_beside(spec.checkpoint)
         )
 

@@ -187,9 +187,9 @@ class Staging:
         """The files of the artifact `name` where one made from the same `key` can be used again.
 
         It comes from an earlier build that was stopped, or is a component of the bundle that is
-        being replaced, whose files are called `name`, whose files are then hard-linked below `root`. Every file's size
-        and SHA-256 is checked once; `on_bytes` hears of the bytes hashed. None where the artifact
-        must be made: its stale files are gone then.
+        being replaced, whose own files are called `name`; its files are then hard-linked below
+        `root`. Every file's size and SHA-256 is checked once; `on_bytes` hears of the bytes hashed.
+        None where the artifact must be made: its stale files are gone then.
         """
         artifact = self._artifacts.get(name)
         if artifact is not None:

@@ -591,7 +591,8 @@ def _check(manifest: Manifest) -> None:
             _check_counts(edition)
             _check_edition(edition)
         except FieldError as error:
-            raise FieldError(join(f"editions[{index}]", error.where), error.problem) from error
+            where = join(f"editions[{index}]", error.where) if error.where else f"editions[{index}]"
+            raise FieldError(where, error.problem) from error
 
 
 def _check_editions(manifest: Manifest) -> None:

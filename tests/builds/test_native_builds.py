@@ -112,7 +112,9 @@ def test_another_onnx_runtime_is_another_build(
 
 @pytest.mark.usefixtures("remembered_traces")
 def test_a_bundle_is_built_without_a_gpu(tmp_path: Path) -> None:
-    request = BuildRequest(precision="fp8", runtimes=("native",), targets=("sm90",), promise=Promise())
+    request = BuildRequest(
+        precision="fp8", runtimes=("native",), targets=("sm90",), promise=Promise()
+    )
     with Progress(quiet=True) as progress:
         bundle = build(request, tmp_path / "bundle", progress)
     opened = open_bundle(bundle.root, check="all")

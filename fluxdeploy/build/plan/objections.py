@@ -16,9 +16,7 @@ from fluxdeploy.machine import Memory
 __all__ = ["find_impossible", "find_remarks", "find_shortages", "in_gib"]
 
 
-def find_impossible(
-    spec: BuildSpec, destination: Path, runs_beside: bool = False
-) -> Iterator[str]:
+def find_impossible(spec: BuildSpec, destination: Path, runs_beside: bool = False) -> Iterator[str]:
     """What a target has not, each once, with the components that would need it; and what a bundle
     at `destination` is kept from.
 

@@ -22,7 +22,9 @@ pytest.importorskip("openvino")
 def bundle(
     shared_folder: SharedFolder, checkpoint: CheckpointFactory, remembered_traces: Path
 ) -> Path:
-    request = BuildRequest(checkpoint=str(checkpoint("dev")), precision="fp32", runtimes=("openvino",))
+    request = BuildRequest(
+        checkpoint=str(checkpoint("dev")), precision="fp32", runtimes=("openvino",)
+    )
     return shared_folder.entry("bundle-dev-openvino", lambda folder: build_bundle(request, folder))
 
 
