@@ -105,7 +105,7 @@ def test_another_onnx_runtime_is_another_build(
 ) -> None:
     """Its version is in the records of the components that it runs."""
     (native,), (other,) = (runtimes(name) for name in ("native", "onnxruntime"))
-    last = LastBuild(BuildRequest(), tmp_path / "bundle", native, ("sm90",))
+    last = LastBuild(BuildRequest(), tmp_path / "bundle", [(native, ("sm90",))])
     found = last._versions(["clip", "transformer"])
     assert found == [["onnxruntime", other.version(), "cuda"], ["native", "1", "sm90"]]
 
