@@ -82,9 +82,7 @@ def test_opening_checks_the_files_of_every_edition(tmp_path: Path, manifest: Man
             ),
         ),
     )
-    edition = replace(
-        whole.editions[0], components={**whole.editions[0].components, "t5": record}
-    )
+    edition = replace(whole.editions[0], components={**whole.editions[0].components, "t5": record})
     root = write_small_bundle(tmp_path / "b", files, replace(whole, editions=(edition,)))
     bundle = open_bundle(root)
     assert [each.manifest.runtime for each in bundle.editions] == ["onnxruntime", "openvino"]
