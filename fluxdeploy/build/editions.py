@@ -45,14 +45,13 @@ def lay_out(
 
     Those of other runtimes stay where they are of the same checkpoint, with the same that joined
     it, and `replace` was not asked for. Which that is goes by names here, since no weight is read.
+    Editions keep their places: those that are built again have nothing to do then.
     """
     earlier = None if request.replace else find_manifest(destination)
     if earlier is None or missing_component(earlier) or not _is_of(earlier, request, checkpoint):
         return Layout(tuple(built))
     editions = {each.runtime: each for each in earlier.each()}
     kept = tuple(each for name, each in editions.items() if name not in built)
-    if not kept:
-        return Layout(tuple(built))
     return Layout((*editions, *(name for name in built if name not in editions)), kept)
 
 

@@ -152,7 +152,11 @@ def test_only_the_edition_that_is_asked_for_is_made_anew(both: Path, source: Pat
     open_bundle(both, check="all")
 
 
-def test_converted_weights_with_the_same_bytes_are_one_file(tmp_path: Path, source: Path) -> None:
+def test_converted_weights_with_the_same_bytes_are_one_file(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As ONNX Runtime, it then computes in float32 around them, on every processor.
+    monkeypatch.setattr("engines.openvino._has_bf16", lambda: False)
     bundle, given = tmp_path / "bundle", {"t5": "int8-weights"}
     request = request_for(source, "onnxruntime", "openvino")
     request = replace(request, component_precision=given, promise=Promise())
@@ -164,7 +168,7 @@ def test_converted_weights_with_the_same_bytes_are_one_file(tmp_path: Path, sour
 
     (path,) = packed("onnxruntime")
     assert packed("openvino") == [path]
-    (digest,) = (r.sha256 for _, r in open_bundle(bundle).manifest.files() if r.path == path)[:1]
+    (digest,) = {r.sha256 for _, r in open_bundle(bundle).manifest.files() if r.path == path}
     assert path == f"onnx/weights/t5.int8-weights.{digest[:12]}.safetensors"
     # It is the other's still, where one of them has it no more.
     build_bundle(request_for(source, "onnxruntime"), bundle)
@@ -204,7 +208,7 @@ def test_other_weights_under_the_same_name_do_not_join(
     )
     assert tree(both) == before
     build_bundle(request_for(other, "openvino", "onnxruntime"), both)
-    assert names(both) == ["openvino", "onnxruntime"]
+    assert names(both) == ["onnxruntime", "openvino"]
 
 
 def test_a_broken_edition_does_not_stay(both: Path, source: Path) -> None:
