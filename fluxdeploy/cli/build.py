@@ -183,23 +183,23 @@ def command(
     if report is not None and page is not None:
         write_page(report, _first_built(bundle, request), page)
     editions = bundle.manifest.each()
-    here = [edition.runtime for edition in editions if edition_runs_here(edition)]
+    here = [edition_runs_here(edition) for edition in editions]
     if as_json:
         described = [
             {
                 "runtime": edition.runtime,
                 "precisions": _precisions(edition),
-                "runs_here": edition.runtime in here,
+                "runs_here": runs,
                 "recipes": to_plain(_recipes(edition)),
             }
-            for edition in editions
+            for edition, runs in zip(editions, here, strict=True)
         ]
         say_json(
             {
                 "bundle": str(out),
                 "hash": bundle.content_hash,
                 "precisions": described[0]["precisions"],
-                "runs_here": bool(here),
+                "runs_here": any(here),
                 "recipes": described[0]["recipes"],
                 "editions": described,
                 "report": None if report is None else report.as_json(),
@@ -207,21 +207,21 @@ def command(
         )
         return
     for edition in editions:
-        _tell_precisions(edition, several=len(editions) > 1)
+        _tell_precisions(edition, precision, several=len(editions) > 1)
     if report is not None:
         show_report(report)
     call = f'fluxdeploy generate "a prompt" --bundle {shlex.quote(str(out))}'
     call += "".join(_GIVEN.get(task, "") for task in bundle.manifest.tasks)
-    if here:
+    if any(here):
         say(f"{out} is ready: {call}")
     else:
         devices = "; ".join(map(_devices, editions))
         say(f"{out} is ready for {devices}; nothing on this machine runs it")
         say(f"to see here what it draws, slowly: {call} --runtime emulate")
-    if here and len(editions) > 1:
+    if any(here) and len(editions) > 1:
         taken = choose_edition(bundle).manifest.runtime
-        for edition in editions:
-            say(f"  {_devices(edition)}: {_how_here(edition.runtime, taken, here)}")
+        for edition, runs in zip(editions, here, strict=True):
+            say(f"  {_devices(edition)}: {_how_here(edition.runtime, taken, runs)}")
 
 
 def _precisions(edition: Manifest) -> dict[str, str]:
@@ -232,11 +232,15 @@ def _recipes(edition: Manifest) -> dict[str, RecipeRecord]:
     return {n: r.recipe for n, r in edition.components.items() if r.recipe is not None}
 
 
-def _tell_precisions(edition: Manifest, *, several: bool) -> None:
-    """What is in another precision than was asked for, and what departs from its own."""
+def _tell_precisions(edition: Manifest, asked: str, *, several: bool) -> None:
+    """What is in another precision than was asked for, and what departs from its own.
+
+    asked: what this build has asked for; an edition that stays tells by itself.
+    """
     from fluxdeploy.build.quality import tell_recipe
 
-    precisions, asked = _precisions(edition), str(edition.provenance["requested_precision"])
+    precisions = _precisions(edition)
+    asked = str(edition.provenance.get("requested_precision", asked))
     before = f"{edition.runtime}: " if several else ""
     for used in sorted(set(precisions.values()) - {asked}):
         names = [name for name, other in precisions.items() if other == used]
@@ -247,11 +251,11 @@ def _tell_precisions(edition: Manifest, *, several: bool) -> None:
             say(f"{before}{line}")
 
 
-def _how_here(runtime: str, taken: str, here: list[str]) -> str:
+def _how_here(runtime: str, taken: str, runs: bool) -> str:
     """What an edition is to this machine, in words."""
     if runtime == taken:
         return "`generate` takes it here"
-    return f"runs here with --runtime {runtime}" if runtime in here else "does not run here"
+    return f"runs here with --runtime {runtime}" if runs else "does not run here"
 
 
 _GIVEN = {
