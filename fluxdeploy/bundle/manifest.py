@@ -408,8 +408,13 @@ class Manifest:
 
     @property
     def runtime(self) -> str:
-        """What the components are for; another runtime may have some of them beside it."""
-        return self.components["transformer"].engines[0].runtime
+        """What the components are for; another runtime may have some of them beside it.
+
+        It is the transformer's, and where there is none the first component's.
+        """
+        components = self.components
+        first = components.get("transformer") or next(iter(components.values()))
+        return first.engines[0].runtime
 
     def each(self) -> tuple[Manifest, ...]:
         """The editions, each as the manifest of a bundle that has no other."""
