@@ -166,7 +166,6 @@ def test_what_python_refuses_of_damaged_manifests_is_refused(
         ("quality.min_ssim", 1.01),
         ("editions", None),
         ("editions", [0]),
-        ("editions", [{}] * 65),
         ("editions.0.other", 0),
         ("editions.0.components", {}),
         ("editions.0.components.t5.engines", []),
