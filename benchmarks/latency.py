@@ -214,7 +214,7 @@ def build_bundles(
         built[name] = folder / f"{runtime}-{precision}"
         static = PRECISIONS[precision].calibrated and runtime != "onnxruntime"
         calibration = prompt if static else None
-        request = BuildRequest(checkpoint, precision, runtime=runtime, calibration=calibration)
+        request = BuildRequest(checkpoint, precision, runtimes=(runtime,), calibration=calibration)
         build(request, built[name], progress)
     return built
 

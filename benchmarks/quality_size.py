@@ -89,7 +89,7 @@ def _measure(
         request = BuildRequest(
             checkpoint,
             precision,
-            runtime=runtime,
+            runtimes=(runtime,),
             targets=targets,
             calibration=first / "calibration.json" if precision != _CALIBRATED else None,
             promise=Promise() if precision != _CALIBRATED else None,

@@ -56,7 +56,7 @@ def main(pictures: int, json_file: Path | None, plot: Path | None) -> None:
         shown: list[bool | None] = []
         for precision in PRECISIONS:
             bundle = build(
-                BuildRequest(precision=precision, runtime="onnxruntime", targets=("cpu",)),
+                BuildRequest(precision=precision, runtimes=("onnxruntime",), targets=("cpu",)),
                 Path(place) / precision,
                 progress,
             )

@@ -11,6 +11,7 @@ from engines.base import (
     Extra,
     Runtime,
 )
+from engines.editions import choose_edition, choose_runtimes, edition_runs_here
 from engines.registry import (
     AUTO,
     choose_builder,
@@ -34,8 +35,11 @@ __all__ = [
     "Extra",
     "Runtime",
     "choose_builder",
+    "choose_edition",
     "choose_runtime",
+    "choose_runtimes",
     "choose_target",
+    "edition_runs_here",
     "open_engine",
     "runs_here",
     "runtime_names",

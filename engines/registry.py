@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AUTO",
+    "EMULATE",
     "choose_builder",
     "choose_runtime",
     "choose_target",
@@ -30,6 +31,7 @@ __all__ = [
     "runs_here",
     "runtime_names",
     "runtimes",
+    "why_not_here",
 ]
 
 AUTO = "auto"
@@ -200,13 +202,24 @@ def _in_words(reasons: list[tuple[str, str, str]]) -> str:
 def runs_here(components: Iterable[Sequence[EngineRecord]]) -> bool:
     """Whether this machine can run one of the engines of each component."""
 
-    @cache
-    def runs(name: str, target: str) -> bool:
-        # A bundle may be of a later version, with runtimes and targets of its own.
-        runtime = _runtime(name) if name in _RUNTIMES else None
-        return runtime is not None and target in runtime.targets and runtime.availability(target).ok
-
+    runs = cache(lambda name, target: _problem_here(name, target) is None)
     return all(any(runs(e.runtime, e.target) for e in engines) for engines in components)
+
+
+def _problem_here(name: str, target: str) -> str | None:
+    """Why this machine cannot run such engines, or None where it can."""
+    # A bundle may be of a later version, with runtimes and targets of its own.
+    runtime = _runtime(name) if name in _RUNTIMES else None
+    if runtime is None or target not in runtime.targets:
+        return "this version does not know it"
+    available = runtime.availability(target)
+    return None if available.ok else available.detail
+
+
+def why_not_here(engines: Iterable[EngineRecord]) -> str:
+    """Why this machine cannot run such engines, in words."""
+    found = ((e.runtime, e.target, _problem_here(e.runtime, e.target)) for e in engines)
+    return _in_words([(name, target, problem) for name, target, problem in found if problem])
 
 
 def open_engine(

@@ -168,8 +168,11 @@ def export_component(
     ledger: Ledger = NO_LEDGER,
     earlier: Path | None = None,
     narrow: bool = False,
+    stem: str | None = None,
 ) -> Exported:
-    """Trace a component, bind its weights and write `<name>.onnx` beside the weight folder.
+    """Trace a component, bind its weights and write `<stem>.onnx` beside the weight folder.
+
+    `stem` is the component's name where it is None.
 
     With `fused` attention is ONNX Runtime's own operator where it can be, and group norms are what
     it has a kernel for. With `narrow` such a graph in 16 bits has them between its operators too.
@@ -180,6 +183,7 @@ def export_component(
     checks, `BundleError` where the disk refuses.
     """
     name, precision = spec.name, spec.precision
+    stem = stem or name
     layers = spec.layers
     folder.make()
     progress = progress or Progress(quiet=True)
@@ -193,14 +197,14 @@ def export_component(
         boundary,
         spec.placements,
         folder,
-        f"{name}.{precision}",
+        f"{stem}.{precision}",
         packed,
         lambda total: progress.task(f"  {name}: weights", total).advance,
         ledger,
     )
     proto = ir.to_proto(model)
     _check(proto, name)
-    path = folder.root.parent / f"{name}.onnx"
+    path = folder.root.parent / f"{stem}.onnx"
     write_atomic(path, proto.SerializeToString(deterministic=True))
     tensors = (value.const_value for value in model.graph.initializers.values())
     linears = [weight.removesuffix(".weight") for weight in packed]

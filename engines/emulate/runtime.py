@@ -35,8 +35,8 @@ class Emulate(Runtime):
         A batch is limited as the component's own engines limit it: hosts divide larger ones, and
         all pictures at once would take all memory.
         """
-        path = f"onnx/{component}.onnx"
-        if all(file.path != path for file in record.files):
+        path = next((f.path for f in record.files if f.path.endswith(".onnx")), None)
+        if path is None:
             return {}
         batches = [e.dimensions["B"] for e in record.engines if "B" in e.dimensions]
         largest = {"B": max(batches, key=lambda sizes: sizes.max)} if batches else {}

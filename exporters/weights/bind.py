@@ -106,6 +106,9 @@ class Ledger(Protocol):
     def record(self, file: str, sha256: str) -> None:
         """A file is whole; `sha256` are 64 hex digits."""
 
+    def stored_as(self, file: str) -> str:
+        """What a file that is finished or recorded is called in the weight folder."""
+
 
 class _NoLedger:
     def finished(self, file: str) -> bool:
@@ -113,6 +116,9 @@ class _NoLedger:
 
     def record(self, file: str, sha256: str) -> None:
         pass
+
+    def stored_as(self, file: str) -> str:
+        return file
 
 
 NO_LEDGER: Ledger = _NoLedger()
@@ -164,13 +170,13 @@ def bind(
     missing = {}
     for file, tensors in parts.items():
         folder.reserve(file)
-        files[file] = None
         if ledger.finished(file):
             on_bytes(sum(tensor.nbytes for tensor in tensors))
         else:
             missing[file] = tensors
     write_files(folder.root, missing, on_bytes, ledger.record)
-    for file in parts:
+    for file in map(ledger.stored_as, parts):
+        files[file] = None
         for name, entry in read_header(folder.root / file).tensors.items():
             _point(graph, parameters[name], folder, file, entry.offset, entry.nbytes)
     return list(files)

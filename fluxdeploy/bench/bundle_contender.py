@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines import EngineOptions, open_engine
+from engines import EngineOptions, choose_edition, open_engine
 from engines.base import Array, Engine
 from fluxdeploy.bench.contender import LoadedContender
 from fluxdeploy.bench.job import Job
@@ -29,7 +29,7 @@ class BundleContender(LoadedContender):
     def __init__(self, job: Job, watch: Stopwatch) -> None:
         super().__init__(job, watch)
         with watch.component("load"):
-            bundle = open_bundle(Path(job.bundle))
+            bundle = choose_edition(open_bundle(Path(job.bundle)), job.runtime)
             if bundle.content_hash != job.bundle_hash:
                 raise BundleError(
                     f"The bundle {bundle.root} was replaced since `bench` has opened it; run it "

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engines import choose_edition
 from engines.base import EngineOptions
 from engines.registry import AUTO, runtimes
 from fluxdeploy.bench.job import PEERS, Job
@@ -78,7 +79,7 @@ def choose_contenders(
     for name in request.peers:
         _check_installed(name)
     paths = dict.fromkeys(str(path) for path in request.bundles)
-    bundles = {name: open_bundle(name) for name in paths}
+    bundles = {name: choose_edition(open_bundle(name), request.runtime) for name in paths}
     for bundle in bundles.values():
         bundle.manifest.require_text_to_image("bench")
     first = next(iter(bundles.values()))

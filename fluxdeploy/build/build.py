@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engines import choose_builder
+from engines import choose_builder, choose_runtimes
 from fluxdeploy.build.checkpoint import require_unchanged
 from fluxdeploy.build.components import make_components
 from fluxdeploy.build.describe import describe
+from fluxdeploy.build.editions import keep_editions
 from fluxdeploy.build.last import LastBuild
 from fluxdeploy.build.prepare import prepare
 from fluxdeploy.build.preview import fit_preview
@@ -25,31 +26,43 @@ __all__ = ["build"]
 def build(request: BuildRequest, destination: Path, progress: Progress) -> Bundle:
     """Build a bundle at `destination`; an earlier one there stays usable until the end.
 
+    It has an edition for each runtime. Those of other runtimes that the earlier one has stay too,
+    where they are of the same checkpoint.
+
     A build that was cut off continues where it was: artifacts whose inputs have not changed are
     reused. Where all of it is there already, nothing is done. Raises the errors of each step;
     `destination` then is as it was before.
     """
-    runtime, targets = choose_builder(
-        request.runtime, request.targets, request.transformer_precision
-    )
-    last = LastBuild(request, destination, runtime, targets)
+    precision = request.transformer_precision
+    builders = choose_runtimes(request.runtimes, request.targets, precision, choose_builder)
+    last = LastBuild(request, destination, builders)
     unchanged = last.find()
     if unchanged is not None:
-        for name in unchanged.manifest.components:
-            progress.note(f"  {name}: unchanged")
+        for stem in unchanged.manifest.stems():
+            progress.note(f"  {stem}: unchanged")
         return unchanged
-    spec, plan = prepare(request, destination, runtime, targets)
-    plan.require_possible()
-    for warning in plan.warnings:
+    ready = prepare(request, destination, builders)
+    for plan in ready.plans:
+        plan.require_possible()
+    for warning in dict.fromkeys(warning for plan in ready.plans for warning in plan.warnings):
         progress.note(f"{warning}.")
     cache = HashCache()
     with Staging(destination, cache.link) as staging:
-        run = BuildRun(spec, staging, progress, cache)
-        tokenizers = {name: make_tokenizer(name, run) for name in spec.tokenizers}
-        components = make_components(run, "Exporting components")
-        preview = fit_preview(run)
+        run = BuildRun(ready.specs[0], staging, progress, cache)
+        keep_editions(ready.layout, run)
+        tokenizers = {name: make_tokenizer(name, run) for name in run.spec.tokenizers}
+        editions = {kept.runtime: kept for kept in ready.layout.kept}
+        preview = None
+        for spec in ready.specs:
+            if spec is not run.spec:
+                run = BuildRun(spec, staging, progress, cache, beside=run)
+            several = f" for {spec.runtime.name}" if len(ready.layout.order) > 1 else ""
+            components = make_components(run, f"Exporting components{several}")
+            preview = preview or fit_preview(run)
+            editions[spec.runtime.name] = describe(run, tokenizers, components, preview)
         require_unchanged(cache)
-        staging.commit(describe(run, tokenizers, components, preview))
+        made = editions[spec.runtime.name]
+        staging.commit(made.with_each([editions[name] for name in ready.layout.order]))
     cache.renew()
     bundle = open_bundle(destination)
     last.remember(bundle, run.hashes.files.keys())

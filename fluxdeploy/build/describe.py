@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxdeploy import __version__
+from fluxdeploy.build.checkpoint import CheckpointHashes
 from fluxdeploy.build.keys import tool_versions
 from fluxdeploy.build.plan.footprint import WIDTHS
 from fluxdeploy.build.run import BuildRun
@@ -30,7 +31,10 @@ from fluxdeploy.precision import PRECISIONS
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
 
-__all__ = ["checkpoint_origin", "describe"]
+__all__ = ["SOURCES", "checkpoint_origin", "describe", "described_tasks", "sources"]
+
+SOURCES = ("checkpoint", "loras", "controlnets", "ip_adapter", "redux")
+"""Entries of `provenance` that tell what a bundle is made from."""
 
 _SPREAD = 3.0
 """dB between a layer's noise over some inputs and over others, at most."""
@@ -61,17 +65,13 @@ def describe(
         defaults=run.spec.defaults,
         quality=QualityRecord(promise.psnr or row.min_psnr, row.min_ssim, _least_sqnr(transformer)),
         provenance={
-            "checkpoint": checkpoint_origin(request.checkpoint or DEFAULT_CHECKPOINT, run),
-            **({"loras": [asdict(lora) for lora in checkpoint.loras]} if checkpoint.loras else {}),
-            **({"controlnets": _controlnet_files(run)} if checkpoint.controlnets else {}),
-            **_ip_adapter_files(run),
-            **({"redux": _redux_files(run)} if checkpoint.redux else {}),
+            **sources(checkpoint, request.checkpoint, run.hashes),
             "requested_precision": request.precision,
             "transformer_bytes": _transformer_bytes(run),
             "vae_bytes_per_pixel": _vae_bytes_per_pixel(run),
             "tools": {"fluxdeploy": __version__} | tool_versions(),
         },
-        tasks=_tasks(checkpoint),
+        tasks=described_tasks(checkpoint),
         preview=preview,
         controlnets=tuple(
             ControlNetRecord(name, config.modes)
@@ -84,7 +84,25 @@ def describe(
     )
 
 
-def _tasks(checkpoint: Checkpoint) -> tuple[str, ...]:
+def sources(
+    checkpoint: Checkpoint, name: str | None, hashes: CheckpointHashes | None = None
+) -> dict[str, object]:
+    """What is recorded of all that a bundle is made from; without hashes, its names alone.
+
+    name: what the checkpoint was asked for by. None is the default.
+    """
+    return {
+        "checkpoint": checkpoint_origin(name or DEFAULT_CHECKPOINT, checkpoint, hashes),
+        **({"loras": [asdict(lora) for lora in checkpoint.loras]} if checkpoint.loras else {}),
+        **(
+            {"controlnets": _controlnet_files(checkpoint, hashes)} if checkpoint.controlnets else {}
+        ),
+        **_ip_adapter_files(checkpoint, hashes),
+        **({"redux": _redux_files(checkpoint, hashes)} if checkpoint.redux else {}),
+    }
+
+
+def described_tasks(checkpoint: Checkpoint) -> tuple[str, ...]:
     """What the bundle does: a VAE without an encoder leaves text to image alone."""
     from exporters.checkpoint.tasks import TASKS
 
@@ -92,23 +110,25 @@ def _tasks(checkpoint: Checkpoint) -> tuple[str, ...]:
     return (*tasks, "controlnet") if checkpoint.controlnets else tasks
 
 
-def _controlnet_files(run: BuildRun) -> list[dict[str, object]]:
+def _controlnet_files(
+    checkpoint: Checkpoint, hashes: CheckpointHashes | None
+) -> list[dict[str, object]]:
     """The name of each ControlNet's folder, and the SHA-256 of its weight files."""
-    checkpoint = run.spec.checkpoint
     return [
-        {"name": folder, "sha256": _hashes(run, name)}
+        {"name": folder, "sha256": _hashes(checkpoint, hashes, name)}
         for folder, name in zip(
             checkpoint.controlnet_folders, checkpoint.controlnet_parts, strict=True
         )
     ]
 
 
-def _ip_adapter_files(run: BuildRun) -> dict[str, object]:
+def _ip_adapter_files(checkpoint: Checkpoint, hashes: CheckpointHashes | None) -> dict[str, object]:
     """The name of the IP-Adapter's file, its SHA-256 and its image encoder's; nothing without."""
-    name = run.spec.checkpoint.ip_adapter_name
+    name = checkpoint.ip_adapter_name
     if name is None:
         return {}
-    own, encoder = (_hashes(run, part) for part in ("ip_adapter", "ip_adapter_encoder"))
+    parts = ("ip_adapter", "ip_adapter_encoder")
+    own, encoder = (_hashes(checkpoint, hashes, part) for part in parts)
     return {"ip_adapter": {"name": name, "sha256": own, "image_encoder": encoder}}
 
 
@@ -119,17 +139,19 @@ def _ip_adapter(checkpoint: Checkpoint) -> IpAdapterRecord | None:
     return None if encoder is None else IpAdapterRecord(adapter_pixels(encoder))
 
 
-def _redux_files(run: BuildRun) -> dict[str, object]:
+def _redux_files(checkpoint: Checkpoint, hashes: CheckpointHashes | None) -> dict[str, object]:
     """The name of the Redux's folder, and the SHA-256 of its weight files."""
     from exporters.checkpoint.checkpoint import REDUX
 
-    return {"name": run.spec.checkpoint.redux_folder, "sha256": _hashes(run, REDUX)}
+    return {"name": checkpoint.redux_folder, "sha256": _hashes(checkpoint, hashes, REDUX)}
 
 
-def _hashes(run: BuildRun, part: str) -> list[str]:
-    tensors = run.spec.checkpoint.parts[part].weights.values()
+def _hashes(checkpoint: Checkpoint, hashes: CheckpointHashes | None, part: str) -> list[str]:
+    if hashes is None:
+        return []
+    tensors = checkpoint.parts[part].weights.values()
     files = {Path(os.path.realpath(tensor.file)) for tensor in tensors}
-    return sorted(run.hashes.files[file] for file in files)
+    return sorted(hashes.files[file] for file in files)
 
 
 def _variant(checkpoint: Checkpoint) -> str:
@@ -185,12 +207,13 @@ def _least_sqnr(transformer: ComponentRecord) -> float | None:
     return round(min(usual, found.worst_layer - _SPREAD), 1)
 
 
-def checkpoint_origin(name: str, run: BuildRun) -> dict[str, object]:
+def checkpoint_origin(
+    name: str, checkpoint: Checkpoint, hashes: CheckpointHashes | None
+) -> dict[str, object]:
     """What is recorded of the checkpoint: of a hub's repository its id and commit too.
 
     Of parts that were stored in fewer bits, the types that they were stored in.
     """
-    checkpoint = run.spec.checkpoint
     if checkpoint.revision is not None:
         name = name.partition("@")[0]
     elif name not in DEMO_CHECKPOINTS:
@@ -198,7 +221,7 @@ def checkpoint_origin(name: str, run: BuildRun) -> dict[str, object]:
     origin: dict[str, object] = {
         "name": name,
         "layout": checkpoint.layout,
-        "sha256": run.hashes.digest,
+        **({} if hashes is None else {"sha256": hashes.digest}),
     }
     if checkpoint.revision is not None:
         origin["revision"] = checkpoint.revision

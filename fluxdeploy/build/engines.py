@@ -60,11 +60,17 @@ def build_engines(
 
 
 def check_engine(
-    runtime: Runtime, component: str, record: ComponentRecord, root: Path, progress: Progress
+    runtime: Runtime,
+    component: str,
+    record: ComponentRecord,
+    root: Path,
+    progress: Progress,
+    stem: str = "",
 ) -> EngineRecord | None:
     """Run an engine below `root` where this machine can, and hold it against PyTorch.
 
-    Returns it. Raises `NumericError` where it is past the component's gate. Tells `progress` where
+    stem: what the component's own files are called, where it is not the component's name. Returns
+    the engine. Raises `NumericError` where it is past the component's gate. Tells `progress` where
     nothing was checked, and why.
     """
     for engine in record.engines:
@@ -74,7 +80,7 @@ def check_engine(
     else:
         progress.note(f"  {component}: not checked, since {available.detail}")
         return None
-    weights = weight_bytes(root / "onnx", component)
+    weights = weight_bytes(root / "onnx", stem or component)
     needed, free = runtime.opening_memory(engine.target, weights), read_memory().available
     if free is not None and needed > free:
         progress.note(
@@ -88,9 +94,9 @@ def check_engine(
     return engine
 
 
-def weight_bytes(folder: Path, name: str) -> int:
+def weight_bytes(folder: Path, stem: str) -> int:
     """Bytes of a component's weights in float32, going by its graph."""
     import onnx
 
-    graph = onnx.load(folder / f"{name}.onnx", load_external_data=False).graph
+    graph = onnx.load(folder / f"{stem}.onnx", load_external_data=False).graph
     return sum(4 * math.prod(tensor.dims) for tensor in graph.initializer)

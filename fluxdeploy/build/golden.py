@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from engines.golden import Deviation
 from fluxdeploy.build.resolve import ComponentSpec
 from fluxdeploy.build.run import BuildRun
-from fluxdeploy.bundle.manifest import GoldenRecord
+from fluxdeploy.bundle.manifest import GoldenRecord, component_stem
 from fluxdeploy.bundle.tensorfile import read_header, read_tensor
 from fluxdeploy.precision import PRECISIONS
 
@@ -32,8 +32,9 @@ _TIMES = 2.0
 """How many times the error of an emulation an engine may have: it rounds at other places too."""
 
 
-def golden_path(component: str) -> str:
-    return f"golden/{component}.safetensors"
+def golden_path(stem: str) -> str:
+    """Where the golden tensors of a component are, in a bundle."""
+    return f"golden/{stem}.safetensors"
 
 
 def read_gate(root: Path, path: str) -> GoldenRecord:
@@ -64,7 +65,7 @@ def write_golden_tensors(component: ComponentSpec, run: BuildRun) -> None:
         checkpoint.rope,
         run.spec.schedule,
         component.engines[0].dimensions,
-        _upstream(component.name, run.staging.root),
+        _upstream(component.name, run),
     )
     enter = run_side_paths(reference, inputs)
     (outputs,) = run_samples(reference, weights, [inputs], enter, task.advance)
@@ -80,15 +81,16 @@ def write_golden_tensors(component: ComponentSpec, run: BuildRun) -> None:
             # An error of twice the size has four times the power.
             min_cosine = min(min_cosine, 1 - _TIMES**2 * (1 - off.cosine))
     gate = {"max_error": f"{max_error:.4g}", "min_cosine": f"{max(min_cosine, 0.0):.8g}"}
-    write_golden(run.staging.root / golden_path(component.name), inputs, outputs, gate)
+    write_golden(run.staging.root / golden_path(component.stem), inputs, outputs, gate)
 
 
-def _upstream(component: str, root: Path) -> dict[str, Array]:
+def _upstream(component: str, run: BuildRun) -> dict[str, Array]:
     given: dict[str, Array] = {}
     for name in _before(component):
-        if not (root / golden_path(name)).is_file():
+        path = run.staging.root / golden_path(component_stem(name, run.spec.edition))
+        if not path.is_file():
             continue
-        file = read_header(root / golden_path(name))
+        file = read_header(path)
         for tensor in file.tensors:
             side, _, output = tensor.partition(".")
             if side == "output":

@@ -47,6 +47,7 @@ def content_key(
     return digest(
         {
             "component": component.name,
+            "stem": component.stem,
             "precision": component.precision,
             "compute": component.compute,
             "kernels": component.kernels.value,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -43,12 +43,14 @@ class LastBuild:
     """
 
     def __init__(
-        self, request: BuildRequest, destination: Path, runtime: Runtime, targets: tuple[str, ...]
+        self,
+        request: BuildRequest,
+        destination: Path,
+        builders: Sequence[tuple[Runtime, tuple[str, ...]]],
     ) -> None:
         self._request = request
         self._destination = Path(os.path.realpath(destination))
-        self._runtime = runtime
-        self._targets = targets
+        self._builders = builders
         self._file = CacheFile(user_cache() / "builds.json", _KEPT)
         self._began = time.time_ns()
         self._read = self._look()
@@ -131,7 +133,9 @@ class LastBuild:
 
     def _versions(self, components: Iterable[str]) -> list[list[str]]:
         """Of each component the runtime that a build would make its engines with."""
-        found = (self._runtime.of(name, self._targets) for name in components)
+        found = (
+            runtime.of(name, targets) for name in components for runtime, targets in self._builders
+        )
         return [[runtime.name, runtime.version(), *targets] for runtime, targets in found]
 
 

@@ -105,7 +105,8 @@ def _export(component: ComponentSpec, layers: Layers, folder: Path) -> None:
     from exporters.weights.bind import WeightFolder
 
     weights = WeightFolder(folder / "onnx" / "weights")
-    export_component(component.export.with_layers(layers), weights, component.fused)
+    export = component.export.with_layers(layers)
+    export_component(export, weights, component.fused, stem=component.stem)
 
 
 def _golden_inputs(path: Path) -> dict[str, Array]:

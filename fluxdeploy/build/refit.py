@@ -54,6 +54,12 @@ def refit(
     for another checkpoint and where none is known, and the errors of each step.
     """
     bundle = open_bundle(path)
+    if bundle.manifest.editions:
+        names = ", ".join(edition.runtime for edition in bundle.manifest.each())
+        raise UsageError(
+            f"{bundle.root} has editions for {names}, and refit swaps the weights of bundles for "
+            "one runtime. Run `fluxdeploy build` with the same --lora and each --runtime."
+        )
     beside = {
         "ControlNets": bundle.manifest.controlnets,
         "an IP-Adapter": bundle.manifest.ip_adapter,

@@ -22,7 +22,13 @@ from fluxdeploy.build.sizes import (
     overall,
     resolution_buckets,
 )
-from fluxdeploy.bundle.manifest import Defaults, DimensionRange, EngineRecord, ScheduleSpec
+from fluxdeploy.bundle.manifest import (
+    Defaults,
+    DimensionRange,
+    EngineRecord,
+    ScheduleSpec,
+    component_stem,
+)
 from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.errors import CheckpointError, UsageError
 from fluxdeploy.kernels import AttentionKernels
@@ -35,13 +41,14 @@ if TYPE_CHECKING:
     from exporters.quality.recipes import Asked
     from exporters.tokenizers import CanonicalTokenizer
 
-__all__ = ["BuildRequest", "BuildSpec", "ComponentSpec", "list_engines", "resolve"]
+__all__ = ["BuildRequest", "BuildSpec", "ComponentSpec", "graph_path", "list_engines", "resolve"]
 
 
 @dataclass(frozen=True)
 class BuildRequest:
     """What to build. `checkpoint` None is the default, no `targets` are the best one here. `base`
-    is a folder with what a checkpoint of a single file lacks.
+    is a folder with what a checkpoint of a single file lacks. Each of `runtimes` gets an edition of
+    the bundle.
 
     `precision` is the transformer's and decides the others' (docs/bundle.md);
     `component_precision` overrides single ones. `calibration` is a file of prompts, or the
@@ -49,7 +56,8 @@ class BuildRequest:
     keep in few bits, None for what the precision promises; with one that asks for nothing they are
     not looked at. With `strict` a precision that does not keep it is an error.
     `sizes` are for runtimes whose engines are tuned, `memory_limit` and `weight_streaming` for
-    TensorRT. `replace` lets a bundle that runs on this machine be replaced by one that does not.
+    TensorRT. With `replace` nothing stays of a bundle at the destination: not the editions of other
+    runtimes, and not that it runs on this machine.
     `loras` are merged into the weights; with a `lora_rank` the bundle takes others with each call,
     whose ranks add up to it at most. `controlnets` are folders of ControlNets that join the bundle,
     `ip_adapter` is a file or folder of an IP-Adapter that does, with the `image_encoder` that it
@@ -60,7 +68,7 @@ class BuildRequest:
     checkpoint: str | None = None
     precision: str = "bf16"
     component_precision: Mapping[str, str] = field(default_factory=dict)
-    runtime: str = "auto"
+    runtimes: tuple[str, ...] = ("auto",)
     targets: tuple[str, ...] = ()
     sizes: SizeRange = field(default_factory=SizeRange)
     calibration: Path | None = None
@@ -94,12 +102,13 @@ class BuildRequest:
 class ComponentSpec:
     """A component of the bundle that is to be built.
 
-    export: its chain, its weights and what becomes of them. runtime, targets: what will run it,
-    and on which devices. kernels: what will compute it. profiles: the sizes that its engines are
-    built for. engines: one for each target.
+    export: its chain, its weights and what becomes of them. stem: what its own files are called.
+    runtime, targets: what will run it, and on which devices. kernels: what will compute it.
+    profiles: the sizes that its engines are built for. engines: one for each target.
     """
 
     export: ExportSpec
+    stem: str
     runtime: Runtime
     targets: tuple[str, ...]
     kernels: AttentionKernels
@@ -137,9 +146,10 @@ class ComponentSpec:
 
 @dataclass(frozen=True)
 class BuildSpec:
-    """All of a bundle that is to be built, and for what.
+    """All of an edition of a bundle that is to be built, and for what.
 
     `runtime` and `targets` are what was asked for; a component may have others, see `Runtime.of`.
+    `edition` is empty for the first one of the bundle, and else the runtime's name.
     """
 
     request: BuildRequest
@@ -150,13 +160,18 @@ class BuildSpec:
     runtime: Runtime
     targets: tuple[str, ...]
     components: tuple[ComponentSpec, ...]
+    edition: str = ""
 
     def component(self, name: str) -> ComponentSpec:
         return next(spec for spec in self.components if spec.name == name)
 
 
 def resolve(
-    request: BuildRequest, checkpoint: Checkpoint, runtime: Runtime, targets: tuple[str, ...]
+    request: BuildRequest,
+    checkpoint: Checkpoint,
+    runtime: Runtime,
+    targets: tuple[str, ...],
+    edition: str = "",
 ) -> BuildSpec:
     """Settle what `request` asks of a checkpoint, for `targets` of `runtime`.
 
@@ -199,9 +214,10 @@ def resolve(
         # T5 reads the prompt alone.
         text = 0 if name == "t5" else checkpoint.picture_tokens
         profiles = _profiles(symbols, request, checkpoint, own, text)
-        engines = list_engines(own, devices, name, overall(profiles))
+        stem = component_stem(name, edition)
+        engines = list_engines(own, devices, name, overall(profiles), stem)
         kernels = own.attention(devices[0], precision, compute)
-        components.append(ComponentSpec(export, own, devices, kernels, profiles, engines))
+        components.append(ComponentSpec(export, stem, own, devices, kernels, profiles, engines))
     check_all_used(checkpoint, [component.export for component in components], known)
     return BuildSpec(
         request,
@@ -212,6 +228,7 @@ def resolve(
         runtime,
         targets,
         tuple(components),
+        edition,
     )
 
 
@@ -283,18 +300,31 @@ def list_engines(
     targets: tuple[str, ...],
     component: str,
     dimensions: Mapping[str, DimensionRange],
+    stem: str = "",
 ) -> tuple[EngineRecord, ...]:
-    """An engine for each target: one that serves several has fewer kernels merged."""
+    """An engine for each target: one that serves several has fewer kernels merged.
+
+    stem: what the component's own files are called, where it is not the component's name.
+    """
     version = runtime.version()
     return tuple(
         EngineRecord(
-            runtime.name, version, target, _engine_path(runtime, target, component), dimensions
+            runtime.name,
+            version,
+            target,
+            _engine_path(runtime, target, component, stem or component),
+            dimensions,
         )
         for target in targets
     )
 
 
-def _engine_path(runtime: Runtime, target: str, component: str) -> str:
+def graph_path(stem: str) -> str:
+    """Where the graph of a component is, in a bundle."""
+    return f"onnx/{stem}.onnx"
+
+
+def _engine_path(runtime: Runtime, target: str, component: str, stem: str) -> str:
     if not runtime.builds:
-        return f"onnx/{component}.onnx"
+        return graph_path(stem)
     return f"engines/{runtime.name}/{target}/{component}.engine"

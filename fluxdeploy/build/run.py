@@ -7,18 +7,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fluxdeploy.build.checkpoint import calibration_digest, hash_checkpoint
+from fluxdeploy.build.checkpoint import CheckpointHashes, calibration_digest, hash_checkpoint
 from fluxdeploy.build.keys import digest, sources_digest
 from fluxdeploy.build.quality import require_nothing_spared
 from fluxdeploy.build.resolve import BuildSpec
 from fluxdeploy.build.staging import Staging
 from fluxdeploy.bundle.files import HashCache, disk_errors
-from fluxdeploy.bundle.manifest import FileRecord
+from fluxdeploy.bundle.manifest import FileRecord, component_stem
 from fluxdeploy.progress import Progress
 
 if TYPE_CHECKING:
     from exporters.calibrate.range_file import CalibrationFile
     from exporters.checkpoint import Checkpoint
+    from exporters.weights.bind import WeightFolder
 
 __all__ = ["BuildRun"]
 
@@ -31,7 +32,8 @@ class BuildRun:
 
     The checkpoint is hashed here, which may take a while; `cache` then follows its files.
     `earlier` is the folder of a bundle of the same that has other LoRAs: its graphs and its
-    calibration are taken.
+    calibration are taken. `beside` is the run of another edition of the bundle: what it knows of
+    the checkpoint, and has linked, is taken.
     """
 
     def __init__(
@@ -41,16 +43,22 @@ class BuildRun:
         progress: Progress,
         cache: HashCache,
         earlier: Path | None = None,
+        beside: BuildRun | None = None,
     ) -> None:
-        from exporters.weights.bind import WeightFolder
+        from exporters.weights.bind import WeightFolder as Folder
 
         self.spec = spec
         self.staging = staging
         self.progress = progress
         self.earlier = earlier
+        self.hashes: CheckpointHashes
+        self.weights: WeightFolder
+        if beside is not None:
+            self.hashes, self.weights = beside.hashes, beside.weights
+            return
         self.hashes = hash_checkpoint(spec.checkpoint, progress, cache)
         cache.hash_files([file for lora in spec.request.loras for file in lora.files])
-        self.weights = WeightFolder(
+        self.weights = Folder(
             staging.root / "onnx" / "weights", cache.link, _files_beside(spec.checkpoint)
         )
 
@@ -67,7 +75,8 @@ class BuildRun:
         checkpoint, known = self.spec.checkpoint.unmerged, self._calibrated
         request = self.spec.request
         source = open_calibration(checkpoint, known, request.calibration)
-        path = self.staging.root / _CALIBRATION
+        name = component_stem("calibration", self.spec.edition) + ".json"
+        path = self.staging.root / name
         asked = [component.asked for component in self.spec.components if component.quantized]
         key = digest(
             {
@@ -78,16 +87,16 @@ class BuildRun:
                 "sources": sources_digest(),
             }
         )
-        files = self.staging.finished(_CALIBRATION, key)
+        files = self.staging.finished(name, key)
         if files is None:
-            state = self.staging.scratch(_CALIBRATION)
+            state = self.staging.scratch(name)
             found = calibrate(
                 checkpoint, known, source, asked, request.promise, state, self.progress
             )
             if request.strict:
                 require_nothing_spared(found.recipes)
             write_calibration(found, path)
-            files = self.staging.record(_CALIBRATION, key, [path])
+            files = self.staging.record(name, key, [path])
         return read_calibration(path, checkpoint, known), files[0]
 
     @property

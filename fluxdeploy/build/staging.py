@@ -138,7 +138,7 @@ class Staging:
         # while it removed the earlier bundle. Either way its components can be used again.
         manifest = find_manifest(self.root)
         if manifest is not None:
-            for name, component in manifest.components.items():
+            for name, component in manifest.stems().items():
                 if name not in self._artifacts:
                     self._write_artifact(name, _Artifact(component.key, component.files))
         scratch = [path for path in files_below(self.root) if path.startswith(f"{_SCRATCH}/")]
@@ -186,17 +186,17 @@ class Staging:
     ) -> tuple[FileRecord, ...] | None:
         """The files of the artifact `name` where one made from the same `key` can be used again.
 
-        It comes from an earlier build that was stopped, or is the component `name` of the bundle
-        that is being replaced, whose files are then hard-linked below `root`. Every file's size
-        and SHA-256 is checked once; `on_bytes` hears of the bytes hashed. None where the artifact
-        must be made: its stale files are gone then.
+        It comes from an earlier build that was stopped, or is a component of the bundle that is
+        being replaced, whose own files are called `name`; its files are then hard-linked below
+        `root`. Every file's size and SHA-256 is checked once; `on_bytes` hears of the bytes hashed.
+        None where the artifact must be made: its stale files are gone then.
         """
         artifact = self._artifacts.get(name)
         if artifact is not None:
             if artifact.key == key and self._verify(artifact.files, on_bytes):
                 return artifact.files
             self._forget(name)
-        component = self._earlier.components.get(name) if self._earlier is not None else None
+        component = self._earlier.stems().get(name) if self._earlier is not None else None
         if component is None or component.key != key:
             return None
         # Another artifact may hold newer bytes under the same name.
@@ -212,6 +212,34 @@ class Staging:
         self._intact.update((record.path, record) for record in missing)
         self._write_artifact(name, _Artifact(key, component.files))
         return component.files
+
+    def keep(self, edition: Manifest, stems: Mapping[str, str]) -> None:
+        """Take over all components of an edition of the bundle that is being replaced.
+
+        `stems` says what their files are called. Raises `BundleError` where that bundle is broken.
+        """
+        for name, stem in stems.items():
+            artifact, key = self._artifacts.get(stem), edition.components[name].key
+            if artifact is not None and artifact.key != key:
+                self._forget(stem)  # of a build that was to replace it, and was stopped
+        for name, stem in stems.items():
+            if self.finished(stem, edition.components[name].key) is None:
+                raise BundleError(
+                    f"The {edition.runtime} edition of {self.destination} cannot be kept, since "
+                    f"files of its {name} are missing or changed: build it too, with --runtime "
+                    f"{edition.runtime}, or leave it out, with --replace."
+                )
+
+    def holding(self, sha256: str, end: str) -> str | None:
+        """The path of a recorded file with these bytes, whose name ends so; None without one."""
+        return next(
+            (
+                path
+                for path, record in self._artifact_files().items()
+                if record.sha256 == sha256 and path.endswith(end)
+            ),
+            None,
+        )
 
     def _verify(self, records: Iterable[FileRecord], on_bytes: OnBytes | None) -> bool:
         unknown = [record for record in records if self._intact.get(record.path) != record]

@@ -7,7 +7,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -51,6 +51,11 @@ class Bundle:
     manifest: Manifest
     content_hash: str
     seen: Mapping[str, FileIdentity] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def editions(self) -> tuple[Bundle, ...]:
+        """One for each runtime that it is for, as if it had no other. Their files are here."""
+        return tuple(replace(self, manifest=each) for each in self.manifest.each())
 
     def path(self, relative: str) -> Path:
         """Where the file that a manifest calls `relative` lies.

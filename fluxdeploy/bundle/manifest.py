@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 from fluxdeploy.bundle.boundary import NEEDED, REDUX, RESIDUALS, SEEN, Tensors, check_boundary
 from fluxdeploy.bundle.pixels import PixelSpec, check_pixels
@@ -39,6 +39,7 @@ __all__ = [
     "Defaults",
     "Dimension",
     "DimensionRange",
+    "EditionRecord",
     "EngineRecord",
     "FileRecord",
     "GoldenRecord",
@@ -52,6 +53,7 @@ __all__ = [
     "SkipRecord",
     "TensorSpec",
     "TokenizerRecord",
+    "component_stem",
     "from_json",
     "missing_component",
     "path_problem",
@@ -91,6 +93,9 @@ _HIDDEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]",
 )
 """Control characters, ends of lines, and marks of the direction of writing."""
+_FREE = re.compile(r"(?:editions\[\d+\]\.)?provenance")
+"""Where text is free-form."""
+
 _MAX_SIZE = 2**31 - 1
 """Of what an engine may take: runtimes count in 32 bits."""
 
@@ -357,12 +362,28 @@ class IpAdapterRecord:
 
 
 @dataclass(frozen=True)
+class EditionRecord:
+    """What a host reads in place of the manifest's own fields, to run it with another runtime.
+
+    `components` are those of one runtime: graphs in its form, engines for its targets, and the
+    precision that it was built in. Weights that are the same are the same files.
+    """
+
+    components: Mapping[str, ComponentRecord]
+    defaults: Defaults
+    quality: QualityRecord
+    provenance: Mapping[str, object]
+    skips: tuple[SkipRecord, ...] = field(default=(), metadata=OPTIONAL)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A whole bundle. `provenance` is free-form JSON: checkpoint hash, tool versions, requests.
 
     tasks: what its transformer was trained for, some of `TASKS`. controlnets: those that can run
     beside it. ip_adapter: what makes pictures into something that it attends to. redux: what the
-    component `redux` reads of a picture, where there is one.
+    component `redux` reads of a picture, where there is one. editions: what other runtimes take in
+    place of its own fields of these names, which are the first edition; a host reads one of them.
     """
 
     schema_version: int
@@ -383,6 +404,40 @@ class Manifest:
     controlnets: tuple[ControlNetRecord, ...] = field(default=(), metadata=OPTIONAL)
     redux: PixelSpec | None = field(default=None, metadata=OPTIONAL)
     ip_adapter: IpAdapterRecord | None = field(default=None, metadata=OPTIONAL)
+    editions: tuple[EditionRecord, ...] = field(default=(), metadata=OPTIONAL)
+
+    @property
+    def runtime(self) -> str:
+        """What the components are for; another runtime may have some of them beside it.
+
+        It is the transformer's, and where there is none the first component's.
+        """
+        components = self.components
+        first = components.get("transformer") or next(iter(components.values()))
+        return first.engines[0].runtime
+
+    def each(self) -> tuple[Manifest, ...]:
+        """The editions, each as the manifest of a bundle that has no other."""
+        alone = replace(self, editions=())
+        own = [field.name for field in fields(EditionRecord)]
+        return (
+            alone,
+            *(replace(alone, **{n: getattr(edition, n) for n in own}) for edition in self.editions),
+        )
+
+    def with_each(self, editions: Sequence[Manifest]) -> Manifest:
+        """This one with what the given ones have of their own, as its editions, in this order."""
+        own = [field.name for field in fields(EditionRecord)]
+        first, *others = ({name: getattr(each, name) for name in own} for each in editions)
+        return replace(self, **first, editions=tuple(EditionRecord(**given) for given in others))
+
+    def stems(self) -> dict[str, ComponentRecord]:
+        """The components of all editions, by what their files are called."""
+        return {
+            component_stem(name, flat.runtime if index else ""): record
+            for index, flat in enumerate(self.each())
+            for name, record in flat.components.items()
+        }
 
     @property
     def lora_rank(self) -> int:
@@ -405,10 +460,21 @@ class Manifest:
 
     def files(self) -> Iterator[tuple[str, FileRecord]]:
         """Every file record with its place in the JSON; a shared file comes more than once."""
-        for group, owners in (("components", self.components), ("tokenizers", self.tokenizers)):
+        groups: dict[str, Mapping[str, ComponentRecord] | Mapping[str, TokenizerRecord]] = {
+            "components": self.components,
+            "tokenizers": self.tokenizers,
+        }
+        for number, edition in enumerate(self.editions):
+            groups[f"editions[{number}].components"] = edition.components
+        for group, owners in groups.items():
             for name, owner in owners.items():
                 for index, record in enumerate(owner.files):
                     yield f"{group}.{name}.files[{index}]", record
+
+
+def component_stem(component: str, edition: str) -> str:
+    """What a component's own files are called; `edition` is a runtime, empty for the first one."""
+    return f"{component}.{edition}" if edition else component
 
 
 def to_json(manifest: Manifest) -> str:
@@ -498,10 +564,10 @@ def _check_text(plain: object, where: str = "", depth: int = 0) -> None:
     """Refuse text that would move a terminal's cursor or turn what stands around it, and nesting
     that no manifest has.
 
-    The text in `provenance` is free-form: who shows it has to escape it.
+    The text in a `provenance` is free-form: who shows it has to escape it.
     """
     _require(depth <= _MAX_DEPTH, where, f"is nested more than {_MAX_DEPTH} deep")
-    free = where == "provenance"
+    free = _FREE.fullmatch(where) is not None
     if isinstance(plain, str):
         hidden = None if free else _HIDDEN.search(plain)
         _require(hidden is None, where, f"is {plain!a}, which holds a control character")
@@ -522,6 +588,44 @@ def _require(condition: bool, where: str, problem: str) -> None:
 def _check(manifest: Manifest) -> None:
     _check_counts(manifest)
     _check_files(manifest)
+    _check_editions(manifest)
+    first, *others = manifest.each()
+    _check_edition(first)
+    for index, edition in enumerate(others):
+        try:
+            _check_counts(edition)
+            _check_edition(edition)
+        except FieldError as error:
+            where = join(f"editions[{index}]", error.where) if error.where else f"editions[{index}]"
+            raise FieldError(where, error.problem) from error
+
+
+def _check_editions(manifest: Manifest) -> None:
+    """Each is for a runtime of its own, by which a host asks for it."""
+    if not manifest.editions:
+        return
+    known: set[str] = set()
+    for where, components in (
+        ("components", manifest.components),
+        *((f"editions[{i}].components", e.components) for i, e in enumerate(manifest.editions)),
+    ):
+        transformer = components.get("transformer")
+        _require(
+            transformer is not None and bool(transformer.engines),
+            where,
+            "has no transformer with an engine, by whose runtime an edition is known",
+        )
+        assert transformer is not None
+        runtime = transformer.engines[0].runtime
+        _require(
+            runtime not in known,
+            f"{where}.transformer.engines[0].runtime",
+            f"is {runtime!r}, as that of an earlier edition",
+        )
+        known.add(runtime)
+
+
+def _check_edition(manifest: Manifest) -> None:
     for name, component in manifest.components.items():
         _check_component(component, f"components.{name}")
     for name, tokenizer in manifest.tokenizers.items():
@@ -551,6 +655,7 @@ def _check_counts(manifest: Manifest) -> None:
         "skips": len(manifest.skips),
         "tasks": len(manifest.tasks),
         "controlnets": len(manifest.controlnets),
+        "editions": len(manifest.editions),
     }
     for name, component in manifest.components.items():
         specs = {"inputs": component.inputs, "outputs": component.outputs}

@@ -31,7 +31,7 @@ from fluxdeploy.cli.options import (
     REDUX,
     REPLACE,
     REPORT,
-    RUNTIME,
+    RUNTIMES,
     STRICT,
     TARGETS,
     TASK,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from fluxdeploy.build.resolve import BuildRequest
     from fluxdeploy.bundle import Bundle
     from fluxdeploy.bundle.manifest import Manifest
+    from fluxdeploy.bundle.recipe import RecipeRecord
     from fluxdeploy.verify.verify import VerifyReport
 
 _PICTURES = 3
@@ -69,7 +70,7 @@ _PICTURES = 3
 @REDUX
 @QUALITY
 @STRICT
-@RUNTIME
+@RUNTIMES
 @TARGETS
 @MIN_SIZE
 @OPT_SIZE
@@ -102,7 +103,7 @@ def command(
     redux: Path | None,
     quality: Promise | None,
     strict: bool,
-    runtime: str,
+    runtimes: tuple[str, ...],
     targets: tuple[str, ...],
     min_size: tuple[int, int] | None,
     opt_size: tuple[int, int] | None,
@@ -124,6 +125,10 @@ def command(
     checkpoint's own files, hard-linked where the disk allows it. Every engine is checked against
     PyTorch before the bundle is called whole.
 
+    A bundle has an edition for each runtime that it was built for, with weights that are the same
+    in the same files: `generate` takes what runs where it is. An edition that is built joins those
+    of the bundle that is there, where it is of the same checkpoint; --replace leaves them out.
+
     A build that was cut off goes on where it was when the same command is run again.
 
     \b
@@ -135,10 +140,10 @@ def command(
       fluxdeploy build flux1-dev.safetensors --component-precision t5=fp8-weights
       fluxdeploy build flux1-dev-Q8_0.gguf --base ./FLUX.1-dev --out flux-q8
       fluxdeploy build ./FLUX.1-dev --precision fp8 --runtime tensorrt-rtx --target sm89 --out rtx
+      fluxdeploy build ./FLUX.1-dev --target cpu --target sm89 --target sm120 --out flux-dev
     """
-    from engines import runs_here
+    from engines import choose_edition, edition_runs_here
     from fluxdeploy.build.build import build
-    from fluxdeploy.build.quality import tell_recipe
     from fluxdeploy.build.resolve import BuildRequest
     from fluxdeploy.build.sizes import SizeRange
     from fluxdeploy.bundle.typed_json import to_plain
@@ -149,7 +154,7 @@ def command(
         checkpoint,
         precision,
         component_precisions(component_precision),
-        runtime,
+        runtimes,
         targets,
         SizeRange(min_size, opt_size, max_size, max_batch),
         calibration,
@@ -174,42 +179,83 @@ def command(
         bundle = build(request, out, progress)
         report = None
         if given or page is not None:
-            report = _compare(bundle, request, given, progress)
+            report = _compare(_first_built(bundle, request), request, given, progress)
     if report is not None and page is not None:
-        write_page(report, bundle, page)
-    components = bundle.manifest.components
-    precisions = {name: record.precision for name, record in components.items()}
-    recipes = {name: r.recipe for name, r in components.items() if r.recipe is not None}
-    here = runs_here(record.engines for record in components.values())
+        write_page(report, _first_built(bundle, request), page)
+    editions = bundle.manifest.each()
+    here = [edition_runs_here(edition) for edition in editions]
     if as_json:
+        described = [
+            {
+                "runtime": edition.runtime,
+                "precisions": _precisions(edition),
+                "runs_here": runs,
+                "recipes": to_plain(_recipes(edition)),
+            }
+            for edition, runs in zip(editions, here, strict=True)
+        ]
         say_json(
             {
                 "bundle": str(out),
                 "hash": bundle.content_hash,
-                "precisions": precisions,
-                "runs_here": here,
-                "recipes": to_plain(recipes),
+                "precisions": described[0]["precisions"],
+                "runs_here": any(here),
+                "recipes": described[0]["recipes"],
+                "editions": described,
                 "report": None if report is None else report.as_json(),
             }
         )
         return
-    for used in sorted(set(precisions.values()) - {precision}):
-        names = [name for name, other in precisions.items() if other == used]
-        who = "all components" if len(names) == len(precisions) else ", ".join(names)
-        say(f"{used} in place of {precision}: {who}")
-    for name, recipe in recipes.items():
-        for line in tell_recipe(name, recipe, components[name].compute):
-            say(line)
+    for edition in editions:
+        _tell_precisions(edition, precision, several=len(editions) > 1)
     if report is not None:
         show_report(report)
     call = f'fluxdeploy generate "a prompt" --bundle {shlex.quote(str(out))}'
     call += "".join(_GIVEN.get(task, "") for task in bundle.manifest.tasks)
-    if here:
+    if any(here):
         say(f"{out} is ready: {call}")
     else:
-        devices = _devices(bundle.manifest)
+        devices = "; ".join(map(_devices, editions))
         say(f"{out} is ready for {devices}; nothing on this machine runs it")
         say(f"to see here what it draws, slowly: {call} --runtime emulate")
+    if any(here) and len(editions) > 1:
+        taken = choose_edition(bundle).manifest.runtime
+        for edition, runs in zip(editions, here, strict=True):
+            say(f"  {_devices(edition)}: {_how_here(edition.runtime, taken, runs)}")
+
+
+def _precisions(edition: Manifest) -> dict[str, str]:
+    return {name: record.precision for name, record in edition.components.items()}
+
+
+def _recipes(edition: Manifest) -> dict[str, RecipeRecord]:
+    return {n: r.recipe for n, r in edition.components.items() if r.recipe is not None}
+
+
+def _tell_precisions(edition: Manifest, asked: str, *, several: bool) -> None:
+    """What is in another precision than was asked for, and what departs from its own.
+
+    asked: what this build has asked for; an edition that stays tells by itself.
+    """
+    from fluxdeploy.build.quality import tell_recipe
+
+    precisions = _precisions(edition)
+    asked = str(edition.provenance.get("requested_precision", asked))
+    before = f"{edition.runtime}: " if several else ""
+    for used in sorted(set(precisions.values()) - {asked}):
+        names = [name for name, other in precisions.items() if other == used]
+        who = "all components" if len(names) == len(precisions) else ", ".join(names)
+        say(f"{before}{used} in place of {asked}: {who}")
+    for name, recipe in _recipes(edition).items():
+        for line in tell_recipe(name, recipe, edition.components[name].compute):
+            say(f"{before}{line}")
+
+
+def _how_here(runtime: str, taken: str, runs: bool) -> str:
+    """What an edition is to this machine, in words."""
+    if runtime == taken:
+        return "`generate` takes it here"
+    return f"runs here with --runtime {runtime}" if runs else "does not run here"
 
 
 _GIVEN = {
@@ -220,20 +266,31 @@ _GIVEN = {
 """What the call that a build tells has besides, by what the bundle does."""
 
 
+def _first_built(bundle: Bundle, request: BuildRequest) -> Bundle:
+    """The first of the editions that a build was asked for."""
+    from engines import choose_runtimes
+
+    precision = request.transformer_precision
+    (runtime, _), *_ = choose_runtimes(request.runtimes, request.targets, precision)
+    return next(each for each in bundle.editions if each.manifest.runtime == runtime.name)
+
+
 def _compare(
-    bundle: Bundle, request: BuildRequest, prompts: tuple[str, ...], progress: Progress
+    edition: Bundle, request: BuildRequest, prompts: tuple[str, ...], progress: Progress
 ) -> VerifyReport:
-    """The bundle's pictures beside PyTorch's: of what runs here, or else of its numbers."""
-    from engines import EngineOptions, runs_here
+    """The pictures of an edition beside PyTorch's.
+
+    Of its engines where they run here, or else of its numbers.
+    """
+    from engines import EngineOptions, edition_runs_here
     from fluxdeploy.demo import DEFAULT_CHECKPOINT
     from fluxdeploy.verify.verify import verify
 
-    here = runs_here(record.engines for record in bundle.manifest.components.values())
-    runtime = "auto" if here else "emulate"
+    runtime = "auto" if edition_runs_here(edition.manifest) else "emulate"
     source = request.checkpoint or DEFAULT_CHECKPOINT
     pictures = None if prompts else _PICTURES
     return verify(
-        bundle.root,
+        edition.root,
         source,
         runtime,
         EngineOptions(),
@@ -242,11 +299,12 @@ def _compare(
         prompts,
         request.loras,
         request.base,
+        edition.manifest.runtime,
     )
 
 
 def _devices(manifest: Manifest) -> str:
-    """What a bundle's engines are for, in words."""
+    """What an edition's engines are for, in words."""
     targets: dict[str, dict[str, None]] = {}
     for record in manifest.components.values():
         for engine in record.engines:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fluxdeploy.bundle import Bundle
-    from fluxdeploy.bundle.manifest import ComponentRecord, DimensionRange
+    from fluxdeploy.bundle.manifest import ComponentRecord, DimensionRange, Manifest
 
 _SYMBOLS = {
     "B": "prompts or pictures",
@@ -48,7 +48,8 @@ def command(path: Path, check: bool, as_json: bool) -> None:
 
     PATH is a bundle (`bundle` where it is not given) or a PNG that `generate` wrote. Of a bundle it
     shows each component with its precision, size, engines and the dimensions they accept, then
-    the constants that a host needs and where the bundle came from; of a picture the prompt, seed
+    the constants that a host needs and where the bundle came from, and of one for several runtimes
+    which edition runs here; of a picture the prompt, seed
     and steps that made it.
 
     \b
@@ -105,16 +106,29 @@ def _inspect_bundle(path: Path, *, check: bool, as_json: bool) -> None:
         }
         say_json(report, indent=2)
         return
-    tables = _tabulate_components(bundle), _tabulate_dimensions(bundle)
-    show(tables[0], "", *_recipes(bundle))
-    show(tables[1], "", _tabulate_constants(bundle, check=check))
+    editions = bundle.manifest.each()
+    for edition in editions:
+        if len(editions) > 1:
+            show(f"Edition for {_where(edition)}", "")
+        show(_tabulate_components(edition), "", *_recipes(edition))
+        show(_tabulate_dimensions(edition), "")
+    show(_tabulate_constants(bundle, check=check))
 
 
-def _recipes(bundle: Bundle) -> Iterator[str]:
+def _where(edition: Manifest) -> str:
+    """What an edition is for, and whether this machine runs it."""
+    from engines import edition_runs_here
+
+    targets = {e.target: None for r in edition.components.values() for e in r.engines}
+    here = "runs here" if edition_runs_here(edition) else "does not run here"
+    return f"{edition.runtime} on {', '.join(targets)}, {here}"
+
+
+def _recipes(edition: Manifest) -> Iterator[str]:
     """What quantized components leave in wider numbers, and what they keep of their quality."""
     from fluxdeploy.build.quality import tell_recipe
 
-    components = bundle.manifest.components
+    components = edition.components
     lines = [
         line
         for name, record in components.items()
@@ -126,9 +140,9 @@ def _recipes(bundle: Bundle) -> Iterator[str]:
         yield ""
 
 
-def _tabulate_components(bundle: Bundle) -> Table:
+def _tabulate_components(edition: Manifest) -> Table:
     table = _make_table("component", "precision", "size", "engine")
-    for name, component in bundle.manifest.components.items():
+    for name, component in edition.components.items():
         first = (name, component.precision, _format_size(_total_size(component)))
         engines = [f"{e.runtime} {e.runtime_version} {e.target}" for e in component.engines]
         for row, engine in enumerate(engines or ["none"]):
@@ -136,10 +150,10 @@ def _tabulate_components(bundle: Bundle) -> Table:
     return table
 
 
-def _tabulate_dimensions(bundle: Bundle) -> Table:
+def _tabulate_dimensions(edition: Manifest) -> Table:
     """What engines take: a row for each range of a size, with the components that have it."""
     rows: dict[tuple[str, DimensionRange], dict[str, None]] = {}
-    for name, component in bundle.manifest.components.items():
+    for name, component in edition.components.items():
         differ = any(e.dimensions != component.engines[0].dimensions for e in component.engines)
         for engine in component.engines:
             who = f"{name} on {engine.target}" if differ else name
@@ -151,7 +165,7 @@ def _tabulate_dimensions(bundle: Bundle) -> Table:
         rows.items(), key=lambda row: order.index(row[0][0]) if row[0][0] in order else len(order)
     ):
         words = f"{symbol}  {_SYMBOLS.get(symbol, '')}".rstrip()
-        who = "all" if names.keys() == bundle.manifest.components.keys() else ", ".join(names)
+        who = "all" if names.keys() == edition.components.keys() else ", ".join(names)
         table.add_row(words, str(size.min), str(size.opt), str(size.max), who)
     return table
 
@@ -163,6 +177,8 @@ def _tabulate_constants(bundle: Bundle, *, check: bool) -> Table:
     table = _make_grid()
     table.add_row("bundle", str(bundle.root))
     table.add_row("hash", bundle.content_hash)
+    if manifest.editions:
+        table.add_row("size", _sizes(manifest))
     table.add_row("files", "every SHA-256 matches" if check else "not hashed; --check does")
     guidance = "with" if manifest.guidance_embedding else "without"
     table.add_row("model", f"{manifest.family} {manifest.variant}, {guidance} guidance embedding")
@@ -212,6 +228,16 @@ def _tabulate_constants(bundle: Bundle, *, check: bool) -> Table:
     for key, value in manifest.provenance.items():
         table.add_row(key, _plain(value))
     return table
+
+
+def _sizes(manifest: Manifest) -> str:
+    """Of all files, each counted once, and what one edition would take by itself."""
+
+    def size(of: Manifest) -> str:
+        return _format_size(sum({r.path: r.size for _, r in of.files()}.values()))
+
+    alone = ", ".join(f"{each.runtime} {size(each)}" for each in manifest.each())
+    return f"{size(manifest)}; alone: {alone}"
 
 
 def _total_size(component: ComponentRecord) -> int:

@@ -39,6 +39,7 @@ __all__ = [
     "REPLACE",
     "REPORT",
     "RUNTIME",
+    "RUNTIMES",
     "SIZE",
     "STRICT",
     "TARGETS",
@@ -354,6 +355,16 @@ RUNTIME = click.option(
     help="What runs the engines; `doctor` lists what this machine has.",
 )
 
+RUNTIMES = click.option(
+    "--runtime",
+    "runtimes",
+    multiple=True,
+    default=("auto",),
+    shell_complete=_complete_runtime,
+    help="What will run the engines; `doctor` lists what this machine has. May be given several "
+    "times: the bundle then has an edition for each.  [default: the best one for the targets]",
+)
+
 TARGETS = click.option(
     "--target",
     "targets",
@@ -453,7 +464,8 @@ STRICT = click.option(
 REPLACE = click.option(
     "--replace",
     is_flag=True,
-    help="Let a bundle that runs on this machine be replaced by one that does not.",
+    help="Keep nothing of the bundle that is there: neither its editions for other runtimes, nor "
+    "that it runs on this machine.",
 )
 
 AS_JSON = click.option(

@@ -29,7 +29,7 @@ from fluxdeploy.cli.options import (
     QUALITY,
     REDUX,
     REPLACE,
-    RUNTIME,
+    RUNTIMES,
     STRICT,
     TARGETS,
     TASK,
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fluxdeploy.build.plan import Plan
+    from fluxdeploy.build.prepare import Prepared
     from fluxdeploy.kernels import CallSizes
 
 
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
 @REDUX
 @QUALITY
 @STRICT
-@RUNTIME
+@RUNTIMES
 @TARGETS
 @MIN_SIZE
 @OPT_SIZE
@@ -94,7 +95,7 @@ def command(
     redux: Path | None,
     quality: Promise | None,
     strict: bool,
-    runtime: str,
+    runtimes: tuple[str, ...],
     targets: tuple[str, ...],
     min_size: tuple[int, int] | None,
     opt_size: tuple[int, int] | None,
@@ -121,7 +122,7 @@ def command(
       fluxdeploy plan ./FLUX.1-dev --max-size 2048x2048 --max-batch 4
       fluxdeploy plan --json | jq .disk
     """
-    from engines import choose_runtime
+    from engines import choose_runtimes
     from fluxdeploy.build.prepare import prepare
     from fluxdeploy.build.resolve import BuildRequest
     from fluxdeploy.build.sizes import SizeRange
@@ -130,7 +131,7 @@ def command(
         checkpoint,
         precision,
         component_precisions(component_precision),
-        runtime,
+        runtimes,
         targets,
         SizeRange(min_size, opt_size, max_size, max_batch),
         calibration,
@@ -149,15 +150,24 @@ def command(
         task,
     )
     with libraries_on_stderr():
-        _, plan = prepare(
-            request, out, *choose_runtime(runtime, targets, request.transformer_precision)
-        )
+        wanted = choose_runtimes(runtimes, targets, request.transformer_precision)
+        ready = prepare(request, out, wanted)
     if as_json:
-        say_json(_report(plan), indent=2)
+        first, *others = map(_report, ready.plans)
+        say_json({**first, "editions": others, "kept": list(_kept(ready))}, indent=2)
     else:
-        _show(plan, out)
-    if plan.problems:
+        for number, plan in enumerate(ready.plans):
+            if number:
+                show("")
+            _show(plan, out)
+        for runtime in _kept(ready):
+            show("", f"The {runtime} edition at {out} stays.")
+    if any(plan.problems for plan in ready.plans):
         raise click.exceptions.Exit(1)
+
+
+def _kept(ready: Prepared) -> tuple[str, ...]:
+    return tuple(edition.runtime for edition in ready.layout.kept)
 
 
 def _report(plan: Plan) -> dict[str, Any]:
@@ -235,6 +245,8 @@ def _tabulate_totals(plan: Plan, out: Path) -> Table:
         )
         if size
     ]
+    if disk.shared:
+        parts.append(f"beside {_size(disk.shared)} of weights that another edition has too")
     table.add_row("disk", f"needs {_size(disk.needed)}; {_size(disk.free)} are free at {out}")
     table.add_row("", ", ".join(parts))
     most = max(phase.bytes for phase in plan.build)

@@ -96,7 +96,7 @@ def command(
       fluxdeploy verify --bundle flux-rtx --runtime emulate
       fluxdeploy verify --json | jq .pictures.psnr.median
     """
-    from engines import EngineOptions
+    from engines import EngineOptions, choose_edition
     from fluxdeploy.bundle import open_bundle
     from fluxdeploy.verify.page import check_page, write_page
     from fluxdeploy.verify.plot import check_plot, plot_quality
@@ -116,7 +116,7 @@ def command(
     if plot is not None:
         plot_quality(report, plot)
     if page is not None:
-        write_page(report, open_bundle(bundle), page)
+        write_page(report, choose_edition(open_bundle(bundle), runtime), page)
     if as_json:
         say_json(report.as_json())
     else:

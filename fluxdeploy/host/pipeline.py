@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from engines import open_engine, runtimes
+from engines import choose_edition, open_engine, runtimes
 from engines.base import Engine, EngineOptions
 from fluxdeploy.arguments import check_flag, check_integer, check_path, shown
 from fluxdeploy.bundle import Bundle, open_bundle
@@ -161,19 +161,21 @@ class FluxPipeline:
     ) -> FluxPipeline:
         """Open the bundle in the folder `path`, to be run by `runtime`.
 
+        Of a bundle for several runtimes `auto` takes the edition of the best one that runs here.
         limits: what it takes on at once; everything where None.
 
         Raises `BundleError` where the folder is no bundle that this version reads. What is opened
         later is of this bundle: a call that would have to open an engine of another one, which has
-        taken its place, raises `BundleError`. Engines that are open go on. Raises `UsageError` for
-        an argument that cannot be.
+        taken its place, raises `BundleError`. Engines that are open go on. Raises `EngineError`
+        where the bundle has several editions and none that runs here, or none for the runtime, and
+        `UsageError` for an argument that cannot be.
         """
         folder = check_path("path", path)
         runtimes(runtime)
         if not isinstance(options, (EngineOptions, type(None))):
             raise UsageError(f"`options` must be EngineOptions, not {shown(options)}.")
         low_vram = check_flag("low_vram", low_vram)
-        bundle = open_bundle(folder)
+        bundle = choose_edition(open_bundle(folder), runtime)
         missing = missing_component(bundle.manifest)
         if missing is not None:
             raise BundleError(

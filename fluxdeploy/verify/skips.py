@@ -15,8 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxdeploy.bundle import Bundle
-from fluxdeploy.bundle.files import write_atomic
-from fluxdeploy.bundle.manifest import MANIFEST_NAME, MAX_ORDER, SkipRecord, from_json, to_json
+from fluxdeploy.bundle.files import read_whole, write_atomic
+from fluxdeploy.bundle.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST,
+    MAX_ORDER,
+    SkipRecord,
+    from_json,
+    to_json,
+)
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.progress import Progress
 from fluxdeploy.sampling import schedule
@@ -209,7 +216,7 @@ def _record(
 
 
 def write_skips(bundle: Bundle, record: SkipRecord) -> None:
-    """Put a record into the manifest of a bundle, in place of one for the same calls.
+    """Put a record into the manifest of an edition, in place of one for the same calls.
 
     The file is replaced at once, or left as it was. Raises `BundleError` where another bundle has
     taken the place of this one, or where the file cannot be written.
@@ -218,7 +225,11 @@ def write_skips(bundle: Bundle, record: SkipRecord) -> None:
     others = [r for r in bundle.manifest.skips if (r.sampler, r.num_inference_steps) != key]
     skips = sorted((*others, record), key=lambda r: (r.sampler, r.num_inference_steps))
     path = bundle.root / MANIFEST_NAME
-    text = to_json(replace(bundle.manifest, skips=tuple(skips)))
+    with bundle.unchanged([]):
+        whole = from_json(read_whole(path, MAX_MANIFEST).decode("utf-8"), str(path))
+    tuned = replace(bundle.manifest, skips=tuple(skips))
+    editions = [tuned if e.runtime == tuned.runtime else e for e in whole.each()]
+    text = to_json(whole.with_each(editions))
     from_json(text, str(path))
     with bundle.unchanged([]):
         pass

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engines import EngineOptions, open_engine
+from engines import EngineOptions, choose_edition, open_engine
 from engines.golden import Deviation, measure_component
 from fluxdeploy.build.checkpoint import checkpoint_record, open_recorded
 from fluxdeploy.bundle import Bundle, open_bundle
@@ -93,13 +93,15 @@ def verify(
     prompts: tuple[str, ...] = (),
     loras: tuple[LoraFile, ...] = (),
     base: Path | None = None,
+    edition: str | None = None,
 ) -> VerifyReport:
     """Check every file's hash, each engine against golden tensors, and pictures and layers.
 
     `pictures` are drawn with the bundle and with PyTorch, which takes the checkpoint; the package's
     own are at hand. None is one picture where that can be had, and none elsewhere, or one for each
     of `prompts`, which are drawn in place of the usual ones. Layers are compared along with them
-    where the transformer is quantized.
+    where the transformer is quantized. Of a bundle's editions it looks at that of the runtime
+    `edition`, and at the one that `runtime` takes where that is None.
 
     Raises `BundleError` for a broken bundle, `UsageError` for a checkpoint that the bundle is not
     made from, for other `loras` than were merged into it, and for `pictures` or
@@ -109,6 +111,7 @@ def verify(
     task = progress.task("Hashing the bundle", total=total)
     bundle = open_bundle(path, check="all", on_bytes=task.advance)
     task.finish()
+    bundle = choose_edition(bundle, edition or runtime)
     if pictures is None and prompts:
         pictures = len(prompts)
     # The package has its checkpoints and LoRAs at hand, and no others.

@@ -54,7 +54,7 @@ def built(shared_folder: SharedFolder) -> Callable[[str], Path]:
     def make(precision: str) -> Path:
         request = BuildRequest(
             precision=precision,
-            runtime="tensorrt-rtx",
+            runtimes=("tensorrt-rtx",),
             targets=("sm89", "sm120"),
             sizes=replace(SMALL, max=(1024, 1024)) if precision == "fp8" else SMALL,
         )
@@ -138,7 +138,7 @@ def test_impossible_pairs_are_refused_before_any_work(
 
 
 def test_a_target_has_to_be_named_where_there_is_no_gpu(tmp_path: Path) -> None:
-    request = BuildRequest(precision="fp8", runtime="tensorrt-rtx")
+    request = BuildRequest(precision="fp8", runtimes=("tensorrt-rtx",))
     with pytest.raises(EngineError, match="--target: tensorrt-rtx builds in fp8 for sm121, sm120,"):
         build(request, tmp_path / "bundle", QUIET)
     assert list(tmp_path.iterdir()) == []
@@ -158,7 +158,7 @@ def test_an_engine_of_another_kind_fails_the_build(
     monkeypatch.setattr(EightBits, "narrow", forgetful)
     request = BuildRequest(
         precision="fp8",
-        runtime="tensorrt-rtx",
+        runtimes=("tensorrt-rtx",),
         targets=("sm89",),
         sizes=SMALL,
         promise=Promise(),

@@ -35,7 +35,7 @@ class Place:
         self.write("prompts.txt", "a fox")
         self.request = BuildRequest(
             str(root / "checkpoint"),
-            runtime="onnxruntime",
+            runtimes=("onnxruntime",),
             targets=("cpu",),
             calibration=root / "prompts.txt",
         )
@@ -49,7 +49,7 @@ class Place:
         return file
 
     def last(self) -> LastBuild:
-        return LastBuild(self.request, self.bundle, RUNTIME, TARGETS)
+        return LastBuild(self.request, self.bundle, [(RUNTIME, TARGETS)])
 
     def remember(self) -> None:
         self.last().remember(open_bundle(self.bundle), [])
@@ -128,7 +128,7 @@ def test_other_code_makes_other_files(
 
 def test_another_target_is_another_build(place: Place) -> None:
     place.remember()
-    assert LastBuild(place.request, place.bundle, RUNTIME, ("cuda",)).find() is None
+    assert LastBuild(place.request, place.bundle, [(RUNTIME, ("cuda",))]).find() is None
 
 
 def test_what_was_changed_while_it_was_read_is_not_remembered(place: Place) -> None:

@@ -95,7 +95,7 @@ def test_a_plan_reckons_with_both_runtimes(shared_folder: SharedFolder, tmp_path
 def test_what_the_kernels_have_not_is_impossible(
     demo: Checkpoint, tmp_path: Path, precision: str, words: str
 ) -> None:
-    spec = resolved(demo, NATIVE, BuildRequest(precision=precision, runtime="native"))
+    spec = resolved(demo, NATIVE, BuildRequest(precision=precision, runtimes=("native",)))
     with pytest.raises(UsageError, match=words):
         make_plan(spec, tmp_path / "bundle").require_possible()
 
@@ -105,14 +105,16 @@ def test_another_onnx_runtime_is_another_build(
 ) -> None:
     """Its version is in the records of the components that it runs."""
     (native,), (other,) = (runtimes(name) for name in ("native", "onnxruntime"))
-    last = LastBuild(BuildRequest(), tmp_path / "bundle", native, ("sm90",))
+    last = LastBuild(BuildRequest(), tmp_path / "bundle", [(native, ("sm90",))])
     found = last._versions(["clip", "transformer"])
     assert found == [["onnxruntime", other.version(), "cuda"], ["native", "1", "sm90"]]
 
 
 @pytest.mark.usefixtures("remembered_traces")
 def test_a_bundle_is_built_without_a_gpu(tmp_path: Path) -> None:
-    request = BuildRequest(precision="fp8", runtime="native", targets=("sm90",), promise=Promise())
+    request = BuildRequest(
+        precision="fp8", runtimes=("native",), targets=("sm90",), promise=Promise()
+    )
     with Progress(quiet=True) as progress:
         bundle = build(request, tmp_path / "bundle", progress)
     opened = open_bundle(bundle.root, check="all")

@@ -26,7 +26,8 @@ def test_the_commit_of_a_hub_repository_is_recorded(
     name: str, revision: str | None, expected: dict[str, str]
 ) -> None:
     root = Path("/models/mine")
-    checkpoint = SimpleNamespace(root=root, layout="bfl", rounded={}, revision=revision)
-    hashes = SimpleNamespace(digest="0" * 64)
-    run: Any = SimpleNamespace(spec=SimpleNamespace(checkpoint=checkpoint), hashes=hashes)
-    assert checkpoint_origin(name, run) == expected | {"layout": "bfl", "sha256": "0" * 64}
+    checkpoint: Any = SimpleNamespace(root=root, layout="bfl", rounded={}, revision=revision)
+    hashes: Any = SimpleNamespace(digest="0" * 64)
+    found = checkpoint_origin(name, checkpoint, hashes)
+    assert found == expected | {"layout": "bfl", "sha256": "0" * 64}
+    assert checkpoint_origin(name, checkpoint, None) == expected | {"layout": "bfl"}

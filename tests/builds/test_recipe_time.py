@@ -66,7 +66,7 @@ class Build:
         self._root, self._precision = root, precision
         with TensorFileWriter(root / GOLDEN.path, [("input.x", "F32", (2,))]) as writer:
             writer.write(np.array([1, 2], np.float32))
-        monkeypatch.setattr(export, "export_component", lambda layers, *_: self.made.append(layers))
+        monkeypatch.setattr(export, "export_component", self._export)
         placements = [
             SimpleNamespace(name=f"{name}.weight", stored=SimpleNamespace(shape=shape))
             for name, shape in SHAPES.items()
@@ -74,8 +74,12 @@ class Build:
         layers = Layers(Quantization("int4"), recipe, smoothing=SMOOTHING)
         spec = SimpleNamespace(layers=layers, placements=placements, with_layers=lambda made: made)
         self._component: Any = SimpleNamespace(
-            name="tiny", runtime=self.runtime, export=spec, fused=False
+            name="tiny", stem="tiny.x", runtime=self.runtime, export=spec, fused=False
         )
+
+    def _export(self, layers: Layers, *_: object, stem: str) -> None:
+        assert stem == "tiny.x", "its engine is looked for under that name"
+        self.made.append(layers)
 
     def tell(self, weight_bytes: int = SMALL, run_here: bool = True) -> str:
         (engine,) = list_engines(self.runtime, ("cpu",), "tiny", RANGES)

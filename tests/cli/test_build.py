@@ -92,7 +92,7 @@ def objections(destination: Path, target: str, replace: bool = False) -> list[st
         engines=list_engines(runtime, targets, "t5", {}),
     )
     checkpoint = SimpleNamespace(transformer=SimpleNamespace(width=64, head_dim=32))
-    request = BuildRequest(runtime=runtime.name, targets=targets, replace=replace)
+    request = BuildRequest(runtimes=(runtime.name,), targets=targets, replace=replace)
     spec: Any = SimpleNamespace(
         runtime=runtime,
         targets=targets,

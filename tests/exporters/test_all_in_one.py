@@ -122,14 +122,15 @@ def test_without_tokenizers_a_base_is_asked_for(file: Path) -> None:
 
 def test_the_plan_of_a_file_with_a_base(file: Path, source: Path, tmp_path: Path) -> None:
     asked = BuildRequest(str(file), targets=("cpu",), base=source)
-    runtime, targets = choose_runtime("onnxruntime", ("cpu",))
-    spec, plan = prepare(asked, tmp_path / "bundle", runtime, targets)
+    builders = [choose_runtime("onnxruntime", ("cpu",))]
+    ready = prepare(asked, tmp_path / "bundle", builders)
+    (spec,), (plan,) = ready.specs, ready.plans
     assert not plan.problems
     assert spec.checkpoint.tokenizers["t5"] == source / "tokenizer_2"
     with pytest.raises(BundleError, match="overlap"):
-        prepare(asked, source / "tokenizer", runtime, targets)
+        prepare(asked, source / "tokenizer", builders)
     with pytest.raises(CheckpointError, match="no tokenizer for clip"):
-        prepare(dataclasses.replace(asked, base=None), tmp_path / "bundle", runtime, targets)
+        prepare(dataclasses.replace(asked, base=None), tmp_path / "bundle", builders)
 
 
 def test_what_a_base_has_not(file: Path, tmp_path: Path, source: Path) -> None:

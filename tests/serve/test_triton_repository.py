@@ -17,17 +17,26 @@ from click.testing import CliRunner
 from PIL import Image
 
 from fluxdeploy.bundle import Bundle, open_bundle
-from fluxdeploy.bundle.manifest import EngineRecord, from_json
+from fluxdeploy.bundle.manifest import EngineRecord, Manifest, from_json
 from fluxdeploy.cli import main
 from fluxdeploy.errors import BundleError, UsageError
 from fluxdeploy.serve.triton import repository as repository_module
 from fluxdeploy.serve.triton.backend import _tensors
-from fluxdeploy.serve.triton.config import FORMS, Form, Settings, component_config, triton_engines
+from fluxdeploy.serve.triton.config import (
+    FORMS,
+    Form,
+    Settings,
+    component_config,
+    triton_edition,
+    triton_engines,
+)
 from fluxdeploy.serve.triton.fields import INPUTS, OUTPUTS
 from fluxdeploy.serve.triton.pbtxt import Enum, render
 from fluxdeploy.serve.triton.repository import write_repository
 from fluxdeploy.serve.triton.requests import read_request
 from tests.docs.pages import ROOT, section, tables
+from tests.support.editions import with_editions
+from tests.support.small_bundle import small_files, small_manifest
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +104,20 @@ def test_a_component_without_a_backend_of_tritons_is_named(bundle: Bundle) -> No
     others = tuple(replace(each, runtime="openvino") for each in record.engines)
     with pytest.raises(BundleError, match=r"t5 has engines for openvino.*--form pipeline"):
         triton_engines("t5", replace(record, engines=others))
+
+
+def test_models_of_components_are_of_the_best_edition_for_triton() -> None:
+    manifest = small_manifest(small_files())
+
+    def taken(form: Form, *runtimes: str) -> Manifest:
+        whole = Bundle(Path("/b"), with_editions(manifest, *runtimes), "0" * 64)
+        return triton_edition(whole, form).manifest
+
+    assert taken("bls", "openvino", "onnxruntime").runtime == "onnxruntime"
+    assert taken("bls", "onnxruntime", "tensorrt").runtime == "tensorrt"
+    assert len(taken("pipeline", "openvino", "onnxruntime").editions) == 1, "it picks by itself"
+    with pytest.raises(BundleError, match=r"for openvino, native, and .*--form pipeline"):
+        taken("bls", "openvino", "native")
 
 
 def test_text_survives_the_text_format() -> None:

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from engines import choose_edition
 from fluxdeploy.bundle import open_bundle
 from fluxdeploy.bundle.manifest import SkipRecord
 from fluxdeploy.cli import main
 from fluxdeploy.errors import BundleError
 from fluxdeploy.verify.skips import skip_paths, write_skips
+from tests.support.editions import with_editions
+from tests.support.small_bundle import small_files, small_manifest, write_small_bundle
 
 pytestmark = pytest.mark.filterwarnings("ignore::fluxdeploy.errors.CutPromptWarning")
 
@@ -51,6 +54,16 @@ def test_a_record_takes_the_place_of_one_for_the_same_calls(
     # The one that was opened first is not there any more.
     with pytest.raises(BundleError, match="open it again"):
         write_skips(opened, RECORD)
+
+
+def test_a_record_goes_to_the_edition_that_was_run(tmp_path: Path) -> None:
+    files = small_files()
+    whole = with_editions(small_manifest(files), "onnxruntime", "openvino")
+    bundle = open_bundle(write_small_bundle(tmp_path / "bundle", files, whole))
+    write_skips(choose_edition(bundle, "openvino"), RECORD)
+    found = open_bundle(tmp_path / "bundle").manifest
+    assert [each.skips for each in found.each()] == [(), (RECORD,)]
+    assert dataclasses.replace(found, editions=whole.editions) == whole
 
 
 def test_what_tune_finds_is_what_generate_uses(demo_bundle: Path, tmp_path: Path) -> None:

@@ -3,10 +3,18 @@
 Nothing is written, and no weight is read.
 """
 
-from fluxdeploy.build.plan.figures import ComponentPlan, DiskPlan, Phase, Plan, RunMemory
+from fluxdeploy.build.plan.figures import (
+    Beside,
+    ComponentPlan,
+    DiskPlan,
+    Phase,
+    Plan,
+    RunMemory,
+)
 from fluxdeploy.build.plan.planner import make_plan
 
 __all__ = [
+    "Beside",
     "ComponentPlan",
     "DiskPlan",
     "Phase",

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from fluxdeploy.errors import BundleError, UsageError
 from fluxdeploy.kernels import CallSizes
 
-__all__ = ["ComponentPlan", "DiskPlan", "Phase", "Plan", "RunMemory"]
+__all__ = ["Beside", "ComponentPlan", "DiskPlan", "Phase", "Plan", "RunMemory"]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a bundle holds beside the edition that is planned.
+
+    files: the checkpoint's files that it has in any case. taken: bytes of the disk that are written
+    for other editions. runs_here: whether this machine runs any of all that it holds.
+    """
+
+    files: frozenset[Path] = frozenset()
+    taken: int = 0
+    runs_here: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,7 +56,9 @@ class DiskPlan:
 
     copied: the checkpoint's files, where they cannot be hard-linked.
     other: graphs, golden tensors, tokenizers.
-    free: what is free, with what an unfinished build of this bundle holds already.
+    free: what is free, with what an unfinished build of this bundle holds already, and without what
+        other editions take.
+    shared: the checkpoint's files that another edition has too, which are there once.
     """
 
     written: int
@@ -50,6 +66,7 @@ class DiskPlan:
     engines: int
     other: int
     free: int
+    shared: int = 0
 
     @property
     def needed(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from engines import choose_builder, runs_here
+from engines import choose_builder, edition_runs_here, runs_here
 from fluxdeploy.build.checkpoint import find_text_remarks
 from fluxdeploy.build.plan.figures import DiskPlan, Phase, RunMemory
 from fluxdeploy.build.resolve import BuildSpec
@@ -16,9 +16,11 @@ from fluxdeploy.machine import Memory
 __all__ = ["find_impossible", "find_remarks", "find_shortages", "in_gib"]
 
 
-def find_impossible(spec: BuildSpec, destination: Path) -> Iterator[str]:
+def find_impossible(spec: BuildSpec, destination: Path, runs_beside: bool = False) -> Iterator[str]:
     """What a target has not, each once, with the components that would need it; and what a bundle
     at `destination` is kept from.
+
+    runs_beside: whether another edition of what is built runs on this machine.
     """
     runtime, targets = spec.runtime, spec.targets
     names: dict[str, list[str]] = {}
@@ -39,11 +41,10 @@ def find_impossible(spec: BuildSpec, destination: Path) -> Iterator[str]:
     if len(targets) > 1 and not runtime.builds:
         yield f"{runtime.name} takes one --target, not {', '.join(targets)}"
     try:
-        request = spec.request
-        choose_builder(request.runtime, request.targets, request.transformer_precision)
+        choose_builder(runtime.name, targets, spec.request.transformer_precision)
     except EngineError as error:
         yield str(error).rstrip(".")
-    if not spec.request.replace and _would_stop_running(spec, destination):
+    if not (spec.request.replace or runs_beside) and _would_stop_running(spec, destination):
         yield (
             f"{destination} holds a bundle that runs on this machine, and one for {runtime.name} "
             f"on {', '.join(targets)} would not: choose another --out, or add --replace"
@@ -54,9 +55,7 @@ def _would_stop_running(spec: BuildSpec, destination: Path) -> bool:
     if runs_here(component.engines for component in spec.components):
         return False
     earlier = find_manifest(destination)
-    return earlier is not None and runs_here(
-        component.engines for component in earlier.components.values()
-    )
+    return earlier is not None and any(edition_runs_here(each) for each in earlier.each())
 
 
 def find_shortages(

@@ -8,7 +8,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from fluxdeploy.build.plan.figures import ComponentPlan, DiskPlan, Phase, Plan, RunMemory
+from fluxdeploy.build.plan.figures import (
+    Beside,
+    ComponentPlan,
+    DiskPlan,
+    Phase,
+    Plan,
+    RunMemory,
+)
 from fluxdeploy.build.plan.footprint import (
     WIDTHS,
     Footprint,
@@ -44,17 +51,18 @@ _GRAPH, _STAGE = 100_000, 35_000
 """Bytes of an ONNX file, and of each of its stages."""
 
 
-def make_plan(spec: BuildSpec, destination: Path) -> Plan:
-    """Plan a build at `destination`.
+def make_plan(spec: BuildSpec, destination: Path, beside: Beside | None = None) -> Plan:
+    """Plan a build at `destination`, of an edition with others `beside` it.
 
     What cannot be is in the plan's `problems`; `require_possible` raises it.
     """
-    return _Planner(spec, destination).plan()
+    return _Planner(spec, destination, beside or Beside()).plan()
 
 
 class _Planner:
-    def __init__(self, spec: BuildSpec, destination: Path) -> None:
+    def __init__(self, spec: BuildSpec, destination: Path, beside: Beside) -> None:
         self.spec = spec
+        self.beside = beside
         self.checkpoint = spec.checkpoint
         self.destination = destination
         self.components = {component.name: component for component in spec.components}
@@ -82,7 +90,7 @@ class _Planner:
             largest=self.largest,
             run=run,
             largest_run=largest_run,
-            impossible=tuple(find_impossible(self.spec, self.destination)),
+            impossible=tuple(find_impossible(self.spec, self.destination, self.beside.runs_here)),
             shortages=tuple(shortages),
             warnings=tuple(warnings),
         )
@@ -143,7 +151,8 @@ class _Planner:
         """The disk, and how many bytes of an earlier bundle the build will probably reuse."""
         folder = existing_folder(self.destination)
         files = {file for part in parts.values() for file in part.sources}
-        copied = sum(file.stat().st_size for file in files if not can_link(file, folder))
+        shared = files & self.beside.files
+        copied = sum(f.stat().st_size for f in files - shared if not can_link(f, folder))
         tokenizers = sum(len(made.text.encode()) for made in self.spec.tokenizers.values())
         graphs = sum(
             _GRAPH + _STAGE * len(component.export.chain.stages)
@@ -154,7 +163,10 @@ class _Planner:
             copied=copied,
             engines=sum(component.engine for component in components.values()),
             other=tokenizers + graphs + sum(map(self._golden_bytes, self.components.values())),
-            free=shutil.disk_usage(folder).free + staged_bytes(self.destination),
+            free=shutil.disk_usage(folder).free
+            + staged_bytes(self.destination)
+            - self.beside.taken,
+            shared=sum(file.stat().st_size for file in shared),
         )
         earlier = find_manifest(self.destination)
         reusable = sum(
@@ -166,7 +178,7 @@ class _Planner:
 
     def _is_like(self, component: ComponentPlan, earlier: Manifest) -> bool:
         """Whether an earlier bundle has the component as it is to be built now."""
-        record = earlier.components.get(component.name)
+        record = earlier.stems().get(self.components[component.name].stem)
         return record is not None and (
             record.precision == component.precision
             and record.compute == component.compute

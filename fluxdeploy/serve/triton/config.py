@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, Manifest, TensorSpec
 from fluxdeploy.bundle.typed_json import to_plain
 from fluxdeploy.errors import BundleError, UsageError
 from fluxdeploy.serve.triton.fields import INPUTS, MODEL, OUTPUTS, Field
 from fluxdeploy.serve.triton.pbtxt import Enum, Value, render
+
+if TYPE_CHECKING:
+    from fluxdeploy.bundle import Bundle
 
 __all__ = [
     "FORMS",
@@ -23,6 +26,7 @@ __all__ = [
     "component_model",
     "pipeline_config",
     "plan_name",
+    "triton_edition",
     "triton_engines",
 ]
 
@@ -170,6 +174,24 @@ class TritonEngines:
 
     backend: str
     records: tuple[EngineRecord, ...]
+
+
+def triton_edition(bundle: Bundle, form: Form) -> Bundle:
+    """What of a bundle for several runtimes the models of a repository are made of.
+
+    The model `flux` alone picks by itself, where it is started. Models of the components take the
+    best edition that Triton has backends for. Raises `BundleError` where there is none.
+    """
+    if form == "pipeline" or not bundle.manifest.editions:
+        return bundle
+    editions = {each.manifest.runtime: each for each in bundle.editions}
+    for runtime in ("tensorrt", "onnxruntime"):
+        if runtime in editions:
+            return editions[runtime]
+    raise BundleError(
+        f"The bundle {bundle.root} has editions for {', '.join(editions)}, and Triton has backends "
+        "for onnxruntime and tensorrt. Use --form pipeline, which runs every bundle."
+    )
 
 
 def triton_engines(component: str, record: ComponentRecord) -> TritonEngines:

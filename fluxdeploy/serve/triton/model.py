@@ -17,7 +17,7 @@ from fluxdeploy.errors import FluxDeployError
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.host.turns import QueueLimits
 from fluxdeploy.serve.triton.calls import Calls
-from fluxdeploy.serve.triton.config import Settings
+from fluxdeploy.serve.triton.config import Settings, triton_edition
 from fluxdeploy.serve.triton.engine import TritonEngine
 from fluxdeploy.serve.triton.metrics import Metrics
 from fluxdeploy.text import load_tokenizers
@@ -72,6 +72,7 @@ def _on_models(pb: Any, root: Path, limits: QueueLimits) -> FluxPipeline:
     with disk_errors("read", path):
         data = read_whole(path, MAX_MANIFEST)
     manifest = from_json(data.decode("utf-8"), str(path))
-    bundle = Bundle(root, manifest, hashlib.sha256(data).hexdigest())
-    open_component = functools.partial(TritonEngine, pb, manifest)
+    whole = Bundle(root, manifest, hashlib.sha256(data).hexdigest())
+    bundle = triton_edition(whole, "bls")
+    open_component = functools.partial(TritonEngine, pb, bundle.manifest)
     return FluxPipeline(bundle, load_tokenizers(bundle), open_component, limits=limits)

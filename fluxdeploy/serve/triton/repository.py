@@ -24,6 +24,7 @@ from fluxdeploy.serve.triton.config import (
     component_model,
     pipeline_config,
     plan_name,
+    triton_edition,
     triton_engines,
 )
 from fluxdeploy.serve.triton.fields import INPUTS, MODEL, OUTPUTS, Field
@@ -65,6 +66,7 @@ def write_repository(
     """
     if form not in FORMS:
         raise UsageError(f"There is no form {form!r}; the forms are {', '.join(FORMS)}.")
+    bundle = triton_edition(bundle, form)
     missing = missing_component(bundle.manifest)
     if missing is not None:
         raise BundleError(

@@ -259,7 +259,7 @@ def test_an_earlier_bundle_may_be_enough(
         )
         for part in plan.components
     }
-    monkeypatch.setattr(planner, "find_manifest", lambda _: SimpleNamespace(components=earlier))
+    monkeypatch.setattr(planner, "find_manifest", lambda _: SimpleNamespace(stems=lambda: earlier))
     _have_free(monkeypatch, plan.disk.needed - 1000)
     again = plan_for(demo, out, runtime("onnxruntime"), CPU, "int8")
     again.require_possible()

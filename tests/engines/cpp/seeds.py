@@ -16,6 +16,7 @@ from fluxdeploy.bundle.manifest import (
     ComponentRecord,
     ControlNetRecord,
     DimensionRange,
+    EditionRecord,
     EngineRecord,
     IpAdapterRecord,
     Manifest,
@@ -76,9 +77,10 @@ def full_manifest(manifest: Manifest) -> Manifest:
     """`manifest` with all fields and components that a host knows, and a second tokenizer."""
     (t5,) = manifest.components.values()
     record = manifest.tokenizers["clip"]
+    components = {name: _component(name, t5) for name in _ALL}
     return replace(
         manifest,
-        components={name: _component(name, t5) for name in _ALL},
+        components=components,
         tokenizers={"clip": record, "t5": _t5_record(record)},
         schedule=replace(manifest.schedule, spacing="karras"),
         skips=(
@@ -94,6 +96,18 @@ def full_manifest(manifest: Manifest) -> Manifest:
             **manifest.provenance,
             "vae_bytes_per_pixel": {"vae_decoder": 2000, "vae_encoder": 1500},
         },
+        editions=(
+            EditionRecord(
+                {
+                    name: replace(each, engines=(replace(each.engines[0], runtime="openvino"),))
+                    for name, each in components.items()
+                },
+                manifest.defaults,
+                manifest.quality,
+                {"free": "\u2028"},
+                (SkipRecord("euler", 28, (9,), 2, 1024, 1024, 30.0, 33.5, 8),),
+            ),
+        ),
     )
 
 

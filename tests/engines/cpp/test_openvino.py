@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ pytest.importorskip("openvino")
 def bundle(
     shared_folder: SharedFolder, checkpoint: CheckpointFactory, remembered_traces: Path
 ) -> Path:
-    request = BuildRequest(checkpoint=str(checkpoint("dev")), precision="fp32", runtime="openvino")
+    request = BuildRequest(
+        checkpoint=str(checkpoint("dev")), precision="fp32", runtimes=("openvino",)
+    )
     return shared_folder.entry("bundle-dev-openvino", lambda folder: build_bundle(request, folder))
 
 
@@ -55,3 +58,22 @@ def test_what_a_bundle_has_is_named_where_another_runtime_is_asked_for(
         cpp("a")
     assert failure.value.code == "engine"
     cpp.close()
+
+
+def test_of_several_editions_the_one_is_run_that_python_takes(
+    library: Library, bundle: Path, checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    shutil.copytree(bundle, tmp_path / "both")
+    request = BuildRequest(
+        checkpoint=str(checkpoint("dev")), precision="fp32", runtimes=("onnxruntime",)
+    )
+    build_bundle(request, tmp_path / "both")
+    call: dict[str, Any] = {"prompt": "a fox", "height": 32, "width": 48, "seed": 1}
+    for runtime in ("auto", "openvino"):
+        with FluxPipeline.from_bundle(tmp_path / "both", runtime) as python:
+            assert python.bundle.manifest.runtime == runtime.replace("auto", "onnxruntime")
+            wanted = python(**call).images
+        cpp = library.pipeline(tmp_path / "both", runtime=runtime)
+        found, _, _ = cpp(**call)
+        cpp.close()
+        assert np.abs(found.astype(int) - np.stack([np.asarray(p) for p in wanted])).max() <= 1

@@ -77,6 +77,56 @@ Runtimes::Candidate& Runtimes::find(const std::string& name) {
     return made;
 }
 
+std::string Runtimes::problem(const EngineRecord& engine) {
+    for (const Row& row : rows()) {
+        if (row.name != engine.runtime) continue;
+        if (std::find(row.targets.begin(), row.targets.end(), engine.target) == row.targets.end()) {
+            break;
+        }
+        Candidate& loaded = find(row.name);
+        return loaded.runtime ? loaded.runtime->problem(engine.target).value_or("")
+                              : loaded.problem;
+    }
+    return "this library does not know it";
+}
+
+Manifest Runtimes::choose(const Manifest& manifest) {
+    if (manifest.editions.empty()) return manifest;
+    std::vector<Manifest> editions{manifest};
+    editions.front().editions.clear();
+    editions.insert(editions.end(), manifest.editions.begin(), manifest.editions.end());
+    const auto runs = [&](const Manifest& edition) {
+        return std::all_of(
+            edition.components.begin(), edition.components.end(), [&](const auto& component) {
+                const auto& engines = component.second.engines;
+                return std::any_of(engines.begin(), engines.end(), [&](const EngineRecord& engine) {
+                    return problem(engine).empty();
+                });
+            });
+    };
+    for (const Row& row : rows()) {
+        if (name_ != "auto" && name_ != row.name) continue;
+        for (const Manifest& edition : editions) {
+            if (edition.runtime() != row.name) continue;
+            if (name_ == row.name || runs(edition)) return edition;
+        }
+    }
+    std::string reasons;
+    for (const Manifest& edition : editions) {
+        for (const EngineRecord& engine : edition.components.at("transformer").engines) {
+            reasons += (reasons.empty() ? "" : "; ") + engine.runtime + " on " + engine.target;
+            std::string why = name_ == "auto" ? problem(engine) : "";
+            while (!why.empty() && why.back() == '.') why.pop_back();
+            if (!why.empty()) reasons += ": " + why;
+        }
+    }
+    throw Error(ErrorCode::engine,
+                name_ == "auto"
+                    ? "No edition of the bundle runs here. " + reasons + "."
+                    : "The bundle has no edition for the runtime " + name_ +
+                          "; it has editions for " + reasons + ".");
+}
+
 void Runtimes::load_for(const Manifest& manifest) noexcept {
     try {
         for (const Row& row : rows()) {

@@ -34,11 +34,19 @@ public:
     // The runtime of that name. Raises `Error` (engine) where it is there and does not start.
     Candidate& find(const std::string& name);
 
+    // The edition of a bundle that runs here, as a manifest that has no other: the one of the
+    // runtime that was named, else of the best one. Raises `Error` (engine) where there is none; a
+    // bundle with one edition is that one.
+    Manifest choose(const Manifest& manifest);
+
     // Load what a bundle's engines will be tried with first, so that opening them need not. What
     // fails here is told where they are opened.
     void load_for(const Manifest& manifest) noexcept;
 
 private:
+    // Why engines of a runtime for a target cannot run here, or nothing where they can.
+    std::string problem(const EngineRecord& engine);
+
     const std::string name_;
     const EngineOptions options_;
     std::mutex mutex_;

@@ -17,6 +17,7 @@ namespace {
 // Bytes of the file. A full-size model's has some 30 KiB.
 constexpr std::int64_t kMaxManifest = 4 << 20;
 constexpr std::size_t kMaxValues = 100'000;
+constexpr std::size_t kMaxEditions = 64;
 constexpr const char* kRebuild = " Build the bundle again with `fluxdeploy build`.";
 
 Dimension read_dimension(const Json& json, const std::string& where) {
@@ -199,27 +200,48 @@ std::map<std::string, std::int64_t> read_vae_bytes(const Json& provenance) {
 
 std::string copied_text(const Json& json, const std::string& where) { return as_text(json, where); }
 
+// What each edition has of its own.
+void read_own(Manifest& manifest, const Fields& fields) {
+    manifest.components = fields.mapping("components", read_component);
+    manifest.defaults = read_defaults(fields.get("defaults"), fields.where("defaults"));
+    manifest.quality = read_quality(fields.get("quality"), fields.where("quality"));
+    as_object(fields.get("provenance"), fields.where("provenance"));
+    manifest.vae_bytes_per_pixel = read_vae_bytes(fields.get("provenance"));
+    manifest.skips.clear();
+    if (fields.has("skips")) manifest.skips = fields.list("skips", read_skips);
+}
+
+std::vector<Manifest> read_editions(const Manifest& first, const Json& json) {
+    const auto& entries = as_list(json, "editions");
+    require(entries.size() <= kMaxEditions, "editions",
+            "has " + std::to_string(entries.size()) + " entries; " +
+                std::to_string(kMaxEditions) + " are the most");
+    std::vector<Manifest> editions;
+    for (std::size_t i = 0; i < entries.size(); ++i) {
+        const Fields own(entries[i], at("editions", i),
+                         {"components", "defaults", "quality", "provenance"}, {"skips"});
+        editions.push_back(first);
+        read_own(editions.back(), own);
+    }
+    return editions;
+}
+
 Manifest read_fields(const Json& json) {
     const Fields fields(
         json, "",
         {"schema_version", "family", "variant", "guidance_embedding", "components", "latents",
          "rope", "schedule", "tokenizers", "defaults", "quality", "provenance"},
-        {"skips", "tasks", "preview", "controlnets", "redux", "ip_adapter"});
+        {"skips", "tasks", "preview", "controlnets", "redux", "ip_adapter", "editions"});
     Manifest manifest;
     manifest.schema_version = fields.integer("schema_version");
     manifest.family = fields.text("family");
     manifest.variant = fields.text("variant");
     manifest.guidance_embedding = fields.boolean("guidance_embedding");
-    manifest.components = fields.mapping("components", read_component);
     manifest.latents = read_latents(fields.get("latents"), "latents");
     manifest.rope = read_rope(fields.get("rope"), "rope");
     manifest.schedule = read_schedule(fields.get("schedule"), "schedule");
     manifest.tokenizers = fields.mapping("tokenizers", read_tokenizer);
-    manifest.defaults = read_defaults(fields.get("defaults"), "defaults");
-    manifest.quality = read_quality(fields.get("quality"), "quality");
-    as_object(fields.get("provenance"), "provenance");
-    manifest.vae_bytes_per_pixel = read_vae_bytes(fields.get("provenance"));
-    if (fields.has("skips")) manifest.skips = fields.list("skips", read_skips);
+    read_own(manifest, fields);
     if (fields.has("tasks")) manifest.tasks = fields.list("tasks", copied_text);
     if (fields.has("preview")) {
         manifest.preview = read_preview(fields.get("preview"), fields.where("preview"));
@@ -230,6 +252,9 @@ Manifest read_fields(const Json& json) {
     // What this library draws, from words and along pictures of other kinds, takes none of these.
     for (const char* name : {"redux", "ip_adapter"}) {
         if (fields.has(name)) has_object(fields.get(name), fields.where(name));
+    }
+    if (fields.has("editions")) {
+        manifest.editions = read_editions(manifest, fields.get("editions"));
     }
     return manifest;
 }
@@ -258,8 +283,13 @@ bool Manifest::does(const std::string& task) const {
     return std::find(tasks.begin(), tasks.end(), task) != tasks.end();
 }
 
+const std::string& Manifest::runtime() const {
+    return components.at("transformer").engines.front().runtime;
+}
+
 std::map<std::string, FileRecord> Manifest::files() const {
     std::map<std::string, FileRecord> result;
+    for (const Manifest& edition : editions) result.merge(edition.files());
     for (const auto& owner : components) {
         for (const auto& record : owner.second.files) result.emplace(record.path, record);
     }

@@ -187,10 +187,15 @@ struct Manifest {
     std::vector<ControlNetRecord> controlnets;
     // Bytes a pixel that `vae_decoder` and `vae_encoder` take on a CPU, where that is recorded.
     std::map<std::string, std::int64_t> vae_bytes_per_pixel;
+    // What the bundle has for other runtimes, each as the manifest of a bundle that has no more.
+    std::vector<Manifest> editions;
+
+    // What the components are for; another runtime may have some of them beside it.
+    const std::string& runtime() const;
 
     bool does(const std::string& task) const;
 
-    // Every file record by its path; records of one path are equal.
+    // Every file record by its path, also of other editions; records of one path are equal.
     std::map<std::string, FileRecord> files() const;
 };
 

@@ -100,6 +100,9 @@ void check_counts(const Manifest& manifest) {
     check_count(manifest.tasks.size(), "tasks");
     check_count(manifest.controlnets.size(), "controlnets");
     std::size_t files = 0;
+    for (const Manifest& edition : manifest.editions) {
+        for (const auto& [name, component] : edition.components) files += component.files.size();
+    }
     for (const auto& [name, component] : manifest.components) {
         const std::string where = join("components", name);
         for (const auto& [side, specs] :
@@ -477,6 +480,16 @@ void check_defaults(const Manifest& manifest) {
     check_engines_take_defaults(manifest);
 }
 
+// Whether text there is free-form: in the `provenance` of the manifest and of its editions.
+bool is_free(const std::string& where) {
+    const std::string editions = "editions[", name = "provenance";
+    if (where == name) return true;
+    if (where.compare(0, editions.size(), editions) != 0) return false;
+    const auto end = where.find_first_not_of("0123456789", editions.size());
+    return end != std::string::npos && end > editions.size() &&
+           where.compare(end, std::string::npos, "]." + name) == 0;
+}
+
 }  // namespace
 
 std::string path_problem(const std::string& path) {
@@ -505,7 +518,7 @@ std::string path_problem(const std::string& path) {
 void check_text(const Json& json, const std::string& where, int depth) {
     require(depth <= kMaxDepth, where,
             "is nested more than " + std::to_string(kMaxDepth) + " deep");
-    const bool free = where == "provenance";
+    const bool free = is_free(where);
     const auto check = [&](const std::string& given, int deep) {
         require(deep <= kMaxDepth, where,
                 "is nested more than " + std::to_string(kMaxDepth) + " deep");
@@ -623,15 +636,19 @@ void check_controlnets(const Manifest& manifest) {
     }
 }
 
-void check_manifest(const Manifest& manifest) {
-    check_counts(manifest);
-    KnownFiles known;
-    for (const auto& [name, component] : manifest.components) {
-        check_files_of(component.files, join("components", name), known);
-    }
-    for (const auto& [name, tokenizer] : manifest.tokenizers) {
-        check_files_of(tokenizer.files, join("tokenizers", name), known);
-    }
+namespace {
+
+// Each is for a runtime of its own, by which a host asks for it.
+void check_runtime(const Manifest& edition, const std::string& where,
+                   std::set<std::string>& known) {
+    const auto transformer = edition.components.find("transformer");
+    require(transformer != edition.components.end() && !transformer->second.engines.empty(), where,
+            "has no transformer with an engine, by whose runtime an edition is known");
+    require(known.insert(edition.runtime()).second, where + ".transformer.engines[0].runtime",
+            "is " + in_quotes(edition.runtime()) + ", as that of an earlier edition");
+}
+
+void check_edition(const Manifest& manifest) {
     for (const auto& [name, component] : manifest.components) {
         check_component(component, join("components", name));
     }
@@ -650,6 +667,39 @@ void check_manifest(const Manifest& manifest) {
     if (manifest.preview) check_preview(*manifest.preview, manifest.latents.channels);
     check_boundary(manifest);
     check_defaults(manifest);
+}
+
+}  // namespace
+
+void check_manifest(const Manifest& manifest) {
+    check_counts(manifest);
+    KnownFiles known;
+    for (const auto& [name, component] : manifest.components) {
+        check_files_of(component.files, join("components", name), known);
+    }
+    for (const auto& [name, tokenizer] : manifest.tokenizers) {
+        check_files_of(tokenizer.files, join("tokenizers", name), known);
+    }
+    const auto& editions = manifest.editions;
+    for (std::size_t i = 0; i < editions.size(); ++i) {
+        for (const auto& [name, component] : editions[i].components) {
+            check_files_of(component.files, join(at("editions", i), "components." + name), known);
+        }
+    }
+    std::set<std::string> runtimes;
+    if (!editions.empty()) check_runtime(manifest, "components", runtimes);
+    for (std::size_t i = 0; i < editions.size(); ++i) {
+        check_runtime(editions[i], join(at("editions", i), "components"), runtimes);
+    }
+    check_edition(manifest);
+    for (std::size_t i = 0; i < editions.size(); ++i) {
+        try {
+            check_counts(editions[i]);
+            check_edition(editions[i]);
+        } catch (const FieldError& error) {
+            throw FieldError("", join(at("editions", i), error.what()));
+        }
+    }
 }
 
 }  // namespace fluxdeploy

@@ -59,6 +59,8 @@ OpenedBundle open(const std::string& path, const std::string& runtime, EngineOpt
             std::async(std::launch::async, [&] { runtimes->load_for(bundle.manifest); });
         tokenizers = read_tokenizers(bundle);
     });
+    opened.manifest = runtimes->choose(opened.manifest);
+    require_components(opened);
     return {std::make_shared<EnginePool>(std::move(opened), std::move(runtimes)), tokenizers};
 }
 

@@ -1,0 +1,112 @@
+"""Bundles for several runtimes: which are built together, and which edition a machine runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from engines.base import Runtime
+from engines.registry import (
+    AUTO,
+    EMULATE,
+    choose_runtime,
+    runs_here,
+    runtimes,
+    why_not_here,
+)
+from fluxdeploy.errors import EngineError, UsageError
+
+if TYPE_CHECKING:
+    from fluxdeploy.bundle import Bundle
+    from fluxdeploy.bundle.manifest import Manifest
+
+__all__ = ["choose_edition", "choose_runtimes", "edition_runs_here"]
+
+Choose = Callable[[str, Sequence[str], "str | None"], tuple[Runtime, tuple[str, ...]]]
+
+
+def choose_runtimes(
+    names: Sequence[str] = (AUTO,),
+    targets: Sequence[str] = (),
+    precision: str | None = None,
+    choose: Choose = choose_runtime,
+) -> tuple[tuple[Runtime, tuple[str, ...]], ...]:
+    """The runtimes of a bundle's editions, in order, each with its targets.
+
+    Of the targets each of several runtimes has those that it knows, and without targets the best
+    one here. `auto` is one runtime where one has all of them, and else the best one for each.
+    `choose` is `choose_runtime` or `choose_builder`. Raises what that does, and `UsageError` for
+    names and targets that do not go together.
+    """
+    unique, wanted = tuple(dict.fromkeys(names)), tuple(dict.fromkeys(targets))
+    if len(unique) == 1:
+        (name,) = unique
+        if name != AUTO or not wanted or _one_has(wanted):
+            return (choose(name, wanted, precision),)
+        groups: dict[str, list[str]] = {}
+        for target in wanted:
+            runtime, _ = choose(AUTO, (target,), precision)
+            groups.setdefault(runtime.name, []).append(target)
+        return tuple(choose(name, tuple(own), precision) for name, own in groups.items())
+    if AUTO in unique:
+        raise UsageError(f"--runtime {AUTO} chooses by itself: give it alone, or name each one.")
+    known = {name: runtimes(name)[0].targets for name in unique}
+    for target in wanted:
+        if all(target not in own for own in known.values()):
+            allowed = "; ".join(f"{name} has {', '.join(own)}" for name, own in known.items())
+            raise UsageError(f"None of the runtimes named has the target {target}: {allowed}.")
+    for name, own in known.items():
+        if wanted and not set(wanted) & set(own):
+            raise UsageError(
+                f"--runtime {name} has none of the targets {', '.join(wanted)}: it has "
+                f"{', '.join(own)}. Add a --target of it, or leave it out."
+            )
+    return tuple(
+        choose(name, tuple(target for target in wanted if target in own), precision)
+        for name, own in known.items()
+    )
+
+
+def _one_has(targets: Sequence[str]) -> bool:
+    return any(set(targets) <= set(runtime.targets) for runtime in runtimes())
+
+
+def edition_runs_here(edition: Manifest) -> bool:
+    """Whether this machine runs what an edition has for each of its components."""
+    return runs_here(record.engines for record in edition.components.values())
+
+
+def choose_edition(bundle: Bundle, runtime: str = AUTO) -> Bundle:
+    """The edition that `runtime` runs, as a bundle that has no other.
+
+    `auto` takes that of the best runtime that can run here, and `emulate`, which is for what does
+    not run here, the first that does not, or the first of all. A bundle with one edition is that
+    one, whatever the runtime: opening its engines tells what is missing.
+
+    Raises `EngineError` where it has no edition for the runtime, or none that runs here, and
+    `UsageError` for an unknown runtime.
+    """
+    candidates = runtimes(runtime)
+    if not bundle.manifest.editions:
+        return bundle
+    editions = {each.manifest.runtime: each for each in bundle.editions}
+    if runtime == EMULATE:
+        others = [each for each in editions.values() if not edition_runs_here(each.manifest)]
+        return (others or list(editions.values()))[0]
+    if runtime in editions:
+        return editions[runtime]
+    if runtime != AUTO:
+        raise EngineError(
+            f"The bundle {bundle.root} has no edition for --runtime {runtime}; it has editions for "
+            f"{', '.join(editions)}."
+        )
+    for candidate in candidates:
+        edition = editions.get(candidate.name)
+        if edition is not None and edition_runs_here(edition.manifest):
+            return edition
+    records = [each.manifest.components["transformer"] for each in editions.values()]
+    engines = [engine for record in records for engine in record.engines]
+    raise EngineError(
+        f"No edition of the bundle {bundle.root} runs here. {why_not_here(engines)}. To look at "
+        f"its pictures on this machine all the same: --runtime {EMULATE}."
+    )
