@@ -14,6 +14,7 @@ from engines.base import (
 from engines.registry import (
     AUTO,
     choose_builder,
+    choose_for_cpu,
     choose_runtime,
     choose_target,
     open_engine,
@@ -34,6 +35,7 @@ __all__ = [
     "Extra",
     "Runtime",
     "choose_builder",
+    "choose_for_cpu",
     "choose_runtime",
     "choose_target",
     "open_engine",

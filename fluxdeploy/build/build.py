@@ -30,7 +30,10 @@ def build(request: BuildRequest, destination: Path, progress: Progress) -> Bundl
     `destination` then is as it was before.
     """
     runtime, targets = choose_builder(
-        request.runtime, request.targets, request.transformer_precision
+        request.runtime,
+        request.targets,
+        request.transformer_precision,
+        request.component_precision,
     )
     last = LastBuild(request, destination, runtime, targets)
     unchanged = last.find()

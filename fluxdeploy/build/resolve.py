@@ -27,7 +27,7 @@ from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.errors import CheckpointError, UsageError
 from fluxdeploy.kernels import AttentionKernels
 from fluxdeploy.lora import LoraFile
-from fluxdeploy.precision import PRECISIONS
+from fluxdeploy.precision import DEFAULT_PRECISION, PRECISIONS
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
@@ -58,7 +58,7 @@ class BuildRequest:
     """
 
     checkpoint: str | None = None
-    precision: str = "bf16"
+    precision: str = DEFAULT_PRECISION
     component_precision: Mapping[str, str] = field(default_factory=dict)
     runtime: str = "auto"
     targets: tuple[str, ...] = ()

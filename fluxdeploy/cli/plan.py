@@ -149,9 +149,10 @@ def command(
         task,
     )
     with libraries_on_stderr():
-        _, plan = prepare(
-            request, out, *choose_runtime(runtime, targets, request.transformer_precision)
+        chosen = choose_runtime(
+            runtime, targets, request.transformer_precision, request.component_precision
         )
+        _, plan = prepare(request, out, *chosen)
     if as_json:
         say_json(_report(plan), indent=2)
     else:
