@@ -30,6 +30,7 @@ from fluxdeploy.bench.report.plot import plot_bench
 from fluxdeploy.bench.report.record import BenchReport, ContenderReport, to_json
 from fluxdeploy.build.build import build
 from fluxdeploy.build.resolve import BuildRequest
+from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.precision import PRECISIONS
 from fluxdeploy.progress import Progress
 
@@ -140,7 +141,8 @@ def main(
         if model in (None, "width"):
             checkpoint = str(random_flux(folder, double_blocks, single_blocks, progress))
             place = folder / f"width-{double_blocks}-{single_blocks}"
-            built = build_bundles(place, checkpoint, BUNDLES, progress)
+            # Pictures of random weights say nothing, and take minutes at this width.
+            built = build_bundles(place, checkpoint, BUNDLES, progress, Promise())
             for size in map(int, sizes.split(",")):
                 reports[f"width-{size}"] = time_bundles(
                     built,
@@ -200,11 +202,15 @@ def random_flux(folder: Path, double_blocks: int, single_blocks: int, progress: 
 
 
 def build_bundles(
-    folder: Path, checkpoint: str, bundles: Mapping[str, tuple[str, str]], progress: Progress
+    folder: Path,
+    checkpoint: str,
+    bundles: Mapping[str, tuple[str, str]],
+    progress: Progress,
+    promise: Promise | None = None,
 ) -> dict[str, Path]:
     """Bundles of a checkpoint in `folder`, by name, each of a precision for a runtime.
 
-    What is there already is taken over.
+    What is there already is taken over. `promise` is that of pictures, the precision's by default.
     """
     folder.mkdir(parents=True, exist_ok=True)
     prompt = folder / "prompt.txt"
@@ -214,7 +220,9 @@ def build_bundles(
         built[name] = folder / f"{runtime}-{precision}"
         static = PRECISIONS[precision].calibrated and runtime != "onnxruntime"
         calibration = prompt if static else None
-        request = BuildRequest(checkpoint, precision, runtimes=(runtime,), calibration=calibration)
+        request = BuildRequest(
+            checkpoint, precision, runtimes=(runtime,), calibration=calibration, promise=promise
+        )
         build(request, built[name], progress)
     return built
 

@@ -245,9 +245,10 @@ def _quantize_scale(report: dict[str, Any]) -> str:
 
 def _latency(report: dict[str, Any]) -> str:
     """The report of benchmarks/latency.py as Markdown tables, one for each kind of model."""
-    machine = report["demo"]["machine"]
+    demo = f"{_demo(report['demo'])}\n" if "demo" in report else ""
+    machine = next(iter(report.values()))["machine"]
     return (
-        f"{_demo(report['demo'])}\n{_width(report)}"
+        f"{demo}{_width(report)}"
         "Measured by [benchmarks/latency.py](../benchmarks/latency.py) on\n"
         f"{_machine(machine)}, ONNX Runtime {machine['packages']['onnxruntime']}, "
         f"OpenVINO {machine['packages']['openvino']}.\n"

@@ -15,6 +15,7 @@ from engines.editions import choose_edition, choose_runtimes, edition_runs_here
 from engines.registry import (
     AUTO,
     choose_builder,
+    choose_for_cpu,
     choose_runtime,
     choose_target,
     open_engine,
@@ -36,6 +37,7 @@ __all__ = [
     "Runtime",
     "choose_builder",
     "choose_edition",
+    "choose_for_cpu",
     "choose_runtime",
     "choose_runtimes",
     "choose_target",

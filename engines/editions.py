@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from engines.base import Runtime
@@ -20,34 +20,41 @@ if TYPE_CHECKING:
     from fluxdeploy.bundle import Bundle
     from fluxdeploy.bundle.manifest import Manifest
 
+_NOTHING: Mapping[str, str] = {}
+
 __all__ = ["choose_edition", "choose_runtimes", "edition_runs_here"]
 
-Choose = Callable[[str, Sequence[str], "str | None"], tuple[Runtime, tuple[str, ...]]]
+Choose = Callable[
+    [str, Sequence[str], "str | None", Mapping[str, str]], tuple[Runtime, tuple[str, ...]]
+]
 
 
 def choose_runtimes(
     names: Sequence[str] = (AUTO,),
     targets: Sequence[str] = (),
     precision: str | None = None,
+    component_precision: Mapping[str, str] = _NOTHING,
     choose: Choose = choose_runtime,
 ) -> tuple[tuple[Runtime, tuple[str, ...]], ...]:
     """The runtimes of a bundle's editions, in order, each with its targets.
 
     Of the targets each of several runtimes has those that it knows, and without targets the best
     one here. `auto` is one runtime where one has all of them, and else the best one for each.
-    `choose` is `choose_runtime` or `choose_builder`. Raises what that does, and `UsageError` for
+    Precisions are as `choose_runtime` takes them, and `choose` is `choose_runtime` or `choose_builder`. Raises what that does, and `UsageError` for
     names and targets that do not go together.
     """
     unique, wanted = tuple(dict.fromkeys(names)), tuple(dict.fromkeys(targets))
     if len(unique) == 1:
         (name,) = unique
         if name != AUTO or not wanted or _one_has(wanted):
-            return (choose(name, wanted, precision),)
+            return (choose(name, wanted, precision, component_precision),)
         groups: dict[str, list[str]] = {}
         for target in wanted:
-            runtime, _ = choose(AUTO, (target,), precision)
+            runtime, _ = choose(AUTO, (target,), precision, component_precision)
             groups.setdefault(runtime.name, []).append(target)
-        return tuple(choose(name, tuple(own), precision) for name, own in groups.items())
+        return tuple(
+            choose(name, tuple(own), precision, component_precision) for name, own in groups.items()
+        )
     if AUTO in unique:
         raise UsageError(f"--runtime {AUTO} chooses by itself: give it alone, or name each one.")
     known = {name: runtimes(name)[0].targets for name in unique}
@@ -62,7 +69,12 @@ def choose_runtimes(
                 f"{', '.join(own)}. Add a --target of it, or leave it out."
             )
     return tuple(
-        choose(name, tuple(target for target in wanted if target in own), precision)
+        choose(
+            name,
+            tuple(target for target in wanted if target in own),
+            precision,
+            component_precision,
+        )
         for name, own in known.items()
     )
 

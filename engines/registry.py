@@ -7,16 +7,18 @@ alone is never chosen: it is for looking at the bundles of the others.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
 from typing import TYPE_CHECKING
 
 from engines.base import Engine, EngineOptions, Runtime
 from engines.graph_files import check_graph
+from engines.processor import CpuChoice, choose_on_cpu
 from fluxdeploy.arguments import shown
 from fluxdeploy.bundle.manifest import EngineRecord
 from fluxdeploy.errors import EngineError, UsageError
+from fluxdeploy.machine import describe_cpu
 
 if TYPE_CHECKING:
     from fluxdeploy.bundle import Bundle
@@ -25,6 +27,7 @@ __all__ = [
     "AUTO",
     "EMULATE",
     "choose_builder",
+    "choose_for_cpu",
     "choose_runtime",
     "choose_target",
     "open_engine",
@@ -36,6 +39,8 @@ __all__ = [
 
 AUTO = "auto"
 EMULATE = "emulate"
+_CPU = "cpu"
+_NOTHING: Mapping[str, str] = {}
 
 # Best first; imported when asked for, since each brings its runtime's library.
 _RUNTIMES = {
@@ -71,13 +76,18 @@ def runtimes(name: str = AUTO) -> tuple[Runtime, ...]:
 
 
 def choose_target(
-    name: str = AUTO, precision: str | None = None, building: bool = False
+    name: str = AUTO,
+    precision: str | None = None,
+    building: bool = False,
+    component_precision: Mapping[str, str] = _NOTHING,
 ) -> tuple[Runtime, str]:
     """The best runtime and target that can run engines on this machine.
 
-    In `precision` if any can; with `building` one that can also build here, if any can. Raises
-    `EngineError` where there is none, with each one's reason and with the targets that can be built
-    for here all the same, in `precision` where that is given, and `UsageError` for an unknown name.
+    In `precision`, and components that are named in theirs, if any can; with `building` one that
+    can also build here, if any can. Among CPU runtimes the processor decides: `choose_for_cpu`.
+    Raises `EngineError` where there is none, with each one's reason and with the targets that can
+    be built for here all the same, in `precision` where that is given, and `UsageError` for an
+    unknown name.
     """
     reasons: list[tuple[str, str, str]] = []
     running = []
@@ -86,9 +96,12 @@ def choose_target(
             available = runtime.availability(target)
             if not available.ok:
                 reasons.append((runtime.name, target, available.detail))
-            elif _has_precision(runtime, (target,), precision) and not (
+            elif _has_precision(runtime, (target,), precision, component_precision) and not (
                 building and _build_problems(runtime, (target,))
             ):
+                if name == AUTO and target == _CPU and precision is not None:
+                    choice = choose_for_cpu(precision, component_precision)
+                    return runtime if choice is None else _runtime(choice.runtime), target
                 return runtime, target
             else:
                 running.append((runtime, target))
@@ -97,6 +110,28 @@ def choose_target(
     others = _possible_elsewhere(name, precision)
     advice = f" To build for another machine, name its --target: {others}." if others else ""
     raise EngineError(f"No runtime can run engines on this machine. {_in_words(reasons)}.{advice}")
+
+
+def choose_for_cpu(
+    precision: str, component_precision: Mapping[str, str] = _NOTHING
+) -> CpuChoice | None:
+    """What `auto` takes for a build on this machine's CPU, and why.
+
+    Of the runtimes that have the transformer's `precision` and those of the components that are
+    named; None where there is none.
+    """
+    fit = [
+        runtime
+        for runtime in runtimes()
+        if _CPU in runtime.targets
+        and _has_precision(runtime, (_CPU,), precision, component_precision)
+        and not _build_problems(runtime, (_CPU,))
+    ]
+    if not fit:
+        return None
+    installed = [runtime.name for runtime in fit if runtime.availability(_CPU).ok]
+    sets = describe_cpu()["instruction_sets"]
+    return choose_on_cpu(sets, [runtime.name for runtime in fit], installed, precision)
 
 
 def _possible_elsewhere(name: str, precision: str | None) -> str:
@@ -119,19 +154,32 @@ def _possible_elsewhere(name: str, precision: str | None) -> str:
     )
 
 
-def _has_precision(runtime: Runtime, targets: Iterable[str], precision: str | None) -> bool:
-    return precision is None or all(
-        runtime.precision_problem(target, precision) is None for target in targets
-    )
+def _has_precision(
+    runtime: Runtime,
+    targets: tuple[str, ...],
+    precision: str | None,
+    component_precision: Mapping[str, str] = _NOTHING,
+) -> bool:
+    """Whether a runtime has what is asked for, or what runs a component of its bundles has."""
+    asked = {} if precision is None else {"transformer": precision, **component_precision}
+    for component, wanted in asked.items():
+        own, devices = runtime.of(component, targets)
+        if any(own.precision_problem(target, wanted) is not None for target in devices):
+            return False
+    return True
 
 
 def choose_runtime(
-    name: str = AUTO, targets: Sequence[str] = (), precision: str | None = None
+    name: str = AUTO,
+    targets: Sequence[str] = (),
+    precision: str | None = None,
+    component_precision: Mapping[str, str] = _NOTHING,
 ) -> tuple[Runtime, tuple[str, ...]]:
     """The best runtime that has every one of `targets`, and each of those once.
 
     Runtimes that can build for them here come first, but one that cannot, or is not installed,
-    is better than none: see `choose_builder`. Without targets, what `choose_target` takes.
+    is better than none: see `choose_builder`. Without targets, what `choose_target` takes; for a
+    CPU, what `choose_for_cpu` does.
 
     Raises `UsageError` where no runtime has the targets, or the name is unknown or that of the
     emulation, and without targets what `choose_target` does.
@@ -142,22 +190,29 @@ def choose_runtime(
             "CPU, with `generate` and `verify`: name the runtime that it is to be deployed with."
         )
     if not targets:
-        runtime, target = choose_target(name, precision, building=True)
+        runtime, target = choose_target(name, precision, True, component_precision)
         return runtime, (target,)
     unique = tuple(dict.fromkeys(targets))
     known = _runtimes_with(unique, name)
-    fit = [r for r in known if _has_precision(r, unique, precision)] or known
+    if name == AUTO and unique == (_CPU,) and precision is not None:
+        choice = choose_for_cpu(precision, component_precision)
+        if choice is not None:
+            return _runtime(choice.runtime), unique
+    fit = [r for r in known if _has_precision(r, unique, precision, component_precision)] or known
     return next((r for r in fit if not _build_problems(r, unique)), fit[0]), unique
 
 
 def choose_builder(
-    name: str = AUTO, targets: Sequence[str] = (), precision: str | None = None
+    name: str = AUTO,
+    targets: Sequence[str] = (),
+    precision: str | None = None,
+    component_precision: Mapping[str, str] = _NOTHING,
 ) -> tuple[Runtime, tuple[str, ...]]:
     """As `choose_runtime`, but it can build here; it need not run what it builds.
 
     Also raises `EngineError`, with the reasons, where no runtime that has the targets can build.
     """
-    runtime, unique = choose_runtime(name, targets, precision)
+    runtime, unique = choose_runtime(name, targets, precision, component_precision)
     if _build_problems(runtime, unique):
         reasons = [
             reason

@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["PRECISIONS", "Precision", "Quantization"]
+__all__ = ["DEFAULT_PRECISION", "PRECISIONS", "Precision", "Quantization"]
+
+DEFAULT_PRECISION = "bf16"
+"""Of a transformer, where none is named."""
 
 
 @dataclass(frozen=True)

@@ -170,8 +170,12 @@ def ip_adapter_bundle(
 
 @pytest.fixture(scope="session")
 def demo_bundle(shared_folder: SharedFolder, remembered_traces: Path) -> Path:
-    """The bundle that `fluxdeploy build` makes with no options. Not to be written to."""
-    return shared_folder.entry("bundle-demo", lambda folder: build_bundle(BuildRequest(), folder))
+    """The bundle that `fluxdeploy build` makes where the processor makes no difference.
+
+    Not to be written to.
+    """
+    request = BuildRequest(runtime="onnxruntime")
+    return shared_folder.entry("bundle-demo", lambda folder: build_bundle(request, folder))
 
 
 @pytest.fixture(scope="session")

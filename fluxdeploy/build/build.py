@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engines import choose_builder, choose_runtimes
+from engines import choose_builder
 from fluxdeploy.build.checkpoint import require_unchanged
 from fluxdeploy.build.components import make_components
 from fluxdeploy.build.describe import describe
@@ -33,8 +33,7 @@ def build(request: BuildRequest, destination: Path, progress: Progress) -> Bundl
     reused. Where all of it is there already, nothing is done. Raises the errors of each step;
     `destination` then is as it was before.
     """
-    precision = request.transformer_precision
-    builders = choose_runtimes(request.runtimes, request.targets, precision, choose_builder)
+    builders = request.runtimes_by(choose_builder)
     last = LastBuild(request, destination, builders)
     unchanged = last.find()
     if unchanged is not None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines import Runtime, runtimes
+from engines import Runtime, choose_runtimes, runtimes
+from engines.editions import Choose
 from fluxdeploy.arguments import check_integer
 from fluxdeploy.build.checkpoint import check_drawable, check_family, check_limits
 from fluxdeploy.build.sizes import (
@@ -33,7 +34,7 @@ from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.errors import CheckpointError, UsageError
 from fluxdeploy.kernels import AttentionKernels
 from fluxdeploy.lora import LoraFile
-from fluxdeploy.precision import PRECISIONS
+from fluxdeploy.precision import DEFAULT_PRECISION, PRECISIONS
 
 if TYPE_CHECKING:
     from exporters.checkpoint import Checkpoint
@@ -66,7 +67,7 @@ class BuildRequest:
     """
 
     checkpoint: str | None = None
-    precision: str = "bf16"
+    precision: str = DEFAULT_PRECISION
     component_precision: Mapping[str, str] = field(default_factory=dict)
     runtimes: tuple[str, ...] = ("auto",)
     targets: tuple[str, ...] = ()
@@ -96,6 +97,16 @@ class BuildRequest:
     def transformer_precision(self) -> str:
         """What a runtime must have, if one is to be chosen."""
         return self.component_precision.get("transformer", self.precision)
+
+    def runtimes_by(self, choose: Choose) -> tuple[tuple[Runtime, tuple[str, ...]], ...]:
+        """The runtimes of the editions with their targets, as `choose_runtimes` finds them."""
+        return choose_runtimes(
+            self.runtimes,
+            self.targets,
+            self.transformer_precision,
+            self.component_precision,
+            choose,
+        )
 
 
 @dataclass(frozen=True)

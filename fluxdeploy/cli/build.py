@@ -268,10 +268,9 @@ _GIVEN = {
 
 def _first_built(bundle: Bundle, request: BuildRequest) -> Bundle:
     """The first of the editions that a build was asked for."""
-    from engines import choose_runtimes
+    from engines import choose_runtime
 
-    precision = request.transformer_precision
-    (runtime, _), *_ = choose_runtimes(request.runtimes, request.targets, precision)
+    (runtime, _), *_ = request.runtimes_by(choose_runtime)
     return next(each for each in bundle.editions if each.manifest.runtime == runtime.name)
 
 

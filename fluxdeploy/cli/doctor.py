@@ -17,6 +17,7 @@ from fluxdeploy import __version__
 from fluxdeploy.errors import EngineError
 from fluxdeploy.install import install_command
 from fluxdeploy.machine import describe_cpu, read_memory
+from fluxdeploy.precision import DEFAULT_PRECISION
 from fluxdeploy.terminal import say_json, show
 
 if TYPE_CHECKING:
@@ -187,8 +188,10 @@ def _describe_runtimes() -> dict[str, Any]:
             )
     auto: dict[str, str] | None = None
     with contextlib.suppress(EngineError):  # nothing can run here: the list says why
-        chosen, target = engines.choose_target()
-        auto = {"name": chosen.name, "target": target}
+        chosen, target = engines.choose_target(precision=DEFAULT_PRECISION)
+        choice = engines.choose_for_cpu(DEFAULT_PRECISION) if target == "cpu" else None
+        reason = "" if choice is None else choice.reason
+        auto = {"name": chosen.name, "target": target, "reason": reason}
     return {"onnxruntime_providers": providers, "runtimes": runtimes, "auto": auto}
 
 
@@ -269,6 +272,8 @@ def _tabulate_runtimes(report: dict[str, Any]) -> Table:
         "--runtime auto takes",
         f"{auto['name']} on {auto['target']}" if auto else "nothing: no runtime can run here",
     )
+    if auto and auto["reason"]:
+        table.add_row("", auto["reason"])
     return table
 
 

@@ -15,7 +15,7 @@ from click.shell_completion import CompletionItem
 from fluxdeploy.bundle.recipe import Promise
 from fluxdeploy.errors import UsageError
 from fluxdeploy.lora import parse_lora
-from fluxdeploy.precision import PRECISIONS
+from fluxdeploy.precision import DEFAULT_PRECISION, PRECISIONS
 
 __all__ = [
     "AS_JSON",
@@ -259,7 +259,7 @@ TASK = click.option(
 PRECISION = click.option(
     "--precision",
     type=click.Choice(list(PRECISIONS)),
-    default="bf16",
+    default=DEFAULT_PRECISION,
     help="What the transformer computes in; the other components follow.",
 )
 

@@ -122,7 +122,7 @@ def command(
       fluxdeploy plan ./FLUX.1-dev --max-size 2048x2048 --max-batch 4
       fluxdeploy plan --json | jq .disk
     """
-    from engines import choose_runtimes
+    from engines import choose_runtime
     from fluxdeploy.build.prepare import prepare
     from fluxdeploy.build.resolve import BuildRequest
     from fluxdeploy.build.sizes import SizeRange
@@ -150,8 +150,7 @@ def command(
         task,
     )
     with libraries_on_stderr():
-        wanted = choose_runtimes(runtimes, targets, request.transformer_precision)
-        ready = prepare(request, out, wanted)
+        ready = prepare(request, out, request.runtimes_by(choose_runtime))
     if as_json:
         first, *others = map(_report, ready.plans)
         say_json({**first, "editions": others, "kept": list(_kept(ready))}, indent=2)

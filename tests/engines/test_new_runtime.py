@@ -104,7 +104,7 @@ def test_doctor_tells_of_it() -> None:
     assert found["opening", "npu-small"]["ok"]
     assert found["opening", "npu-small"]["version"]
     assert found["building", "tpu"]["detail"] == "there is no accelerator"
-    assert report["auto"] == {"name": "opening", "target": "npu-large"}
+    assert report["auto"] == {"name": "opening", "target": "npu-large", "reason": ""}
     assert report["packages"]["npu"].keys() == {"opening-runtime", "numpy"}
     assert report["packages"]["tpu"] == {"building-runtime": None}
     text = run("doctor").stdout

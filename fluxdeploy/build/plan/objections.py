@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from engines import choose_builder, edition_runs_here, runs_here
+from engines import AUTO, choose_builder, choose_for_cpu, edition_runs_here, runs_here
 from fluxdeploy.build.checkpoint import find_text_remarks
 from fluxdeploy.build.plan.figures import DiskPlan, Phase, RunMemory
 from fluxdeploy.build.resolve import BuildSpec
@@ -41,7 +41,10 @@ def find_impossible(spec: BuildSpec, destination: Path, runs_beside: bool = Fals
     if len(targets) > 1 and not runtime.builds:
         yield f"{runtime.name} takes one --target, not {', '.join(targets)}"
     try:
-        choose_builder(runtime.name, targets, spec.request.transformer_precision)
+        request = spec.request
+        choose_builder(
+            runtime.name, targets, request.transformer_precision, request.component_precision
+        )
     except EngineError as error:
         yield str(error).rstrip(".")
     if not (spec.request.replace or runs_beside) and _would_stop_running(spec, destination):
@@ -100,6 +103,11 @@ def find_remarks(spec: BuildSpec, usual: RunMemory, free: int | None) -> Iterato
 
     usual: what a picture of the usual size takes. free: bytes of memory, None where unknown.
     """
+    request = spec.request
+    if request.runtimes == (AUTO,) and spec.targets == ("cpu",):
+        choice = choose_for_cpu(request.transformer_precision, request.component_precision)
+        if choice is not None and choice.reason:
+            yield choice.reason
     yield from spec.checkpoint.notices
     yield from find_text_remarks(spec.checkpoint, spec.tokenizers)
     devices = {(c.runtime.name, target): c.runtime for c in spec.components for target in c.targets}
