@@ -77,7 +77,11 @@ class Format(ABC):
 
     @abstractmethod
     def layout(self, rows: int, columns: int) -> tuple[Part, ...]:
-        """What a weight [rows, columns] is stored as; its own numbers, transposed, come first."""
+        """What a weight [rows, columns] is stored as; its own numbers, transposed, come first.
+
+        There may be more of them along the inner axis than columns, where a format takes only some
+        numbers at once: the others are zeros.
+        """
 
     def problem(self, rows: int, columns: int) -> str | None:
         """Why a linear with a weight [rows, columns] cannot be had, and what to do; None if not."""
@@ -126,7 +130,10 @@ class Format(ABC):
 
     @abstractmethod
     def widen(self, *parts: Tensor) -> Tensor:
-        """The weight [in, out] that a graph multiplies with, of the values of its parts."""
+        """The weight [in, out] that a graph multiplies with, of the values of its parts.
+
+        `in` is that of the parts, with what they have more than the linear's input.
+        """
 
     @abstractmethod
     def emulate_input(self, x: Tensor, activations: Activations, largest: float) -> Tensor:
@@ -153,7 +160,7 @@ class Format(ABC):
             values_of(raw, part.numbers.onnx_type if part.numbers else scales, part.shape)
             for raw, part in zip(packed, self.layout(rows, columns), strict=True)
         )
-        return self.widen(*stored).T
+        return self.widen(*stored)[:columns].T
 
     @property
     def smooths(self) -> bool:
@@ -269,17 +276,20 @@ class Packed:
         """
         assert self.mean is not None
         rows, columns = shape
-        mean = torch.from_numpy(self.mean if self.factors is None else self.mean * self.factors)
         parts = [*zip(packed, self.format.layout(rows, columns), strict=False)]
+        inner = parts[0][1].shape[0]
+        mean = torch.zeros(inner)
+        factors = 1 if self.factors is None else self.factors
+        mean[:columns] = torch.from_numpy(self.mean * factors)
         total = torch.zeros(rows)
         some = max(_WIDENED // rows // _MULTIPLE, 1) * _MULTIPLE
-        for start in range(0, columns, some):
-            stop = min(start + some, columns)
+        for start in range(0, inner, some):
+            stop = min(start + some, inner)
             values = []
             for raw, part in parts:
                 kept = part.shape
                 if len(kept) == 2:  # along the inner axis too
-                    first, last = (end * kept[0] // columns for end in (start, stop))
+                    first, last = (end * kept[0] // inner for end in (start, stop))
                     raw, kept = raw.reshape(kept[0], -1)[first:last], (last - first, kept[1])
                 dtype = part.numbers.onnx_type if part.numbers else self.scales
                 values.append(values_of(raw, dtype, kept))
@@ -309,7 +319,10 @@ class QuantizedLinear:
         return [list(part.dims) for part in self.parts] == expected
 
     def dequantized(self) -> Tensor:
-        """The weight [in, out] that the graph multiplies with, float32, read from its file."""
+        """The weight [in, out] that the graph multiplies with, float32, read from its file.
+
+        `in` is that of what `narrow` gives.
+        """
         return self.format.widen(*(read_values(part, self.folder) for part in self.parts))
 
     def added(self) -> Tensor | float:
