@@ -356,16 +356,16 @@ def unmeasured() -> ActivationRanges:
 
 
 def test_shapes_that_a_format_cannot_have_are_spared(checkpoint: Callable[..., Path]) -> None:
-    """The widths of `schnell` are no multiples of 32, but for its MLPs'."""
+    """The widths of `schnell` are no multiples of 16, but for its MLPs'."""
     source = open_short(checkpoint("schnell"))
-    asked = Asked(COMPONENTS["transformer"], "int4-weights", "bf16")
+    asked = Asked(COMPONENTS["transformer"], "fp4", "bf16")
     judged = find_recipes(source, [asked], unmeasured, Promise(), Found(), QUIET)
     found = judged.recipes["transformer"]
     assert not judged.means
     weights = source.part("transformer").weights
     for linear, left in found.recipe.spared.items():
         assert left == NOTHING
-        assert weights[f"{linear}.weight"].shape[1] % 32, linear
+        assert weights[f"{linear}.weight"].shape[1] % 16, linear
     assert 0 < found.share <= 1
     assert found.extra_bytes > 0
     assert (found.before, found.after) == (None, None)
