@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +35,7 @@ _WIDENED, _MULTIPLE = 1 << 19, 32
 """Numbers that `mean_product` widens at a time, and of what its parts are multiples: of blocks."""
 
 _ROWS = 256
-"""Rows that `emulate_weight` packs at a time, an even number: little memory beside the weight."""
+"""Rows that `emulate_weight` takes at a time, an even number: little memory beside the weight."""
 
 _STORED = {
     ir.DataType.FLOAT: "F32",
@@ -150,17 +151,18 @@ class Format(ABC):
         `CheckpointError` as `pack` does.
         """
         rows, columns = weight.shape
-        # Copies, since they are overwritten.
-        values = weight.detach().numpy()
-        parts = (values[start : start + _ROWS].copy() for start in range(0, rows, _ROWS))
-        packed = self.pack(
-            parts, (rows, columns), scales, "of a linear", lambda: weight.abs().max().item()
-        )
-        stored = (
-            values_of(raw, part.numbers.onnx_type if part.numbers else scales, part.shape)
-            for raw, part in zip(packed, self.layout(rows, columns), strict=True)
-        )
-        return self.widen(*stored)[:columns].T
+        largest = cache(lambda: max(abs(end.item()) for end in weight.aminmax()))
+        found = torch.empty(columns, rows)
+        for start in range(0, rows, _ROWS):
+            values = weight.detach()[start : start + _ROWS].numpy().copy()  # it is overwritten
+            shape = values.shape
+            packed = self.pack([values], shape, scales, "of a linear", largest)
+            stored = (
+                values_of(raw, part.numbers.onnx_type if part.numbers else scales, part.shape)
+                for raw, part in zip(packed, self.layout(*shape), strict=True)
+            )
+            found[:, start : start + _ROWS] = self.widen(*stored)[:columns]
+        return found.T
 
     @property
     def smooths(self) -> bool:

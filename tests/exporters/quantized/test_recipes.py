@@ -27,6 +27,7 @@ from exporters.export import export_component, specify
 from exporters.quality.emulate import Emulator
 from exporters.quality.judge import OutputJudge
 from exporters.quality.layers import Layers, Smoother
+from exporters.quality import noise as noise_module
 from exporters.quality.noise import Move, measure_noise
 from exporters.quality.recipes import Asked, Found, find_recipes
 from exporters.quality.search import find_recipe
@@ -251,6 +252,26 @@ def test_what_is_spared_already_is_not_looked_at(
     noise = measure_noise(emulator, samples[:1], layers, None)
     assert {move.layer for move in noise.moves} == set(emulator.large[:2])
     assert all(move.saved > 0 for move in noise.moves)
+
+
+def test_noise_is_the_same_however_many_blocks_are_held(
+    opened: Checkpoint, samples: list[Mapping[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = Layers(quantization("int4-weights"))
+    chain, _ = COMPONENTS["transformer"].source(opened, "fp32")
+    found = []
+    for held in (noise_module._HELD, 0):
+        monkeypatch.setattr(noise_module, "_HELD", held)
+        emulator = Emulator(COMPONENTS["transformer"], opened, "fp32")
+        heard: list[None] = []
+        entered: list[str] = []
+        emulator.put_beside(lambda stage, to=entered: to.append(stage.scope))
+        found.append(measure_noise(emulator, samples, layers, None, lambda: heard.append(None)))
+        assert len(heard) == len(chain.stages)
+        # Each of the four blocks is followed to the end by itself where nothing more is held.
+        assert (len(entered) > len(chain.stages)) == (held == 0)
+    assert found[0] == found[1]
+    assert len(found[0].moves) == len(LINEARS)
 
 
 class _Judge:
