@@ -2,7 +2,7 @@
 
     python quantize_worker.py CHECKPOINT OUTPUT PRECISION
 
-Works as a build does that is given a calibration file: biases make up for what is rounded, and
+Works as a build does that is given a calibration file: biases and numbers make up for what is rounded, and
 finished weight files are remembered in a staging folder. Prints a JSON object a line: for each
 weight file whether an earlier run had made it, and when one that is missing is whole; then the
 totals.
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from export_worker import peak_bytes
 
-from exporters.calibrate.means import encode_mean
+from exporters.calibrate.means import encode_bytes, encode_mean
 from exporters.calibrate.range_file import CalibrationFile, read_calibration, write_calibration
 from exporters.calibrate.ranges import ActivationRanges, attentions, linears
 from exporters.calibrate.trajectory import default_calibration
@@ -28,6 +28,7 @@ from exporters.components.component import Component
 from exporters.components.registry import COMPONENTS
 from exporters.components.run import linear_modules, shared_inputs
 from exporters.export import export_component, specify
+from exporters.formats.moments import BLOCK, encode_moments
 from exporters.quality.recipes import Asked, layers_of
 from exporters.weights.bind import WeightFolder
 from fluxdeploy.build.components import WeightArtifacts
@@ -68,7 +69,8 @@ def main(source: str, output: str, precision: str) -> None:
             started = time.perf_counter()
             component = COMPONENTS[name]
             asked = Asked(component, component.precision_beside(precision), "bf16")
-            layers = layers_of(asked, checkpoint, Recipe(), found.ranges, found.means[name])
+            known = found.means[name], found.moments[name]
+            layers = layers_of(asked, checkpoint, Recipe(), found.ranges, *known)
             exported = export_component(
                 specify(checkpoint, component, asked.precision).with_layers(layers),
                 weights,
@@ -94,14 +96,22 @@ def _calibration(checkpoint: Checkpoint) -> CalibrationFile:
         *(dict.fromkeys(attentions(chain), 1.0) for _ in range(3)),
         {first: base64.b64encode(bytes([128]) * width).decode() for first, width in widths.items()},
     )
+    read = {name: _inputs(COMPONENTS[name], checkpoint) for name in _COMPONENTS}
     means = {
-        name: {
-            first: encode_mean(np.ones(width, np.float32))
-            for first, width in _inputs(COMPONENTS[name], checkpoint).items()
-        }
-        for name in _COMPONENTS
+        name: {first: encode_mean(np.ones(width, np.float32)) for first, width in widths.items()}
+        for name, widths in read.items()
     }
-    return CalibrationFile("", ranges, {}, means)
+    moments = {
+        name: {first: encode_bytes(_moments(width)) for first, width in widths.items()}
+        for name, widths in read.items()
+    }
+    return CalibrationFile("", ranges, {}, means, moments)
+
+
+def _moments(width: int) -> np.ndarray:
+    """Channels that move together by half."""
+    covariances = np.full((width // BLOCK, BLOCK, BLOCK), 0.5, np.float32)
+    return encode_moments(covariances + 0.5 * np.eye(BLOCK, dtype=np.float32))
 
 
 def _inputs(component: Component, checkpoint: Checkpoint) -> dict[str, int]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -32,10 +31,10 @@ Activations = Literal["static", "dynamic"] | None
 """How the input of a linear is quantized, as in `fluxdeploy.precision.Quantization`."""
 
 _WIDENED, _MULTIPLE = 1 << 19, 32
-"""Numbers that `mean_product` widens at a time, and of what its parts are multiples: of blocks."""
+"""Numbers that are widened at a time, and of what the parts are multiples: of blocks."""
 
 _ROWS = 256
-"""Rows that `emulate_weight` takes at a time, an even number: little memory beside the weight."""
+"""Rows that `emulate_weight` packs at a time, an even number: little memory beside the weight."""
 
 _STORED = {
     ir.DataType.FLOAT: "F32",
@@ -151,18 +150,49 @@ class Format(ABC):
         `CheckpointError` as `pack` does.
         """
         rows, columns = weight.shape
-        largest = cache(lambda: max(abs(end.item()) for end in weight.aminmax()))
-        found = torch.empty(columns, rows)
-        for start in range(0, rows, _ROWS):
-            values = weight.detach()[start : start + _ROWS].numpy().copy()  # it is overwritten
-            shape = values.shape
-            packed = self.pack([values], shape, scales, "of a linear", largest)
-            stored = (
-                values_of(raw, part.numbers.onnx_type if part.numbers else scales, part.shape)
-                for raw, part in zip(packed, self.layout(*shape), strict=True)
-            )
-            found[:, start : start + _ROWS] = self.widen(*stored)[:columns]
-        return found.T
+        # Copies, since they are overwritten.
+        values = weight.detach().numpy()
+        parts = (values[start : start + _ROWS].copy() for start in range(0, rows, _ROWS))
+
+        def largest() -> float:
+            return max(abs(end.item()) for end in weight.aminmax())
+
+        packed = self.pack(parts, (rows, columns), scales, "of a linear", largest)
+        found = torch.empty(self.layout(rows, columns)[0].shape)
+        for start, part in self.widened(packed, (rows, columns), scales):
+            found[start : start + len(part)] = part
+        return found[:columns].T
+
+    def widened(
+        self, packed: Iterable[NDArray[np.uint8]], shape: tuple[int, int], scales: ir.DataType
+    ) -> Iterator[tuple[int, Tensor]]:
+        """What `widen` gives of the bytes of a weight [out, in]: places and parts [some, out].
+
+        A part of the inner axis at a time, since numbers take four to eight times their bytes.
+        """
+        parts = [*zip(packed, self.layout(*shape), strict=False)]
+        inner, rows = parts[0][1].shape
+        some = max(_WIDENED // rows // _MULTIPLE, 1) * _MULTIPLE
+        for start in range(0, inner, some):
+            stop = min(start + some, inner)
+            values = []
+            for raw, part in parts:
+                kept = part.shape
+                if len(kept) == 2:  # along the inner axis too
+                    first, last = (end * kept[0] // inner for end in (start, stop))
+                    raw, kept = raw.reshape(kept[0], -1)[first:last], (last - first, kept[1])
+                dtype = part.numbers.onnx_type if part.numbers else scales
+                values.append(values_of(raw, dtype, kept))
+            yield start, self.widen(*values)
+
+    @property
+    def takes_moments(self) -> bool:
+        """Whether a weight's numbers make up for each other's rounding: see `moments`."""
+        return False
+
+    def informed(self, moments: NDArray[np.uint8] | None) -> Format:
+        """The format for a linear of whose input these moments are known."""
+        return self
 
     @property
     def smooths(self) -> bool:
@@ -272,30 +302,15 @@ class Packed:
     def mean_product(
         self, packed: Iterable[NDArray[np.uint8]], shape: tuple[int, int]
     ) -> NDArray[np.float32]:
-        """What a graph's product is in the mean, [out], of the bytes of a weight [out, in].
-
-        A part of the inner axis at a time, since its numbers take four to eight times its bytes.
-        """
+        """What a graph's product is in the mean, [out], of the bytes of a weight [out, in]."""
         assert self.mean is not None
         rows, columns = shape
-        parts = [*zip(packed, self.format.layout(rows, columns), strict=False)]
-        inner = parts[0][1].shape[0]
-        mean = torch.zeros(inner)
+        mean = torch.zeros(self.format.layout(rows, columns)[0].shape[0])
         factors = 1 if self.factors is None else self.factors
         mean[:columns] = torch.from_numpy(self.mean * factors)
         total = torch.zeros(rows)
-        some = max(_WIDENED // rows // _MULTIPLE, 1) * _MULTIPLE
-        for start in range(0, inner, some):
-            stop = min(start + some, inner)
-            values = []
-            for raw, part in parts:
-                kept = part.shape
-                if len(kept) == 2:  # along the inner axis too
-                    first, last = (end * kept[0] // inner for end in (start, stop))
-                    raw, kept = raw.reshape(kept[0], -1)[first:last], (last - first, kept[1])
-                dtype = part.numbers.onnx_type if part.numbers else self.scales
-                values.append(values_of(raw, dtype, kept))
-            total += mean[start:stop] @ self.format.widen(*values)
+        for start, part in self.format.widened(packed, shape, self.scales):
+            total += mean[start : start + len(part)] @ part
         return total.numpy()
 
 
