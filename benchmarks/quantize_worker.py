@@ -2,8 +2,8 @@
 
     python quantize_worker.py CHECKPOINT OUTPUT PRECISION
 
-Works as a build does that is given a calibration file: biases and numbers make up for what is rounded, and
-finished weight files are remembered in a staging folder. Prints a JSON object a line: for each
+Works as a build does that is given a calibration file with means and moments of what linears read,
+with finished weight files remembered in a staging folder. Prints a JSON object a line: for each
 weight file whether an earlier run had made it, and when one that is missing is whole; then the
 totals.
 """

@@ -30,9 +30,9 @@ from exporters.formats.scales import SCALE_TYPES, check_finite, check_scales
 __all__ = ["INT4"]
 
 _BLOCK = BLOCK
-"""Numbers that share a scale, and make up for each other's rounding. ONNX Runtime, OpenVINO and TensorRT-RTX have products for 16 to 128.
-Twice as many save a quarter of a bit and cost 0.8 to 1.6 dB; and networks whose widths are no
-multiples of 64 are not rare."""
+"""Numbers that share a scale, and make up for each other's rounding. ONNX Runtime, OpenVINO and
+TensorRT-RTX have products for 16 to 128. Twice as many to a scale save a quarter of a bit and cost
+0.8 to 1.6 dB; and networks whose widths are no multiples of 64 are not rare."""
 
 _LOWEST, _HIGHEST = -8, 7
 

@@ -44,7 +44,7 @@ def encode_moments(covariances: NDArray[np.float32]) -> NDArray[np.uint8]:
     sizes = deviations[:, :, None] * deviations[:, None]
     correlations = np.divide(covariances, sizes, out=np.zeros_like(covariances), where=sizes > 0)
     codes = np.rint(correlations.clip(-1, 1) * _ONE).astype(np.int8)
-    below = codes[:, *np.tril_indices(BLOCK, -1)].view(np.uint8)
+    below = codes[(slice(None), *np.tril_indices(BLOCK, -1))].view(np.uint8)
     halves = from_float32(deviations.astype(np.float32).ravel(), "BF16").view(np.uint8)
     return np.concatenate([halves.reshape(blocks, -1), below], axis=1).ravel()
 
@@ -63,7 +63,9 @@ def decode_moments(raw: NDArray[np.uint8], columns: int) -> NDArray[np.float32]:
     if not np.isfinite(deviations).all():
         raise MomentsError("holds NaN or infinity")
     found = np.zeros((blocks, BLOCK, BLOCK), np.float32)
-    found[:, *below] = np.ascontiguousarray(rows[:, 2 * BLOCK :]).view(np.int8) / np.float32(_ONE)
+    found[(slice(None), *below)] = np.ascontiguousarray(rows[:, 2 * BLOCK :]).view(
+        np.int8
+    ) / np.float32(_ONE)
     found += found.transpose(0, 2, 1) + np.eye(BLOCK, dtype=np.float32)
     found *= deviations.reshape(blocks, BLOCK, 1) * deviations.reshape(blocks, 1, BLOCK)
     return found

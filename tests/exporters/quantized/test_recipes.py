@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,10 +25,10 @@ from exporters.checkpoint import Checkpoint
 from exporters.components.registry import COMPONENTS
 from exporters.components.run import run_samples, shared_inputs, watch_linears
 from exporters.export import export_component, specify
+from exporters.quality import noise as noise_module
 from exporters.quality.emulate import Emulator
 from exporters.quality.judge import OutputJudge
 from exporters.quality.layers import Layers, Smoother
-from exporters.quality import noise as noise_module
 from exporters.quality.noise import Move, measure_noise
 from exporters.quality.recipes import Asked, Found, find_recipes
 from exporters.quality.search import find_recipe
@@ -263,13 +264,12 @@ def test_noise_is_the_same_however_many_blocks_are_held(
     for held in (noise_module._HELD, 0):
         monkeypatch.setattr(noise_module, "_HELD", held)
         emulator = Emulator(COMPONENTS["transformer"], opened, "fp32")
-        heard: list[None] = []
-        entered: list[str] = []
-        emulator.put_beside(lambda stage, to=entered: to.append(stage.scope))
-        found.append(measure_noise(emulator, samples, layers, None, lambda: heard.append(None)))
-        assert len(heard) == len(chain.stages)
+        heard, entered = Mock(), Mock()
+        emulator.put_beside(entered)
+        found.append(measure_noise(emulator, samples, layers, None, heard))
+        assert heard.call_count == len(chain.stages)
         # Each of the four blocks is followed to the end by itself where nothing more is held.
-        assert (len(entered) > len(chain.stages)) == (held == 0)
+        assert (entered.call_count > len(chain.stages)) == (held == 0)
     assert found[0] == found[1]
     assert len(found[0].moves) == len(LINEARS)
 
