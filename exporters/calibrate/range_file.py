@@ -99,9 +99,9 @@ def read_calibration(path: Path, checkpoint: Checkpoint, digest: str | None) -> 
         if found.ranges is not None:
             _check_complete(found.ranges, checkpoint)
         for name, means in found.means.items():
-            _check("means", name, checkpoint, lambda chain, m=means: spread_means(chain, m))
+            _check("means", name, checkpoint, spread_means, means)
         for name, moments in found.moments.items():
-            _check("moments", name, checkpoint, lambda chain, m=moments: spread_moments(chain, m))
+            _check("moments", name, checkpoint, spread_moments, moments)
     except FieldError as error:
         raise _broken(path, str(error)) from error
     return found
@@ -140,14 +140,18 @@ def _check_complete(ranges: ActivationRanges, checkpoint: Checkpoint) -> None:
 
 
 def _check(
-    kind: str, component: str, checkpoint: Checkpoint, spread: Callable[[Chain], object]
+    kind: str,
+    component: str,
+    checkpoint: Checkpoint,
+    spread: Callable[[Chain, Mapping[str, str]], object],
+    texts: Mapping[str, str],
 ) -> None:
     where = join(kind, component)
     if component not in COMPONENTS or not COMPONENTS[component].present(checkpoint):
         raise FieldError(where, "is no component of this checkpoint")
     chain, _ = COMPONENTS[component].source(checkpoint, "fp32")
     try:
-        spread(chain)
+        spread(chain, texts)
     except FieldError as error:
         raise FieldError(f"{where}{error.where}", error.problem) from error
 

@@ -83,4 +83,5 @@ def error_factors(covariances: NDArray[np.float32]) -> Tensor:
     values, vectors = torch.linalg.eigh(exact / mean[:, None, None])
     inverse = vectors / (values.clamp(min=0) + _DAMPING)[:, None] @ vectors.mT
     upper = torch.linalg.cholesky(inverse, upper=True)
-    return (upper / upper.diagonal(dim1=1, dim2=2)[:, :, None]).float()
+    factors: Tensor = upper / upper.diagonal(dim1=1, dim2=2)[:, :, None]
+    return factors.float()
