@@ -246,13 +246,18 @@ def _quantize_scale(report: dict[str, Any]) -> str:
                 _megabytes(whole["peak_bytes"]),
             ]
         )
-    calibration = max(found["calibration_bytes"] for found in report["precisions"].values())
+    calibrations = [found.get("calibration_bytes") for found in report["precisions"].values()]
+    given = (
+        f"A `calibration.json` of {max(calibrations) / 1e6:.1f} MB is given.\n"
+        if all(calibrations)
+        # Of before the benchmark gave one.
+        else "Without means and moments of inputs.\n"
+    )
     return (
         f"{_table(rows)}\n"
-        "A transformer and a conditioner at full size, with a `calibration.json` of "
-        f"{calibration / 1e6:.1f} MB whose means biases\nmake up with. Killed, a second run takes "
-        "over what was whole. Seconds are of whole processes, the rate is of\nbytes that are "
-        "written, hashing included. "
+        f"A transformer and a conditioner at full size. {given}"
+        "Killed, a second run takes over what was whole. Seconds are of whole processes, the rate "
+        "is of\nbytes that are written, hashing included. "
         "Measured by [benchmarks/quantize_scale.py](../benchmarks/quantize_scale.py) on\n"
         f"{_machine(report['machine'])}.\nThe weights are zeros that need no reading from a disk.\n"
     )
