@@ -139,6 +139,7 @@ def _measure(checkpoint: Checkpoint, precision: str, ranges: ActivationRanges) -
             found[a.component.name].recipe,
             ranges,
             judged.means.get(a.component.name, {}),
+            judged.moments.get(a.component.name, {}),
         )
         for a in asked
     }

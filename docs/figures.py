@@ -202,8 +202,8 @@ def _recipes(report: dict[str, Any]) -> str:
         f"{_table(rows)}\n"
         "PSNR against PyTorch float32: medians over pictures, and of the ten checkpoints the "
         "median and the\nleast. The other prompts and seeds are those that the search did not see. "
-        "Weights spared are of the\ntransformer: median and most; most in INT4 and FP4 are linears "
-        "whose widths are no multiples of 32 or 16.\nAll is computed in PyTorch, "
+        "Weights spared are of the\ntransformer: median and most; most in FP4 are linears "
+        "whose widths are no multiples of 16.\nAll is computed in PyTorch, "
         "with the numbers of the graphs, by\n"
         "[benchmarks/recipes.py](../benchmarks/recipes.py) on\n"
         f"{_machine(report['machine'])}.\n"
@@ -230,14 +230,34 @@ def _recipe_row(name: str, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _quantize_scale(report: dict[str, Any]) -> str:
-    """The report of benchmarks/quantize_scale.py in words."""
-    killed, whole = report["killed"], report["resumed"]
+    """The report of benchmarks/quantize_scale.py as a Markdown table."""
+    rows = [["", "written", "killed after", "from there on", "", "peak of memory"]]
+    rows.append(["---", *["---:"] * 5])
+    for precision, found in report["precisions"].items():
+        killed, whole = found["killed"], found["resumed"]
+        assert whole["resumed"] >= killed["files"]
+        rows.append(
+            [
+                f"`{precision}`",
+                f"{found['bytes'] / 1e9:.1f} GB in {whole['files']} files",
+                f"{killed['files']} files, {killed['seconds']:.0f} s",
+                f"{whole['seconds']:.0f} s",
+                f"{whole['rate'] / 1e6:.0f} MB/s",
+                _megabytes(whole["peak_bytes"]),
+            ]
+        )
+    calibrations = [found.get("calibration_bytes") for found in report["precisions"].values()]
+    given = (
+        f"A `calibration.json` of {max(calibrations) / 1e6:.1f} MB is given.\n"
+        if all(calibrations)
+        # Of before the benchmark gave one.
+        else "Without means and moments of inputs.\n"
+    )
     return (
-        f"Quantizing a full-size transformer and conditioner to `{report['precision']}` writes "
-        f"{report['bytes'] / 1e9:.1f} GB in {whole['files']} files, at\n"
-        f"{whole['rate'] / 1e6:.0f} MB/s, hashing included, and holds "
-        f"{_megabytes(whole['peak_bytes'])} of memory at most. Killed after {killed['files']} "
-        f"files,\na second run took {whole['resumed']} of them over. "
+        f"{_table(rows)}\n"
+        f"A transformer and a conditioner at full size. {given}"
+        "Killed, a second run takes over what was whole. Seconds are of whole processes, the rate "
+        "is of\nbytes that are written, hashing included. "
         "Measured by [benchmarks/quantize_scale.py](../benchmarks/quantize_scale.py) on\n"
         f"{_machine(report['machine'])}.\nThe weights are zeros that need no reading from a disk.\n"
     )

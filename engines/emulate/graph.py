@@ -27,10 +27,10 @@ _SIXTEEN = (TensorProto.BFLOAT16, TensorProto.FLOAT16)
 _E4M3, _E2M1 = TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT4E2M1
 
 _MOVES = (
-    *("Concat", "Expand", "Gather", "Identity", "Neg", "Reshape"),
+    *("Concat", "Expand", "Gather", "Identity", "Neg", "Pad", "Reshape"),
     *("Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
 )
-"""Operators that make no number that their inputs have not, but for its sign."""
+"""Operators that make no number that their inputs have not, but for its sign, and for 0."""
 
 _QUANTIZE_BLOCKS = ("trt", "TRT_FP4DynamicQuantize")
 _DOMAINS = ("", "ai.onnx", "com.microsoft")

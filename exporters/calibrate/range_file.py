@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from exporters.calibrate.means import Means, spread_means
+from exporters.calibrate.means import Means, Moments, spread_means, spread_moments
 from exporters.calibrate.ranges import ActivationRanges, attentions, linears
 from exporters.checkpoint import Checkpoint
+from exporters.components.chain import Chain
 from exporters.components.registry import COMPONENTS
 from exporters.components.run import shared_inputs
 from fluxdeploy.bundle.files import read_whole, write_atomic
@@ -29,8 +30,8 @@ from fluxdeploy.errors import ExportError, UsageError
 __all__ = ["CalibrationFile", "read_calibration", "read_prompts", "write_calibration"]
 
 _VERSION = 2
-_MAX_RANGES = 16 << 20
-"""FLUX.1's have 7 MiB, a byte and a bfloat16 for each channel, and the prompts."""
+_MAX_RANGES = 128 << 20
+"""FLUX.1's have 7 MiB, a byte and a bfloat16 for each channel, the prompts, and moments."""
 _MAX_PROMPTS = 16 << 20
 
 
@@ -39,13 +40,15 @@ class CalibrationFile:
     """What a build has measured and found, for the next one of the same checkpoint.
 
     ranges: None where no static scale was needed. recipes: by component, see `exporters.quality`.
-    means: by component, of what its linears read; none of one that was not judged.
+    means, moments: by component, of what its linears read; none of one that was not judged, and
+        moments only for formats whose numbers make up for each other's rounding.
     """
 
     checkpoint: str
     ranges: ActivationRanges | None
     recipes: Mapping[str, RecipeRecord]
     means: Mapping[str, Means] = field(default_factory=dict, metadata=OPTIONAL)
+    moments: Mapping[str, Moments] = field(default_factory=dict, metadata=OPTIONAL)
 
 
 def write_calibration(calibration: CalibrationFile, path: Path) -> None:
@@ -96,7 +99,9 @@ def read_calibration(path: Path, checkpoint: Checkpoint, digest: str | None) -> 
         if found.ranges is not None:
             _check_complete(found.ranges, checkpoint)
         for name, means in found.means.items():
-            _check_means(name, means, checkpoint)
+            _check("means", name, checkpoint, spread_means, means)
+        for name, moments in found.moments.items():
+            _check("moments", name, checkpoint, spread_moments, moments)
     except FieldError as error:
         raise _broken(path, str(error)) from error
     return found
@@ -134,13 +139,19 @@ def _check_complete(ranges: ActivationRanges, checkpoint: Checkpoint) -> None:
                 raise FieldError(f"{kind}[{name}]", f"must be 0 or more, not {value}")
 
 
-def _check_means(component: str, means: Means, checkpoint: Checkpoint) -> None:
-    where = join("means", component)
+def _check(
+    kind: str,
+    component: str,
+    checkpoint: Checkpoint,
+    spread: Callable[[Chain, Mapping[str, str]], object],
+    texts: Mapping[str, str],
+) -> None:
+    where = join(kind, component)
     if component not in COMPONENTS or not COMPONENTS[component].present(checkpoint):
         raise FieldError(where, "is no component of this checkpoint")
     chain, _ = COMPONENTS[component].source(checkpoint, "fp32")
     try:
-        spread_means(chain, means)
+        spread(chain, texts)
     except FieldError as error:
         raise FieldError(f"{where}{error.where}", error.problem) from error
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -31,7 +31,7 @@ Activations = Literal["static", "dynamic"] | None
 """How the input of a linear is quantized, as in `fluxdeploy.precision.Quantization`."""
 
 _WIDENED, _MULTIPLE = 1 << 19, 32
-"""Numbers that `mean_product` widens at a time, and of what its parts are multiples: of blocks."""
+"""Numbers that are widened at a time, and of what the parts are multiples: of blocks."""
 
 _ROWS = 256
 """Rows that `emulate_weight` packs at a time, an even number: little memory beside the weight."""
@@ -77,7 +77,11 @@ class Format(ABC):
 
     @abstractmethod
     def layout(self, rows: int, columns: int) -> tuple[Part, ...]:
-        """What a weight [rows, columns] is stored as; its own numbers, transposed, come first."""
+        """What a weight [rows, columns] is stored as; its own numbers, transposed, come first.
+
+        There may be more of them along the inner axis than columns, where a format takes only some
+        numbers at once: the others are zeros.
+        """
 
     def problem(self, rows: int, columns: int) -> str | None:
         """Why a linear with a weight [rows, columns] cannot be had, and what to do; None if not."""
@@ -126,7 +130,10 @@ class Format(ABC):
 
     @abstractmethod
     def widen(self, *parts: Tensor) -> Tensor:
-        """The weight [in, out] that a graph multiplies with, of the values of its parts."""
+        """The weight [in, out] that a graph multiplies with, of the values of its parts.
+
+        `in` is that of the parts, with what they have more than the linear's input.
+        """
 
     @abstractmethod
     def emulate_input(self, x: Tensor, activations: Activations, largest: float) -> Tensor:
@@ -146,14 +153,46 @@ class Format(ABC):
         # Copies, since they are overwritten.
         values = weight.detach().numpy()
         parts = (values[start : start + _ROWS].copy() for start in range(0, rows, _ROWS))
-        packed = self.pack(
-            parts, (rows, columns), scales, "of a linear", lambda: weight.abs().max().item()
-        )
-        stored = (
-            values_of(raw, part.numbers.onnx_type if part.numbers else scales, part.shape)
-            for raw, part in zip(packed, self.layout(rows, columns), strict=True)
-        )
-        return self.widen(*stored).T
+
+        def largest() -> float:
+            return max(abs(end.item()) for end in weight.aminmax())
+
+        packed = self.pack(parts, (rows, columns), scales, "of a linear", largest)
+        found = torch.empty(self.layout(rows, columns)[0].shape)
+        for start, part in self.widened(packed, (rows, columns), scales):
+            found[start : start + len(part)] = part
+        return found[:columns].T
+
+    def widened(
+        self, packed: Iterable[NDArray[np.uint8]], shape: tuple[int, int], scales: ir.DataType
+    ) -> Iterator[tuple[int, Tensor]]:
+        """What `widen` gives of the bytes of a weight [out, in]: places and parts [some, out].
+
+        A part of the inner axis at a time, since numbers take four to eight times their bytes.
+        """
+        parts = [*zip(packed, self.layout(*shape), strict=False)]
+        inner, rows = parts[0][1].shape
+        some = max(_WIDENED // rows // _MULTIPLE, 1) * _MULTIPLE
+        for start in range(0, inner, some):
+            stop = min(start + some, inner)
+            values = []
+            for raw, part in parts:
+                kept = part.shape
+                if len(kept) == 2:  # along the inner axis too
+                    first, last = (end * kept[0] // inner for end in (start, stop))
+                    raw, kept = raw.reshape(kept[0], -1)[first:last], (last - first, kept[1])
+                dtype = part.numbers.onnx_type if part.numbers else scales
+                values.append(values_of(raw, dtype, kept))
+            yield start, self.widen(*values)
+
+    @property
+    def takes_moments(self) -> bool:
+        """Whether a weight's numbers make up for each other's rounding: see `moments`."""
+        return False
+
+    def informed(self, moments: NDArray[np.uint8] | None) -> Format:
+        """The format for a linear of whose input these moments are known."""
+        return self
 
     @property
     def smooths(self) -> bool:
@@ -263,27 +302,15 @@ class Packed:
     def mean_product(
         self, packed: Iterable[NDArray[np.uint8]], shape: tuple[int, int]
     ) -> NDArray[np.float32]:
-        """What a graph's product is in the mean, [out], of the bytes of a weight [out, in].
-
-        A part of the inner axis at a time, since its numbers take four to eight times its bytes.
-        """
+        """What a graph's product is in the mean, [out], of the bytes of a weight [out, in]."""
         assert self.mean is not None
         rows, columns = shape
-        mean = torch.from_numpy(self.mean if self.factors is None else self.mean * self.factors)
-        parts = [*zip(packed, self.format.layout(rows, columns), strict=False)]
+        mean = torch.zeros(self.format.layout(rows, columns)[0].shape[0])
+        factors = 1 if self.factors is None else self.factors
+        mean[:columns] = torch.from_numpy(self.mean * factors)
         total = torch.zeros(rows)
-        some = max(_WIDENED // rows // _MULTIPLE, 1) * _MULTIPLE
-        for start in range(0, columns, some):
-            stop = min(start + some, columns)
-            values = []
-            for raw, part in parts:
-                kept = part.shape
-                if len(kept) == 2:  # along the inner axis too
-                    first, last = (end * kept[0] // columns for end in (start, stop))
-                    raw, kept = raw.reshape(kept[0], -1)[first:last], (last - first, kept[1])
-                dtype = part.numbers.onnx_type if part.numbers else self.scales
-                values.append(values_of(raw, dtype, kept))
-            total += mean[start:stop] @ self.format.widen(*values)
+        for start, part in self.format.widened(packed, shape, self.scales):
+            total += mean[start : start + len(part)] @ part
         return total.numpy()
 
 
@@ -309,7 +336,10 @@ class QuantizedLinear:
         return [list(part.dims) for part in self.parts] == expected
 
     def dequantized(self) -> Tensor:
-        """The weight [in, out] that the graph multiplies with, float32, read from its file."""
+        """The weight [in, out] that the graph multiplies with, float32, read from its file.
+
+        `in` is that of what `narrow` gives.
+        """
         return self.format.widen(*(read_values(part, self.folder) for part in self.parts))
 
     def added(self) -> Tensor | float:

@@ -12,7 +12,7 @@ __all__ = ["GraphEdit", "new_node"]
 
 def new_node(
     op_type: str,
-    inputs: Sequence[ir.Value],
+    inputs: Sequence[ir.Value | None],
     outputs: Mapping[str, ir.DataType],
     name: str,
     attributes: Mapping[str, int] | None = None,
@@ -53,13 +53,14 @@ class GraphEdit:
         self._graph.inputs.append(value)
         return value
 
-    def constant(self, name: str, number: float, dtype: ir.DataType) -> ir.Value:
-        """A new scalar in the graph."""
+    def constant(self, name: str, numbers: float | Sequence[int], dtype: ir.DataType) -> ir.Value:
+        """A new scalar in the graph, or a vector."""
+        array = np.asarray(numbers, dtype.numpy())
         value = ir.Value(
             name=name,
-            shape=ir.Shape(()),
+            shape=ir.Shape(array.shape),
             type=ir.TensorType(dtype),
-            const_value=ir.Tensor(np.asarray(number, dtype.numpy()), dtype=dtype, name=name),
+            const_value=ir.Tensor(array, dtype=dtype, name=name),
         )
         self._graph.register_initializer(value)
         return value

@@ -7,8 +7,10 @@ less than wider steps cost all the others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -19,17 +21,18 @@ from torch import Tensor
 
 from exporters.formats.base import Activations, Format, Packed, Part, QuantizedLinear, unchanged
 from exporters.formats.fp8 import E4M3
-from exporters.formats.graph_edit import GraphEdit
+from exporters.formats.graph_edit import GraphEdit, new_node
 from exporters.formats.graph_file import GraphFile
+from exporters.formats.moments import BLOCK, decode_moments, error_factors
 from exporters.formats.number_types import SCALE_SUFFIX, NumberType
 from exporters.formats.scales import SCALE_TYPES, check_finite, check_scales
 
 __all__ = ["INT4"]
 
-_BLOCK = 32
-"""Numbers that share a scale. ONNX Runtime, OpenVINO and TensorRT-RTX have products for 16 to 128.
-Twice as many save a quarter of a bit and cost 0.8 to 1.6 dB; and networks whose widths are no
-multiples of 64 are not rare."""
+_BLOCK = BLOCK
+"""Numbers that share a scale, and make up for each other's rounding. ONNX Runtime, OpenVINO and
+TensorRT-RTX have products for 16 to 128. Twice as many to a scale save a quarter of a bit and cost
+0.8 to 1.6 dB; and networks whose widths are no multiples of 64 are not rare."""
 
 _LOWEST, _HIGHEST = -8, 7
 
@@ -43,21 +46,34 @@ class _Int4(Format):
 
     Two codes a byte [in, out / 2], the first in the low bits, and scales [in / 32, out] with
     weight ≈ (codes · scales)ᵀ. A scale is that of the least squared error among some that are
-    tried; it is rounded to its type before it divides. `in` is a multiple of 32, `out` is even.
+    tried; it is rounded to its type before it divides. `out` is even. Where `in` is no multiple of
+    32, as all of FLUX.1 are, zeros are appended to both sides of the product up to the next one:
+    ONNX and its Runtime know a last block that is shorter, OpenVINO does not.
+
+    moments: of the input, as `encode_moments` has them, where they are known: then the numbers of a
+        block make up for each other's rounding.
     """
 
+    moments: NDArray[np.uint8] | None = field(default=None, compare=False, kw_only=True)
+
+    @property
+    def takes_moments(self) -> bool:
+        return True
+
+    def informed(self, moments: NDArray[np.uint8] | None) -> Format:
+        return replace(self, moments=moments)
+
     def layout(self, rows: int, columns: int) -> tuple[Part, ...]:
-        return Part("", (columns, rows), self.numbers), Part(
-            SCALE_SUFFIX, (columns // _BLOCK, rows)
+        blocks = math.ceil(columns / _BLOCK)
+        return (
+            Part("", (blocks * _BLOCK, rows), self.numbers),
+            Part(SCALE_SUFFIX, (blocks, rows)),
         )
 
     def problem(self, rows: int, columns: int) -> str | None:
-        if not columns % _BLOCK and not rows % 2:
+        if not rows % 2:
             return None
-        return (
-            f"takes {columns} numbers and gives {rows}; INT4 needs multiples of {_BLOCK} and 2. "
-            "Use int8-weights."
-        )
+        return f"gives {rows} numbers; INT4 needs a multiple of 2. Use int8-weights."
 
     def pack(
         self,
@@ -68,21 +84,29 @@ class _Int4(Format):
         largest: Callable[[], float],
     ) -> tuple[NDArray[np.uint8], ...]:
         rows, columns = shape
-        codes = np.empty((columns, rows // 2), np.uint8)
-        steps = torch.empty(columns // _BLOCK, rows, dtype=SCALE_TYPES[scales])
+        blocks = math.ceil(columns / _BLOCK)
+        codes = np.empty((blocks * _BLOCK, rows // 2), np.uint8)
+        steps = torch.empty(blocks, rows, dtype=SCALE_TYPES[scales])
+        factors = None
+        if self.moments is not None:
+            factors = error_factors(decode_moments(self.moments, columns))
         peak = torch.zeros(())
         end = 0
         for part in parts:
             start, end = end, end + len(part)
             # Transposed first: sums over a block are then sums of whole rows.
-            values = torch.from_numpy(part).t().contiguous()
-            blocks = values.view(-1, _BLOCK, len(part))
-            low, high = blocks.amin(1), blocks.amax(1)
+            values = _padded(torch.from_numpy(part), blocks * _BLOCK).t().contiguous()
+            split = values.view(blocks, _BLOCK, len(part))
+            low, high = split.amin(1), split.amax(1)
             peaks = torch.maximum(high, -low)
             check_finite(peaks, name)
             peak = torch.maximum(peak, peaks.max())
             range_step = torch.maximum(low / _LOWEST, high / _HIGHEST)
-            steps[:, start:end] = _divide(blocks, range_step, steps.dtype)
+            exact = None if factors is None else split.clone()
+            fitted = _divide(split, range_step, steps.dtype)
+            if exact is not None and factors is not None:
+                _make_up(exact, fitted, factors, split)
+            steps[:, start:end] = fitted
             numbers = values.to(torch.int8).view(torch.uint8)
             pairs = numbers[:, ::2] & 15 | numbers[:, 1::2] << 4
             torch.from_numpy(codes)[:, start // 2 : end // 2] = pairs
@@ -97,18 +121,29 @@ class _Int4(Format):
         activations: Activations,
         largest: Callable[[], float],
     ) -> Packed:
-        compute = weight.dtype
+        x, compute = product.inputs[0], weight.dtype
+        assert x is not None
         assert compute is not None
+        assert weight.shape is not None
+        columns = weight.shape.numpy()[1]
         (scales,) = self.declare(edit, weight, compute)
         blocks = {"axis": 0, "block_size": _BLOCK}
         wide = edit.before(product, "DequantizeLinear", [weight, scales], compute, "weight", blocks)
         product.replace_input_with(1, wide)
+        if missing := -columns % _BLOCK:
+            (longer,) = edit.once(x, lambda: (_append_zeros(edit, x, missing),))
+            product.replace_input_with(0, longer)
         return Packed(self, compute)
 
     def read(self, file: GraphFile, weight: TensorProto) -> QuantizedLinear:
         (reader,) = file.users[weight.name]
         scales = file.initializers[reader.input[1]]
-        return QuantizedLinear(self, (weight, scales), unchanged, file.folder)
+        (product,) = file.users[reader.output[0]]
+        source = file.producers.get(product.input[0])
+        narrow: Callable[[Tensor], Tensor] = unchanged
+        if source is not None and source.op_type == "Pad":
+            narrow = partial(_padded, width=weight.dims[0])
+        return QuantizedLinear(self, (weight, scales), narrow, file.folder)
 
     def widen(self, *parts: Tensor) -> Tensor:
         numbers, scales = parts
@@ -116,6 +151,23 @@ class _Int4(Format):
 
     def emulate_input(self, x: Tensor, activations: Activations, largest: float) -> Tensor:
         return x
+
+
+def _padded(x: Tensor, width: int) -> Tensor:
+    """`x` [..., some] with zeros after it, [..., width]."""
+    return torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+
+
+def _append_zeros(edit: GraphEdit, value: ir.Value, count: int) -> ir.Value:
+    """A product's input with `count` zeros more along its last axis."""
+    compute = value.dtype
+    assert compute is not None
+    counts = edit.constant(f"{value.name}.padding", [0, count], ir.DataType.INT64)
+    axis = edit.constant(f"{value.name}.padded_axis", [-1], ir.DataType.INT64)
+    outputs = {f"{value.name}.padded": compute}
+    node = new_node("Pad", [value, counts, None, axis], outputs, f"{value.name}/Pad")
+    edit.after(value, node)
+    return node.outputs[0]
 
 
 def _divide(blocks: Tensor, range_steps: Tensor, scale_type: torch.dtype) -> Tensor:
@@ -144,6 +196,19 @@ def _divide(blocks: Tensor, range_steps: Tensor, scale_type: torch.dtype) -> Ten
     blocks *= (whole / steps)[:, None]
     blocks.round_().clamp_(_LOWEST, _HIGHEST)
     return steps
+
+
+def _make_up(left: Tensor, steps: Tensor, factors: Tensor, numbers: Tensor) -> None:
+    """Round blocks `left` [in / 32, 32, some], each number with the errors before it in mind.
+
+    `steps` [in / 32, some] are their scales, `factors` those of `error_factors`. Writes `numbers`;
+    `left` is overwritten.
+    """
+    for i in range(_BLOCK):
+        torch.div(left[:, i], steps, out=numbers[:, i])
+        numbers[:, i].round_().clamp_(_LOWEST, _HIGHEST)
+        error = left[:, i] - numbers[:, i] * steps
+        left[:, i + 1 :] -= factors[:, i, i + 1 :, None] * error[:, None]
 
 
 def _sum(products: Tensor) -> Tensor:

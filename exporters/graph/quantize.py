@@ -86,8 +86,8 @@ class _Rewrite:
             self._edit, product, weight, self._layers.activations(linear), largest
         )
         self._graph.remove(transpose, safe=True)
-        mean = self._layers.mean(linear)
-        return replace(packed, factors=factors, vector=vector, mean=mean)
+        mean, informed = self._layers.mean(linear), self._layers.format_of(linear)
+        return replace(packed, format=informed, factors=factors, vector=vector, mean=mean)
 
     def _smooth(
         self, product: ir.Node, weight: ir.Value, columns: int

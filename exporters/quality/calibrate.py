@@ -45,11 +45,11 @@ def calibrate(
         return _measure(checkpoint, digest, wanted, state, progress)
 
     needed = any(PRECISIONS[asked.precision].calibrated for asked in components)
-    known = Found() if given is None else Found(given.recipes, given.means)
+    known = Found() if given is None else Found(given.recipes, given.means, given.moments)
     judged = find_recipes(checkpoint, components, ranges, promise, known, progress)
     smoothed = any(record.recipe.smoothed for record in judged.recipes.values())
     found = ranges() if needed or smoothed else None if given is None else given.ranges
-    return CalibrationFile(digest, found, judged.recipes, judged.means)
+    return CalibrationFile(digest, found, judged.recipes, judged.means, judged.moments)
 
 
 def _measure(

@@ -24,6 +24,8 @@ from exporters.components.run import (
 )
 from exporters.formats import EightBits
 from exporters.formats.base import lost
+from exporters.formats.moments import encode_moments
+from exporters.quality.input_sums import InputSums
 from exporters.quality.layers import Layers
 
 __all__ = ["Emulator"]
@@ -46,6 +48,8 @@ class Emulator:
     `compute` is the type of the scales: that of all which is not quantized in a graph, and which is
     float32 here.
 
+    `moments` says whether second moments of inputs are measured too: `Format.takes_moments`.
+
     chain, weights: of the component in float32. large: its linears that a quantized precision
     quantizes. attentions: the names that those of a transformer's blocks have, one for each stage.
     enter: to be called before each stage by whoever runs stages by themselves.
@@ -53,7 +57,9 @@ class Emulator:
     Raises what `Component.source` does.
     """
 
-    def __init__(self, component: Component, checkpoint: Checkpoint, compute: str) -> None:
+    def __init__(
+        self, component: Component, checkpoint: Checkpoint, compute: str, moments: bool = False
+    ) -> None:
         self.chain, self.weights = component.source(checkpoint, "fp32")
         self._layers: Layers | None = None
         chain = self.chain
@@ -67,9 +73,12 @@ class Emulator:
         self._kept: dict[tuple[str, str, bytes], tuple[Tensor, Tensor | None]] = {}
         self._size = 0
         self._first: Mapping[str, str] = {}
-        self._sums: dict[str, tuple[Tensor, int]] | None = None
-        # By the first of the linears that read it: the mean of an input's channels, [in].
+        self._with_moments = moments
+        self._sums: dict[str, InputSums] | None = None
+        # By the first of the linears that read it: the mean of an input's channels, [in], and its
+        # moments as `encode_moments` has them.
         self.means: dict[str, NDArray[np.float32]] = {}
+        self.moments: dict[str, NDArray[np.uint8]] = {}
         quantized = frozenset(self.large)
         for piece in chain.pieces:
             for name, module in linear_modules(piece).items():
@@ -80,7 +89,7 @@ class Emulator:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """A block in which the chain runs in float32, from which `means` are known afterwards.
+        """A block in which the chain runs in float32, from which `means` and `moments` are known.
 
         Of the inputs of large linears that have a bias. Whoever runs the chain calls `enter`.
         """
@@ -90,7 +99,12 @@ class Emulator:
             sums = self._sums
         finally:
             self._sums = None
-        self.means = {name: (total / n).float().numpy() for name, (total, n) in sums.items()}
+        self.means = {name: known.mean() for name, known in sums.items()}
+        self.moments = {
+            name: encode_moments(known.covariances())
+            for name, known in sums.items()
+            if self._with_moments
+        }
 
     def put_beside(self, enter: Callable[[Stage], None]) -> None:
         """Have `enter` called before each stage too: see `run_side_paths`."""
@@ -181,10 +195,9 @@ class Emulator:
         assert self._sums is not None
         if self._first[name] != name:
             return
-        tokens = x.flatten(0, -2)
-        total = tokens.sum(0, dtype=torch.float64)
-        known, count = self._sums.get(name, (torch.zeros_like(total), 0))
-        self._sums[name] = known + total, count + len(tokens)
+        if name not in self._sums:
+            self._sums[name] = InputSums(x.shape[-1], self._with_moments)
+        self._sums[name].add(x.flatten(0, -2))
 
     def _weight(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """A weight as it is rounded, and what its linear's bias has besides."""
@@ -192,12 +205,13 @@ class Emulator:
         assert layers is not None
         factors = layers.smooths(name)
         mean = layers.mean(name)
-        vectors = (b"" if vector is None else vector.tobytes() for vector in (factors, mean))
+        known = (factors, mean, layers.moments.get(name))
+        vectors = (b"" if vector is None else vector.tobytes() for vector in known)
         key = (name, layers.format.name, b"/".join(vectors))
         if key in self._kept:
             return self._kept[key]
         scales = None if factors is None else torch.from_numpy(factors)
-        found = layers.format.emulate_weight(
+        found = layers.format_of(name).emulate_weight(
             weight if scales is None else weight / scales, self._scales
         )
         added = None if mean is None else lost(weight, found, scales, torch.from_numpy(mean))

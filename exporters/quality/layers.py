@@ -47,6 +47,7 @@ class Layers:
     smoothing: by linear, of an input that is smoothed; linears that read the same have the same.
     means: by linear, of each channel of its input, float32 [in], as it is before smoothing. Its
         bias makes up for what the rounding of the weight changes of the product in the mean.
+    moments: by linear, of its input, for formats whose numbers make up for each other's rounding.
     """
 
     quantization: Quantization
@@ -54,6 +55,7 @@ class Layers:
     ranges: ActivationRanges | None = None
     smoothing: Mapping[str, Smoothing] = field(default_factory=dict)
     means: Mapping[str, Floats] = field(default_factory=dict)
+    moments: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
 
     @property
     def format(self) -> Format:
@@ -94,6 +96,10 @@ class Layers:
     def mean(self, linear: str) -> Floats | None:
         """The means that a linear's bias is corrected with, None where it is not."""
         return self.means.get(linear) if self.has_weight(linear) else None
+
+    def format_of(self, linear: str) -> Format:
+        """The format with what it takes of a linear's input."""
+        return self.format.informed(self.moments.get(linear))
 
     def largest(self, linear: str) -> float:
         """The largest magnitude of what a linear quantizes, for its static scale.

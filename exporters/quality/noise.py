@@ -27,6 +27,10 @@ __all__ = ["Move", "Noise", "measure_noise"]
 Array = NDArray[np.generic]
 _Values = dict[str, Tensor]
 
+_HELD = 256 << 20
+"""Bytes of values that are held of blocks in few bits before these are followed to the end: ten of
+FLUX.1's."""
+
 _STRENGTHS = (0.5, 0.75)
 _WORTH = 0.8
 """The part of an input's noise that smoothing has to leave at most, to be worth its product."""
@@ -66,31 +70,52 @@ def measure_noise(
 ) -> Noise:
     """Measure a component's layers over its inputs, but for linears that `layers` spares already.
 
-    Memory holds one stage's weights, and the values between two stages for every block that was
-    passed. Raises `CheckpointError` for missing tensors.
+    Memory holds one stage's weights, and the values between two stages for some of the blocks that
+    were passed: of a large network some are followed to the end before the next ones are measured.
+    `after` hears of each stage that was measured. Raises `CheckpointError` for missing tensors.
     """
     chain, weights = emulator.chain, emulator.weights
     finder = _Finder(emulator, layers, smoother)
-    exact = [
+    outputs = [spec.name for spec in chain.outputs]
+    steps = [*zip(chain.stages, spent_values(chain), strict=True)]
+    reached = [
         {name: torch.from_numpy(np.array(array)) for name, array in sample.items()}
         for sample in samples
     ]
-    # Of each block in few bits: the values behind it.
-    disturbed: dict[str, list[_Values]] = {}
-    for stage, spent in zip(chain.stages, spent_values(chain), strict=True):
-        emulator.enter(stage)
-        found = finder.measure(stage, exact)
-        with emulator.running(None):
-            run_stage(stage, weights, [*exact, *(v for held in disturbed.values() for v in held)])
-        if found is not None:
-            disturbed[stage.scope] = found
-        for values in (*exact, *(v for held in disturbed.values() for v in held)):
-            for name in spent:
-                values.pop(name, None)
-        after()
-    outputs = [spec.name for spec in chain.outputs]
-    effects = {scope: _relative_power(outputs, exact, held) for scope, held in disturbed.items()}
+    effects: dict[str, float] = {}
+    measured = 0
+    while measured < len(steps):
+        exact = [dict(values) for values in reached]
+        # Of each block in few bits: the values behind it.
+        disturbed: dict[str, list[_Values]] = {}
+        for number, (stage, spent) in enumerate(steps[measured:], measured):
+            emulator.enter(stage)
+            if number == measured and _nbytes(disturbed) <= _HELD:
+                found = finder.measure(stage, exact)
+                measured += 1
+                after()
+            else:
+                found = None
+            followed = [*exact, *(v for held in disturbed.values() for v in held)]
+            with emulator.running(None):
+                run_stage(stage, weights, followed)
+            if found is not None:
+                disturbed[stage.scope] = found
+                followed += found
+            for values in followed:
+                for name in spent:
+                    values.pop(name, None)
+            if number + 1 == measured:
+                reached = [dict(values) for values in exact]
+        for scope, held in disturbed.items():
+            effects[scope] = _relative_power(outputs, exact, held)
     return finder.conclude(effects)
+
+
+def _nbytes(disturbed: Mapping[str, Sequence[_Values]]) -> int:
+    """Bytes of what is held of blocks; what several hold together counts once."""
+    held = [values for samples in disturbed.values() for values in samples]
+    return sum({id(t): t.nbytes for values in held for t in values.values()}.values())
 
 
 class _Finder:

@@ -8,9 +8,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.calibrate.means import Means, encode_mean, spread_means
+from exporters.calibrate.means import (
+    Means,
+    Moments,
+    encode_bytes,
+    encode_mean,
+    spread_means,
+    spread_moments,
+)
 from exporters.calibrate.ranges import ActivationRanges
 from exporters.checkpoint import Checkpoint
+from exporters.components.chain import Chain
 from exporters.components.component import Component
 from exporters.components.registry import COMPONENTS
 from exporters.components.run import run_reference
@@ -61,6 +69,7 @@ class Found:
 
     recipes: Mapping[str, RecipeRecord] = field(default_factory=dict)
     means: Mapping[str, Means] = field(default_factory=dict)
+    moments: Mapping[str, Moments] = field(default_factory=dict)
 
 
 def layers_of(
@@ -69,6 +78,7 @@ def layers_of(
     recipe: Recipe,
     ranges: ActivationRanges | None,
     means: Means,
+    moments: Moments,
 ) -> Layers:
     """What becomes of a component's layers.
 
@@ -78,11 +88,16 @@ def layers_of(
     if not recipe.smoothed and not means:
         return layers
     chain, weights = asked.component.source(checkpoint, "fp32")
-    layers = replace(layers, means=spread_means(chain, means))
+    layers = _informed(layers, chain, means, moments)
     if not recipe.smoothed:
         return layers
     smoother = Smoother(chain, weights, layers.required())
     return replace(layers, smoothing=smoother.smooth(recipe.smoothed))
+
+
+def _informed(layers: Layers, chain: Chain, means: Means, moments: Moments) -> Layers:
+    known = spread_moments(chain, moments) if layers.format.takes_moments else {}
+    return replace(layers, means=spread_means(chain, means), moments=known)
 
 
 def find_recipes(
@@ -98,7 +113,7 @@ def find_recipes(
     `promise` is for the pictures, None for what the transformer's precision promises; one that asks
     for nothing has nothing judged. `ranges` gives what was measured, for components that need it.
     `known` is of an earlier build: a recipe of the same precision and promise is taken over, with
-    the means that it was judged with.
+    the means and moments that it was judged with.
 
     Raises `CheckpointError` for missing tensors, `NumericError` for values that are not finite, and
     what `ranges` raises.
@@ -116,7 +131,7 @@ def find_recipes(
         else:
             asks = promise or Promise(psnr=row.min_psnr, ssim=row.min_ssim)
             found |= finder.by_pictures(asked, asks, others, found)
-    return Found(found, finder.means)
+    return Found(found, finder.means, finder.moments)
 
 
 class _Finder:
@@ -128,6 +143,7 @@ class _Finder:
         progress: Progress,
     ) -> None:
         self.means: dict[str, Means] = dict(known.means)
+        self.moments: dict[str, Moments] = dict(known.moments)
         self._checkpoint = checkpoint
         self._ranges = ranges
         self._known = known.recipes
@@ -139,7 +155,7 @@ class _Finder:
         known = self._known.get(asked.component.name)
         if known is not None and known.precision == asked.precision:
             return known
-        emulator = Emulator(asked.component, self._checkpoint, asked.compute)
+        emulator = self._emulator(asked)
         layers = self._start(asked, emulator, None)
         cost = cost_of(emulator, layers)
         return RecipeRecord(asked.precision, Promise(), layers.recipe, None, None, *cost)
@@ -147,7 +163,7 @@ class _Finder:
     def by_output(
         self, asked: Asked, promise: Promise
     ) -> tuple[RecipeRecord, tuple[Emulator, Layers]]:
-        emulator = Emulator(asked.component, self._checkpoint, asked.compute)
+        emulator = self._emulator(asked)
         record = self._taken(asked, promise)
         if record is None:
             judge = self._output_judge(asked, emulator)
@@ -170,7 +186,7 @@ class _Finder:
         record = self._taken(asked, promise)
         if record is not None:
             return {name: record, **self._taken_beside(found)}
-        emulator = Emulator(asked.component, self._checkpoint, asked.compute)
+        emulator = self._emulator(asked)
         ranges = self._ranges() if PRECISIONS[asked.precision].calibrated else None
         subjects = {n: (emulator, layers) for n, (_, emulator, layers) in others.items()}
         judge = PictureJudge(self._checkpoint, emulator, subjects, self._progress)
@@ -244,23 +260,31 @@ class _Finder:
             emulator, asked.precision, layers, judge, promise, smoother, self._progress
         )
 
+    def _emulator(self, asked: Asked) -> Emulator:
+        moments = FORMATS[asked.quantization.format].takes_moments
+        return Emulator(asked.component, self._checkpoint, asked.compute, moments)
+
     def _start(self, asked: Asked, emulator: Emulator, ranges: ActivationRanges | None) -> Layers:
-        means = spread_means(emulator.chain, self._means_of(asked))
-        layers = Layers(asked.quantization, Recipe(), ranges, means=means)
+        layers = Layers(asked.quantization, Recipe(), ranges)
+        layers = _informed(layers, emulator.chain, *self._known_of(asked))
         shapes = {name: emulator.weights[f"{name}.weight"].shape for name in emulator.large}
         odd = [name for name, shape in shapes.items() if layers.format.problem(*shape)]
         return layers.sparing(dict.fromkeys(odd, NOTHING))
 
     def _learn(self, asked: Asked, emulator: Emulator) -> None:
-        """Take over the means that a judge has measured."""
-        found = {first: encode_mean(mean) for first, mean in emulator.means.items()}
-        self.means[asked.component.name] = found
+        """Take over the means and moments that a judge has measured."""
+        name = asked.component.name
+        self.means[name] = {first: encode_mean(mean) for first, mean in emulator.means.items()}
+        self.moments.pop(name, None)
+        if emulator.moments:
+            self.moments[name] = {n: encode_bytes(raw) for n, raw in emulator.moments.items()}
 
-    def _means_of(self, asked: Asked) -> Means:
-        return self.means.get(asked.component.name, {})
+    def _known_of(self, asked: Asked) -> tuple[Means, Moments]:
+        name = asked.component.name
+        return self.means.get(name, {}), self.moments.get(name, {})
 
     def _layers(self, asked: Asked, recipe: Recipe) -> Layers:
-        return layers_of(asked, self._checkpoint, recipe, None, self._means_of(asked))
+        return layers_of(asked, self._checkpoint, recipe, None, *self._known_of(asked))
 
     def _output_judge(self, asked: Asked, emulator: Emulator) -> OutputJudge:
         """The judge of a component before the transformer, which runs text encoders once."""

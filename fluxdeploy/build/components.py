@@ -50,9 +50,11 @@ def make_component(component: ComponentSpec, run: BuildRun) -> ComponentRecord:
         calibration, file = run.calibration
         calibration_file = (file,)
         recipe = calibration.recipes[component.name].recipe
-        means = calibration.means.get(component.name, {})
+        known = (
+            found.get(component.name, {}) for found in (calibration.means, calibration.moments)
+        )
         base = run.spec.checkpoint.unmerged
-        layers = layers_of(component.asked, base, recipe, calibration.ranges, means)
+        layers = layers_of(component.asked, base, recipe, calibration.ranges, *known)
         component = replace(component, export=component.export.with_layers(layers))
     key = content_key(component, run.spec, run.hashes, layers)
     files = run.staging.finished(component.stem, key)

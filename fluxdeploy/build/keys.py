@@ -111,8 +111,11 @@ def _described(layers: Layers) -> Any:
     needed = ranges is not None and (
         layers.quantization.activations == "static" or layers.smoothing
     )
-    means = {n: hashlib.sha256(mean.tobytes()).hexdigest() for n, mean in layers.means.items()}
-    return [to_plain(layers.recipe), to_plain(ranges) if needed else None, means]
+    known = [
+        {n: hashlib.sha256(array.tobytes()).hexdigest() for n, array in arrays.items()}
+        for arrays in (layers.means, layers.moments)
+    ]
+    return [to_plain(layers.recipe), to_plain(ranges) if needed else None, *known]
 
 
 def digest(value: Any) -> str:

@@ -136,6 +136,7 @@ def command(
                     found.recipes[a.component.name].recipe,
                     found.ranges,
                     found.means.get(a.component.name, {}),
+                    found.moments.get(a.component.name, {}),
                 )
                 for a in asked
             }

@@ -25,7 +25,7 @@ from fluxdeploy.progress import Progress
 from tests.engines.conftest import RANGES
 
 GOLDEN = GoldenRecord("golden.safetensors", 1.0, 0.0)
-SHAPES = {"a": (8, 64), "odd": (8, 20)}
+SHAPES = {"a": (8, 64), "odd": (9, 64)}
 SMOOTHING = {"a": Smoothing(np.ones(64, np.float32), 1.0)}
 RECIPE = Recipe({"a": NOTHING, "odd": NOTHING, "x.attn": NOTHING}, {"a": 0.5})
 SMALL = 1 << 20
@@ -107,7 +107,7 @@ def test_a_recipe_is_timed_against_what_the_format_can_have(build: Any, tmp_path
     assert "tiny: on the golden inputs it takes" in said
     assert "with its recipe" in said
     (plain,) = made.made
-    assert plain.recipe == Recipe({"odd": NOTHING}), "INT4 has no linear of 20 columns"
+    assert plain.recipe == Recipe({"odd": NOTHING}), "INT4 has no linear of 9 rows"
     assert plain.smoothing == {}
     ran = made.runtime.ran
     assert ran == [tmp_path.name] * (len(ran) // 2) + ["tiny.plain"] * (len(ran) // 2)

@@ -77,7 +77,10 @@ def to_dynamic(x: Tensor) -> Tensor:
 
 def to_int4(weight: Tensor) -> Tensor:
     """Blocks of 32 numbers of a row, each with the best of three scales, found in float64."""
-    blocks = weight.double().view(len(weight), -1, 32)
+    rows, columns = weight.shape
+    blocks = weight.new_zeros(rows, -(-columns // 32) * 32).double()
+    blocks[:, :columns] = weight
+    blocks = blocks.view(rows, -1, 32)
     whole = torch.maximum(blocks.amax(2) / 7, blocks.amin(2) / -8)[..., None]
     found, least = blocks, torch.full_like(whole, torch.inf)
     for reach in (1.0, 0.93, 0.86):
@@ -88,7 +91,7 @@ def to_int4(weight: Tensor) -> Tensor:
         least = torch.where(better, error, least)
         rounded = (blocks / scale).round().clamp(-8, 7) * scale
         found = torch.where(better, rounded, found)
-    return found.float().view(weight.shape)
+    return found.float().view(rows, -1)[:, :columns]
 
 
 class Emulation:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from exporters.checkpoint import Checkpoint
 from exporters.components.registry import COMPONENTS
 from exporters.components.run import run_samples, shared_inputs, watch_linears
 from exporters.export import export_component, specify
+from exporters.quality import noise as noise_module
 from exporters.quality.emulate import Emulator
 from exporters.quality.judge import OutputJudge
 from exporters.quality.layers import Layers, Smoother
@@ -253,6 +255,25 @@ def test_what_is_spared_already_is_not_looked_at(
     assert all(move.saved > 0 for move in noise.moves)
 
 
+def test_noise_is_the_same_however_many_blocks_are_held(
+    opened: Checkpoint, samples: list[Mapping[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = Layers(quantization("int4-weights"))
+    chain, _ = COMPONENTS["transformer"].source(opened, "fp32")
+    found = []
+    for held in (noise_module._HELD, 0):
+        monkeypatch.setattr(noise_module, "_HELD", held)
+        emulator = Emulator(COMPONENTS["transformer"], opened, "fp32")
+        heard, entered = Mock(), Mock()
+        emulator.put_beside(entered)
+        found.append(measure_noise(emulator, samples, layers, None, heard))
+        assert heard.call_count == len(chain.stages)
+        # Each of the four blocks is followed to the end by itself where nothing more is held.
+        assert (entered.call_count > len(chain.stages)) == (held == 0)
+    assert found[0] == found[1]
+    assert len(found[0].moves) == len(LINEARS)
+
+
 class _Judge:
     """Of noises that add up: the quality is what the moves say it is."""
 
@@ -356,16 +377,16 @@ def unmeasured() -> ActivationRanges:
 
 
 def test_shapes_that_a_format_cannot_have_are_spared(checkpoint: Callable[..., Path]) -> None:
-    """The widths of `schnell` are no multiples of 32, but for its MLPs'."""
+    """The widths of `schnell` are no multiples of 16, but for its MLPs'."""
     source = open_short(checkpoint("schnell"))
-    asked = Asked(COMPONENTS["transformer"], "int4-weights", "bf16")
+    asked = Asked(COMPONENTS["transformer"], "fp4", "bf16")
     judged = find_recipes(source, [asked], unmeasured, Promise(), Found(), QUIET)
     found = judged.recipes["transformer"]
     assert not judged.means
     weights = source.part("transformer").weights
     for linear, left in found.recipe.spared.items():
         assert left == NOTHING
-        assert weights[f"{linear}.weight"].shape[1] % 32, linear
+        assert weights[f"{linear}.weight"].shape[1] % 16, linear
     assert 0 < found.share <= 1
     assert found.extra_bytes > 0
     assert (found.before, found.after) == (None, None)
