@@ -468,6 +468,42 @@ def _gpu_step_kernels(report: dict[str, Any]) -> str:
     return f"{_table(rows)}\n"
 
 
+def _cpu_runtimes(report: dict[str, Any]) -> str:
+    """A step in each CPU runtime, beside PyTorch."""
+    names = {
+        "openvino-int8": "OpenVINO int8",
+        "onnxruntime-int8": "ONNX Runtime int8",
+        "eager-bf16": "PyTorch eager bf16",
+        "openvino-bf16": "OpenVINO bf16",
+        "openvino-fp32": "OpenVINO fp32",
+        "onnxruntime-fp32": "ONNX Runtime fp32",
+        "eager": "PyTorch eager fp32",
+    }
+    steps = {
+        name: median(s for turn in turns for s in turn["seconds"])
+        for name, turns in report["turns"].items()
+    }
+    rows = [
+        ["a step", "seconds", "eager bf16 is", "OpenVINO bf16 is"],
+        ["---", *["---:"] * 3],
+    ]
+    for name, words in names.items():
+        ratios = (steps[peer] / steps[name] for peer in ("eager-bf16", "openvino-bf16"))
+        rows.append([words, f"{steps[name]:.2f}", *(f"{ratio:.2f}x" for ratio in ratios)])
+    turns = len(report["turns"]["eager"])
+    least = min(turn["cores"] for turns in report["turns"].values() for turn in turns)
+    double, single = report["blocks"]
+    return (
+        f"{_table(rows)}\n"
+        f"FLUX.1's width with {double} double and {single} single blocks, random weights, "
+        f"{report['size']}x{report['size']} and {report['tokens']} text\n"
+        f"tokens. Medians of {turns} turns of 3 steps, one contender at a time in a process of its "
+        f"own, which had\nat least {least:.2f} of {report['threads']} cores. Measured by "
+        "[benchmarks/cpu_runtimes.py](../benchmarks/cpu_runtimes.py) on\n"
+        f"{_machine(report['machine'])}.\n"
+    )
+
+
 def _gpu_profile(report: dict[str, Any]) -> str:
     """What NVIDIA's profiler says of the kernels of benchmarks/gpu_profile.py."""
     rows = [
@@ -854,6 +890,7 @@ BLOCKS: Mapping[str, Block] = {
     "gpu_latency": Block(RESULTS / "gpu_latency.json", (FIGURES,), _gpu_latency),
     "gpu_step": Block(RESULTS / "gpu_step.json", (FIGURES,), _gpu_step),
     "gpu_step_kernels": Block(RESULTS / "gpu_step.json", (PERFORMANCE,), _gpu_step_kernels),
+    "cpu_runtimes": Block(RESULTS / "cpu_runtimes.json", (PERFORMANCE,), _cpu_runtimes),
     "gpu_profile": Block(RESULTS / "gpu_profile.json", (PERFORMANCE,), _gpu_profile),
     "gpu_kernels": Block(RESULTS / "gpu_kernels.json", (PERFORMANCE,), _gpu_kernels),
     "lora_step": Block(RESULTS / "lora_step.json", (LORA,), _lora_step),

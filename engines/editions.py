@@ -40,8 +40,8 @@ def choose_runtimes(
 
     Of the targets each of several runtimes has those that it knows, and without targets the best
     one here. `auto` is one runtime where one has all of them, and else the best one for each.
-    Precisions are as `choose_runtime` takes them, and `choose` is `choose_runtime` or `choose_builder`. Raises what that does, and `UsageError` for
-    names and targets that do not go together.
+    Precisions are as `choose_runtime` takes them, and `choose` is that or `choose_builder`. Raises
+    what that does, and `UsageError` for names and targets that do not go together.
     """
     unique, wanted = tuple(dict.fromkeys(names)), tuple(dict.fromkeys(targets))
     if len(unique) == 1:

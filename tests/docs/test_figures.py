@@ -67,6 +67,7 @@ BLOCKS = (
     "gpu_step_kernels",
     "gpu_kernels",
     "gpu_profile",
+    "cpu_runtimes",
     "latency",
     "host_step",
     "lora_step",
