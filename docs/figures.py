@@ -484,7 +484,7 @@ def _cpu_runtimes(report: dict[str, Any]) -> str:
         for name, turns in report["turns"].items()
     }
     rows = [
-        ["a step", "seconds", "eager bf16 is", "OpenVINO bf16 is"],
+        ["a step", "seconds", "over eager bf16", "over OpenVINO bf16"],
         ["---", *["---:"] * 3],
     ]
     for name, words in names.items():
@@ -684,8 +684,9 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 def _machine(machine: dict[str, Any]) -> str:
     memory = machine["memory_bytes"] / 2**30
+    unit = " with AMX" if "amx_bf16" in machine.get("instruction_sets", ()) else ""
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {memory:.0f} GiB,\n"
+        f"{machine['cpu']}{unit}, {machine['cores']} cores, {memory:.0f} GiB,\n"
         f"{machine['system']}, Python {machine['python']}, {_packages(machine['packages'])}"
     )
 
