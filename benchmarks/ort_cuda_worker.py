@@ -64,7 +64,7 @@ def _write_weights(folder: Path, state: dict[str, Any]) -> None:
     layout = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
     with open(folder / WEIGHTS, "wb") as file:
         for entry in layout.values():
-            whole = torch.cat([state[name] for name in entry["sources"]])
+            whole = state[entry["source"]]
             data = (whole.t().contiguous() if entry["turned"] else whole).reshape(-1)
             file.seek(entry["offset"])
             file.write(data.view(torch.uint8).cpu().numpy())

@@ -167,14 +167,12 @@ def export_component(
     progress: Progress | None = None,
     ledger: Ledger = NO_LEDGER,
     earlier: Path | None = None,
-    narrow: bool = False,
 ) -> Exported:
     """Trace a component, bind its weights and write `<name>.onnx` beside the weight folder.
 
-    With `fused` attention is ONNX Runtime's own operator where it can be, and group norms are what
-    it has a kernel for. With `narrow` such a graph in 16 bits has them between its operators too.
-    `earlier` is the graph of the same component with other weights: it is taken in place of a new
-    trace.
+    With `fused` attention is ONNX Runtime's own operator where it can be, group norms are what it
+    has a kernel for, and 16 bits stay so between operators. `earlier` is the graph of the same
+    component with other weights: it is taken in place of a new trace.
 
     Raises `CheckpointError` for weights that do not fit, `ExportError` for a graph that fails the
     checks, `BundleError` where the disk refuses.
@@ -185,7 +183,7 @@ def export_component(
     progress = progress or Progress(quiet=True)
     boundary = len(spec.chain.inputs)
     if earlier is None:
-        model, packed = _trace(spec, fused, narrow, progress)
+        model, packed = _trace(spec, fused, progress)
     else:
         model, packed = unbind(earlier, boundary, spec.placements, layers)
     files = bind(
@@ -218,7 +216,7 @@ def export_component(
 
 
 def _trace(
-    spec: ExportSpec, fused: bool, narrow: bool, progress: Progress
+    spec: ExportSpec, fused: bool, progress: Progress
 ) -> tuple[ir.Model, Mapping[str, Packed]]:
     """A component's graph without weights, and those that it has quantized."""
     task = progress.task(f"  {spec.name}: tracing ({spec.precision})")
@@ -232,8 +230,7 @@ def _trace(
     if fused:
         fuse_attention(model)
         split_group_norms(model)
-        if narrow:
-            keep_16_bits(model)
+        keep_16_bits(model)
     return model, packed
 
 
