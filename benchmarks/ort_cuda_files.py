@@ -2,6 +2,6 @@
 
 __all__ = ["GRAPHS", "LAYOUT", "WEIGHTS"]
 
-GRAPHS = ("casts", "narrow", "joined")
+GRAPHS = ("casts", "narrow")
 LAYOUT = "layout.json"
 WEIGHTS = "weights.bin"

@@ -2,10 +2,10 @@
 
     python benchmarks/ort_cuda_graphs.py FOLDER --double-blocks 5 --single-blocks 10
 
-For `ort_cuda_step.py`. `casts` has float32 around norms, RoPE, modulation and gates; `narrow` has
-bfloat16 there; `joined` has q, k and v of a stream in one product besides. Weights are declared as
-the products read them, which ONNX Runtime makes of a bundle's when it opens it, so that opening
-takes no time of the GPU's. Prints what each graph moves besides products and attention.
+For `ort_cuda_step.py`. `narrow` is a bundle's graph, with bfloat16 around norms, RoPE, modulation
+and gates; `casts` is the same with float32 there. Weights are declared as the products read them,
+which ONNX Runtime makes of a bundle's when it opens it, so that opening takes no time of the GPU's.
+Prints what each graph moves besides products and attention.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from exporters.checkpoint import open_checkpoint
 from exporters.components.registry import COMPONENTS
 from exporters.export import specify
 from exporters.graph.fuse import fuse_attention
-from exporters.graph.join import join_products
 from exporters.graph.narrow import keep_16_bits
 from exporters.graph.trace import trace_chain
 from exporters.synthetic.sparse_checkpoint import flux_of_depth, write_sparse_checkpoint
@@ -34,15 +33,9 @@ from exporters.synthetic.sparse_checkpoint import flux_of_depth, write_sparse_ch
 __all__ = ["moved_bytes", "write_graphs"]
 
 
-def _narrow_and_joined(model: ir.Model) -> None:
-    keep_16_bits(model)
-    join_products(model)
-
-
 _CHANGES: Mapping[str, Callable[[ir.Model], None]] = {
     "casts": lambda model: None,
     "narrow": keep_16_bits,
-    "joined": _narrow_and_joined,
 }
 assert tuple(_CHANGES) == GRAPHS
 
@@ -79,13 +72,13 @@ def write_graphs(folder: Path, double_blocks: int, single_blocks: int) -> None:
         change(model)
         for value in list(model.graph.inputs[boundary:]):
             model.graph.inputs.remove(value)
-        for value, sources, turned in _weights(model, {p.name for p in spec.placements}):
+        for value, source, turned in _weights(model, {p.name for p in spec.placements}):
             shape = value.shape
             assert value.dtype is not None
             assert shape is not None
             nbytes = 2 * int(_product(shape.numpy()))
             if value.name not in layout:
-                entry = {"offset": end, "nbytes": nbytes, "sources": sources, "turned": turned}
+                entry = {"offset": end, "nbytes": nbytes, "source": source, "turned": turned}
                 layout[str(value.name)] = entry
                 end += -(-nbytes // 4096) * 4096
             value.const_value = ir.ExternalTensor(
@@ -109,27 +102,22 @@ def _product(sizes: tuple[int, ...]) -> int:
     return found
 
 
-def _weights(model: ir.Model, names: set[str]) -> list[tuple[ir.Value, list[str], bool]]:
-    """Parameters as nodes read them, of which checkpoint's tensors they are, and whether turned."""
-    found: dict[ir.Value, tuple[list[str], bool]] = {}
+def _weights(model: ir.Model, names: set[str]) -> list[tuple[ir.Value, str, bool]]:
+    """Parameters as nodes read them, of which checkpoint's tensor they are, and whether turned."""
+    found: dict[ir.Value, tuple[str, bool]] = {}
     for node in list(model.graph):
         for value in node.inputs:
             if value is not None and value.name in names and value.producer() is None:
-                found.setdefault(value, ([value.name], False))
-        read = [found.get(value) for value in node.inputs if value is not None]
-        if node.op_type not in ("Concat", "Transpose") or any(each is None for each in read):
+                found.setdefault(value, (value.name, False))
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or weight not in found or weight.shape is None:
             continue
-        whole, turned = node.outputs[0], node.op_type == "Transpose"
-        sources = [name for each in read if each is not None for name in each[0]]
-        shapes = [v.shape.numpy() for v in node.inputs if v is not None and v.shape is not None]
-        first = shapes[0][::-1] if turned else (sum(s[0] for s in shapes), *shapes[0][1:])
-        made = ir.Value(name="+".join(sources), shape=ir.Shape(first), type=whole.type)
-        if turned:
-            made.name = f"{made.name}.turned"
+        whole, shape = node.outputs[0], ir.Shape(weight.shape.numpy()[::-1])
+        made = ir.Value(name=f"{weight.name}.turned", shape=shape, type=whole.type)
         for user, index in list(whole.uses()):
             user.replace_input_with(index, made)
         model.graph.remove(node, safe=True)
-        found[made] = (sources, turned)
+        found[made] = (str(weight.name), True)
     return [(value, *how) for value, how in found.items() if list(value.uses())]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -64,7 +65,7 @@ def _write_weights(folder: Path, state: dict[str, Any]) -> None:
     layout = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
     with open(folder / WEIGHTS, "wb") as file:
         for entry in layout.values():
-            whole = torch.cat([state[name] for name in entry["sources"]])
+            whole = state[entry["source"]]
             data = (whole.t().contiguous() if entry["turned"] else whole).reshape(-1)
             file.seek(entry["offset"])
             file.write(data.view(torch.uint8).cpu().numpy())
@@ -84,7 +85,7 @@ def graph(task: Task, name: str) -> Iterator[dict[str, Any]]:
     with _said() as said:
         size = min(task.sizes)
         found = _timed(task, size, session, before)
-    kernels = sorted({line for line in said if "SdpaKernel" in line})
+    kernels = sorted(set(re.findall(r"SdpaKernel=(\w+)", "\n".join(said))))
     yield {"size": size, "what": f"{name}, CUDA graph", "attention": kernels} | found
 
 

@@ -167,17 +167,15 @@ def export_component(
     progress: Progress | None = None,
     ledger: Ledger = NO_LEDGER,
     earlier: Path | None = None,
-    narrow: bool = False,
     stem: str | None = None,
 ) -> Exported:
     """Trace a component, bind its weights and write `<stem>.onnx` beside the weight folder.
 
     `stem` is the component's name where it is None.
 
-    With `fused` attention is ONNX Runtime's own operator where it can be, and group norms are what
-    it has a kernel for. With `narrow` such a graph in 16 bits has them between its operators too.
-    `earlier` is the graph of the same component with other weights: it is taken in place of a new
-    trace.
+    With `fused` attention is ONNX Runtime's own operator where it can be, group norms are what it
+    has a kernel for, and 16 bits stay so between operators. `earlier` is the graph of the same
+    component with other weights: it is taken in place of a new trace.
 
     Raises `CheckpointError` for weights that do not fit, `ExportError` for a graph that fails the
     checks, `BundleError` where the disk refuses.
@@ -189,7 +187,7 @@ def export_component(
     progress = progress or Progress(quiet=True)
     boundary = len(spec.chain.inputs)
     if earlier is None:
-        model, packed = _trace(spec, fused, narrow, progress)
+        model, packed = _trace(spec, fused, progress)
     else:
         model, packed = unbind(earlier, boundary, spec.placements, layers)
     files = bind(
@@ -222,7 +220,7 @@ def export_component(
 
 
 def _trace(
-    spec: ExportSpec, fused: bool, narrow: bool, progress: Progress
+    spec: ExportSpec, fused: bool, progress: Progress
 ) -> tuple[ir.Model, Mapping[str, Packed]]:
     """A component's graph without weights, and those that it has quantized."""
     task = progress.task(f"  {spec.name}: tracing ({spec.precision})")
@@ -236,8 +234,7 @@ def _trace(
     if fused:
         fuse_attention(model)
         split_group_norms(model)
-        if narrow:
-            keep_16_bits(model)
+        keep_16_bits(model)
     return model, packed
 
 

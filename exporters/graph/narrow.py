@@ -42,8 +42,10 @@ class _Narrowing:
     def modulated_norm(self, norm: ir.Node) -> None:
         """norm(x) · (1 + scale) + shift as one node, in the type that x had before it was widened.
 
-        Of an x in float32 only the result is narrowed.
+        Of an x in float32 only the result is narrowed. A norm with a scale of its own stays.
         """
+        if not _is_bare(norm):
+            return
         scaled = _only_user(norm, "Mul")
         shifted = _only_user(scaled, "Add")
         end = _only_user(shifted, "Cast")
@@ -158,6 +160,16 @@ class _Narrowing:
 
 def _inputs(node: ir.Node) -> list[ir.Value]:
     return [value for value in node.inputs if value is not None]
+
+
+def _is_bare(norm: ir.Node) -> bool:
+    """Whether a LayerNormalization neither scales nor shifts, and is over the last axis."""
+    axis = norm.attributes.get("axis")
+    if len(norm.inputs) != 2 or (axis is not None and axis.as_int() != -1):
+        return False
+    scale = norm.inputs[1]
+    tensor = None if scale is None else scale.const_value
+    return tensor is not None and bool((tensor.numpy() == 1).all())
 
 
 def _only_user(node: ir.Node | None, op_type: str) -> ir.Node | None:

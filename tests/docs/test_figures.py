@@ -68,6 +68,7 @@ BLOCKS = (
     "gpu_kernels",
     "gpu_profile",
     "cpu_runtimes",
+    "ort_cuda_step",
     "latency",
     "host_step",
     "lora_step",
