@@ -550,10 +550,10 @@ def _ort_cuda_step(report: dict[str, Any]) -> str:
                 f"{large['error']:.2%}" if large["error"] else "",
             ]
         )
-    times = {
-        name: [found[name, s]["step_ms"] / found["narrow", s]["step_ms"] for s in (1024, 512)]
+    casts, eagers = (
+        [found[name, s]["step_ms"] / found["narrow", s]["step_ms"] for s in (1024, 512)]
         for name in ("casts", "eager")
-    }
+    )
     less = [
         1 - found[f"{name}, CUDA graph", 512]["step_ms"] / found[name, 512]["step_ms"]
         for name in ("narrow", "casts")
@@ -566,10 +566,10 @@ def _ort_cuda_step(report: dict[str, Any]) -> str:
         f"FLUX.1-dev's transformer with {report['double_blocks']} double and "
         f"{report['single_blocks']} single blocks of full width, random weights, one\npicture and "
         "512 text tokens: medians of one run, one contender at a time. A bundle's graph is\n"
-        f"{times['casts'][0]:.2f} and {times['casts'][1]:.2f} times as fast as the one with "
-        f"float32, and {times['eager'][0]:.2f} and {times['eager'][1]:.2f} times as fast as eager,\nwhose "
-        f"steps at 512x512 vary from {eager['p10_ms']:.1f} to {eager['p90_ms']:.1f} ms. All "
-        f"launches as one CUDA graph, at\n512x512, take {less[0]:.0%} less time, and {less[1]:.0%} with "
+        f"{casts[0]:.2f} and {casts[1]:.2f} times as fast as the one with float32, and "
+        f"{eagers[0]:.2f} and {eagers[1]:.2f} times as fast as eager,\nwhose steps at 512x512 vary "
+        f"from {eager['p10_ms']:.1f} to {eager['p90_ms']:.1f} ms. All launches as one CUDA graph, "
+        f"at\n512x512, take {less[0]:.0%} less time, and {less[1]:.0%} with "
         "float32: that was measured and is not built in. Joules\nand distances are at 1024x1024. "
         "The GPU's power limit held the clocks at times, in every row.\nONNX Runtime's kernel of "
         f"attention was {attention} in both graphs. Measured by\n"
