@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from engines.base import Runtime
+from engines.processor import choose_on_cpu
 from engines.registry import (
     AUTO,
+    CPU,
     EMULATE,
     choose_runtime,
     runs_here,
@@ -15,6 +17,7 @@ from engines.registry import (
     why_not_here,
 )
 from fluxdeploy.errors import EngineError, UsageError
+from fluxdeploy.machine import describe_cpu
 
 if TYPE_CHECKING:
     from fluxdeploy.bundle import Bundle
@@ -79,6 +82,24 @@ def choose_runtimes(
     )
 
 
+def _suited(editions: Sequence[Bundle]) -> Bundle:
+    """The first of editions that run here, or the one that suits this processor better.
+
+    That is asked of editions for a CPU in one precision, where float32 stands for what a runtime
+    has not.
+    """
+    first = editions[0].manifest.components["transformer"]
+    for other in editions[1:]:
+        record = other.manifest.components["transformer"]
+        on_cpu = first.engines[0].target == record.engines[0].target == CPU
+        if on_cpu and first.precision in ("fp32", record.precision):
+            names = [each.manifest.runtime for each in (editions[0], other)]
+            sets = describe_cpu()["instruction_sets"]
+            if choose_on_cpu(sets, names, names, record.precision).runtime == names[1]:
+                return other
+    return editions[0]
+
+
 def _one_has(targets: Sequence[str]) -> bool:
     return any(set(targets) <= set(runtime.targets) for runtime in runtimes())
 
@@ -91,7 +112,8 @@ def edition_runs_here(edition: Manifest) -> bool:
 def choose_edition(bundle: Bundle, runtime: str = AUTO) -> Bundle:
     """The edition that `runtime` runs, as a bundle that has no other.
 
-    `auto` takes that of the best runtime that can run here, and `emulate`, which is for what does
+    `auto` takes that of the best runtime that can run here, where on a CPU the processor decides as
+    it does for a build (`choose_for_cpu`), and `emulate`, which is for what does
     not run here, the first that does not, or the first of all. A bundle with one edition is that
     one, whatever the runtime: opening its engines tells what is missing.
 
@@ -112,10 +134,13 @@ def choose_edition(bundle: Bundle, runtime: str = AUTO) -> Bundle:
             f"The bundle {bundle.root} has no edition for --runtime {runtime}; it has editions for "
             f"{', '.join(editions)}."
         )
-    for candidate in candidates:
-        edition = editions.get(candidate.name)
-        if edition is not None and edition_runs_here(edition.manifest):
-            return edition
+    here = [
+        editions[candidate.name]
+        for candidate in candidates
+        if candidate.name in editions and edition_runs_here(editions[candidate.name].manifest)
+    ]
+    if here:
+        return _suited(here)
     records = [each.manifest.components["transformer"] for each in editions.values()]
     engines = [engine for record in records for engine in record.engines]
     raise EngineError(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AUTO",
+    "CPU",
     "EMULATE",
     "choose_builder",
     "choose_for_cpu",
@@ -39,7 +40,7 @@ __all__ = [
 
 AUTO = "auto"
 EMULATE = "emulate"
-_CPU = "cpu"
+CPU = "cpu"
 _NOTHING: Mapping[str, str] = {}
 
 # Best first; imported when asked for, since each brings its runtime's library.
@@ -99,7 +100,7 @@ def choose_target(
             elif _has_precision(runtime, (target,), precision, component_precision) and not (
                 building and _build_problems(runtime, (target,))
             ):
-                if name == AUTO and target == _CPU and precision is not None:
+                if name == AUTO and target == CPU and precision is not None:
                     choice = choose_for_cpu(precision, component_precision)
                     return runtime if choice is None else _runtime(choice.runtime), target
                 return runtime, target
@@ -123,13 +124,13 @@ def choose_for_cpu(
     fit = [
         runtime
         for runtime in runtimes()
-        if _CPU in runtime.targets
-        and _has_precision(runtime, (_CPU,), precision, component_precision)
-        and not _build_problems(runtime, (_CPU,))
+        if CPU in runtime.targets
+        and _has_precision(runtime, (CPU,), precision, component_precision)
+        and not _build_problems(runtime, (CPU,))
     ]
     if not fit:
         return None
-    installed = [runtime.name for runtime in fit if runtime.availability(_CPU).ok]
+    installed = [runtime.name for runtime in fit if runtime.availability(CPU).ok]
     sets = describe_cpu()["instruction_sets"]
     return choose_on_cpu(sets, [runtime.name for runtime in fit], installed, precision)
 
@@ -194,7 +195,7 @@ def choose_runtime(
         return runtime, (target,)
     unique = tuple(dict.fromkeys(targets))
     known = _runtimes_with(unique, name)
-    if name == AUTO and unique == (_CPU,) and precision is not None:
+    if name == AUTO and unique == (CPU,) and precision is not None:
         choice = choose_for_cpu(precision, component_precision)
         if choice is not None:
             return _runtime(choice.runtime), unique

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ ALL = ("tensorrt-rtx", "native", "onnxruntime", "openvino")
 def here(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The runtimes that this machine is said to run, to be changed; and it builds for all."""
     able = {"onnxruntime", "openvino"}
+    for module in ("registry", "editions"):
+        monkeypatch.setattr(f"engines.{module}.describe_cpu", lambda: {"instruction_sets": ()})
 
     for name in registry._RUNTIMES:
         runtime = registry._runtime(name)
@@ -63,6 +66,36 @@ def test_the_best_runtime_that_runs_here_is_taken(
     assert chosen(bundle) == "tensorrt-rtx"
     here -= {"tensorrt-rtx", "onnxruntime"}
     assert chosen(bundle) == "openvino"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "sets", "taken"),
+    [
+        ("fp32", "bf16", ("amx_bf16",), "openvino"),
+        ("int8", "int8", ("amx_bf16",), "openvino"),
+        ("int8", "bf16", ("amx_bf16",), "onnxruntime"),
+        ("fp32", "fp32", ("amx_bf16",), "onnxruntime"),
+        ("fp32", "bf16", ("avx512_vnni",), "onnxruntime"),
+    ],
+)
+def test_on_a_cpu_the_processor_decides_between_editions_of_one_precision(
+    here: set[str],
+    manifest: Manifest,
+    monkeypatch: pytest.MonkeyPatch,
+    ours: str,
+    theirs: str,
+    sets: tuple[str, ...],
+    taken: str,
+) -> None:
+    monkeypatch.setattr("engines.editions.describe_cpu", lambda: {"instruction_sets": sets})
+    made = []
+    for name, precision in (("onnxruntime", ours), ("openvino", theirs)):
+        each = for_runtime(manifest, name, "cpu")
+        record = replace(each.components["transformer"], precision=precision)
+        made.append(replace(each, components={**each.components, "transformer": record}))
+    bundle = Bundle(Path("/b"), made[0].with_each(made), "0" * 64)
+    assert chosen(bundle) == taken
+    assert chosen(bundle, "onnxruntime") == "onnxruntime"
 
 
 def test_a_runtime_that_is_named_is_taken_whether_it_runs_here_or_not(
