@@ -174,7 +174,7 @@ def demo_bundle(shared_folder: SharedFolder, remembered_traces: Path) -> Path:
 
     Not to be written to.
     """
-    request = BuildRequest(runtime="onnxruntime")
+    request = BuildRequest(runtimes=("onnxruntime",))
     return shared_folder.entry("bundle-demo", lambda folder: build_bundle(request, folder))
 
 
