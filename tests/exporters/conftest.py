@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporters.checkpoint import Checkpoint, Weights, open_checkpoint
-from exporters.export import export_component, specify
+from exporters.export import ExportSpec, export_component, specify
 from exporters.weights.bind import WeightFolder
 from tests.exporters.numbers import GRAPHS
 from tests.support.tokenizers import demo, prompts
@@ -26,8 +26,8 @@ __all__ = ["demo", "prompts"]
 
 Tensors = dict[str, torch.Tensor]
 Exports = Callable[..., Path]
-"""`exports(component, precision, fused=False, narrow=False)`: the ONNX file; `one_piece` is the
-`--no-split` transformer, `fused` ones are for ONNX Runtime, `narrow` ones for it on GPUs."""
+"""`exports(component, precision, fused=False, casts=False)`: the ONNX file; `one_piece` is the
+`--no-split` transformer, `fused` ones are for ONNX Runtime, with `casts` as they are traced."""
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -80,17 +80,22 @@ def bfl(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def exports(shared_folder: Any, opened: Checkpoint, remembered_traces: Path) -> Exports:
-    def make(component: str, precision: str, fused: bool = False, narrow: bool = False) -> Path:
-        form = "narrow" if narrow else "fused" if fused else "standard"
+    def make(component: str, precision: str, fused: bool = False, casts: bool = False) -> Path:
+        form = "casts" if casts else "fused" if fused else "standard"
         folder = shared_folder.entry(
             f"export-{component}-{precision}-{form}",
-            lambda target: export_component(
-                specify(opened, GRAPHS[component], precision, "fp32"),
-                WeightFolder(target / "weights"),
-                fused=fused or narrow,
-                narrow=narrow,
+            lambda target: export_fused(
+                specify(opened, GRAPHS[component], precision, "fp32"), target, fused, casts
             ),
         )
         return Path(folder) / f"{GRAPHS[component].name}.onnx"
 
     return make
+
+
+def export_fused(spec: ExportSpec, target: Path, fused: bool, casts: bool) -> None:
+    """Write a component's graph; one with `casts` is fused, and computes in float32 between."""
+    with pytest.MonkeyPatch.context() as patch:
+        if casts:
+            patch.setattr("exporters.export.keep_16_bits", lambda model: None)
+        export_component(spec, WeightFolder(target / "weights"), fused=fused or casts)

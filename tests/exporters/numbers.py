@@ -9,10 +9,12 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from exporters.checkpoint import Checkpoint
+from exporters.components.chain import Chain
 from exporters.components.component import Component
 from exporters.components.mmdit import ONE_PIECE
 from exporters.components.registry import COMPONENTS
 from fluxdeploy.bundle.manifest import RopeSpec
+from fluxdeploy.bundle.side_paths import RANK
 from fluxdeploy.sampling.rope import joint_ids, rope_tables
 
 Array = NDArray[np.generic]
@@ -33,8 +35,15 @@ def run(path: Path, inputs: dict[str, Array]) -> dict[str, Array]:
 
 
 def make_inputs(opened: Checkpoint, component: str, size: tuple[int, ...]) -> dict[str, Array]:
+    chain, _ = GRAPHS[component].source(opened, "fp32")
+    return inputs_of(chain, opened, size)
+
+
+def inputs_of(chain: Chain, opened: Checkpoint, size: tuple[int, ...]) -> dict[str, Array]:
+    """Random inputs of a chain: 3 tokens of a picture that is seen, and side paths of rank 2."""
     batch, text, rows, columns, steps = size
     sizes = {"B": batch, "S": text, "L": rows * columns, "T": text + rows * columns, "N": steps}
+    sizes |= {"V": 3, RANK: 2}
     sizes |= {"h": 2 * rows, "w": 2 * columns, "H": 16 * rows, "W": 16 * columns}
     config = opened.transformer
     ids = joint_ids(text, rows, columns, len(config.axes_dims))
@@ -46,8 +55,8 @@ def make_inputs(opened: Checkpoint, component: str, size: tuple[int, ...]) -> di
         "img_ids": ids[text:].astype(np.float32),
         "txt_ids": ids[:text].astype(np.float32),
     }
-    chain, _ = GRAPHS[component].source(opened, "fp32")
-    vocabulary = {"clip": opened.clip.vocab_size, "t5": opened.t5.vocab_size}.get(component, 0)
+    tables = {"clip": opened.clip.vocab_size, "t5": opened.t5.vocab_size}
+    vocabulary = tables.get(chain.component, 0)
     for spec in chain.inputs:
         shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
         if spec.dtype == "int32":

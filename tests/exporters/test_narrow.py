@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime
 import pytest
 
 from exporters.checkpoint import Checkpoint
 from exporters.components.run import run_reference
-from exporters.graph.join import join_products
 from fluxdeploy.precision import PRECISIONS
 from tests.exporters.conftest import Exports
 from tests.exporters.numbers import GRAPHS, SIZES, error, make_inputs, run
@@ -40,7 +38,7 @@ def typed(path: Path) -> tuple[list[onnx.NodeProto], dict[str, int]]:
 
 
 def test_bf16_casts_inputs_and_outputs_alone(exports: Exports) -> None:
-    nodes, kinds = typed(exports("transformer", "bf16", narrow=True))
+    nodes, kinds = typed(exports("transformer", "bf16", fused=True))
     makers = {name: node for node in nodes for name in node.output}
     for node in nodes:
         if node.op_type != "Cast":
@@ -59,7 +57,7 @@ def test_bf16_casts_inputs_and_outputs_alone(exports: Exports) -> None:
 @pytest.mark.parametrize("precision", list(KINDS))
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_norms_take_the_modulation(exports: Exports, component: str, precision: str) -> None:
-    nodes, kinds = typed(exports(component, precision, narrow=True))
+    nodes, kinds = typed(exports(component, precision, fused=True))
     norms = [node for node in nodes if node.op_type == "LayerNormalization"]
     assert len(norms) == 4 * SHAPES["dev"].double + SHAPES["dev"].single + 1
     assert all(len(node.input) == 3 for node in norms)
@@ -74,7 +72,16 @@ def test_norms_take_the_modulation(exports: Exports, component: str, precision: 
 @pytest.mark.parametrize("precision", ["fp32", "int8-dynamic"])
 def test_float32_stays_as_it_is(exports: Exports, precision: str) -> None:
     fused = exports("transformer", precision, fused=True)
-    assert exports("transformer", precision, narrow=True).read_bytes() == fused.read_bytes()
+    assert fused.read_bytes() == exports("transformer", precision, casts=True).read_bytes()
+
+
+@pytest.mark.parametrize("precision", list(KINDS))
+@pytest.mark.parametrize("component", sorted(set(GRAPHS) - set(COMPONENTS)))
+def test_other_components_stay_as_they_are(
+    exports: Exports, component: str, precision: str
+) -> None:
+    fused = exports(component, precision, fused=True)
+    assert fused.read_bytes() == exports(component, precision, casts=True).read_bytes()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -86,8 +93,8 @@ def test_it_is_as_near_to_float32_as_the_graph_with_casts(
     chain, weights = GRAPHS[component].source(opened, "fp32")
     inputs = make_inputs(opened, component, size)
     ((name, exact),) = run_reference(chain, weights, inputs).items()
-    narrow = run_rounded(exports(component, precision, narrow=True), inputs)[name]
-    wide = run_rounded(exports(component, precision, fused=True), inputs)[name]
+    narrow = run_rounded(exports(component, precision, fused=True), inputs)[name]
+    wide = run_rounded(exports(component, precision, casts=True), inputs)[name]
     # Either is some hundredths away from float32 with such small random weights.
     assert distance(narrow, exact) < 1.6 * distance(wide, exact)
     if component == "transformer":
@@ -110,30 +117,11 @@ def test_in_float32_it_is_exact_however_onnx_runtime_merges_it(
     exports: Exports, opened: Checkpoint, tmp_path: Path, size: tuple[int, ...]
 ) -> None:
     """A norm after a sum is one for whose scale its merged operator has one axis."""
-    path = exports("transformer", "bf16", narrow=True)
+    path = exports("transformer", "bf16", fused=True)
     inputs = make_inputs(opened, "transformer", size)
     session, operators = optimized(path, tmp_path)
     assert "SkipLayerNormalization" not in operators
     assert "LayerNormalization" in operators
-    wide, _ = optimized(exports("transformer", "bf16", fused=True), tmp_path)
+    wide, _ = optimized(exports("transformer", "bf16", casts=True), tmp_path)
     (expected,), (found,) = wide.run(None, inputs), session.run(None, inputs)
     assert distance(found, expected) < 1e-5
-
-
-def test_joined_products_are_those_of_their_linears(
-    exports: Exports, opened: Checkpoint, tmp_path: Path
-) -> None:
-    path = exports("transformer", "bf16", narrow=True)
-    inputs = make_inputs(opened, "transformer", SIZES[1])
-    onnx.save(widened(path), tmp_path / "apart.onnx")
-    model = ir.load(tmp_path / "apart.onnx")
-    join_products(model)
-    ir.save(model, tmp_path / "joined.onnx")
-    apart, joined = (
-        Counter(n.op_type for n in ir.load(p).graph)
-        for p in (tmp_path / "apart.onnx", tmp_path / "joined.onnx")
-    )
-    streams = 2 * SHAPES["dev"].double + SHAPES["dev"].single
-    assert apart["MatMul"] - joined["MatMul"] == 2 * streams
-    expected = run(tmp_path / "apart.onnx", inputs)["velocity"]
-    assert error(run(tmp_path / "joined.onnx", inputs)["velocity"], expected) < 1e-5
