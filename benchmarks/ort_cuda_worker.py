@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -84,7 +85,7 @@ def graph(task: Task, name: str) -> Iterator[dict[str, Any]]:
     with _said() as said:
         size = min(task.sizes)
         found = _timed(task, size, session, before)
-    kernels = sorted({line for line in said if "SdpaKernel" in line})
+    kernels = sorted(set(re.findall(r"SdpaKernel=(\w+)", "\n".join(said))))
     yield {"size": size, "what": f"{name}, CUDA graph", "attention": kernels} | found
 
 

@@ -4,7 +4,7 @@ The standard form of attention writes the scores [heads, tokens, tokens] to memo
 of FLUX.1 at 1024x1024, and their softmax as much again. `MultiHeadAttention` computes them in tiles
 that stay in the cache (T. Dao and others, "FlashAttention", 2022). It takes Q, K and V with all
 heads side by side, as the linears leave them, and so does `RotaryEmbedding`: the transpositions go
-too. RoPE stays in float32, whatever type the products have.
+too. RoPE stays in float32, whatever type the products have; `narrow.py` changes that for GPUs.
 
 The VAE's attention has one head as wide as the network, and no RoPE. Its scores are the largest
 tensors of all, 16 GiB for a picture of 2048x2048.

@@ -66,6 +66,7 @@ BLOCKS = (
     "gpu_step",
     "gpu_step_kernels",
     "gpu_kernels",
+    "ort_cuda_step",
     "latency",
     "host_step",
     "lora_step",

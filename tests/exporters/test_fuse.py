@@ -138,7 +138,7 @@ def test_16_bits_have_the_operators_of_gpus(exports: Exports, precision: str) ->
     half = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[precision]
     for node in model.graph.node:
         if node.op_type in ("RMSNormalization", "RotaryEmbedding"):
-            assert kinds[node.input[0]] == onnx.TensorProto.FLOAT
+            assert kinds[node.input[0]] == kinds[node.output[0]] == half
         if node.op_type == "MultiHeadAttention":
             assert {kinds[name] for name in (*node.input, *node.output)} == {half}
 
@@ -253,11 +253,12 @@ def test_attention_in_another_form_stays_as_it_is(form: str) -> None:
 def test_all_blocks_share_two_half_tables(exports: Exports, precision: str) -> None:
     path = exports("transformer", precision, fused=True)
     nodes = onnx.load(path, load_external_data=False).graph.node
+    narrowed = {node.input[0]: node.output[0] for node in nodes if node.op_type == "Cast"}
     halves = []
     for table in ("rope_cos", "rope_sin"):
         (reader,) = [node for node in nodes if table in node.input]
         assert reader.op_type == "Slice"
-        halves += reader.output
+        halves += [narrowed.get(name, name) for name in reader.output]
     rotations = [node for node in nodes if node.op_type == "RotaryEmbedding"]
     assert all(node.input[2:] == halves for node in rotations)
 

@@ -14,7 +14,7 @@ from exporters.checkpoint import Checkpoint
 from exporters.components.run import run_reference
 from fluxdeploy.precision import PRECISIONS
 from tests.exporters.conftest import Exports
-from tests.exporters.numbers import GRAPHS, SIZES, error, make_inputs, run
+from tests.exporters.numbers import GRAPHS, SIZES, make_inputs
 from tests.exporters.rounding import run_rounded, widened
 from tests.support.checkpoints import SHAPES
 
