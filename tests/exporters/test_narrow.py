@@ -10,8 +10,12 @@ import onnx
 import onnxruntime
 import pytest
 
+from engines import EngineOptions
+from engines.emulate.runtime import Emulate
+from engines.onnxruntime import OnnxRuntimeEngine
 from exporters.checkpoint import Checkpoint
 from exporters.components.run import run_reference
+from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.precision import PRECISIONS
 from tests.exporters.conftest import Exports
 from tests.exporters.numbers import GRAPHS, SIZES, make_inputs
@@ -100,6 +104,23 @@ def test_it_is_as_near_to_float32_as_the_graph_with_casts(
     if component == "transformer":
         gate = PRECISIONS[precision].max_error
         assert np.abs(narrow - exact).max() < gate * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("precision", list(KINDS))
+def test_a_cpu_emulates_it(exports: Exports, opened: Checkpoint, precision: str) -> None:
+    path = exports("transformer", precision, fused=True)
+    chain, weights = GRAPHS["transformer"].source(opened, "fp32")
+    inputs = make_inputs(opened, "transformer", SIZES[1])
+    exact = run_reference(chain, weights, inputs)["velocity"]
+    engine = EngineRecord("emulate", "", "cpu", path.name, {})
+    record = ComponentRecord(
+        "", precision, precision, chain.inputs, chain.outputs, (), (engine,), None
+    )
+    emulated = Emulate().open("transformer", record, engine, path.parent, EngineOptions(1))
+    assert isinstance(emulated, OnnxRuntimeEngine)
+    found = emulated.session.run(["velocity"], inputs)[0]
+    rounded = run_rounded(path, inputs)["velocity"]
+    assert 0 < distance(found, exact) < 1.6 * distance(rounded, exact)
 
 
 def optimized(path: Path, tmp_path: Path) -> tuple[onnxruntime.InferenceSession, set[str]]:
