@@ -7,11 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from engines import EngineOptions
+from engines.emulate.runtime import Emulate
+from engines.onnxruntime import OnnxRuntimeEngine
 from exporters.checkpoint import Checkpoint
 from exporters.components.run import run_reference
+from exporters.graph.narrow import keep_16_bits
+from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
 from fluxdeploy.precision import PRECISIONS
 from tests.exporters.conftest import Exports
 from tests.exporters.numbers import GRAPHS, SIZES, make_inputs
@@ -100,6 +106,59 @@ def test_it_is_as_near_to_float32_as_the_graph_with_casts(
     if component == "transformer":
         gate = PRECISIONS[precision].max_error
         assert np.abs(narrow - exact).max() < gate * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("precision", list(KINDS))
+def test_a_cpu_emulates_it(exports: Exports, opened: Checkpoint, precision: str) -> None:
+    path = exports("transformer", precision, fused=True)
+    chain, weights = GRAPHS["transformer"].source(opened, "fp32")
+    inputs = make_inputs(opened, "transformer", SIZES[1])
+    exact = run_reference(chain, weights, inputs)["velocity"]
+    engine = EngineRecord("emulate", "", "cpu", path.name, {})
+    record = ComponentRecord(
+        "", precision, precision, chain.inputs, chain.outputs, (), (engine,), None
+    )
+    emulated = Emulate().open("transformer", record, engine, path.parent, EngineOptions(1))
+    assert isinstance(emulated, OnnxRuntimeEngine)
+    found = emulated.session.run(["velocity"], inputs)[0]
+    rounded = run_rounded(path, inputs)["velocity"]
+    assert 0 < distance(found, exact) < 1.6 * distance(rounded, exact)
+
+
+MODULATED = """
+<ir_version: 10, opset_import: ["": 22]>
+norm (
+    bfloat16[B, T, 4] x, float[B, 1, 4] scale, float[B, 1, 4] shift
+) => (bfloat16[B, T, 4] result)
+<float[4] ones = {1, 1, 1, 1}>
+{
+    wide = Cast <to = 1> (x)
+    normal = LayerNormalization <axis = -1> (wide, ones)
+    scaled = Mul (normal, scale)
+    shifted = Add (scaled, shift)
+    narrow = Cast <to = 16> (shifted)
+    result = Neg (narrow)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "merged"),
+    [
+        (("", ""), True),
+        (("{1, 1, 1, 1}", "{1, 2, 1, 1}"), False),
+        (("(wide, ones)", "(wide, ones, ones)"), False),
+        (("axis = -1", "axis = 1"), False),
+    ],
+)
+def test_a_norm_with_a_scale_of_its_own_keeps_it(change: tuple[str, str], merged: bool) -> None:
+    model = onnx.parser.parse_model(MODULATED.replace(*change))
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(model))
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    keep_16_bits(model)
+    (norm,) = [node for node in model.graph if node.op_type == "LayerNormalization"]
+    assert (len(norm.inputs) == 3 and norm.inputs[0] is model.graph.inputs[0]) == merged
+    assert (ir.to_proto(model).SerializeToString(deterministic=True) != before) == merged
 
 
 def optimized(path: Path, tmp_path: Path) -> tuple[onnxruntime.InferenceSession, set[str]]:

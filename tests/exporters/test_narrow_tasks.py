@@ -1,4 +1,4 @@
-"""16 bits between operators where other networks join, with side paths, and around weights in 8."""
+"""16 bits between operators where other networks join, with side paths, and quantized weights."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ from tests.exporters.test_narrow import distance, typed
 from tests.support.checkpoints import SHAPES, make_controlnet, make_ip_adapter
 
 NETWORKS = ("ip_adapter", "residuals", "controlnet", "side_paths")
+QUANTIZED = ("fp8-weights", "int4-weights")
+"""Precisions of the transformer by itself."""
+
 SIZE = SIZES[1]
 
 Joined = Callable[[str], Checkpoint]
@@ -93,10 +96,10 @@ def test_it_is_as_near_to_pytorch_as_the_graph_with_casts(
         assert distance(narrow[name], expected) < 1.6 * distance(wide[name], expected), name
 
 
-@pytest.mark.parametrize("network", [*NETWORKS, "fp8-weights"])
+@pytest.mark.parametrize("network", [*NETWORKS, *QUANTIZED])
 def test_in_float32_it_is_exact(made: Made, joined: Joined, network: str) -> None:
     """Whatever is rounded, it computes the same."""
-    precision = "fp8-weights" if network == "fp8-weights" else "bf16"
+    precision = network if network in QUANTIZED else "bf16"
     _, inputs = given_to(network, joined(network))
     found, expected = (
         run_widened(made(network, precision, casts=casts), inputs) for casts in (False, True)
@@ -106,26 +109,32 @@ def test_in_float32_it_is_exact(made: Made, joined: Joined, network: str) -> Non
 
 
 def run_widened(path: Path, inputs: dict[str, Array]) -> dict[str, Array]:
+    options = onnxruntime.SessionOptions()
+    # Products of weights in 4 bits would round their inputs to 8.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = onnxruntime.InferenceSession(
-        widened(path).SerializeToString(), providers=["CPUExecutionProvider"]
+        widened(path).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, inputs), strict=True))
 
 
-def test_weights_in_8_bits_are_rounded_as_with_casts(made: Made, joined: Joined) -> None:
-    _, inputs = given_to("fp8-weights", joined("fp8-weights"))
-    exact = run_widened(made("fp8-weights", "fp8-weights", casts=True), inputs)["velocity"]
-    narrow = run_rounded(made("fp8-weights", "fp8-weights"), inputs)["velocity"]
-    wide = run_rounded(made("fp8-weights", "fp8-weights", casts=True), inputs)["velocity"]
+@pytest.mark.parametrize("precision", QUANTIZED)
+def test_it_rounds_around_quantized_weights_as_with_casts(
+    made: Made, joined: Joined, precision: str
+) -> None:
+    _, inputs = given_to(precision, joined(precision))
+    exact = run_widened(made(precision, precision, casts=True), inputs)["velocity"]
+    narrow = run_rounded(made(precision, precision), inputs)["velocity"]
+    wide = run_rounded(made(precision, precision, casts=True), inputs)["velocity"]
     assert distance(narrow, exact) < 1.6 * distance(wide, exact)
 
 
-@pytest.mark.parametrize("network", [*NETWORKS, "fp8-weights"])
+@pytest.mark.parametrize("network", [*NETWORKS, *QUANTIZED])
 def test_every_norm_takes_its_modulation(made: Made, network: str) -> None:
-    precision = "fp8-weights" if network == "fp8-weights" else "bf16"
+    precision = network if network in QUANTIZED else "bf16"
     nodes, kinds = typed(made(network, precision))
-    half = onnx.TensorProto.FLOAT16 if precision == "fp8-weights" else onnx.TensorProto.BFLOAT16
+    half = onnx.TensorProto.BFLOAT16 if precision == "bf16" else onnx.TensorProto.FLOAT16
     norms = [node for node in nodes if node.op_type == "LayerNormalization"]
     assert norms
     assert all(len(node.input) == 3 for node in norms)
@@ -134,11 +143,11 @@ def test_every_norm_takes_its_modulation(made: Made, network: str) -> None:
     assert Counter(n.op_type for n in nodes)["RMSNormalization"] >= len(turned)
 
 
-@pytest.mark.parametrize("network", [*NETWORKS, "fp8-weights"])
+@pytest.mark.parametrize("network", [*NETWORKS, *QUANTIZED])
 def test_other_weights_in_its_graph_are_one_made_from_nothing(
     made: Made, joined: Joined, network: str, tmp_path: Path
 ) -> None:
-    precision = "fp8-weights" if network == "fp8-weights" else "bf16"
+    precision = network if network in QUANTIZED else "bf16"
     base = made(network, precision)
     spec = spec_of(network, joined(network), precision, "fp16")
     export_component(spec, WeightFolder(tmp_path / "weights"), fused=True, earlier=base)
