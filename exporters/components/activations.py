@@ -24,8 +24,8 @@ in 16 bits on GPUs too, keeps no scores:
     transformer  4 B T (14 D + 2 F)
     VAE          4 · 6 C P
 
-In 16 bits most of these tensors are half as large, and no less is counted: on an H100 a process took
-as much with them as with the same in float32 (`benchmarks/ort_cuda_step.py`).
+In 16 bits most of these tensors are half as large, and no less is counted: on an H100 a process
+took as much with them as with the same in float32 (`benchmarks/ort_cuda_step.py`).
 
 TensorRT fuses the attention of transformer and VAE, so that memory grows with T and P alone.
 Tensors are in the type that the component computes in, of e bytes, but for norms, which are in
