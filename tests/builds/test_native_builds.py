@@ -107,7 +107,7 @@ def test_another_onnx_runtime_is_another_build(
     (native,), (other,) = (runtimes(name) for name in ("native", "onnxruntime"))
     last = LastBuild(BuildRequest(), tmp_path / "bundle", [(native, ("sm90",))])
     found = last._versions(["clip", "transformer"])
-    assert found == [["onnxruntime", other.version(), "cuda"], ["native", "1", "sm90"]]
+    assert found == [["onnxruntime", other.version(), "cuda"], ["native", native.version(), "sm90"]]
 
 
 @pytest.mark.usefixtures("remembered_traces")
