@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from fluxdeploy.bundle import Bundle
-from fluxdeploy.bundle.manifest import ComponentRecord, path_problem
+from fluxdeploy.bundle.manifest import ComponentRecord
+from fluxdeploy.bundle.paths import path_problem
 from fluxdeploy.errors import BundleError
 
 __all__ = ["MESSAGES", "GraphFiles", "check_graph", "find_files"]

@@ -37,15 +37,9 @@ from fluxdeploy.bundle.files import (
     sync_folder,
     write_atomic,
 )
-from fluxdeploy.bundle.manifest import (
-    MANIFEST_NAME,
-    MAX_MANIFEST,
-    FileRecord,
-    Manifest,
-    from_json,
-    path_problem,
-    to_json,
-)
+from fluxdeploy.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST, FileRecord, Manifest
+from fluxdeploy.bundle.manifest_json import from_json, to_json
+from fluxdeploy.bundle.paths import path_problem
 from fluxdeploy.bundle.typed_json import load_strict, parse, to_plain
 from fluxdeploy.errors import BundleError
 

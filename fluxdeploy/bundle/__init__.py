@@ -20,14 +20,9 @@ from fluxdeploy.bundle.files import (
     read_whole,
     sha256_file,
 )
-from fluxdeploy.bundle.manifest import (
-    MANIFEST_NAME,
-    MAX_MANIFEST,
-    FileRecord,
-    Manifest,
-    from_json,
-    path_problem,
-)
+from fluxdeploy.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST, FileRecord, Manifest
+from fluxdeploy.bundle.manifest_json import from_json
+from fluxdeploy.bundle.paths import path_problem
 from fluxdeploy.errors import BundleError
 
 __all__ = ["Bundle", "open_bundle"]

@@ -15,7 +15,17 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-__all__ = ["OPTIONAL", "FieldError", "join", "load_strict", "parse", "shortened", "to_plain"]
+__all__ = [
+    "OPTIONAL",
+    "FieldError",
+    "join",
+    "listed",
+    "load_strict",
+    "parse",
+    "require",
+    "shortened",
+    "to_plain",
+]
 
 T = TypeVar("T")
 
@@ -54,6 +64,17 @@ def shortened(text: str) -> str:
 def join(where: str, name: str) -> str:
     """The place of the field `name` in the object at `where`."""
     return f"{where}.{name}" if where else name
+
+
+def require(condition: bool, where: str, problem: str) -> None:
+    """Raise `FieldError` with what is wrong at `where`, unless `condition` holds."""
+    if not condition:
+        raise FieldError(where, problem)
+
+
+def listed(names: Mapping[str, object] | set[str] | set[int] | tuple[str, ...]) -> str:
+    """Names as an error lists them: in order, `none` where there are none."""
+    return ", ".join(map(str, sorted(names))) or "none"
 
 
 def load_strict(text: str) -> Any:

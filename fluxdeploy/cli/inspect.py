@@ -88,7 +88,7 @@ def _inspect_picture(path: Path, *, check: bool, as_json: bool) -> None:
 
 def _inspect_bundle(path: Path, *, check: bool, as_json: bool) -> None:
     from fluxdeploy.bundle import open_bundle
-    from fluxdeploy.bundle.manifest import to_json
+    from fluxdeploy.bundle.manifest_json import to_json
 
     bundle = open_bundle(path)
     if check:

@@ -16,14 +16,8 @@ from numpy.typing import NDArray
 
 from fluxdeploy.bundle import Bundle
 from fluxdeploy.bundle.files import read_whole, write_atomic
-from fluxdeploy.bundle.manifest import (
-    MANIFEST_NAME,
-    MAX_MANIFEST,
-    MAX_ORDER,
-    SkipRecord,
-    from_json,
-    to_json,
-)
+from fluxdeploy.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST, MAX_ORDER, SkipRecord
+from fluxdeploy.bundle.manifest_json import from_json, to_json
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.progress import Progress
 from fluxdeploy.sampling import schedule

@@ -16,7 +16,7 @@ from fluxdeploy.build import last as module
 from fluxdeploy.build.last import LastBuild
 from fluxdeploy.build.resolve import BuildRequest
 from fluxdeploy.bundle import open_bundle
-from fluxdeploy.bundle.manifest import to_json
+from fluxdeploy.bundle.manifest_json import to_json
 from tests.support.small_bundle import small_files, small_manifest, write_small_bundle
 
 ROOT = Path(__file__).parents[2]

@@ -11,13 +11,8 @@ from typing import Any
 import pytest
 
 from fluxdeploy.bundle import open_bundle
-from fluxdeploy.bundle.manifest import (
-    FileRecord,
-    Manifest,
-    SkipRecord,
-    from_json,
-    to_json,
-)
+from fluxdeploy.bundle.manifest import FileRecord, Manifest, SkipRecord
+from fluxdeploy.bundle.manifest_json import from_json, to_json
 from fluxdeploy.errors import BundleError
 from tests.support.editions import for_runtime, with_editions
 from tests.support.small_bundle import small_files, write_small_bundle

@@ -18,11 +18,10 @@ from fluxdeploy.bundle.manifest import (
     PreviewSpec,
     SkipRecord,
     TensorSpec,
-    from_json,
     missing_component,
-    path_problem,
-    to_json,
 )
+from fluxdeploy.bundle.manifest_json import from_json, to_json
+from fluxdeploy.bundle.paths import path_problem
 from fluxdeploy.errors import BundleError
 
 ABSENT = object()

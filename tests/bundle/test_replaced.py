@@ -13,7 +13,8 @@ import pytest
 import fluxdeploy.bundle
 from fluxdeploy.bundle import Bundle, open_bundle
 from fluxdeploy.bundle.files import hash_files
-from fluxdeploy.bundle.manifest import FileRecord, Manifest, to_json
+from fluxdeploy.bundle.manifest import FileRecord, Manifest
+from fluxdeploy.bundle.manifest_json import to_json
 from fluxdeploy.errors import BundleError
 
 GRAPH = "onnx/t5.onnx"

@@ -22,8 +22,8 @@ from fluxdeploy.bundle.manifest import (
     ScheduleSpec,
     TensorSpec,
     TokenizerRecord,
-    to_json,
 )
+from fluxdeploy.bundle.manifest_json import to_json
 
 
 def write(root: Path, path: str, data: bytes) -> FileRecord:

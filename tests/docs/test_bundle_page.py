@@ -18,6 +18,7 @@ from PIL import Image
 
 from fluxdeploy import FluxPipeline
 from fluxdeploy.bundle import manifest, open_bundle
+from fluxdeploy.bundle.manifest_json import from_json
 from fluxdeploy.host.options import CallOptions
 from fluxdeploy.host.pictures import PictureMetadata
 from fluxdeploy.sampling.noise import TorchGenerator
@@ -79,7 +80,7 @@ def without_hashes(value: Any) -> Any:
 
 def test_the_example_is_the_default_bundle(demo_bundle: Path) -> None:
     (text,) = code_blocks(PAGE, "json")
-    manifest.from_json(text, "the example")
+    from_json(text, "the example")
     example = json.loads(text)
     whole = json.loads((demo_bundle / manifest.MANIFEST_NAME).read_text())
     for part in ("components", "tokenizers"):

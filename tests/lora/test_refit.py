@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from exporters.checkpoint.checkpoint import LoraRecord
 from fluxdeploy.build.refit import _require_same_calibration, refit
 from fluxdeploy.bundle import open_bundle
-from fluxdeploy.bundle.manifest import MANIFEST_NAME, to_json
+from fluxdeploy.bundle.manifest import MANIFEST_NAME
+from fluxdeploy.bundle.manifest_json import to_json
 from fluxdeploy.errors import UsageError
 from fluxdeploy.lora import LoraFile
 from fluxdeploy.progress import Progress

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from fluxdeploy.bundle import open_bundle
-from fluxdeploy.bundle.manifest import from_json, to_json
+from fluxdeploy.bundle.manifest_json import from_json, to_json
 from fluxdeploy.cli import main
 from fluxdeploy.errors import BundleError
 from fluxdeploy.host.examples import example_control

@@ -21,7 +21,8 @@ from engines import open_engine
 from fluxdeploy.batch.jobs import Job, alike
 from fluxdeploy.batch.order import Order
 from fluxdeploy.bundle import open_bundle
-from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord, from_json, to_json
+from fluxdeploy.bundle.manifest import ComponentRecord, EngineRecord
+from fluxdeploy.bundle.manifest_json import from_json, to_json
 from fluxdeploy.cli import main
 from fluxdeploy.errors import BundleError, UnusedArgumentWarning, UsageError
 from fluxdeploy.host import making

@@ -17,7 +17,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from fluxdeploy.bundle import Bundle, open_bundle
-from fluxdeploy.bundle.manifest import EngineRecord, Manifest, from_json
+from fluxdeploy.bundle.manifest import EngineRecord, Manifest
+from fluxdeploy.bundle.manifest_json import from_json
 from fluxdeploy.cli import main
 from fluxdeploy.errors import BundleError, UsageError
 from fluxdeploy.serve.triton import repository as repository_module

@@ -23,8 +23,8 @@ from fluxdeploy.bundle.manifest import (
     ScheduleSpec,
     TensorSpec,
     TokenizerRecord,
-    to_json,
 )
+from fluxdeploy.bundle.manifest_json import to_json
 
 
 def _record(path: str, data: bytes) -> FileRecord:

@@ -14,7 +14,8 @@ from PIL import Image
 
 from engines.base import Array
 from fluxdeploy.arguments import shown
-from fluxdeploy.bundle.manifest import Manifest, from_json
+from fluxdeploy.bundle.manifest import Manifest
+from fluxdeploy.bundle.manifest_json import from_json
 from fluxdeploy.errors import (
     Cancelled,
     EngineError,

@@ -12,7 +12,8 @@ from typing import Any
 from engines.base import EngineOptions
 from fluxdeploy.bundle import Bundle
 from fluxdeploy.bundle.files import disk_errors, read_whole
-from fluxdeploy.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST, from_json
+from fluxdeploy.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST
+from fluxdeploy.bundle.manifest_json import from_json
 from fluxdeploy.errors import FluxDeployError
 from fluxdeploy.host.pipeline import FluxPipeline
 from fluxdeploy.host.turns import QueueLimits

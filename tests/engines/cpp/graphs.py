@@ -15,7 +15,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from fluxdeploy.bundle.manifest import ComponentRecord, FileRecord, Manifest, from_json, to_json
+from fluxdeploy.bundle.manifest import ComponentRecord, FileRecord, Manifest
+from fluxdeploy.bundle.manifest_json import from_json, to_json
 
 __all__ = ["changed_bundle", "make_graph", "weights", "with_graph"]
 

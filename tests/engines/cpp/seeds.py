@@ -24,8 +24,8 @@ from fluxdeploy.bundle.manifest import (
     SkipRecord,
     TensorSpec,
     TokenizerRecord,
-    to_json,
 )
+from fluxdeploy.bundle.manifest_json import to_json
 from fluxdeploy.bundle.pixels import PixelSpec
 from fluxdeploy.bundle.recipe import Promise, Quality, Recipe, RecipeRecord
 from fluxdeploy.bundle.tensorfile import TensorFileWriter

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from fluxdeploy.bundle import open_bundle
-from fluxdeploy.bundle.manifest import SPACINGS, to_json
+from fluxdeploy.bundle.manifest import SPACINGS
+from fluxdeploy.bundle.manifest_json import to_json
 from fluxdeploy.sampling.noise import TorchGenerator
 from fluxdeploy.sampling.rope import joint_ids, rope_tables
 from fluxdeploy.sampling.schedule import sigmas

@@ -15,7 +15,7 @@ from hypothesis import seed as with_seed
 from PIL import Image
 
 from fluxdeploy.bundle import open_bundle
-from fluxdeploy.bundle.manifest import from_json, to_json
+from fluxdeploy.bundle.manifest_json import from_json, to_json
 from fluxdeploy.bundle.tensorfile import read_header, read_tensor
 from fluxdeploy.errors import BundleError, CheckpointError, UsageError
 from fluxdeploy.host.input_images import open_image
