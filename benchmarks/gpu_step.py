@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,28 @@ def main(
 
         for precision in PRECISIONS:
             write_plan(folder, double_blocks, single_blocks, precision)
+    commands = {
+        name: [
+            *(sys.executable, str(WORKER), name, str(folder)),
+            *map(str, (double_blocks, single_blocks)),
+            *map(str, sizes[:1] if name in AT_ONE_SIZE else sizes),
+        ]
+        for name in names or CONTENDERS
+    }
+    run_contenders(commands, CONTENDERS, seconds, json_file)
+
+
+def run_contenders(
+    commands: Mapping[str, Sequence[str]],
+    limits: Mapping[str, int],
+    seconds: int,
+    json_file: Path | None,
+) -> None:
+    """Run the contenders one after the other, each as long as it may, and print a table."""
     started = time.monotonic()
     results: list[dict[str, Any]] = []
-    for name in names or CONTENDERS:
-        limit = min(CONTENDERS[name], seconds - (time.monotonic() - started))
-        command = [sys.executable, str(WORKER), name, str(folder)]
-        measured = sizes[:1] if name in AT_ONE_SIZE else sizes
-        command += [str(n) for n in (double_blocks, single_blocks, *measured)]
+    for name, command in commands.items():
+        limit = min(limits[name], seconds - (time.monotonic() - started))
         for found in run_stage(command, limit, name):
             results.append({"contender": name} | found)
             print(json.dumps(results[-1]), flush=True)

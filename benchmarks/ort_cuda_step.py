@@ -9,17 +9,13 @@ inputs, and each is alone on the GPU in a process of its own.
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import click
-from gpu_kernels import has_gpu, run_stage
-from gpu_step import table_of
+from gpu_kernels import has_gpu
+from gpu_step import run_contenders
 from ort_cuda_files import GRAPHS
-from rich.console import Console
 
 WORKER = Path(__file__).with_name("ort_cuda_worker.py")
 
@@ -45,18 +41,11 @@ def main(
     """Time a step of each contender at each size, and print a table."""
     if not has_gpu():
         raise click.ClickException("PyTorch finds no NVIDIA GPU here.")
-    started = time.monotonic()
-    results: list[dict[str, Any]] = []
-    for name, most in CONTENDERS.items():
-        limit = min(most, seconds - (time.monotonic() - started))
-        command = [sys.executable, str(WORKER), name, str(folder)]
-        command += [str(n) for n in (double_blocks, single_blocks, *sizes)]
-        for found in run_stage(command, limit, name):
-            results.append({"contender": name} | found)
-            print(json.dumps(results[-1]), flush=True)
-            if json_file is not None:
-                json_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    Console(width=110).print(table_of(results))
+    rest = [str(n) for n in (double_blocks, single_blocks, *sizes)]
+    commands = {
+        name: [sys.executable, str(WORKER), name, str(folder), *rest] for name in CONTENDERS
+    }
+    run_contenders(commands, CONTENDERS, seconds, json_file)
 
 
 if __name__ == "__main__":
