@@ -252,7 +252,7 @@ class Runtime(ABC):
         """What it can open of a bundle's component, by target."""
         return {e.target: e for e in record.engines if e.runtime == self.name}
 
-    def precision(self, target: str, precision: str) -> str:
+    def precision(self, target: str, precision: str, component: str = "transformer") -> str:
         """The precision that a component really gets where `precision` is asked for."""
         return precision
 

@@ -64,7 +64,7 @@ class OnnxRuntime(Runtime):
             return Availability(False, "the CUDA provider is there, but no NVIDIA driver")
         return Availability(True, f"onnxruntime {self.version()}")
 
-    def precision(self, target: str, precision: str) -> str:
+    def precision(self, target: str, precision: str, component: str = "transformer") -> str:
         """On CPUs bf16 becomes fp32, for want of kernels, and int8 has scales made as it runs."""
         if target != "cpu":
             return precision

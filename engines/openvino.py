@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["OpenVino"]
 
 _WIDE = ("clip", "t5", "redux", "ip_adapter_encoder", "ip_adapter", "conditioner")
-"""Computed in float32 whatever their graph: they run once a picture, and what they round away is
+"""Computed in float32: they run once a picture, and what they round away is
 missing in every step. With its hint for bfloat16, OpenVINO rounds the angles of the timestep's
 sines too, which puts a conditioner of FLUX.1's width off by a third of its range."""
 
@@ -49,9 +49,13 @@ class OpenVino(Runtime):
             return Availability(False, f"not installed: {install_command(self.extra.name)}")
         return Availability(True, f"openvino {self.version()}")
 
-    def precision(self, target: str, precision: str) -> str:
-        """Without bfloat16 in the processor a graph in it takes minutes for a step: it is fp32."""
-        return "fp32" if precision == "bf16" and not _has_bf16() else precision
+    def precision(self, target: str, precision: str, component: str = "transformer") -> str:
+        """Without bfloat16 in the processor a graph in it takes minutes for a step: it is fp32.
+
+        So is what computes in float32 in any case: a graph in bfloat16 would round in between.
+        """
+        wide = component in _WIDE or not _has_bf16()
+        return "fp32" if precision == "bf16" and wide else precision
 
     def compute(self, target: str, precision: str) -> str:
         """bfloat16 around whatever is quantized, and float32 where the processor has no such."""

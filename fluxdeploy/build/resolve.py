@@ -206,7 +206,7 @@ def resolve(
         if not component.present(checkpoint):
             continue
         own, devices = runtime.of(name, targets)
-        precision = own.precision(devices[0], asked[name])
+        precision = own.precision(devices[0], asked[name], name)
         usual = own.compute(devices[0], precision)
         compute = component.compute_type(precision, usual)
         export = specify(checkpoint, component, precision, compute)

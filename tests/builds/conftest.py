@@ -33,13 +33,16 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def recorded(shared_folder: SharedFolder) -> Path:
-    """A folder with `bundle`, the default bundle, really traced in another process."""
+    """A folder with `bundle`, the bundle of `demo_bundle`, really traced in another process."""
     pytest.importorskip("torch")
 
     def make(folder: Path) -> None:
         folder.mkdir()
         subprocess.run(
-            [sys.executable, "-m", "fluxdeploy", "build", "--out", folder / "bundle"],
+            [
+                *(sys.executable, "-m", "fluxdeploy", "build", "--runtime", "onnxruntime"),
+                *("--out", folder / "bundle"),
+            ],
             cwd=REPOSITORY,
             env={**os.environ, "PYTHONHASHSEED": "31337", "PYTHONPATH": str(REPOSITORY)},
             stdout=subprocess.DEVNULL,

@@ -103,6 +103,9 @@ def _run(arguments: tuple[str, ...], pipe: int, errors: Path) -> None:
         os._exit(code)
 
 
+BUILD = ("build", "--runtime", "onnxruntime")
+"""Where the processor makes no difference."""
+
 _outer = ["build"]
 
 
@@ -133,7 +136,7 @@ def kill_builds(
     for number, checkpoint in enumerate(checkpoints):
         undisturbed = work / f"undisturbed-{number}"
         started = time.monotonic()
-        assert Child("build", checkpoint, "--out", str(undisturbed)).wait() == 0
+        assert Child(*BUILD, checkpoint, "--out", str(undisturbed)).wait() == 0
         durations.append(time.monotonic() - started)
         expected.append(tree(undisturbed))
     assert expected[0].keys() == expected[1].keys()
@@ -146,7 +149,7 @@ def kill_builds(
     place = work / "place" / "bundle"
     version, done = 0, 0
     while done < kills:
-        child = Child("build", checkpoints[version], "--out", str(place))
+        child = Child(*BUILD, checkpoints[version], "--out", str(place))
         # Mostly soon after the beginning of a phase, since many are short, else at any time at all.
         if done % 7 in (2, 5):
             kind = "random"
@@ -173,7 +176,7 @@ def kill_builds(
             open_bundle(place, check="all")
             assert tree(place) in expected
     for number, checkpoint in enumerate(checkpoints):
-        assert Child("build", checkpoint, "--out", str(place)).wait() == 0
+        assert Child(*BUILD, checkpoint, "--out", str(place)).wait() == 0
         assert tree(place) == expected[number]
     assert os.listdir(place.parent) == ["bundle"]
     return hits
@@ -185,7 +188,7 @@ def interrupt_builds(work: Path, checkpoint: str) -> list[tuple[str, int, str]]:
     for phase in ("hashing", "tracing", "reference", "gate", "record"):
         errors = work / f"interrupted in {phase}"
         place = work / "interrupted" / "bundle"
-        child = Child("build", checkpoint, "--out", str(place), errors=errors)
+        child = Child(*BUILD, checkpoint, "--out", str(place), errors=errors)
         for entered in child.phases():
             if entered == phase:
                 break

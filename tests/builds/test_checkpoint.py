@@ -250,7 +250,8 @@ def test_a_build_from_a_file_that_changes_replaces_nothing(
 
     monkeypatch.setattr("fluxdeploy.build.components.make_component", make_component)
     monkeypatch.setattr(build_module, "make_tokenizer", lambda *_: None)
-    request = BuildRequest(str(copy))
+    monkeypatch.setattr(build_module, "describe", lambda *_: None)
+    request = BuildRequest(str(copy), runtimes=("onnxruntime",))
     with pytest.raises(CheckpointError, match=f"{VAE} was changed"):
         build_module.build(request, tmp_path / "out/bundle", Progress(quiet=True))
     assert not (tmp_path / "out/bundle").exists()

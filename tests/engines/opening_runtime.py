@@ -30,7 +30,7 @@ class OpeningRuntime(Runtime):
     def availability(self, target: str, device: int = 0) -> Availability:
         return Availability(device < 2, f"there are 2 of {target}")
 
-    def precision(self, target: str, precision: str) -> str:
+    def precision(self, target: str, precision: str, component: str = "transformer") -> str:
         return "fp32" if PRECISIONS[precision].quantization is None else precision
 
     def compute(self, target: str, precision: str) -> str:

@@ -244,6 +244,9 @@ def test_openvino_has_bfloat16_where_the_processor_has(
     ]
     assert runtime.compute("cpu", "int8") == narrow
     assert runtime.compute("cpu", "fp32") == "fp32"
+    # A graph in bfloat16 would round in between what is computed in float32 all the same.
+    assert {runtime.precision("cpu", "bf16", n) for n in ("clip", "t5", "conditioner")} == {"fp32"}
+    assert runtime.precision("cpu", "bf16", "vae_decoder") == narrow
 
 
 def test_openvino_takes_no_fp8() -> None:

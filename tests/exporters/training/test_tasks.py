@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -110,7 +111,10 @@ def test_masks_and_masked_pictures_are_packed_as_diffusers_packs_them(
     torch.testing.assert_close(fold_mask(batch.masks), mask)
 
 
-def test_the_reference_stands_where_diffusers_puts_it(dev: Parts) -> None:
+def test_the_reference_stands_where_diffusers_puts_it(
+    dev: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exporters.training.vae.half_precision", lambda _: nullcontext())
     transformer = Given()
     x, reference = torch.randn(1, 48, 64), torch.randn(1, 48, 64)
     text = (torch.zeros(1, 20, 128), torch.zeros(1, 96))
