@@ -198,6 +198,10 @@ def _recipes(report: dict[str, Any]) -> str:
             for row in own
             if row["checkpoint"] in demo
         ]
+    later = "".join(
+        f";\n`{precision}`, later, on {_machine(machine)}"
+        for precision, machine in report.get("later", {}).items()
+    )
     return (
         f"{_table(rows)}\n"
         "PSNR against PyTorch float32: medians over pictures, and of the ten checkpoints the "
@@ -206,7 +210,7 @@ def _recipes(report: dict[str, Any]) -> str:
         "whose widths are no multiples of 16.\nAll is computed in PyTorch, "
         "with the numbers of the graphs, by\n"
         "[benchmarks/recipes.py](../benchmarks/recipes.py) on\n"
-        f"{_machine(report['machine'])}.\n"
+        f"{_machine(report['machine'])}{later}.\n"
     )
 
 
