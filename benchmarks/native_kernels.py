@@ -110,13 +110,13 @@ def _launcher(
     kernel, cubin = compiled
     cuda = device()
     function = cuda.function(cuda.load_module(cubin), kernel.entry, kernel.shared)
-    arguments = cuda.arguments([given[name] for name in PARAMETERS[kernel.function]])
+    # With what they point to.
+    arguments = cuda.arguments([given[name] for name in PARAMETERS[kernel.function]]), kept
 
     def run() -> None:
         stream = torch.cuda.current_stream().cuda_stream
-        cuda.launch(function, grid, kernel.threads, kernel.shared, arguments, stream)
+        cuda.launch(function, grid, kernel.threads, kernel.shared, arguments[0], stream)
 
-    run.kept = kept  # type: ignore[attr-defined]
     return run
 
 

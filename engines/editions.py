@@ -46,18 +46,20 @@ def choose_runtimes(
     Precisions are as `choose_runtime` takes them, and `choose` is that or `choose_builder`. Raises
     what that does, and `UsageError` for names and targets that do not go together.
     """
+
+    def pick(name: str, own: Sequence[str]) -> tuple[Runtime, tuple[str, ...]]:
+        return choose(name, tuple(own), precision, component_precision)
+
     unique, wanted = tuple(dict.fromkeys(names)), tuple(dict.fromkeys(targets))
     if len(unique) == 1:
         (name,) = unique
         if name != AUTO or not wanted or _one_has(wanted):
-            return (choose(name, wanted, precision, component_precision),)
+            return (pick(name, wanted),)
         groups: dict[str, list[str]] = {}
         for target in wanted:
-            runtime, _ = choose(AUTO, (target,), precision, component_precision)
+            runtime, _ = pick(AUTO, (target,))
             groups.setdefault(runtime.name, []).append(target)
-        return tuple(
-            choose(name, tuple(own), precision, component_precision) for name, own in groups.items()
-        )
+        return tuple(pick(name, own) for name, own in groups.items())
     if AUTO in unique:
         raise UsageError(f"--runtime {AUTO} chooses by itself: give it alone, or name each one.")
     known = {name: runtimes(name)[0].targets for name in unique}
@@ -72,13 +74,7 @@ def choose_runtimes(
                 f"{', '.join(own)}. Add a --target of it, or leave it out."
             )
     return tuple(
-        choose(
-            name,
-            tuple(target for target in wanted if target in own),
-            precision,
-            component_precision,
-        )
-        for name, own in known.items()
+        pick(name, [target for target in wanted if target in own]) for name, own in known.items()
     )
 
 
@@ -113,9 +109,9 @@ def choose_edition(bundle: Bundle, runtime: str = AUTO) -> Bundle:
     """The edition that `runtime` runs, as a bundle that has no other.
 
     `auto` takes that of the best runtime that can run here, where on a CPU the processor decides as
-    it does for a build (`choose_for_cpu`), and `emulate`, which is for what does
-    not run here, the first that does not, or the first of all. A bundle with one edition is that
-    one, whatever the runtime: opening its engines tells what is missing.
+    it does for a build (`choose_for_cpu`), and `emulate`, which is for what does not run here, the
+    first that does not, or the first of all. A bundle with one edition is that one, whatever the
+    runtime: opening its engines tells what is missing.
 
     Raises `EngineError` where it has no edition for the runtime, or none that runs here, and
     `UsageError` for an unknown runtime.
